@@ -1,0 +1,506 @@
+// The three row kernels and the transpose on the CPU, compiled once per instruction set under another GK_ISA.
+//
+//   statistics  reads a tile once. Per element: 1 exp, 2 fused multiply-adds, 1 maximum.
+//   gradient    reads and writes it once. Per element: 1 exp, 1 multiplication.
+//   policy      both, the second visit of a row out of the second-level cache: a row of 151,936 bf16 logits is 304 KB.
+//
+// Rows are shared out among threads and never split, so the bits of a result do not depend on the number of threads. Sums run in
+// float (double for float64 tiles) inside a block of columns and in double across blocks; all of a row's scalars are double.
+#include "row_kernels_cpu.h"
+
+#include <memory>
+#include <new>
+#include <utility>
+
+#include "row_math.h"
+#include "vector.h"
+
+namespace grpo_kernels {
+namespace {
+
+constexpr int64_t kRowsPerTask = 8;
+
+template <class T>
+constexpr int64_t kBlock = 16384 / sizeof(acc_t<T>);  // columns; a block and its float copy stay in the first-level cache
+
+template <class T>
+struct RowTransform {
+  using A = acc_t<T>;
+  A logit_scale, softcap, inv_softcap, temperature, inv_temperature;
+  A slope;  // z = slope * raw where `linear`
+  const A* bias;
+  bool linear;
+
+  RowTransform(const Transform& t, int64_t row) : bias(static_cast<const A*>(t.bias)) {
+    const double temp = t.row_temperature ? static_cast<const A*>(t.row_temperature)[row] : t.temperature;
+    logit_scale = A(t.logit_scale);
+    softcap = A(t.softcap);
+    inv_softcap = t.softcap != 0 ? A(1 / t.softcap) : A(0);
+    temperature = A(temp);
+    inv_temperature = A(1 / temp);
+    slope = A(t.logit_scale / temp);
+    linear = !bias && t.softcap == 0 && slope > 0 && slope < A(INFINITY);
+  }
+
+  // z of raw logits at `column` and following; y is z before the temperature. `lanes` says how many of them exist.
+  template <class V>
+  GK_INLINE V operator()(V raw, int64_t column, int64_t lanes, V& y) const {
+    if (bias) {
+      if (lanes == kLanes<T>) {
+        raw = raw + load(bias + column);
+      } else {
+        for (int64_t i = 0; i < lanes; i++) raw[i] += bias[column + i];
+      }
+    }
+    y = raw * logit_scale;
+    if (softcap != 0) {
+      y = softcap * vtanh(y * inv_softcap);
+      return y * inv_temperature;
+    }
+    return raw * slope;
+  }
+};
+
+// row[c] = f(row[c], c, lanes) over whole vectors, the ragged end through a copy.
+template <class T, class F>
+GK_INLINE void map_row(T* row, int64_t columns, F f) {
+  constexpr int L = kLanes<T>;
+  int64_t c = 0;
+  for (; c + L <= columns; c += L) store(row + c, f(load(row + c), c, int64_t(L)));
+  if (c < columns) {
+    T rest[L] = {};
+    std::memcpy(rest, row + c, (columns - c) * sizeof(T));
+    store(rest, f(load(rest), c, columns - c));
+    std::memcpy(row + c, rest, (columns - c) * sizeof(T));
+  }
+}
+
+// z of `columns` columns from `first` into a buffer, -inf behind them up to a whole pair of vectors; returns how many that makes.
+template <class T>
+int64_t fill(const T* row, int64_t first, int64_t columns, const RowTransform<T>& transform, acc_t<T>* z) {
+  constexpr int L = kLanes<T>;
+  vec_t<T> y;
+  int64_t c = 0;
+  for (; c + L <= columns; c += L) store(z + c, transform(load(row + first + c), first + c, int64_t(L), y));
+  if (c < columns) {
+    T rest[L] = {};
+    std::memcpy(rest, row + first + c, (columns - c) * sizeof(T));
+    store(z + c, transform(load(rest), first + c, columns - c, y));
+  }
+  const int64_t padded = (columns + 2 * L - 1) / (2 * L) * (2 * L);
+  for (c = columns; c < padded; c++) z[c] = -acc_t<T>(INFINITY);
+  return padded;
+}
+
+template <class V>
+GK_INLINE auto largest(V v) {
+  auto m = v[0];
+  for (int i = 1; i < int(sizeof(V) / sizeof(m)); i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// Maximum of n elements, n a multiple of two vectors. Nan is ignored: the sums meet it.
+template <class E>
+acc_t<E> maximum(const E* p, int64_t n) {
+  constexpr int L = kLanes<E>;
+  using V = vec_t<E>;
+  V m0 = splat<V>(-acc_t<E>(INFINITY)), m1 = m0;
+  for (int64_t c = 0; c < n; c += 2 * L) {
+    V a, b;
+    load_pair(p + c, a, b);
+    m0 = vmax(a, m0);
+    m1 = vmax(b, m1);
+  }
+  return largest(vmax(m0, m1));
+}
+
+// Sums of exp(x) and x exp(x), x = slope * p[c] - shift, over n elements, n a multiple of two vectors; leaves exp(x) in `kept`, in
+// the order of load_pair, unless that is null. Returns the maximum of x.
+template <class E>
+GK_INLINE acc_t<E> sums(const E* p, int64_t n, acc_t<E> slope, acc_t<E> shift, double& others, double& moment, acc_t<E>* kept) {
+  constexpr int L = kLanes<E>;
+  using V = vec_t<E>;
+  V s0 = {}, s1 = {}, u0 = {}, u1 = {}, top = splat<V>(-acc_t<E>(INFINITY));
+  for (int64_t c = 0; c < n; c += 2 * L) {
+    V a, b;
+    load_pair(p + c, a, b);
+    a = a * slope - shift;
+    b = b * slope - shift;
+    top = vmax(b, vmax(a, top));
+    const V ea = exp_clamping(a), eb = exp_clamping(b);
+    s0 = s0 + ea;
+    s1 = s1 + eb;
+    u0 = u0 + a * ea;
+    u1 = u1 + b * eb;
+    if (kept) {
+      store(kept + c, ea);
+      store(kept + c + L, eb);
+    }
+  }
+  add_lanes(s0 + s1, others);
+  add_lanes(u0 + u1, moment);
+  return largest(top);
+}
+
+// exp(z - shift of its block) of a whole row, so that a second visit needs no exponential: 4 bytes per column, from the second-level
+// cache, instead of some 12 instructions. The target's entry is 0.
+template <class A>
+struct Kept {
+  A* values;       // [columns], rounded up to two vectors
+  double* shifts;  // [blocks]
+};
+
+template <class T>
+bool is_plain(const RowTransform<T>& transform, int64_t first, int64_t n, int64_t target) {
+  return transform.linear && n == kBlock<T> && (target < first || target >= first + n);
+}
+
+template <class T>
+void fold_row(const T* row, int64_t columns, int64_t target, const RowTransform<T>& transform, RowStatistics<double>& stats,
+              const Kept<acc_t<T>>* kept) {
+  using A = acc_t<T>;
+  alignas(64) A z[kBlock<T> + 2 * kLanes<T>];
+  for (int64_t first = 0; first < columns; first += kBlock<T>) {
+    const int64_t n = columns - first < kBlock<T> ? columns - first : kBlock<T>;
+    A* values = kept ? kept->values + first : nullptr;
+    double others = 0, moment = 0, shift = stats.max;
+    if (is_plain(transform, first, n, target)) {
+      // Sums relative to the maximum of the blocks before. Where this block exceeds it by much, x exp(x) would lose digits.
+      A top = INFINITY;
+      if (shift > -INFINITY) top = sums(row + first, n, transform.slope, A(shift), others, moment, values);
+      if (top > 4) {
+        others = moment = 0;
+        raise_max(stats, double(maximum(row + first, n) * transform.slope));
+        shift = stats.max;
+        sums(row + first, n, transform.slope, shift > -INFINITY ? A(shift) : A(0), others, moment, values);
+      }
+      stats.others += others;
+      stats.moment += moment;
+      if (top > 0 && top <= 4) raise_max(stats, double(maximum(row + first, n) * transform.slope));
+    } else {
+      const int64_t padded = fill(row, first, n, transform, z);
+      raise_max(stats, double(maximum(z, padded)));
+      shift = stats.max;
+      const A finite_shift = shift > -INFINITY ? A(shift) : A(0);
+      if (target >= first && target < first + n) {
+        const double zt = z[target - first], x = zt - double(finite_shift);
+        stats.target = zt;
+        if (zt != -INFINITY) moment = x * std::exp(x);
+        z[target - first] = -A(INFINITY);
+      }
+      sums(z, padded, A(1), finite_shift, others, moment, values);
+      stats.others += others;
+      stats.moment += moment;
+    }
+    if (kept) kept->shifts[first / kBlock<T>] = shift;
+  }
+}
+
+// row[c] = weight * exp(z - max), from what fold_row kept
+template <class T>
+void scale_row(T* row, int64_t columns, int64_t target, const RowTransform<T>& transform, const Kept<acc_t<T>>& kept, double max,
+               double weight, const T* next) {
+  using V = vec_t<T>;
+  constexpr int L = kLanes<T>;
+  for (int64_t first = 0; first < columns; first += kBlock<T>) {
+    const int64_t n = columns - first < kBlock<T> ? columns - first : kBlock<T>;
+    const acc_t<T>* values = kept.values + first;
+    const acc_t<T> w = acc_t<T>(weight * std::exp(kept.shifts[first / kBlock<T>] - max));
+    if (is_plain(transform, first, n, target)) {
+      for (int64_t c = 0; c < n; c += 2 * L) {
+        // The next row is on its way to the second-level cache meanwhile.
+        __builtin_prefetch(next + first + c, 0, 2);
+        store_pair(row + first + c, load(values + c) * w, load(values + c + L) * w);
+      }
+    } else {
+      map_row(row + first, n, [&](V, int64_t c, int64_t) { return load(values + c) * w; });
+    }
+  }
+}
+
+// row[c] = weight * exp(z - shift)
+template <class T>
+void exp_row(T* row, int64_t columns, const RowTransform<T>& transform, acc_t<T> shift, acc_t<T> weight) {
+  using V = vec_t<T>;
+  constexpr int L = kLanes<T>;
+  constexpr Digits digits = sizeof(T) == 2 ? Digits::bfloat16 : Digits::full;
+  int64_t c = 0;
+  if (transform.linear) {
+    const acc_t<T> slope = transform.slope;
+    for (; c + 2 * L <= columns; c += 2 * L) {
+      V a, b;
+      load_pair(row + c, a, b);
+      a = a * slope - shift;
+      b = b * slope - shift;
+      store_pair(row + c, exp_clamping<digits>(a) * weight, exp_clamping<digits>(b) * weight);
+    }
+  }
+  map_row(row + c, columns - c, [&](V raw, int64_t column, int64_t lanes) {
+    V y, x = transform(raw, c + column, lanes, y) - shift;
+    return exp_clamping<digits>(x) * weight;
+  });
+}
+
+// d loss / d logps, d loss / d entropy and what of the forward its gradient needs. p = exp(z - shift) / exp(log_sum).
+struct RowGradient {
+  double g, g_entropy, logps, entropy, shift, log_sum;
+  bool has_entropy;
+};
+
+template <class T>
+void gradient_row(T* row, int64_t columns, int64_t target, const RowTransform<T>& transform, const RowGradient& d,
+                  bool from_probs, const Kept<acc_t<T>>* kept, const T* next) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  if (d.g == 0 && (!d.has_entropy || d.g_entropy == 0)) {
+    std::memset(static_cast<void*>(row), 0, columns * sizeof(T));
+    return;
+  }
+  const bool has_target = target >= 0 && target < columns;
+  const bool capped = transform.softcap != 0, entropy = d.has_entropy && d.g_entropy != 0;
+  const double factor = double(transform.logit_scale) / double(transform.temperature);
+  double dz_target = 0;
+  if (has_target) {
+    dz_target = -std::expm1(d.logps) * d.g * factor;
+    const double p = std::exp(d.logps);
+    if (entropy && p != 0) dz_target -= d.g_entropy * p * (d.logps + d.entropy) * factor;
+    if (capped) {
+      V y = splat<V>(A(transform.temperature * (d.logps + d.shift + d.log_sum)));
+      if (!from_probs) {
+        V raw = splat<V>(load_scalar(row + target));
+        if (transform.bias) raw = raw + transform.bias[target];
+        y = transform.softcap * vtanh(raw * transform.logit_scale * transform.inv_softcap);
+      }
+      const double ratio = double(y[0]) * transform.inv_softcap;
+      dz_target *= p == 0 && from_probs ? 1 : 1 - ratio * ratio;
+    }
+  }
+  const A weight = A(-d.g * factor * (from_probs ? 1 : std::exp(-d.log_sum)));
+  const A shift = A(d.shift), lse = A(d.shift + d.log_sum), log_sum = A(d.log_sum), inv_sum = A(std::exp(-d.log_sum));
+  const A g = A(d.g * factor), g_entropy = A(entropy ? d.g_entropy * factor : 0), h = A(d.entropy);
+  if (kept && !capped && !entropy) {
+    scale_row(row, columns, target, transform, *kept, d.shift, double(weight), next);
+  } else if (!from_probs && !capped && !entropy) {
+    exp_row(row, columns, transform, shift, weight);
+  } else if (from_probs && !capped && !entropy) {
+    map_row(row, columns, [&](V p, int64_t, int64_t) { return p * weight; });
+  } else {
+    map_row(row, columns, [&](V v, int64_t column, int64_t lanes) {
+      V p = v, y, logp;
+      if (from_probs) {
+        logp = vlog(p);
+        y = transform.temperature * (logp + lse);
+      } else {
+        logp = transform(v, column, lanes, y) - shift;
+        p = exp_clamping(logp) * inv_sum;
+        logp = logp - log_sum;
+      }
+      V dz = -g * p;
+      if (entropy) dz = dz - g_entropy * (p * (logp + h));
+      if (capped) {
+        const V ratio = y * transform.inv_softcap;
+        dz = dz * (A(1) - ratio * ratio);
+      }
+      // log p and y are infinite there; -g p would do but for them
+      return p == A(0) ? -g * p : dz;
+    });
+  }
+  if (has_target) store_scalar(row + target, A(dz_target));
+}
+
+template <class A>
+double value(const void* vector, int64_t row, double absent = 0) {
+  return vector ? double(static_cast<const A*>(vector)[row]) : absent;
+}
+
+// Calls f(r, row, next row or the same one at the end of a task, kept) for every row.
+template <class T, class F>
+void for_each_row(const Tile& tile, int threads, bool keep, F f) {
+  using A = acc_t<T>;
+  (void)threads;
+  T* data = static_cast<T*>(tile.data);
+  const int64_t per_task = tile.rows >= 4 * kRowsPerTask * threads ? kRowsPerTask : 1;
+  const int64_t tasks = (tile.rows + per_task - 1) / per_task;
+  const int64_t blocks = (tile.columns + kBlock<T> - 1) / kBlock<T>;
+#pragma omp parallel num_threads(threads)
+  {
+    // No memory for it: exponentials are taken twice.
+    std::unique_ptr<A[]> values(keep ? new (std::nothrow) A[blocks * kBlock<T>] : nullptr);
+    std::unique_ptr<double[]> shifts(keep ? new (std::nothrow) double[blocks] : nullptr);
+    const Kept<A> kept{values.get(), shifts.get()};
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; task++) {
+      const int64_t end = (task + 1) * per_task < tile.rows ? (task + 1) * per_task : tile.rows;
+      for (int64_t r = task * per_task; r < end; r++) {
+        T* row = data + r * tile.row_stride;
+        f(r, row, r + 1 < end ? row + tile.row_stride : row, values && shifts ? &kept : nullptr);
+      }
+    }
+  }
+}
+
+template <class T>
+void statistics_rows(const StatisticsParams& p, int threads) {
+  using A = acc_t<T>;
+  for_each_row<T>(p.tile, threads, p.probs, [&](int64_t r, T* row, const T* next, const Kept<A>* kept) {
+    A* out = static_cast<A*>(p.stats) + 4 * r;
+    const RowTransform<T> transform(p.transform, r);
+    RowStatistics<double> stats{out[0], out[1], out[2], out[3]};
+    const int64_t columns = p.tile.columns, target = p.target[r];
+    fold_row(row, columns, target, transform, stats, kept);
+    out[0] = A(stats.max);
+    out[1] = A(stats.others);
+    out[2] = A(stats.moment);
+    out[3] = A(stats.target);
+    if (!p.probs) return;
+    const double weight = 1 / total(stats);
+    if (!kept) return exp_row(row, columns, transform, A(stats.max), A(weight));
+    scale_row(row, columns, target, transform, *kept, stats.max, weight, next);
+    if (target >= 0 && target < columns) store_scalar(row + target, A(weight * std::exp(stats.target - stats.max)));
+  });
+}
+
+template <class T>
+void gradient_rows(const GradientParams& p, int threads) {
+  using A = acc_t<T>;
+  for_each_row<T>(p.tile, threads, false, [&](int64_t r, T* row, const T*, const Kept<A>*) {
+    const RowGradient d{value<A>(p.g, r),   value<A>(p.g_entropy, r), value<A>(p.logps, r), value<A>(p.entropy, r),
+                        value<A>(p.lse, r), 0,                        p.g_entropy != nullptr};
+    gradient_row<T>(row, p.tile.columns, p.target[r], RowTransform<T>(p.transform, r), d, p.from_probs, nullptr, nullptr);
+  });
+}
+
+template <class T>
+void policy_rows(const PolicyParams& p, int threads) {
+  using A = acc_t<T>;
+  const bool keep = p.transform.softcap == 0 && !p.w_entropy;
+  for_each_row<T>(p.tile, threads, keep, [&](int64_t r, T* row, const T* next, const Kept<A>* kept) {
+    const RowTransform<T> transform(p.transform, r);
+    RowStatistics<double> stats;
+    fold_row(row, p.tile.columns, p.target[r], transform, stats, kept);
+    const RowResult<double> result = close(stats);
+    // Rounded first: a row whose old log-prob is this very number has ratio 1 exactly.
+    const A logps = A(result.logps);
+    static_cast<A*>(p.logps)[r] = logps;
+    static_cast<A*>(p.entropy)[r] = A(result.entropy);
+    const PolicyRow<double> inputs{p.old != nullptr,           p.ref != nullptr,         value<A>(p.old, r), value<A>(p.ref, r),
+                                   value<A>(p.advantages, r), value<A>(p.w_policy, r), value<A>(p.w_kl, r)};
+    const double c = policy_coefficient(p.terms, inputs, double(logps));
+    const RowGradient d{c,         value<A>(p.w_entropy, r), result.logps,          result.entropy,
+                        stats.max, result.log_sum,           p.w_entropy != nullptr};
+    gradient_row<T>(row, p.tile.columns, p.target[r], transform, d, false, kept, next);
+  });
+}
+
+// ---- transpose
+
+typedef uint64_t vlong __attribute__((vector_size(GK_VECTOR_BYTES)));
+constexpr int kWords = GK_VECTOR_BYTES / 8;
+
+
+// Of every 2 H words, H of a from word `From` on, then as many of b.
+template <int H, int From, int... I>
+GK_INLINE vlong pick(vlong a, vlong b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (I & H ? kWords + I - H + From : I + From)...);
+#else
+  return __builtin_shuffle(a, b, vlong{uint64_t(I & H ? kWords + I - H + From : I + From)...});
+#endif
+}
+
+// Swaps the off-diagonal halves of every pair of 2 D byte groups: a = (a0 a1), b = (b0 b1) -> (a0 b0), (a1 b1).
+template <int D>
+GK_INLINE void exchange(vlong& a, vlong& b) {
+  vlong first, second;
+  if constexpr (D < 8) {
+    constexpr int bits = 8 * D;
+    constexpr uint64_t low = D == 2 ? 0x0000ffff0000ffffull : 0x00000000ffffffffull;
+    first = (a & low) | ((b << bits) & ~low);
+    second = ((a >> bits) & low) | (b & ~low);
+  } else {
+    first = pick<D / 8, 0>(a, b, std::make_integer_sequence<int, kWords>());
+    second = pick<D / 8, D / 8>(a, b, std::make_integer_sequence<int, kWords>());
+  }
+  a = first;
+  b = second;
+}
+
+template <int N, int D, int H>
+GK_INLINE void exchange_rows(vlong (&v)[N]) {
+#pragma GCC unroll 32
+  for (int i = 0; i < N; i++) {
+    if (!(i & H)) exchange<D>(v[i], v[i + H]);
+  }
+  if constexpr (H > 1) exchange_rows<N, D / 2, H / 2>(v);
+}
+
+// A square block of one register's width: out[j][i] = in[i][j].
+template <class E>
+GK_INLINE void transpose_block(const E* in, int64_t in_stride, E* out, int64_t out_stride) {
+  constexpr int N = GK_VECTOR_BYTES / sizeof(E);
+  vlong v[N];
+#pragma GCC unroll 32
+  for (int i = 0; i < N; i++) std::memcpy(&v[i], in + i * in_stride, sizeof(vlong));
+  exchange_rows<N, GK_VECTOR_BYTES / 2, N / 2>(v);
+#pragma GCC unroll 32
+  for (int i = 0; i < N; i++) std::memcpy(out + i * out_stride, &v[i], sizeof(vlong));
+}
+
+template <class E>
+void transpose_rows(const TransposeParams& p, int threads) {
+  constexpr int N = GK_VECTOR_BYTES / sizeof(E);
+  constexpr int64_t kStrip = 256;
+  (void)threads;
+  const E* in = static_cast<const E*>(p.tile.data);
+  E* out = static_cast<E*>(p.out);
+  const int64_t R = p.tile.rows, C = p.tile.columns, stride = p.tile.row_stride;
+  const int64_t strips = (C + kStrip - 1) / kStrip;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t strip = 0; strip < strips; strip++) {
+    const int64_t end = (strip + 1) * kStrip < C ? (strip + 1) * kStrip : C;
+    for (int64_t r = 0; r < R; r += N) {
+      for (int64_t c = strip * kStrip; c < end; c += N) {
+        if (r + N <= R && c + N <= end) {
+          transpose_block(in + r * stride + c, stride, out + c * R + r, R);
+          continue;
+        }
+        const int64_t rows = R - r < N ? R - r : N, columns = end - c < N ? end - c : N;
+        E a[N * N], b[N * N];
+        for (int64_t i = 0; i < rows; i++) std::memcpy(a + i * N, in + (r + i) * stride + c, columns * sizeof(E));
+        transpose_block(a, N, b, N);
+        for (int64_t j = 0; j < columns; j++) std::memcpy(out + (c + j) * R + r, b + j * N, rows * sizeof(E));
+      }
+    }
+  }
+}
+
+void statistics(const StatisticsParams& p, int threads) {
+  if (p.tile.dtype == Dtype::float32) return statistics_rows<float>(p, threads);
+  if (p.tile.dtype == Dtype::bfloat16) return statistics_rows<bfloat16>(p, threads);
+  statistics_rows<double>(p, threads);
+}
+
+void gradient(const GradientParams& p, int threads) {
+  if (p.tile.dtype == Dtype::float32) return gradient_rows<float>(p, threads);
+  if (p.tile.dtype == Dtype::bfloat16) return gradient_rows<bfloat16>(p, threads);
+  gradient_rows<double>(p, threads);
+}
+
+void policy(const PolicyParams& p, int threads) {
+  if (p.tile.dtype == Dtype::float32) return policy_rows<float>(p, threads);
+  if (p.tile.dtype == Dtype::bfloat16) return policy_rows<bfloat16>(p, threads);
+  policy_rows<double>(p, threads);
+}
+
+void transpose(const TransposeParams& p, int threads) {
+  if (p.tile.dtype == Dtype::float32) return transpose_rows<uint32_t>(p, threads);
+  if (p.tile.dtype == Dtype::bfloat16) return transpose_rows<uint16_t>(p, threads);
+  transpose_rows<uint64_t>(p, threads);
+}
+
+}  // namespace
+
+extern const RowKernels GK_ISA;
+const RowKernels GK_ISA = {statistics, gradient, policy, transpose};
+
+}  // namespace grpo_kernels

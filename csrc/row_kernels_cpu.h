@@ -1,0 +1,15 @@
+// The CPU kernels of one instruction set. row_kernels_cpu.cpp defines one such table each time it is compiled, under the name GK_ISA.
+#pragma once
+
+#include "params.h"
+
+namespace grpo_kernels {
+
+struct RowKernels {
+  void (*statistics)(const StatisticsParams&, int threads);
+  void (*gradient)(const GradientParams&, int threads);
+  void (*policy)(const PolicyParams&, int threads);
+  void (*transpose)(const TransposeParams&, int threads);
+};
+
+}  // namespace grpo_kernels

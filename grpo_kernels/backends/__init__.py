@@ -1,0 +1,50 @@
+"""The backends: each is three row kernels on a tile of logits (`pytorch.py` states the contract), chosen by name."""
+
+import os
+
+import torch
+
+from . import native, pytorch
+
+_LATER = "the {} kernels are not part of this version; use backend='torch'"
+_NAMES = ("torch", "cpu", "triton", "cuda")
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def available_backends() -> dict[str, str | None]:
+    """name -> None if the backend can be used on this machine, or the reason why not, with the remedy."""
+    return {name: _why_unavailable(name) for name in _NAMES}
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that a call with these tensors uses; ``auto`` follows GRPO_KERNELS_BACKEND, then the device.
+
+    Raises RuntimeError if a backend that was asked for by name cannot be used.
+    """
+    if name == "auto":
+        name = os.environ.get("GRPO_KERNELS_BACKEND") or "auto"
+        if name not in (*_NAMES, "auto"):
+            raise ValueError(f"GRPO_KERNELS_BACKEND must be one of auto, {', '.join(_NAMES)}, got {name!r}")
+    if name == "auto":
+        usable = device.type == "cpu" and dtype in _CPU_DTYPES and native.why_unavailable() is None
+        return "cpu" if usable else "torch"
+    reason = _why_unavailable(name)
+    if name == "cpu" and reason is None:
+        if device.type != "cpu":
+            reason = f"its kernels need tensors on the CPU, got {device}; use backend='auto'"
+        elif dtype not in _CPU_DTYPES:
+            reason = f"its kernels take float32, bfloat16 and float64, got {dtype}; use backend='torch'"
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
+    return name
+
+
+def kernels(name: str):
+    """The module that holds the row kernels of a resolved backend."""
+    return native if name == "cpu" else pytorch
+
+
+def _why_unavailable(name):
+    if name == "torch":
+        return None
+    return native.why_unavailable() if name == "cpu" else _LATER.format("Triton" if name == "triton" else "CUDA C++")

@@ -1,0 +1,118 @@
+"""The options of the loss: one frozen dataclass, validated when it is made, named as in TRL's GRPO trainer."""
+
+import dataclasses
+import math
+import numbers
+from dataclasses import dataclass
+
+CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo")
+IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
+
+
+@dataclass(frozen=True)
+class GRPOLossConfig:
+    """Options of the GRPO loss family; an option that a ``loss_type`` does not use is ignored.
+
+    Args:
+        loss_type: which policy term and reduction; one of ``LOSS_TYPES``.
+        importance_sampling_level: ratio per ``"token"``, or one per ``"sequence"`` (GSPO).
+        epsilon: lower clip range; the ratio is clipped at ``1 - epsilon``. >= 0.
+        epsilon_high: upper clip range, ``1 + epsilon_high``; None means ``epsilon``. For cispo it is the cap itself. >= 0.
+        delta: upper bound of the unclipped ratio (two-sided clipping); None means no bound. > 0.
+        beta: weight of the k3 KL estimate against the reference policy; 0 needs no reference.
+        use_bias_correction_kl: multiply k3 by the importance ratio, with its gradient (DeepSeek-V3.2).
+        temperature: the logits are divided by it. > 0.
+        logit_scale: the logits are multiplied by it, before softcap and temperature (Granite, Cohere). Finite, not 0.
+        softcap: ``softcap * tanh(logits / softcap)`` (Gemma); None means none. > 0.
+        entropy_coef: weight of the entropy bonus, subtracted from the loss.
+        top_entropy_quantile: share of tokens, those of highest entropy, that the policy term trains. In [0, 1].
+        off_policy_mask_threshold: drop negative-advantage sequences that drifted further from the sampler; None keeps all.
+        max_completion_length: the constant divisor of dr_grpo, in tokens. > 0.
+        sapo_temperature_pos, sapo_temperature_neg: gate temperatures of sapo. > 0.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: gamma weights of vespo.
+
+    Raises:
+        ValueError: naming the field, what was wanted and what came.
+    """
+
+    loss_type: str = "dapo"
+    importance_sampling_level: str = "token"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    beta: float = 0.0
+    use_bias_correction_kl: bool = True
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
+    off_policy_mask_threshold: float | None = None
+    max_completion_length: int | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+
+    def __post_init__(self):
+        self._one_of("loss_type", LOSS_TYPES)
+        self._one_of("importance_sampling_level", IMPORTANCE_SAMPLING_LEVELS)
+        if not isinstance(self.use_bias_correction_kl, bool):
+            raise ValueError(f"use_bias_correction_kl must be True or False, got {self.use_bias_correction_kl!r}")
+        self._number("epsilon", lambda x: x >= 0, ">= 0")
+        self._number("epsilon_high", lambda x: x >= 0, ">= 0 or None", optional=True)
+        self._number("delta", lambda x: x > 0, "> 0 or None", optional=True)
+        self._number("temperature", lambda x: x > 0, "> 0")
+        self._number("logit_scale", lambda x: x != 0, "a finite number other than 0")
+        self._number("softcap", lambda x: x > 0, "> 0 or None", optional=True)
+        self._number("top_entropy_quantile", lambda x: 0 <= x <= 1, "in [0, 1]")
+        self._number("off_policy_mask_threshold", lambda x: True, "a finite number or None", optional=True)
+        self._number("max_completion_length", lambda x: x > 0 and x == int(x), "an integer > 0 or None", optional=True)
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            self._number(name, lambda x: x > 0, "> 0")
+        for name in ("beta", "entropy_coef", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
+            self._number(name, lambda x: True, "a finite number")
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError("max_completion_length must be an integer > 0 for loss_type='dr_grpo', got None")
+
+    def _one_of(self, name, allowed):
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+    def _number(self, name, holds, wanted, optional=False):
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not real or not holds(value):
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+    @property
+    def upper_epsilon(self) -> float:
+        """``epsilon_high``, or ``epsilon`` where it is not set."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def sequence_level(self) -> bool:
+        return self.importance_sampling_level == "sequence"
+
+    @property
+    def transform(self) -> "LogitTransform":
+        return LogitTransform(float(self.logit_scale), None if self.softcap is None else float(self.softcap),
+                              float(self.temperature))
+
+
+LOSS_FIELDS = tuple(field.name for field in dataclasses.fields(GRPOLossConfig))
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What stands between the head's product and the softmax: scale, then softcap, then temperature."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0

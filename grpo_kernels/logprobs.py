@@ -1,0 +1,186 @@
+"""`linear_logprobs`: log-probs and entropy of given tokens from hidden states, differentiable under any loss, in two phases."""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import backends, tiles
+from .arguments import check_logprob_arguments, value_flags
+from .config import GRPOLossConfig, LogitTransform
+from .outputs import LogProbs
+from .plan import default_budget
+from .rows import Selection, flatten, select_rows
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    lora: tuple | None = None,
+    vocab_parallel_group=None,
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> LogProbs:
+    """Log-probs of the tokens and entropies of their distributions, without the [.., V] logits.
+
+    Equals ``z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``, then
+    ``z.log_softmax(-1).gather(-1, token_ids)`` and the entropy of ``z.softmax(-1)``.
+
+    Args:
+        hidden: [.., D] float32, float64, bfloat16 or float16; differentiable.
+        weight: [V, D] of the same dtype; differentiable.
+        token_ids: [..] int64 in [0, V) where the mask is 1.
+        mask: [..] bool or 0/1; None keeps all. Masked rows are not computed.
+        bias: [V]; differentiable; may hold -inf.
+        temperature: a number > 0, or a tensor [..] with one value per token.
+        logit_scale, softcap: as in `GRPOLossConfig`.
+        lora: (A [r, D], B [V, r], scale), an adapter on the head that is never merged; A and B differentiable.
+        workspace_bytes: budget for tiles and stash; None is GRPO_KERNELS_WORKSPACE_MB or 384 MiB. Rows whose softmax
+            fits it cost 6NVD operations forward and backward, the others 8NVD; a frozen head costs 4NVD.
+        backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
+
+    Returns:
+        `LogProbs` of two [..] float32 tensors (float64 for float64), 0 where masked, both differentiable once. No graph is
+        made and no gradient work is done under no_grad or when nothing requires a gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came.
+        RuntimeError: a named backend cannot be used.
+    """
+    per_token = temperature if isinstance(temperature, torch.Tensor) and temperature.dim() > 0 else None
+    if isinstance(temperature, torch.Tensor) and per_token is None:
+        temperature = temperature.item()
+    config = GRPOLossConfig(temperature=1.0 if per_token is not None else temperature, logit_scale=logit_scale, softcap=softcap)
+    hidden, weight, bias, lora = check_logprob_arguments(
+        hidden, weight, token_ids, mask, bias, per_token, lora, vocab_parallel_group, workspace_bytes, backend, config
+    )
+    if mask is None:
+        mask = torch.ones(token_ids.shape, dtype=torch.bool, device=hidden.device)
+    head = FusedHead.of(weight, bias, lora, config.transform, workspace_bytes, backend)
+    flags = value_flags(mask, token_ids, weight.shape[0], temperature=per_token)
+    live = mask.bool() if any(head.needs(hidden)) else None
+    selection = select_rows(mask, flags, weight.shape[0], live=live)
+    logps, entropy = row_logprobs(flatten(hidden, mask), head, selection, token_ids, per_token)
+    return LogProbs(selection.scatter(logps, mask), selection.scatter(entropy, mask))
+
+
+@dataclass(frozen=True)
+class FusedHead:
+    """The head and how to run it, as the ops of tiles.py take them."""
+
+    tensors: tuple  # weight, bias, lora A, lora B
+    scalars: list  # lora scale, logit scale, softcap or 0, temperature
+    budget: int
+    backend: str
+
+    @staticmethod
+    def of(weight, bias, lora, transform: LogitTransform, workspace_bytes, backend):
+        a, b, scale = (None, None, 1.0) if lora is None else lora
+        scalars = [float(scale), transform.logit_scale, transform.softcap or 0.0, transform.temperature]
+        budget = default_budget() if workspace_bytes is None else int(workspace_bytes)
+        return FusedHead((weight, bias, a, b), scalars, budget, backends.resolve(backend, weight.device, weight.dtype))
+
+    def needs(self, hidden):
+        """Which of (hidden, weight, bias, lora A, lora B) want a gradient."""
+        if not torch.is_grad_enabled():
+            return [False] * 5
+        return [x is not None and x.requires_grad for x in (hidden, *self.tensors)]
+
+    def targets(self, selection: Selection, token_ids, temperature):
+        """(target [N], temperature [N] or None) of the selected rows; clean where nothing was checked on the host."""
+        accumulate = torch.float64 if self.tensors[0].dtype == torch.float64 else torch.float32
+        target = selection.take(token_ids)
+        temperature = None if temperature is None else selection.take(temperature.detach()).to(accumulate)
+        if selection.correction is not None:
+            target = target.clamp(0, self.tensors[0].shape[0] - 1)
+            temperature = None if temperature is None else temperature.where(temperature > 0, 1.0)
+        return target, temperature
+
+
+def row_logprobs(hidden, head: FusedHead, selection: Selection, token_ids, temperature, entropy_gradient=False):
+    """(logps [N], entropy [N]) of the selected rows; ``entropy_gradient`` says that a gradient of the entropy will come."""
+    target, temperature = head.targets(selection, token_ids, temperature)
+    needs = head.needs(hidden)
+    if not any(needs):
+        tensors = [x if x is None else x.detach() for x in (hidden, *head.tensors)]
+        logps, entropy, _, _ = tiles.score(
+            *tensors, selection.rows, target, temperature, 0, 0, head.scalars, [False] * 5, head.budget, head.backend
+        )
+        return logps, entropy
+    return _RowLogProbs.apply(
+        hidden, *head.tensors, selection.rows, target, temperature,
+        head.scalars, selection.live, head.budget, head.backend, needs, entropy_gradient,
+    )  # fmt: skip
+
+
+class _RowLogProbs(torch.autograd.Function):
+    """Two phases. A frozen head keeps u = d logps / d hidden; else the softmax of as many rows as fit is kept."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, rows, target, temperature, scalars, live, budget, backend, needs,
+                entropy_gradient):  # fmt: skip
+        tensors = (hidden, weight, bias, lora_a, lora_b, rows, target, temperature)
+        ctx.set_materialize_grads(False)
+        ctx.call = (scalars, needs, budget, backend)
+        ctx.live = live
+        ctx.direct = needs[0] and not any(needs[1:]) and not entropy_gradient
+        ctx.stash = None
+        if ctx.direct:
+            ones = torch.ones(live, dtype=_accumulation(hidden), device=hidden.device)
+            logps, entropy, u, *_ = tiles.one_pass(
+                *tensors, ones, None, None, None, None, None, live, "linear", [0.2, 0.2, 0.0, 1.0, 1.0], False,
+                scalars, needs, budget, backend,
+            )  # fmt: skip
+            ctx.save_for_backward(*tensors, logps, entropy, None, u)
+            return logps, entropy
+        stash_rows = tiles.plan_call(live, rows.shape[0] - live, weight, needs, budget).stash_rows
+        logps, entropy, lse, stash = tiles.score(
+            *tensors, stash_rows, live, scalars, needs, budget, backend
+        )
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*tensors, logps, entropy, lse, stash)
+        else:
+            # the backward overwrites the stash, and a second one then has to compute again: not a saved tensor
+            ctx.save_for_backward(*tensors, logps, entropy, lse, None)
+            ctx.stash = stash
+        return logps, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, g_entropy):
+        *tensors, logps, entropy, lse, kept = ctx.saved_tensors
+        hidden, rows = tensors[0], tensors[5]
+        nothing = (None,) * 9
+        if g is None and g_entropy is None:
+            return (None,) * 5 + nothing
+        if ctx.direct and g_entropy is None:
+            factor = g.new_zeros(hidden.shape[0]).index_copy(0, rows, g).unsqueeze(1)
+            return torch.mul(kept, factor).to(kept.dtype), None, None, None, None, *nothing
+        scalars, needs, budget, backend = ctx.call
+        empty = hidden.new_empty(0, tensors[1].shape[0])
+        stash = kept if not ctx.direct and kept is not None else ctx.stash
+        ctx.stash = None
+        if lse is None:
+            lse = tiles.score(*tensors, 0, 0, scalars, [False] * 5, budget, backend)[2]
+        g = torch.zeros_like(logps) if g is None else g
+        grads = tiles.score_backward(
+            *tensors, logps, entropy, lse, empty if stash is None else stash, g, g_entropy, scalars, needs, budget, backend
+        )
+        return *cast_gradients(grads, tensors, needs), *nothing
+
+
+def cast_gradients(grads, tensors, needs):
+    """The gradients that were asked for, in their tensors' dtypes; None for the others."""
+    return tuple(
+        grad.to(tensor.dtype) if needed else None for grad, tensor, needed in zip(grads, tensors, needs, strict=False)
+    )
+
+
+def _accumulation(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,227 @@
+"""`fused_linear_grpo_loss`: the GRPO loss and its gradients from hidden states, without the [B, T, V] logits.
+
+One pass wherever a row's coefficient d loss / d logps depends on that row alone: the gradients are ready when the forward
+ends, and the backward only scales them. Everything else goes through the two phases of logprobs.py and autograd of the
+objective on [B, T] tensors.
+"""
+
+import torch
+
+from . import tiles
+from .arguments import PackedLayout, check_loss_arguments, value_flags
+from .config import GRPOLossConfig
+from .logprobs import FusedHead, cast_gradients, row_logprobs
+from .objective import known_zero, objective, on_policy_coefficients, prepare, row_terms, token_weights
+from .outputs import GRPOLossOutput
+from .products import accumulation_dtype
+from .rows import flatten, select_rows
+
+
+def fused_linear_grpo_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    completion_ids: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    old_logps: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    importance_sampling_ratio: torch.Tensor | None = None,
+    sampling_logps: torch.Tensor | None = None,
+    num_items=None,
+    config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 - frozen
+    temperature: torch.Tensor | None = None,
+    lora: tuple | None = None,
+    vocab_parallel_group=None,
+    data_parallel_group=None,
+    cu_seqlens: torch.Tensor | None = None,
+    kept_rows: torch.Tensor | None = None,
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> GRPOLossOutput:
+    """The loss of the GRPO family from the last hidden states and the head's weight.
+
+    Equals `reference.grpo_loss` with the same arguments, that is `objective` of the log-probs of
+    ``hidden @ weight.T + bias``, without ever holding the logits.
+
+    Args:
+        hidden: [B, T, D] float32, float64, bfloat16 or float16; differentiable. Position t predicts ``completion_ids[:, t]``.
+        weight: [V, D] of the same dtype (under autocast both are cast once); differentiable, or frozen.
+        completion_ids: [B, T] int64, in [0, V) where the mask is 1.
+        advantages: [B] or [B, T] float, finite where the mask is 1.
+        mask: [B, T] bool or 0/1; rows where it is 0 are never computed.
+        bias: [V], differentiable; may hold -inf.
+        old_logps: [B, T] log-probs of the policy that sampled; None = on-policy.
+        ref_logps: [B, T] log-probs of the reference; needed when ``config.beta != 0``.
+        importance_sampling_ratio: [B, T] or [B, 1], trainer over sampler.
+        sampling_logps: [B, T], may hold nan; for the off-policy mask, falls back to ``old_logps``.
+        num_items: the exact divisor of dapo, cispo and vespo: a number > 0, or a 0-dim tensor (clamped to >= 1, not
+            synchronised); None = the kept tokens. Under DDP's mean of gradients pass the global count / world size.
+        config: `GRPOLossConfig`; options and tensors that its loss_type does not use are ignored.
+        temperature: [B, T], overrides ``config.temperature`` per token.
+        lora: (A [r, D], B [V, r], scale), an adapter on the head, never merged; A and B differentiable.
+        vocab_parallel_group: must be None in this version.
+        data_parallel_group: torch.distributed group over which the entropy quantile is taken.
+        cu_seqlens: [B + 1] int32, packed layout: hidden [N, D], every per-token tensor [N], advantages [B] or [N],
+            importance_sampling_ratio [B, 1] or [N].
+        kept_rows: [N] int64, ascending indices into the flattened tokens, equal to mask's nonzero. With it nothing
+            synchronises with the host: bad values then give a NaN loss instead of an exception.
+        workspace_bytes: budget of tiles and stash; None is GRPO_KERNELS_WORKSPACE_MB, or 384 MiB. plan.py states the peak.
+        backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
+
+    Returns:
+        `GRPOLossOutput`: loss 0-dim, differentiable once in hidden, weight, bias and lora; logps and entropy [B, T]
+        detached; metrics, name -> 0-dim tensor. float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came.
+        RuntimeError: a named backend cannot be used.
+
+    Source: ratio, clipping, k3: Shao et al. 2024; the other losses as named in README.md.
+    """
+    args = check_loss_arguments(
+        hidden, weight, completion_ids, advantages, mask, bias=bias, old_logps=old_logps, ref_logps=ref_logps,
+        importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
+        config=config, temperature=temperature, lora=lora, vocab_parallel_group=vocab_parallel_group,
+        cu_seqlens=cu_seqlens, kept_rows=kept_rows, workspace_bytes=workspace_bytes, backend=backend,
+    )  # fmt: skip
+    head = FusedHead.of(args.weight, args.bias, args.lora, config.transform, workspace_bytes, backend)
+    batch = _Batch(args, mask, config, accumulation_dtype(args.hidden.dtype), data_parallel_group)
+    flags = value_flags(mask, completion_ids, weight.shape[0], advantages, temperature, batch.layout)
+    trains = any(head.needs(args.hidden))
+    selection = select_rows(mask, flags, weight.shape[0], live=batch.live() if trains else None, kept_rows=kept_rows)
+    rows = flatten(args.hidden, mask)
+    if trains and coefficients_depend_on_their_row_alone(config, on_policy=old_logps is None):
+        return _one_pass(rows, head, batch, selection, completion_ids, args.temperature, mask)
+
+    logps, entropy = row_logprobs(rows, head, selection, completion_ids, args.temperature, config.entropy_coef != 0)
+    logps, entropy = selection.scatter(logps, mask), selection.scatter(entropy, mask)
+    loss, metrics = batch.objective(logps, entropy)
+    return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)
+
+
+class FusedLinearGRPOLoss(torch.nn.Module):
+    """`fused_linear_grpo_loss` as a module: the options at construction, everything else per call.
+
+    Args:
+        **options: the fields of `GRPOLossConfig`.
+
+    Raises:
+        ValueError: an option has a wrong value. TypeError: there is no such option.
+    """
+
+    def __init__(self, **options):
+        super().__init__()
+        self.config = GRPOLossConfig(**options)
+
+    def forward(self, hidden, weight, completion_ids, advantages, mask, **tensors) -> GRPOLossOutput:
+        return fused_linear_grpo_loss(hidden, weight, completion_ids, advantages, mask, config=self.config, **tensors)
+
+    def extra_repr(self):
+        return repr(self.config)
+
+
+def coefficients_depend_on_their_row_alone(config: GRPOLossConfig, on_policy: bool) -> bool:
+    """Whether d loss / d logps of a token needs the log-probs of no other token, so that one pass is enough."""
+    if config.top_entropy_quantile < 1.0 or config.off_policy_mask_threshold is not None:
+        return False
+    if on_policy:
+        return not (config.sequence_level and config.beta != 0 and config.use_bias_correction_kl)
+    return not config.sequence_level and config.loss_type != "vespo"
+
+
+class _Batch:
+    """The per-token side of a call: prepared inputs as [B, T], weights, and the objective."""
+
+    def __init__(self, args, mask, config, dtype, data_parallel_group):
+        self.config, self.args = config, args
+        self.layout = PackedLayout.of(args.cu_seqlens, mask)
+        self.group = data_parallel_group
+        pad = self.layout.pad
+        self.inputs = (self.layout.pad_advantages(args.advantages), pad(mask))
+        self.tensors = {
+            "old_logps": pad(args.old_logps),
+            "ref_logps": pad(args.ref_logps),
+            "importance_sampling_ratio": self.layout.pad_ratio(args.importance_sampling_ratio),
+            "sampling_logps": pad(args.sampling_logps),
+        }
+        self.prepared = prepare(*self.inputs, dtype, **self.tensors, config=config)
+        self.weights = token_weights(self.prepared.mask, config, args.num_items)
+
+    def live(self):
+        """Tokens that may get a gradient, in the layout of the caller."""
+        return self.layout.unpad((self.prepared.mask > 0) & ~known_zero(self.prepared, self.weights, self.config))
+
+    def objective(self, logps, entropy):
+        return objective(
+            self.layout.pad(logps), self.layout.pad(entropy), *self.inputs, **self.tensors, num_items=self.args.num_items,
+            data_parallel_group=self.group, config=self.config,
+        )  # fmt: skip
+
+    def row_vectors(self, selection):
+        """(w_policy, advantages, old, ref, w_kl, w_entropy) of the live rows, None where the loss has no such part."""
+        t, u, config = self.prepared, self.weights, self.config
+        vectors = dict.fromkeys(("w_policy", "advantages", "old", "ref", "w_kl", "w_entropy"))
+        if t.old is None:
+            vectors["w_policy"] = on_policy_coefficients(t, u, config)
+        else:
+            vectors["w_policy"] = u if t.rho is None else u * t.rho
+            vectors["advantages"], vectors["old"] = t.advantages.expand_as(t.mask), t.old
+        if t.ref is not None:
+            vectors["ref"], vectors["w_kl"] = t.ref, config.beta * u
+        if config.entropy_coef != 0:
+            vectors["w_entropy"] = -config.entropy_coef * t.mask / t.mask.sum().clamp(min=1)
+        return [None if x is None else selection.take(self.layout.unpad(x), live_only=True) for x in vectors.values()]
+
+
+def _one_pass(hidden, head, batch, selection, completion_ids, temperature, mask):
+    config = batch.config
+    target, temperature = head.targets(selection, completion_ids, temperature)
+    terms = row_terms(config, on_policy=batch.prepared.old is None)
+    tensors, needs = (hidden, *head.tensors), head.needs(hidden)
+    detached = [x if x is None else x.detach() for x in tensors]
+    numbers = [terms.epsilon_low, terms.epsilon_high, terms.delta or 0.0, terms.sapo_temperature_pos, terms.sapo_temperature_neg]
+    arguments = (
+        *detached, selection.rows, target, temperature, *batch.row_vectors(selection), selection.live, terms.kind, numbers,
+        terms.use_bias_correction_kl, head.scalars, needs, head.budget, head.backend,
+    )  # fmt: skip
+    logps, entropy, *grads = tiles.one_pass(*arguments)
+    logps, entropy = selection.scatter(logps, mask), selection.scatter(entropy, mask)
+    loss, metrics = batch.objective(logps, entropy)
+    loss = _WithGradients.apply(loss, needs, *tensors, *grads)
+    return GRPOLossOutput(loss, logps, entropy, metrics)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known already: the backward multiplies them by the incoming gradient.
+
+    They are saved tensors, which autograd lets go of before it accumulates: with a gradient of 1 a parameter's ``.grad`` is
+    then the very memory that the forward wrote, without a copy.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, needs, hidden, weight, bias, lora_a, lora_b, *grads):
+        ctx.needs = needs
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, lora_a, lora_b)]
+        ctx.save_for_backward(loss, *grads)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        loss, *grads = ctx.saved_tensors
+        # rows that cost no backward must not hide a NaN of theirs from the gradients
+        scale = torch.where(loss.isnan(), loss, g)
+        out = [grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.needs, strict=True)]
+        return None, None, *(None if x is None else _scaled(x, scale) for x in out), *(None,) * 5
+
+
+def _scaled(grad, scale):
+    if torch.compiler.is_compiling():
+        return grad * scale.to(grad.dtype)
+    if not scale.is_cuda and scale.item() == 1.0:
+        return grad
+    # in place: a second full-size gradient would undo what the fusion saves. A second backward through a retained graph
+    # then fails in autograd's own check of saved tensors, never silently
+    return grad.mul_(scale)

@@ -1,0 +1,98 @@
+"""How a call is cut into tiles: shapes and a budget in, chunk sizes out; no tensor is touched here.
+
+Peak memory of a call, beyond its inputs and O(N) vectors, in bytes (e = bytes of the inputs' dtype, a = 4, or 8 for float64):
+
+    gradients   N_all D e  (dH)  +  V D e  (dW)                          only those that are asked for
+    + V D (a - e)               the float32 sum behind dW, if e < a and the live rows need more than one tile
+    + N D a                     the float32 sum behind dH, two-phase recomputation only, if e < a
+    + workspace                 tile or stash, gathered hidden rows, and the scratch of one vocabulary block
+
+The workspace never exceeds the budget unless the budget is below one row and one narrow block of columns:
+``minimum = 2 V e + 2 * 64 * (D + 64) * a`` bytes, which is what is then used.
+"""
+
+import os
+from dataclasses import dataclass
+
+DEFAULT_WORKSPACE_BYTES = 384 * 2**20
+_BLOCK_BYTES = 16 * 2**20
+_MAX_COLUMNS = 8192
+_MIN_COLUMNS = 64
+_SCORE_ROWS = 1024
+_SCORE_COLUMNS = 4096
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a call asks for."""
+
+    live: int  # rows that are scored and may get a gradient
+    dead: int  # rows that are only scored
+    vocab: int
+    depth: int
+    element_size: int  # bytes of the inputs' dtype, which is the tile's dtype
+    needs_weight: bool  # a gradient of weight, bias or the adapter's B is wanted
+    budget: int  # bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer; every number is at least 1 except ``stash_rows``."""
+
+    tile_rows: int  # one pass: rows of [., V] processed together
+    tiles: int  # how many such tiles the live rows take
+    columns: int  # width of a vocabulary block of the products
+    score_rows: int  # scoring without gradient: rows and columns of a tile
+    score_columns: int
+    stash_rows: int  # two phases: live rows whose probabilities are kept for the backward
+    recompute_rows: int  # rows of a recomputed [., columns] tile
+
+
+def default_budget() -> int:
+    """GRPO_KERNELS_WORKSPACE_MB in bytes, or 384 MiB: 1024 rows of a 152k vocabulary in bf16 with their scratch."""
+    megabytes = os.environ.get("GRPO_KERNELS_WORKSPACE_MB")
+    if megabytes is None:
+        return DEFAULT_WORKSPACE_BYTES
+    try:
+        budget = int(float(megabytes) * 2**20)
+    except (ValueError, OverflowError):
+        budget = 0
+    if budget <= 0:
+        raise ValueError(f"GRPO_KERNELS_WORKSPACE_MB must be a number of MiB > 0, got {megabytes!r}")
+    return budget
+
+
+def plan(problem: Problem) -> Plan:
+    """The chunk sizes that keep the peak within the formula above."""
+    p = problem
+    e = p.element_size
+    columns = _block_columns(p)
+    score_columns = min(p.vocab, _SCORE_COLUMNS, max(_MIN_COLUMNS, p.budget // (4 * e)))
+    score_rows = min(_SCORE_ROWS, max(1, p.budget // (score_columns * e + p.depth * e)))
+
+    row_bytes = p.vocab * e + p.depth * e * 2 + (columns * e if p.needs_weight else 0)
+    block_bytes = columns * p.depth * e if p.needs_weight else 0
+    fit = max(1, (p.budget - block_bytes) // row_bytes)
+    tiles = max(1, -(-p.live // fit))
+    tile_rows = max(1, -(-p.live // tiles))
+
+    scratch = _recompute_scratch(p, columns)
+    if p.live * row_bytes + block_bytes <= p.budget:
+        stash_rows, recompute_rows = p.live, 1
+    else:
+        stash_rows = min(p.live, max(0, (p.budget - scratch) // (p.vocab * e)))
+        recompute_rows = max(1, min(p.live - stash_rows, (scratch - 3 * block_bytes) // (columns * e * 2 + p.depth * e * 2)))
+    return Plan(tile_rows, tiles, columns, score_rows, score_columns, stash_rows, recompute_rows)
+
+
+def _block_columns(p):
+    """Blocks of some 16 MiB of weight: large enough for the products, small beside the tile."""
+    by_bytes = min(_BLOCK_BYTES, p.budget // 8) // (p.depth * p.element_size)
+    return min(p.vocab, _MAX_COLUMNS, max(_MIN_COLUMNS, by_bytes))
+
+
+def _recompute_scratch(p, columns):
+    """A quarter of the budget for recomputed blocks, or what all rows need if that is less."""
+    block = 3 * columns * p.depth * p.element_size
+    wanted = block + p.live * (columns * p.element_size * 2 + p.depth * p.element_size * 2)
+    return min(wanted, max(p.budget // 4, block))

@@ -1,0 +1,92 @@
+"""The truth of every test: full logits, plain autograd, any float dtype, written to be read beside the specification."""
+
+import torch
+
+from .arguments import PackedLayout, check_loss_arguments, check_values
+from .config import GRPOLossConfig
+from .objective import objective
+from .outputs import GRPOLossOutput
+
+
+def grpo_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    completion_ids: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    bias=None,
+    old_logps=None,
+    ref_logps=None,
+    importance_sampling_ratio=None,
+    sampling_logps=None,
+    num_items=None,
+    config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 - frozen
+    temperature=None,
+    lora=None,
+    vocab_parallel_group=None,
+    data_parallel_group=None,
+    cu_seqlens=None,
+    kept_rows=None,
+    workspace_bytes=None,
+    backend="auto",
+) -> GRPOLossOutput:
+    """The GRPO loss through the full [B, T, V] logits; same arguments, results and errors as `fused_linear_grpo_loss`.
+
+    Plain autograd all the way: differentiable in hidden, weight, bias and lora, any number of times. ``kept_rows``,
+    ``workspace_bytes`` and ``backend`` are accepted and change nothing.
+    """
+    args = check_loss_arguments(
+        hidden, weight, completion_ids, advantages, mask, bias=bias, old_logps=old_logps, ref_logps=ref_logps,
+        importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
+        config=config, temperature=temperature, lora=lora, vocab_parallel_group=vocab_parallel_group,
+        cu_seqlens=cu_seqlens, kept_rows=kept_rows, workspace_bytes=workspace_bytes, backend=backend,
+    )  # fmt: skip
+    check_values(mask, completion_ids, weight.shape[0], advantages, temperature, cu_seqlens)
+
+    rows = args.hidden.where(mask.bool().unsqueeze(-1), 0.0)
+    z = hidden_to_logits(rows, args.weight, args.bias, args.lora)
+    return loss_from_logits(z, args, completion_ids, mask, config, data_parallel_group)
+
+
+def hidden_to_logits(hidden, weight, bias, lora):
+    z = hidden @ weight.T
+    if lora is not None:
+        a, b, scale = lora
+        z = z + scale * ((hidden @ a.T) @ b.T)
+    return z if bias is None else z + bias.to(z.dtype)
+
+
+def loss_from_logits(z, args, completion_ids, mask, config, data_parallel_group):
+    layout = PackedLayout.of(args.cu_seqlens, mask)
+    logps, entropy = logps_from_logits(z, completion_ids, mask, config, args.temperature)
+    loss, metrics = objective(
+        layout.pad(logps), layout.pad(entropy), layout.pad_advantages(args.advantages), layout.pad(mask),
+        old_logps=layout.pad(args.old_logps), ref_logps=layout.pad(args.ref_logps),
+        importance_sampling_ratio=layout.pad_ratio(args.importance_sampling_ratio),
+        sampling_logps=layout.pad(args.sampling_logps), num_items=args.num_items,
+        data_parallel_group=data_parallel_group, config=config,
+    )  # fmt: skip
+    return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)
+
+
+def logps_from_logits(z, token_ids, mask, config, temperature=None):
+    """[..., V] raw logits -> (logps, entropy) [...], float32 (float64 stays), 0 where the mask is 0."""
+    kept = mask.bool()
+    z = z.to(torch.promote_types(z.dtype, torch.float32)).where(kept.unsqueeze(-1), 0.0)
+    z = config.logit_scale * z
+    if config.softcap is not None:
+        z = config.softcap * torch.tanh(z / config.softcap)
+    if temperature is None:
+        z = z / config.temperature
+    else:
+        z = z / temperature.detach().to(z.dtype).where(kept, 1.0).unsqueeze(-1)
+    token = token_ids.where(kept, 0).long().unsqueeze(-1)
+    target = z.gather(-1, token).squeeze(-1)
+    # lp = -softplus(lse_others - z[token]): the difference z[token] - lse would cancel near p = 1
+    # the lowest finite number and not -inf, so that a row whose other logits are all -inf keeps a gradient
+    others = z.scatter(-1, token, torch.finfo(z.dtype).min).logsumexp(-1)
+    logps = -torch.logaddexp(torch.zeros_like(target), others - target)
+    log_p = z.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p.where(log_p > -float("inf"), 0.0)).sum(-1)
+    return logps.where(kept, 0.0), entropy.where(kept, 0.0)

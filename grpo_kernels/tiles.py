@@ -1,0 +1,310 @@
+"""The chunk loops, as three torch.library ops: one pass, scoring (with a stash), and the backward of scoring.
+
+    one_pass         per tile of rows: z = h W^T, row kernel (statistics ... dz in place), dH = dz W, dW += dz^T h     6NVD
+    score            per tile: z, statistics; the first ``stash_rows`` rows leave their softmax behind                  2NVD
+    score_backward   dz from the stash, or from z computed again; vocabulary outermost                           4NVD or 6NVD
+
+They take flattened rows: ``hidden`` [M, D] and ``rows`` [N], the indices of the kept rows with those that need a gradient (the
+first ``live``) in front; every per-row vector is in the order of ``rows``. ``scalars`` are (lora scale, logit scale, softcap or
+0, temperature); ``needs`` says which gradients are wanted, of (hidden, weight, bias, lora A, lora B). Nothing here
+synchronises with the host except `score_backward`, which drops rows that got no gradient. The ops carry no autograd formula:
+loss.py and logprobs.py hold theirs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.pytorch import new_statistics
+from .config import LogitTransform
+from .objective import PolicyRows, PolicyTerms
+from .plan import Plan, Problem, plan
+from .products import Gradients, Head, accumulation_dtype, blocks, empty
+from .row_statistics import finalize
+
+_ROW_ALIGNMENT = 128
+
+
+def plan_call(live, dead, weight, needs, budget) -> Plan:
+    vocab, depth = weight.shape
+    return plan(Problem(live, dead, vocab, depth, weight.element_size(), needs[1] or needs[2] or needs[4], budget))
+
+
+@torch.library.custom_op("grpo_kernels::one_pass", mutates_args=())
+def one_pass(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    rows: Tensor,
+    target: Tensor,
+    temperature: Tensor | None,
+    w_policy: Tensor,
+    advantages: Tensor | None,
+    old: Tensor | None,
+    ref: Tensor | None,
+    w_kl: Tensor | None,
+    w_entropy: Tensor | None,
+    live: int,
+    kind: str,
+    terms: Sequence[float],
+    bias_correction: bool,
+    scalars: Sequence[float],
+    needs: Sequence[bool],
+    budget: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logps [N], entropy [N], dH, dW, dbias, dA, dB): scores all rows and differentiates the first ``live``."""
+    the_plan = plan_call(live, rows.shape[0] - live, weight, needs, budget)
+    call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend)
+    policy_terms = PolicyTerms(kind, *terms[:2], terms[2] or None, *terms[3:], bias_correction)
+    vectors = [w_policy, advantages, old, ref, w_kl, w_entropy]
+    grads = Gradients(hidden, call.head, needs, the_plan.tiles, the_plan.columns, call.all_live)
+    buffer = _tile(the_plan.tile_rows, weight.shape[0], hidden) if live else None
+    for start, end in blocks(live, the_plan.tile_rows):
+        h, t, where = call.gather(start, end)
+        s, tile = slice(start, end), buffer[: end - start]
+        call.head.tile(h, t, the_plan.columns, out=tile)
+        rows_of_tile = PolicyRows(*(None if x is None else x[s] for x in vectors))
+        call.kernels.policy(
+            tile, target[s], rows_of_tile, policy_terms, call.transform, call.logps[s], call.entropy[s], **call.options(s)
+        )
+        grads.add_tile(tile, h, t, where)
+    del buffer
+    call.score(live, rows.shape[0], the_plan)
+    return call.logps, call.entropy, *grads.finish(hidden)
+
+
+@one_pass.register_fake
+def _(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, w_policy, advantages, old, ref, w_kl, w_entropy, live,
+      kind, terms, bias_correction, scalars, needs, budget, backend):  # fmt: skip
+    logps = hidden.new_empty(rows.shape[0], dtype=accumulation_dtype(hidden.dtype))
+    return logps, torch.empty_like(logps), *_fake_gradients(hidden, weight, bias, lora_a, lora_b, needs)
+
+
+@torch.library.custom_op("grpo_kernels::score", mutates_args=())
+def score(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    rows: Tensor,
+    target: Tensor,
+    temperature: Tensor | None,
+    stash_rows: int,
+    live: int,
+    scalars: Sequence[float],
+    needs: Sequence[bool],
+    budget: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logps [N], entropy [N], lse [N], stash [stash_rows, >= V]): the stash holds softmax(z) in the inputs' dtype."""
+    the_plan = plan_call(live, rows.shape[0] - live, weight, needs, budget)
+    call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend)
+    vocab = weight.shape[0]
+    stash = _tile(stash_rows, vocab, hidden, whole=True)
+    if stash_rows:
+        s, tile = slice(0, stash_rows), stash[:, :vocab]
+        h, t, _ = call.gather(0, stash_rows)
+        stats = new_statistics(stash_rows, call.accumulate, hidden.device)
+        call.head.tile(h, t, the_plan.columns, out=tile)
+        call.kernels.statistics(tile, stats, target[s], call.transform, probs=True, **call.options(s))
+        call.write(s, stats)
+    call.score(stash_rows, rows.shape[0], the_plan)
+    return call.logps, call.entropy, call.lse, stash
+
+
+@score.register_fake
+def _(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, stash_rows, live, scalars, needs, budget, backend):
+    logps = hidden.new_empty(rows.shape[0], dtype=accumulation_dtype(hidden.dtype))
+    stash = hidden.new_empty(stash_rows, _padded(weight.shape[0], hidden.element_size()))
+    return logps, torch.empty_like(logps), torch.empty_like(logps), stash
+
+
+@torch.library.custom_op("grpo_kernels::score_backward", mutates_args=("stash",))
+def score_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    rows: Tensor,
+    target: Tensor,
+    temperature: Tensor | None,
+    logps: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    stash: Tensor,
+    g: Tensor,
+    g_entropy: Tensor | None,
+    scalars: Sequence[float],
+    needs: Sequence[bool],
+    budget: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dH, dW, dbias, dA, dB) from the gradients g and g_entropy [N] of logps and entropy; overwrites the stash."""
+    vocab = weight.shape[0]
+    kept = _rows_with_gradient(g, g_entropy)
+    stashed = kept if kept is None else kept[kept < stash.shape[0]]
+    stash = _compacted(stash[:, :vocab], stashed)
+    k = stash.shape[0]
+    vectors = [target, temperature, logps, entropy, lse, g, g_entropy]
+    if kept is not None:
+        rows, *vectors = [None if x is None else x[kept] for x in (rows, *vectors)]
+    target, temperature, logps, entropy, lse, g, g_entropy = vectors
+    n = rows.shape[0]
+
+    the_plan = plan_call(n - k, 0, weight, needs, budget)
+    step = min(the_plan.recompute_rows, max(1, n - k))
+    call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, n, scalars, backend)
+    chunks = [(start + k, end + k) for start, end in blocks(n - k, step)]
+    terms_per_block = len(chunks) + (k > 0)
+    grads = Gradients(hidden, call.head, needs, terms_per_block, the_plan.columns, call.all_live, vocabulary_outermost=True)
+
+    gathered = {span: call.gather(*span) for span in [(0, k)] * (k > 0) + chunks}
+    buffer = empty(step * min(the_plan.columns, vocab), like=hidden) if chunks else None
+    dh, db = _recomputed_sums(call, n - k, needs)
+    for start, end in blocks(vocab, the_plan.columns):
+        for span, (h, t, _) in gathered.items():
+            s = slice(*span)
+            from_probs = span[1] <= k
+            if from_probs:
+                dz = stash[:, start:end]
+            else:
+                dz = buffer[: h.shape[0] * (end - start)].view(h.shape[0], end - start)
+                call.head.logits(h, t, start, end, dz)
+            call.kernels.gradient(
+                dz, target[s] - start, lse[s], logps[s], entropy[s], g[s], None if g_entropy is None else g_entropy[s],
+                call.transform, from_probs=from_probs, **call.options(s, slice(start, end)),
+            )  # fmt: skip
+            grads.add_block(dz, start, end, h, t)
+            if not from_probs:
+                where = slice(span[0] - k, span[1] - k)
+                _add_product(dh, where, dz, weight[start:end])
+                _add_product(db, where, dz, None if lora_b is None else lora_b[start:end])
+        grads.close_block(start, end)
+    for span, (h, _, where) in gathered.items():
+        if span[1] <= k:
+            grads.add_hidden(stash, h, where)
+        else:
+            s = slice(span[0] - k, span[1] - k)
+            grads.add_recomputed(None if dh is None else dh[s], None if db is None else db[s], h, where)
+    return grads.finish(hidden)
+
+
+@score_backward.register_fake
+def _(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, logps, entropy, lse, stash, g, g_entropy, scalars, needs,
+      budget, backend):  # fmt: skip
+    return _fake_gradients(hidden, weight, bias, lora_a, lora_b, needs)
+
+
+class _Call:
+    """What the three ops share: the head, the row kernels, the outputs per row, and the gathering of rows."""
+
+    def __init__(self, hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend):
+        self.accumulate = accumulation_dtype(hidden.dtype)
+        self.hidden, self.rows, self.target, self.temperature = hidden, rows, target, temperature
+        bias = None if bias is None else bias.to(self.accumulate).contiguous()
+        self.head = Head(weight, bias, lora_a, lora_b, scalars[0])
+        self.transform = LogitTransform(scalars[1], scalars[2] or None, scalars[3])
+        self.kernels = backends.kernels(backend)
+        n = rows.shape[0]
+        self.all_live = live == n == hidden.shape[0]
+        # with every row of hidden kept, rows is in order unless the live ones had to be moved to the front
+        self.in_order = n == hidden.shape[0] and live in (0, n)
+        self.logps, self.entropy, self.lse = (
+            torch.empty(n, dtype=self.accumulate, device=hidden.device) for _ in range(3)
+        )
+
+    def gather(self, start, end):
+        """(h [R, D], t = h A^T or None, where): the rows [start, end) of ``rows``, and their place in hidden."""
+        where = slice(start, end) if self.in_order else self.rows[start:end]
+        h = self.hidden[where]
+        return h, self.head.adapted(h), where
+
+    def options(self, s, columns=slice(None)):
+        bias = None if self.head.bias is None else self.head.bias[columns]
+        return {"bias": bias, "temperature": None if self.temperature is None else self.temperature[s]}
+
+    def score(self, first, last, the_plan):
+        """Statistics of the rows [first, last), a block of columns at a time, in one small buffer."""
+        if first == last:
+            return
+        vocab = self.head.weight.shape[0]
+        height = min(the_plan.score_rows, last - first)
+        buffer = empty(height * min(the_plan.score_columns, vocab), like=self.hidden)
+        for start, end in blocks(last - first, height):
+            s = slice(start + first, end + first)
+            h, t, _ = self.gather(s.start, s.stop)
+            stats = new_statistics(h.shape[0], self.accumulate, h.device)
+            for left, right in blocks(vocab, the_plan.score_columns):
+                tile = buffer[: h.shape[0] * (right - left)].view(h.shape[0], right - left)
+                self.head.logits(h, t, left, right, tile)
+                columns = slice(left, right)
+                self.kernels.statistics(tile, stats, self.target[s] - left, self.transform, **self.options(s, columns))
+            self.write(s, stats)
+
+    def write(self, s, stats):
+        self.logps[s], self.lse[s], self.entropy[s] = finalize(stats)
+
+
+def _padded(vocab, element_size):
+    """Row stride in elements: a multiple of 128 bytes, since an odd stride puts the products off their fast path."""
+    unit = _ROW_ALIGNMENT // element_size
+    return -(-vocab // unit) * unit
+
+
+def _tile(rows, vocab, like, whole=False):
+    tile = empty(rows, _padded(vocab, like.element_size()), like=like)
+    return tile if whole else tile[:, :vocab]
+
+
+def _rows_with_gradient(g, g_entropy):
+    """Indices of rows whose gradient is not zero (NaN counts as not zero), or None if that is all of them."""
+    if g.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    wanted = g != 0
+    if g_entropy is not None:
+        wanted = wanted | (g_entropy != 0)
+    kept = wanted.nonzero().squeeze(1)
+    return None if kept.shape[0] == g.shape[0] else kept
+
+
+def _compacted(stash, kept):
+    """The kept rows of the stash moved to its front, in place."""
+    if kept is None or kept.shape[0] == stash.shape[0]:
+        return stash
+    for to, source in enumerate(kept.tolist()):
+        if to != source:
+            stash[to].copy_(stash[source])
+    return stash[: kept.shape[0]]
+
+
+def _recomputed_sums(call, rows, needs):
+    """Float32 sums of dz W [R, D] and dz B [R, r] over the blocks of the vocabulary, where they are wanted."""
+    zeros = lambda width: call.hidden.new_zeros(rows, width, dtype=call.accumulate)  # noqa: E731
+    dh = zeros(call.hidden.shape[1]) if needs[0] and rows else None
+    adapted = call.head.lora_a is not None and (needs[0] or needs[3]) and rows
+    return dh, zeros(call.head.lora_a.shape[0]) if adapted else None
+
+
+def _add_product(total, where, dz, factor):
+    if total is None or factor is None:
+        return
+    if factor.dtype == total.dtype:
+        total[where].addmm_(dz, factor)
+    else:
+        total[where] += dz @ factor
+
+
+def _fake_gradients(hidden, weight, bias, lora_a, lora_b, needs):
+    accumulate = accumulation_dtype(hidden.dtype)
+    done = []
+    for tensor, needed in zip((hidden, weight, bias, lora_a, lora_b), needs, strict=True):
+        dtype = accumulate if tensor is bias else hidden.dtype
+        done.append(torch.empty(tensor.shape if needed else 0, dtype=dtype, device=hidden.device))
+    return tuple(done)

@@ -1,0 +1,111 @@
+"""Prompts in, completions out: tokenise, pad on the left, sample with transformers' generate, mask behind the first EOS."""
+
+import contextlib
+import random
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+
+class Completions(NamedTuple):
+    """B sampled completions of at most T tokens behind prompts of at most P tokens, padded to [P | T]."""
+
+    input_ids: torch.Tensor  # [B, P + T]
+    attention_mask: torch.Tensor  # [B, P + T], 0 on the padding left of prompts and right of completions
+    mask: torch.Tensor  # [B, T] bool, True up to and including the first EOS
+    terminated: torch.Tensor  # [B] bool, an EOS was sampled
+
+
+@contextlib.contextmanager
+def seeded(*key):
+    """Random numbers inside the block depend on ``key`` alone, and those after it do not depend on the block.
+
+    So the n-th rollout of a run is the same whether or not the run was interrupted before it.
+    """
+    seed = random.Random(repr(key)).getrandbits(32)
+    python, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)
+
+
+def tokenize(tokenizer, prompts, chat_template_kwargs=None) -> list[list[int]]:
+    """Token ids of each prompt: a string as it is, a list of messages through the chat template."""
+    ids = []
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            prompt = tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+            )
+            ids.append(tokenizer(prompt, add_special_tokens=False)["input_ids"])  # the template wrote them
+        else:
+            ids.append(tokenizer(prompt)["input_ids"])
+        if not ids[-1]:
+            raise ValueError(f"prompt {prompt!r} has no tokens")
+    return ids
+
+
+def eos_token_ids(model, tokenizer) -> list[int]:
+    """Every token that ends a completion, by the model's generation config and by the tokenizer."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [*configured, tokenizer.eos_token_id] if i is not None})
+
+
+def sampling_config(args, model, tokenizer) -> GenerationConfig:
+    """How completions are drawn: from the distribution the loss sees, unless top_p or top_k narrow it."""
+    eos = eos_token_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0] if eos else 0
+    return GenerationConfig(
+        do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, use_cache=True,
+        max_new_tokens=args.max_completion_length, eos_token_id=eos or None, pad_token_id=pad,
+        # what is left None would be filled in from the model's own generation config
+        repetition_penalty=1.0, no_repeat_ngram_size=0, typical_p=1.0, min_p=0.0, num_beams=1,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def sample(model, prompt_ids: list[list[int]], config: GenerationConfig) -> Completions:
+    """One completion per row of ``prompt_ids``, sampled in eval mode; the model's mode is restored."""
+    width = max(map(len, prompt_ids))
+    pads = [width - len(ids) for ids in prompt_ids]
+    ids = torch.tensor([[config.pad_token_id] * n + row for n, row in zip(pads, prompt_ids, strict=True)])
+    attention = torch.arange(width) >= torch.tensor(pads).unsqueeze(1)
+    ids, attention = ids.to(model.device), attention.to(model.device).long()
+    training = model.training
+    model.eval()
+    try:
+        full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config)
+    finally:
+        model.train(training)
+    mask, terminated = completion_mask(full[:, width:], config.eos_token_id)
+    return Completions(full, torch.cat([attention, mask.long()], dim=1), mask, terminated)
+
+
+def completion_mask(completion_ids, eos_ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, T] ids -> (True up to and including the first EOS [B, T], whether there is one [B])."""
+    is_eos = torch.isin(completion_ids, torch.tensor(eos_ids or [-1], device=completion_ids.device))
+    return (is_eos.cumsum(1) - is_eos.long()) == 0, is_eos.any(1)
+
+
+def length_metrics(drawn: Completions) -> dict[str, torch.Tensor]:
+    """Lengths in tokens of all completions and of those that ended by themselves (nan if none did), by TRL's names."""
+    lengths = drawn.mask.sum(1).float()
+    metrics = {"completions/clipped_ratio": 1 - drawn.terminated.float().mean()}
+    ended = lengths[drawn.terminated] if drawn.terminated.any() else lengths.new_full((1,), float("nan"))
+    for name, of in (("length", lengths), ("terminated_length", ended)):
+        metrics |= {
+            f"completions/mean_{name}": of.mean(),
+            f"completions/min_{name}": of.min(),
+            f"completions/max_{name}": of.max(),
+        }
+    return metrics
