@@ -4,6 +4,7 @@ from . import reference
 from .advantages import group_advantages
 from .backends import available_backends
 from .config import GRPOLossConfig
+from .from_logits import grpo_loss_from_logits
 from .logprobs import linear_logprobs
 from .loss import FusedLinearGRPOLoss, fused_linear_grpo_loss
 from .objective import objective

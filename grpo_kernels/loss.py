@@ -8,10 +8,11 @@ objective on [B, T] tensors.
 import torch
 
 from . import tiles
-from .arguments import PackedLayout, check_loss_arguments, value_flags
+from .arguments import check_loss_arguments, value_flags
+from .batch import LossBatch
 from .config import GRPOLossConfig
 from .logprobs import FusedHead, cast_gradients, row_logprobs
-from .objective import known_zero, objective, on_policy_coefficients, prepare, row_terms, token_weights
+from .objective import row_terms
 from .outputs import GRPOLossOutput
 from .products import accumulation_dtype
 from .rows import flatten, select_rows
@@ -87,7 +88,7 @@ def fused_linear_grpo_loss(
         cu_seqlens=cu_seqlens, kept_rows=kept_rows, workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     head = FusedHead.of(args.weight, args.bias, args.lora, config.transform, workspace_bytes, backend)
-    batch = _Batch(args, mask, config, accumulation_dtype(args.hidden.dtype), data_parallel_group)
+    batch = LossBatch(args, mask, config, accumulation_dtype(args.hidden.dtype), data_parallel_group)
     flags = value_flags(mask, completion_ids, weight.shape[0], advantages, temperature, batch.layout)
     trains = any(head.needs(args.hidden))
     selection = select_rows(mask, flags, weight.shape[0], live=batch.live() if trains else None, kept_rows=kept_rows)
@@ -131,50 +132,6 @@ def coefficients_depend_on_their_row_alone(config: GRPOLossConfig, on_policy: bo
     return not config.sequence_level and config.loss_type != "vespo"
 
 
-class _Batch:
-    """The per-token side of a call: prepared inputs as [B, T], weights, and the objective."""
-
-    def __init__(self, args, mask, config, dtype, data_parallel_group):
-        self.config, self.args = config, args
-        self.layout = PackedLayout.of(args.cu_seqlens, mask)
-        self.group = data_parallel_group
-        pad = self.layout.pad
-        self.inputs = (self.layout.pad_advantages(args.advantages), pad(mask))
-        self.tensors = {
-            "old_logps": pad(args.old_logps),
-            "ref_logps": pad(args.ref_logps),
-            "importance_sampling_ratio": self.layout.pad_ratio(args.importance_sampling_ratio),
-            "sampling_logps": pad(args.sampling_logps),
-        }
-        self.prepared = prepare(*self.inputs, dtype, **self.tensors, config=config)
-        self.weights = token_weights(self.prepared.mask, config, args.num_items)
-
-    def live(self):
-        """Tokens that may get a gradient, in the layout of the caller."""
-        return self.layout.unpad((self.prepared.mask > 0) & ~known_zero(self.prepared, self.weights, self.config))
-
-    def objective(self, logps, entropy):
-        return objective(
-            self.layout.pad(logps), self.layout.pad(entropy), *self.inputs, **self.tensors, num_items=self.args.num_items,
-            data_parallel_group=self.group, config=self.config,
-        )  # fmt: skip
-
-    def row_vectors(self, selection):
-        """(w_policy, advantages, old, ref, w_kl, w_entropy) of the live rows, None where the loss has no such part."""
-        t, u, config = self.prepared, self.weights, self.config
-        vectors = dict.fromkeys(("w_policy", "advantages", "old", "ref", "w_kl", "w_entropy"))
-        if t.old is None:
-            vectors["w_policy"] = on_policy_coefficients(t, u, config)
-        else:
-            vectors["w_policy"] = u if t.rho is None else u * t.rho
-            vectors["advantages"], vectors["old"] = t.advantages.expand_as(t.mask), t.old
-        if t.ref is not None:
-            vectors["ref"], vectors["w_kl"] = t.ref, config.beta * u
-        if config.entropy_coef != 0:
-            vectors["w_entropy"] = -config.entropy_coef * t.mask / t.mask.sum().clamp(min=1)
-        return [None if x is None else selection.take(self.layout.unpad(x), live_only=True) for x in vectors.values()]
-
-
 def _one_pass(hidden, head, batch, selection, completion_ids, temperature, mask):
     config = batch.config
     target, temperature = head.targets(selection, completion_ids, temperature)
@@ -189,39 +146,51 @@ def _one_pass(hidden, head, batch, selection, completion_ids, temperature, mask)
     logps, entropy, *grads = tiles.one_pass(*arguments)
     logps, entropy = selection.scatter(logps, mask), selection.scatter(entropy, mask)
     loss, metrics = batch.objective(logps, entropy)
-    loss = _WithGradients.apply(loss, needs, *tensors, *grads)
+    # a plain tuple of what the op was called with: only a second backward through a retained graph runs it again
+    again = None if torch.compiler.is_compiling() else arguments
+    loss = _WithGradients.apply(loss, needs, again, *tensors, *grads)
     return GRPOLossOutput(loss, logps, entropy, metrics)
 
 
 class _WithGradients(torch.autograd.Function):
     """A loss whose gradients are known already: the backward multiplies them by the incoming gradient.
 
-    They are saved tensors, which autograd lets go of before it accumulates: with a gradient of 1 a parameter's ``.grad`` is
-    then the very memory that the forward wrote, without a copy.
+    They are saved tensors, which autograd lets go of before it accumulates: a parameter's ``.grad`` is then the very memory
+    that the forward wrote, without a copy. The multiplication is in place, since a second full-size gradient would undo
+    what the fusion saves; should a retained graph run backward again after that, the pass is run again.
     """
 
     @staticmethod
-    def forward(ctx, loss, needs, hidden, weight, bias, lora_a, lora_b, *grads):
-        ctx.needs = needs
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, lora_a, lora_b)]
-        ctx.save_for_backward(loss, *grads)
+    def forward(ctx, loss, needs, again, hidden, weight, bias, lora_a, lora_b, *grads):
+        tensors = (hidden, weight, bias, lora_a, lora_b)
+        ctx.needs, ctx.again, ctx.scaled = needs, again, False
+        ctx.dtypes = [None if x is None else x.dtype for x in tensors]
+        ctx.versions = None if again is None else [None if x is None else x._version for x in again[:5]]
+        ctx.is_nan = loss.isnan()
+        ctx.save_for_backward(*grads)
         return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        loss, *grads = ctx.saved_tensors
         # rows that cost no backward must not hide a NaN of theirs from the gradients
-        scale = torch.where(loss.isnan(), loss, g)
-        out = [grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.needs, strict=True)]
-        return None, None, *(None if x is None else _scaled(x, scale) for x in out), *(None,) * 5
+        scale = g.masked_fill(ctx.is_nan, float("nan"))
+        if torch.compiler.is_compiling():
+            grads = [grad * scale.to(grad.dtype) for grad in ctx.saved_tensors]
+        else:
+            grads = _computed_again(ctx) if ctx.scaled else ctx.saved_tensors
+            if scale.is_cuda or scale.item() != 1.0:
+                ctx.scaled = True
+                for grad in grads:
+                    grad.mul_(scale)
+        done = [grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.needs, strict=True)]
+        return None, None, None, *done, *(None,) * 5
 
 
-def _scaled(grad, scale):
-    if torch.compiler.is_compiling():
-        return grad * scale.to(grad.dtype)
-    if not scale.is_cuda and scale.item() == 1.0:
-        return grad
-    # in place: a second full-size gradient would undo what the fusion saves. A second backward through a retained graph
-    # then fails in autograd's own check of saved tensors, never silently
-    return grad.mul_(scale)
+def _computed_again(ctx):
+    if ctx.versions != [None if x is None else x._version for x in ctx.again[:5]]:
+        raise RuntimeError(
+            "backward a second time through fused_linear_grpo_loss: hidden, weight, bias or lora was modified in place since the "
+            "forward; call the loss again"
+        )
+    return tiles.one_pass(*ctx.again)[2:]

@@ -98,7 +98,8 @@ def objective(
         metrics = {"policy_loss": policy_loss.detach(), "entropy": _token_mean(entropy, m)}
         if t.ref is not None:
             metrics["kl"] = _token_mean(k3, m)
-        metrics.update(_clip_metrics(w, phi, A, m, config))
+        per_sequence = advantages.dim() == 1 and (config.sequence_level or phi is not None)
+        metrics.update(_clip_metrics(w, phi, A, m, config, per_sequence))
     return loss, metrics
 
 
@@ -243,16 +244,12 @@ def _token_mean(x, m):
     return (x * m).where(m > 0, 0.0).sum() / m.sum().clamp(min=1)
 
 
-def _clip_metrics(w, phi, A, m, config):
+def _clip_metrics(w, phi, A, m, config, per_sequence):
     def mean(x):
         """One value per sequence: over all B (0 where nothing is kept). One per token: over the kept tokens."""
-        if per_sequence(x):
+        if per_sequence:
             return (x.sum() / max(x.shape[0], 1)).where((m > 0).any(), 0.0)
         return _token_mean(x, m)
-
-    def per_sequence(x):
-        """Width 1 because it is one value per sequence, not because T is 1."""
-        return x.shape[1] == 1 and (config.sequence_level or x is phi)
 
     if config.loss_type == "vespo":
         return {"vespo/phi_seq_mean": mean(phi)}
@@ -269,7 +266,7 @@ def _clip_metrics(w, phi, A, m, config):
         """Minimum or maximum over sequences of the sequence means; 0 where there is no sequence to speak of."""
         if x.shape[0] == 0:
             return x.new_zeros(())
-        if per_sequence(x):
+        if per_sequence:
             return reduce(x)
         kept = m.sum(1)
         means = ((x * m).sum(1) / kept.clamp(min=1)).masked_fill(kept == 0, absent)

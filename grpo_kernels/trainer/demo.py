@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
 
-from ._dev import linear_logprobs
+from ..logprobs import linear_logprobs
 from ..integrations.transformers import fuse_lm_head
 from .config import GRPOConfig
 from .rewards import exact_match

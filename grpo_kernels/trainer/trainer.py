@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from ..advantages import group_advantages
 from ..integrations.transformers import fuse_lm_head, lm_head
-from ._dev import linear_logprobs
-from ._dev import fused_linear_grpo_loss
+from ..logprobs import linear_logprobs
+from ..loss import fused_linear_grpo_loss
 from .config import GRPOConfig
 from .rewards import reward_metrics, reward_names, score
 from .rollout import length_metrics, sample, sampling_config, seeded, tokenize

@@ -1,0 +1,178 @@
+"""`grpo_loss_from_logits`: the same loss for callers that hold the logits; the row kernels without the products."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .arguments import check_logits_arguments, raise_bad_values, value_flags
+from .backends.pytorch import new_statistics
+from .batch import LossBatch
+from .config import GRPOLossConfig, LogitTransform
+from .outputs import GRPOLossOutput
+from .products import accumulation_dtype
+from .row_statistics import finalize
+
+
+def grpo_loss_from_logits(
+    logits: torch.Tensor,
+    completion_ids: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    old_logps: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    importance_sampling_ratio: torch.Tensor | None = None,
+    sampling_logps: torch.Tensor | None = None,
+    num_items=None,
+    config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 - frozen
+    temperature: torch.Tensor | None = None,
+    data_parallel_group=None,
+    cu_seqlens: torch.Tensor | None = None,
+    kept_rows: torch.Tensor | None = None,
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+    inplace_backward: bool = False,
+) -> GRPOLossOutput:
+    """The loss of the GRPO family from logits.
+
+    Equals `objective` of ``(softcap(logit_scale * logits) / temperature).log_softmax(-1)`` at the tokens.
+
+    Args:
+        logits: [B, T, V] raw logits (before logit_scale, softcap and temperature), or [N, V] with cu_seqlens; float32,
+            float64, bfloat16 or float16; any strides; differentiable.
+        inplace_backward: the backward overwrites the logits with their gradient instead of taking new memory; they, and
+            everything that shares their memory, are lost, and a second backward is an error.
+        kept_rows: only says that nothing may synchronise with the host.
+        workspace_bytes: accepted for symmetry; without products nothing needs one.
+        Everything else: as in `fused_linear_grpo_loss`.
+
+    Returns:
+        `GRPOLossOutput`: loss differentiable once in logits; logps and entropy detached; metrics.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `fused_linear_grpo_loss`.
+    """
+    args = check_logits_arguments(
+        logits, completion_ids, advantages, mask, old_logps=old_logps, ref_logps=ref_logps,
+        importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
+        config=config, temperature=temperature, cu_seqlens=cu_seqlens, workspace_bytes=workspace_bytes, backend=backend,
+    )  # fmt: skip
+    vocab, accumulate = logits.shape[-1], accumulation_dtype(logits.dtype)
+    backend = backends.resolve(backend, logits.device, logits.dtype)
+    batch = LossBatch(args, mask, config, accumulate, data_parallel_group)
+    flags = value_flags(mask, completion_ids, vocab, advantages, temperature, batch.layout)
+    correction = None
+    if kept_rows is None and not torch.compiler.is_compiling():
+        raise_bad_values(flags.tolist(), vocab)
+    else:
+        correction = torch.zeros((), dtype=accumulate, device=logits.device).masked_fill(flags.sum() > 0, float("nan"))
+
+    kept = mask.bool()
+    target = completion_ids.where(kept, 0).clamp(0, vocab - 1)
+    if temperature is not None:
+        temperature = temperature.detach().to(accumulate)
+        temperature = temperature.where(kept & (temperature > 0), 1.0)
+    t = config.transform
+    scalars = [t.logit_scale, t.softcap or 0.0, t.temperature]
+    logps, entropy = _LogitsLogProbs.apply(logits, target, kept, temperature, scalars, backend, inplace_backward)
+    if correction is not None:
+        logps = (logps + correction).where(kept, 0.0)
+    loss, metrics = batch.objective(logps, entropy)
+    return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)
+
+
+class _LogitsLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, kept, temperature, scalars, backend, inplace):
+        logps, entropy, lse = score_logits(logits, target, kept, temperature, scalars, backend)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, temperature, logps, entropy, lse)
+        ctx.options = (scalars, backend, inplace)
+        return logps, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, g_entropy):
+        logits, target, temperature, logps, entropy, lse = ctx.saved_tensors
+        scalars, backend, inplace = ctx.options
+        if g is None and g_entropy is None:
+            return (None,) * 7
+        g = torch.zeros_like(logps) if g is None else g
+        tile = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device).copy_(logits)
+        logits_to_gradient(tile, target, temperature, logps, entropy, lse, g, g_entropy, scalars, backend)
+        return tile, *(None,) * 6
+
+
+@torch.library.custom_op("grpo_kernels::score_logits", mutates_args=())
+def score_logits(
+    logits: Tensor, target: Tensor, kept: Tensor, temperature: Tensor | None, scalars: Sequence[float], backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logps, entropy, lse) [B, T] (or [N]) of logits [B, T, V] (or [N, V]), 0 where not kept."""
+    dtype = accumulation_dtype(logits.dtype)
+    out = [torch.zeros(target.shape, dtype=dtype, device=logits.device) for _ in range(3)]
+    transform = LogitTransform(scalars[0], scalars[1] or None, scalars[2])
+    kernels = backends.kernels(backend)
+    for tile, sequence in _sequences(logits):
+        for span in _spans(kept[sequence]):
+            stats = new_statistics(tile[span].shape[0], dtype, logits.device)
+            temp = None if temperature is None else temperature[sequence][span]
+            kernels.statistics(_rows(tile[span]), stats, target[sequence][span].contiguous(), transform, temperature=temp)
+            for vector, value in zip(out, (*finalize(stats),), strict=True):
+                vector[sequence][span] = value
+    logps, lse, entropy = out
+    return logps, entropy, lse
+
+
+@score_logits.register_fake
+def _(logits, target, kept, temperature, scalars, backend):
+    logps = logits.new_empty(target.shape, dtype=accumulation_dtype(logits.dtype))
+    return logps, torch.empty_like(logps), torch.empty_like(logps)
+
+
+@torch.library.custom_op("grpo_kernels::logits_to_gradient", mutates_args=("logits",))
+def logits_to_gradient(
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor | None,
+    logps: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    g: Tensor,
+    g_entropy: Tensor | None,
+    scalars: Sequence[float],
+    backend: str,
+) -> None:
+    """Overwrites logits with their gradient, given those of logps and entropy; rows without one become 0."""
+    transform = LogitTransform(scalars[0], scalars[1] or None, scalars[2])
+    kernels = backends.kernels(backend)
+    vectors = [None if x is None else x.contiguous() for x in (target, lse, logps, entropy, g, g_entropy, temperature)]
+    for tile, sequence in _sequences(logits):
+        *rows, temp = (None if x is None else x[sequence] for x in vectors)
+        dense = _rows(tile)
+        kernels.gradient(dense, *rows, transform, temperature=temp)
+        if dense is not tile:
+            tile.copy_(dense)
+
+
+def _rows(tile):
+    """The tile itself if a row's elements are adjacent and rows do not overlap, as the kernels need it; else a copy."""
+    adjacent = tile.stride(1) == 1 or tile.shape[1] == 1
+    return tile if adjacent and (tile.shape[0] <= 1 or tile.stride(0) >= tile.shape[1]) else tile.contiguous()
+
+
+def _sequences(logits):
+    """(tile [T, V], index) of each sequence: a slice like logits[:, :-1] has no [B T, V] view, but each sequence has."""
+    if logits.dim() == 2:
+        return [(logits, slice(None))]
+    return [(logits[b], b) for b in range(logits.shape[0])]
+
+
+def _spans(kept):
+    """Runs of kept rows; on a GPU all rows at once, since finding the runs would synchronise."""
+    if kept.device.type != "cpu":
+        return [slice(0, kept.shape[0])]
+    edges = torch.diff(kept.to(torch.int8), prepend=kept.new_zeros(1).to(torch.int8), append=kept.new_zeros(1).to(torch.int8))
+    starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
+    return [slice(a, b) for a, b in zip(starts, ends, strict=True)]
