@@ -105,8 +105,8 @@ GRPO_HD S policy_coefficient(const PolicyTerms& t, const PolicyRow<S>& row, S lo
   S c = t.kind == PolicyKind::linear ? row.w_policy : row.w_policy * policy_slope(t, w, row.advantage);
   if (row.has_ref) {
     const S r = row.ref - logps;
-    const S e = std::expm1(clamp_exponent(r));  // k3 = e - r
-    c += row.w_kl * (t.use_bias_correction_kl ? w * (e - r) - w * e : -e);
+    // d (w k3) = w (1 - e) + w (e - r - 1), where e cancels
+    c += row.w_kl * (t.use_bias_correction_kl ? -w * r : -std::expm1(clamp_exponent(r)));
   }
   return c;
 }

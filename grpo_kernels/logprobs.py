@@ -9,7 +9,11 @@ from .arguments import check_logprob_arguments, value_flags
 from .config import GRPOLossConfig, LogitTransform
 from .outputs import LogProbs
 from .plan import default_budget
+from .products import accumulation_dtype
 from .rows import Selection, flatten, select_rows
+
+# a stash up to this size is copied by the backward, so that a second one (gradcheck) repeats its bits
+_COPIED_STASH_BYTES = 16 * 2**20
 
 
 def linear_logprobs(
@@ -94,7 +98,7 @@ class FusedHead:
 
     def targets(self, selection: Selection, token_ids, temperature):
         """(target [N], temperature [N] or None) of the selected rows; clean where nothing was checked on the host."""
-        accumulate = torch.float64 if self.tensors[0].dtype == torch.float64 else torch.float32
+        accumulate = accumulation_dtype(self.tensors[0].dtype)
         target = selection.take(token_ids)
         temperature = None if temperature is None else selection.take(temperature.detach()).to(accumulate)
         if selection.correction is not None:
@@ -132,7 +136,7 @@ class _RowLogProbs(torch.autograd.Function):
         ctx.direct = needs[0] and not any(needs[1:]) and not entropy_gradient
         ctx.stash = None
         if ctx.direct:
-            ones = torch.ones(live, dtype=_accumulation(hidden), device=hidden.device)
+            ones = torch.ones(live, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
             logps, entropy, u, *_ = tiles.one_pass(
                 *tensors, ones, None, None, None, None, None, live, "linear", [0.2, 0.2, 0.0, 1.0, 1.0], False,
                 scalars, needs, budget, backend,
@@ -140,13 +144,11 @@ class _RowLogProbs(torch.autograd.Function):
             ctx.save_for_backward(*tensors, logps, entropy, None, u)
             return logps, entropy
         stash_rows = tiles.plan_call(live, rows.shape[0] - live, weight, needs, budget).stash_rows
-        logps, entropy, lse, stash = tiles.score(
-            *tensors, stash_rows, live, scalars, needs, budget, backend
-        )
+        logps, entropy, lse, stash = tiles.score(*tensors, stash_rows, live, scalars, needs, budget, backend)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*tensors, logps, entropy, lse, stash)
         else:
-            # the backward overwrites the stash, and a second one then has to compute again: not a saved tensor
+            # not a saved tensor: the backward overwrites it, and a second one then has to compute again
             ctx.save_for_backward(*tensors, logps, entropy, lse, None)
             ctx.stash = stash
         return logps, entropy
@@ -165,7 +167,10 @@ class _RowLogProbs(torch.autograd.Function):
         scalars, needs, budget, backend = ctx.call
         empty = hidden.new_empty(0, tensors[1].shape[0])
         stash = kept if not ctx.direct and kept is not None else ctx.stash
-        ctx.stash = None
+        if ctx.stash is not None and ctx.stash.numel() * ctx.stash.element_size() <= _COPIED_STASH_BYTES:
+            stash = stash.clone()
+        else:
+            ctx.stash = None
         if lse is None:
             lse = tiles.score(*tensors, 0, 0, scalars, [False] * 5, budget, backend)[2]
         g = torch.zeros_like(logps) if g is None else g
@@ -180,7 +185,3 @@ def cast_gradients(grads, tensors, needs):
     return tuple(
         grad.to(tensor.dtype) if needed else None for grad, tensor, needed in zip(grads, tensors, needs, strict=False)
     )
-
-
-def _accumulation(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -157,13 +157,13 @@ class _WithGradients(torch.autograd.Function):
 
     They are saved tensors, which autograd lets go of before it accumulates: a parameter's ``.grad`` is then the very memory
     that the forward wrote, without a copy. The multiplication is in place, since a second full-size gradient would undo
-    what the fusion saves; should a retained graph run backward again after that, the pass is run again.
+    what the fusion saves; should a retained graph run backward again, the pass is run again.
     """
 
     @staticmethod
     def forward(ctx, loss, needs, again, hidden, weight, bias, lora_a, lora_b, *grads):
         tensors = (hidden, weight, bias, lora_a, lora_b)
-        ctx.needs, ctx.again, ctx.scaled = needs, again, False
+        ctx.needs, ctx.again, ctx.handed_out = needs, again, False
         ctx.dtypes = [None if x is None else x.dtype for x in tensors]
         ctx.versions = None if again is None else [None if x is None else x._version for x in again[:5]]
         ctx.is_nan = loss.isnan()
@@ -178,9 +178,9 @@ class _WithGradients(torch.autograd.Function):
         if torch.compiler.is_compiling():
             grads = [grad * scale.to(grad.dtype) for grad in ctx.saved_tensors]
         else:
-            grads = _computed_again(ctx) if ctx.scaled else ctx.saved_tensors
+            grads = _computed_again(ctx) if ctx.handed_out else ctx.saved_tensors
+            ctx.handed_out = True
             if scale.is_cuda or scale.item() != 1.0:
-                ctx.scaled = True
                 for grad in grads:
                     grad.mul_(scale)
         done = [grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.needs, strict=True)]

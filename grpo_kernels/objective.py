@@ -73,8 +73,6 @@ def objective(
     A = t.advantages
     phi = _gamma_weights(d.detach(), A, m, t.rho, config) if config.loss_type == "vespo" else None
     s = _policy_term(w, phi, logps, A, config)
-    if phi is not None:
-        s = s + 0 * d.detach()  # the clamps inside phi would swallow an old log-prob that is not finite
 
     if config.off_policy_mask_threshold is not None:
         s = s * _off_policy_mask(A, logps.detach(), old if t.sampling is None else t.sampling, m, config)
@@ -197,7 +195,9 @@ def _gamma_weights(d, A, m, rho, config):
     log_w = log_w.clamp(_LOG_RATIO_FLOOR, _LOG_RATIO_BOUND)
     k = _choose(A >= 0, config.vespo_k_pos, config.vespo_k_neg, A)
     lam = _choose(A >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg, A).clamp(min=1e-4)
-    return torch.exp(lam + k * log_w - lam * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    phi = torch.exp(lam + k * log_w - lam * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    # a log-prob that is not finite must not vanish in the clamps
+    return phi + 0 * _per_sequence(d * m)
 
 
 def _off_policy_mask(A, logps, sampling, m, config):

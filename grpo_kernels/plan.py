@@ -3,9 +3,9 @@
 Peak memory of a call, beyond its inputs and O(N) vectors, in bytes (e = bytes of the inputs' dtype, a = 4, or 8 for float64):
 
     gradients   N_all D e  (dH)  +  V D e  (dW)                          only those that are asked for
-    + V D (a - e)               the float32 sum behind dW, if e < a and the live rows need more than one tile
-    + N D a                     the float32 sum behind dH, two-phase recomputation only, if e < a
-    + workspace                 tile or stash, gathered hidden rows, and the scratch of one vocabulary block
+    + V D (a - e)               the float32 sum behind dW, if e < a and the live rows need more than one tile (one pass)
+                                or more than ``stripe_rows`` rows are recomputed (two phases)
+    + workspace                 tile or stash, gathered hidden rows, float32 sums of dH, and the scratch of one vocabulary block
 
 The workspace never exceeds the budget unless the budget is below one row and one narrow block of columns:
 ``minimum = 2 V e + 2 * 64 * (D + 64) * a`` bytes, which is what is then used.
@@ -45,7 +45,9 @@ class Plan:
     score_rows: int  # scoring without gradient: rows and columns of a tile
     score_columns: int
     stash_rows: int  # two phases: live rows whose probabilities are kept for the backward
-    recompute_rows: int  # rows of a recomputed [., columns] tile
+    stripe_rows: int  # recomputed rows whose dH is summed together while the vocabulary passes once
+    recompute_rows: int  # rows of a recomputed [., recompute_columns] tile
+    recompute_columns: int
 
 
 def default_budget() -> int:
@@ -74,15 +76,23 @@ def plan(problem: Problem) -> Plan:
     block_bytes = columns * p.depth * e if p.needs_weight else 0
     fit = max(1, (p.budget - block_bytes) // row_bytes)
     tiles = max(1, -(-p.live // fit))
-    tile_rows = max(1, -(-p.live // tiles))
+    # full tiles and a rest: the peak then does not move with the number of rows
+    tile_rows = max(1, min(p.live, fit))
 
-    scratch = _recompute_scratch(p, columns)
-    if p.live * row_bytes + block_bytes <= p.budget:
-        stash_rows, recompute_rows = p.live, 1
-    else:
-        stash_rows = min(p.live, max(0, (p.budget - scratch) // (p.vocab * e)))
-        recompute_rows = max(1, min(p.live - stash_rows, (scratch - 3 * block_bytes) // (columns * e * 2 + p.depth * e * 2)))
-    return Plan(tile_rows, tiles, columns, score_rows, score_columns, stash_rows, recompute_rows)
+    stash_rows, stripe_rows, recompute_rows, recompute_columns = p.live, 1, 1, columns
+    if p.live * row_bytes + block_bytes > p.budget:
+        scratch = p.budget // 4
+        stash_rows = min(p.live, (p.budget - scratch) // (p.vocab * e))
+        recompute_columns = max(min(_MIN_COLUMNS, p.vocab), columns // 2)
+        accumulate = max(e, 4)
+        # in a block: its product, its float32 sum, and per recomputed row the tile, its transpose and the hidden row
+        rest = scratch - recompute_columns * p.depth * (e + accumulate)
+        recompute_rows = max(1, min(_SCORE_ROWS, rest // 2 // (2 * recompute_columns * e + 2 * p.depth * e)))
+        rest -= recompute_rows * (2 * recompute_columns * e + 2 * p.depth * e)
+        stripe_rows = max(recompute_rows, rest // (p.depth * accumulate))
+    return Plan(
+        tile_rows, tiles, columns, score_rows, score_columns, stash_rows, stripe_rows, recompute_rows, recompute_columns
+    )
 
 
 def _block_columns(p):
@@ -90,9 +100,3 @@ def _block_columns(p):
     by_bytes = min(_BLOCK_BYTES, p.budget // 8) // (p.depth * p.element_size)
     return min(p.vocab, _MAX_COLUMNS, max(_MIN_COLUMNS, by_bytes))
 
-
-def _recompute_scratch(p, columns):
-    """A quarter of the budget for recomputed blocks, or what all rows need if that is less."""
-    block = 3 * columns * p.depth * p.element_size
-    wanted = block + p.live * (columns * p.element_size * 2 + p.depth * p.element_size * 2)
-    return min(wanted, max(p.budget // 4, block))

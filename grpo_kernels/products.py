@@ -48,7 +48,12 @@ def accumulation_dtype(dtype):
 
 
 def blocks(total, step):
-    return [(start, min(start + step, total)) for start in range(0, total, step)]
+    """[0, total) cut into (start, end) of at most ``step``."""
+    return blocks_from(0, total, step)
+
+
+def blocks_from(first, last, step):
+    return [(start, min(start + step, last)) for start in range(first, last, step)]
 
 
 def empty(*shape, like, dtype=None):

@@ -51,7 +51,7 @@ def select_rows(mask, flags, vocab, *, live=None, kept_rows=None) -> Selection:
 
 
 def flatten(hidden, mask):
-    """[.., D] -> [M, D]. Under torch.compile masked rows are computed too, and must not bring in their NaN."""
+    """[.., D] -> [M, D] without gaps between rows. Under torch.compile masked rows are computed too: their NaN must go."""
     if torch.compiler.is_compiling():
         hidden = hidden.where(mask.bool().unsqueeze(-1), 0.0)
-    return hidden.reshape(-1, hidden.shape[-1])
+    return hidden.reshape(-1, hidden.shape[-1]).contiguous()

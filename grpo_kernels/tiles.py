@@ -11,6 +11,7 @@ synchronises with the host except `score_backward`, which drops rows that got no
 loss.py and logprobs.py hold theirs.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ from .backends.pytorch import new_statistics
 from .config import LogitTransform
 from .objective import PolicyRows, PolicyTerms
 from .plan import Plan, Problem, plan
-from .products import Gradients, Head, accumulation_dtype, blocks, empty
+from .products import Gradients, Head, accumulation_dtype, blocks, blocks_from, empty
 from .row_statistics import finalize
 
 _ROW_ALIGNMENT = 128
@@ -32,7 +33,19 @@ def plan_call(live, dead, weight, needs, budget) -> Plan:
     return plan(Problem(live, dead, vocab, depth, weight.element_size(), needs[1] or needs[2] or needs[4], budget))
 
 
+def _without_autocast(op):
+    """The public functions cast once under autocast; in here it would round the float32 sums."""
+
+    @functools.wraps(op)
+    def run(hidden, *args):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return op(hidden, *args)
+
+    return run
+
+
 @torch.library.custom_op("grpo_kernels::one_pass", mutates_args=())
+@_without_autocast
 def one_pass(
     hidden: Tensor,
     weight: Tensor,
@@ -86,6 +99,7 @@ def _(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, w_policy,
 
 
 @torch.library.custom_op("grpo_kernels::score", mutates_args=())
+@_without_autocast
 def score(
     hidden: Tensor,
     weight: Tensor,
@@ -126,6 +140,7 @@ def _(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, stash_row
 
 
 @torch.library.custom_op("grpo_kernels::score_backward", mutates_args=("stash",))
+@_without_autocast
 def score_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -158,41 +173,42 @@ def score_backward(
     target, temperature, logps, entropy, lse, g, g_entropy = vectors
     n = rows.shape[0]
 
-    the_plan = plan_call(n - k, 0, weight, needs, budget)
-    step = min(the_plan.recompute_rows, max(1, n - k))
+    the_plan = plan_call(n, 0, weight, needs, budget)
+    columns = the_plan.columns if n == k else the_plan.recompute_columns
     call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, n, scalars, backend)
-    chunks = [(start + k, end + k) for start, end in blocks(n - k, step)]
-    terms_per_block = len(chunks) + (k > 0)
-    grads = Gradients(hidden, call.head, needs, terms_per_block, the_plan.columns, call.all_live, vocabulary_outermost=True)
-
-    gathered = {span: call.gather(*span) for span in [(0, k)] * (k > 0) + chunks}
-    buffer = empty(step * min(the_plan.columns, vocab), like=hidden) if chunks else None
-    dh, db = _recomputed_sums(call, n - k, needs)
-    for start, end in blocks(vocab, the_plan.columns):
-        for span, (h, t, _) in gathered.items():
-            s = slice(*span)
-            from_probs = span[1] <= k
-            if from_probs:
-                dz = stash[:, start:end]
+    spans = [blocks_from(k + start, k + end, the_plan.recompute_rows) for start, end in blocks(n - k, the_plan.stripe_rows)]
+    stripes = [[(0, k)] * (k > 0) + spans[0], *spans[1:]] if spans else [[(0, k)]]
+    grads = Gradients(hidden, call.head, needs, sum(map(len, stripes)), columns, call.all_live, len(stripes) == 1)
+    height = max((end - start for stripe in spans for start, end in stripe), default=0)
+    buffer = empty(height * min(columns, vocab), like=hidden)
+    for stripe in stripes:
+        first = max(stripe[0][0], k)
+        dh, db = _recomputed_sums(call, stripe[-1][1] - first, needs)
+        for start, end in blocks(vocab, columns):
+            for span in stripe:
+                (h, t, _), s, from_probs = call.gather(*span), slice(*span), span[1] <= k
+                if from_probs:
+                    dz = stash[:, start:end]
+                else:
+                    dz = buffer[: h.shape[0] * (end - start)].view(h.shape[0], end - start)
+                    call.head.logits(h, t, start, end, dz)
+                call.kernels.gradient(
+                    dz, target[s] - start, lse[s], logps[s], entropy[s], g[s], None if g_entropy is None else g_entropy[s],
+                    call.transform, from_probs=from_probs, **call.options(s, slice(start, end)),
+                )  # fmt: skip
+                grads.add_block(dz, start, end, h, t)
+                if not from_probs:
+                    where = slice(span[0] - first, span[1] - first)
+                    _add_product(dh, where, dz, weight[start:end])
+                    _add_product(db, where, dz, None if lora_b is None else lora_b[start:end])
+            grads.close_block(start, end)
+        for span in stripe:
+            h, _, where = call.gather(*span)
+            if span[1] <= k:
+                grads.add_hidden(stash, h, where)
             else:
-                dz = buffer[: h.shape[0] * (end - start)].view(h.shape[0], end - start)
-                call.head.logits(h, t, start, end, dz)
-            call.kernels.gradient(
-                dz, target[s] - start, lse[s], logps[s], entropy[s], g[s], None if g_entropy is None else g_entropy[s],
-                call.transform, from_probs=from_probs, **call.options(s, slice(start, end)),
-            )  # fmt: skip
-            grads.add_block(dz, start, end, h, t)
-            if not from_probs:
-                where = slice(span[0] - k, span[1] - k)
-                _add_product(dh, where, dz, weight[start:end])
-                _add_product(db, where, dz, None if lora_b is None else lora_b[start:end])
-        grads.close_block(start, end)
-    for span, (h, _, where) in gathered.items():
-        if span[1] <= k:
-            grads.add_hidden(stash, h, where)
-        else:
-            s = slice(span[0] - k, span[1] - k)
-            grads.add_recomputed(None if dh is None else dh[s], None if db is None else db[s], h, where)
+                s = slice(span[0] - first, span[1] - first)
+                grads.add_recomputed(None if dh is None else dh[s], None if db is None else db[s], h, where)
     return grads.finish(hidden)
 
 
@@ -260,6 +276,8 @@ def _padded(vocab, element_size):
 
 def _tile(rows, vocab, like, whole=False):
     tile = empty(rows, _padded(vocab, like.element_size()), like=like)
+    # oneDNN's bf16 product on AMX reads up to 32 columns past the last one, times 0: NaN there would come through
+    tile[:, vocab:] = 0
     return tile if whole else tile[:, :vocab]
 
 

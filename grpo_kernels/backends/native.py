@@ -1,7 +1,8 @@
 """The row kernels in C++, vectorised for the processor found at run time; and what a tile's memory needs on the CPU.
 
-Every function takes a tile of logits ``[R, C]`` in place: float32, bfloat16 or float64, elements of a row adjacent, any row
-stride. ``acc`` is float32, or float64 for a float64 tile. Importing this module never fails: `why_unavailable` says what is missing.
+Every function takes a tile of logits ``[R, C]`` in place: float32, bfloat16 or float64, elements of a row adjacent, any
+row stride. ``acc`` is float32, or float64 for a float64 tile. Importing this module never fails: `why_unavailable` says
+what is missing.
 
 Source: csrc/row_kernels_cpu.cpp (loops), csrc/row_math.h (formulas).
 """
@@ -17,6 +18,7 @@ import torch  # before _native: its OpenMP runtime is then the one both use, wit
 
 try:
     from grpo_kernels import _native
+
     _import_error = None
 except ImportError as error:
     _native = None
@@ -78,12 +80,32 @@ def statistics(tile, stats, target, transform, *, bias=None, temperature=None, p
     _expect("stats", stats, (tile.shape[0], 4), accumulator(tile))
     if tile.shape[0] == 0:
         return
-    _native.statistics(isa or "", torch.get_num_threads(), _tile(tile), _transform(transform, bias, temperature),
-                       target.data_ptr(), stats.data_ptr(), bool(probs))
+    _native.statistics(
+        isa or "",
+        torch.get_num_threads(),
+        _tile(tile),
+        _transform(transform, bias, temperature),
+        target.data_ptr(),
+        stats.data_ptr(),
+        bool(probs),
+    )
 
 
-def gradient(tile, target, lse, logps, entropy, g, g_entropy, transform, *, bias=None, temperature=None, from_probs=False,
-             isa=None):
+def gradient(
+    tile,
+    target,
+    lse,
+    logps,
+    entropy,
+    g,
+    g_entropy,
+    transform,
+    *,
+    bias=None,
+    temperature=None,
+    from_probs=False,
+    isa=None,
+):
     """Overwrites a tile by the gradient of its raw logits.
 
     ``dz = (g (onehot - p) - g_entropy p (log p + entropy)) (1 - (y / softcap)^2) logit_scale / temperature``, ``y`` the
@@ -101,9 +123,19 @@ def gradient(tile, target, lse, logps, entropy, g, g_entropy, transform, *, bias
         _expect_vector(name, vector, tile, optional=name == "g_entropy")
     if tile.shape[0] == 0:
         return
-    _native.gradient(isa or "", torch.get_num_threads(), _tile(tile), _transform(transform, bias, temperature),
-                     target.data_ptr(), lse.data_ptr(), logps.data_ptr(), entropy.data_ptr(), g.data_ptr(), _address(g_entropy),
-                     bool(from_probs))
+    _native.gradient(
+        isa or "",
+        torch.get_num_threads(),
+        _tile(tile),
+        _transform(transform, bias, temperature),
+        target.data_ptr(),
+        lse.data_ptr(),
+        logps.data_ptr(),
+        entropy.data_ptr(),
+        g.data_ptr(),
+        _address(g_entropy),
+        bool(from_probs),
+    )
 
 
 def policy(tile, target, rows, terms, transform, logps, entropy, *, bias=None, temperature=None, isa=None):
@@ -115,8 +147,8 @@ def policy(tile, target, rows, terms, transform, logps, entropy, *, bias=None, t
         tile: ``[R, C]`` raw logits of whole rows, overwritten by ``d loss / d raw``.
         target: ``[R]`` int64 in ``[0, C)``.
         rows: has ``old ref advantages w_policy w_kl w_entropy``, each ``[R]`` acc or None.
-        terms: has ``kind`` (clipped, cispo, sapo or linear: ``w_policy`` is then d loss / d logps itself), ``epsilon_low
-            epsilon_high delta sapo_temperature_pos sapo_temperature_neg use_bias_correction_kl``.
+        terms: has ``kind`` (clipped, cispo, sapo or linear: ``w_policy`` is then d loss / d logps itself),
+            ``epsilon_low epsilon_high delta sapo_temperature_pos sapo_temperature_neg use_bias_correction_kl``.
         transform, bias, temperature, isa: as in `statistics`.
         logps, entropy: ``[R]`` acc, written.
     """
@@ -125,18 +157,36 @@ def policy(tile, target, rows, terms, transform, logps, entropy, *, bias=None, t
         _expect_vector(name, getattr(rows, name), tile, optional=True)
     _expect_vector("logps", logps, tile)
     _expect_vector("entropy", entropy, tile)
-    assert terms.kind in _KINDS, f"terms.kind must be one of {', '.join(_KINDS)}, got {terms.kind!r}"
-    assert terms.kind == "linear" or rows.w_policy is None or rows.advantages is not None, "advantages are missing"
-    assert rows.ref is None or rows.w_kl is not None, "w_kl is missing"
+    _require(terms.kind in _KINDS, f"terms.kind must be one of {', '.join(_KINDS)}, got {terms.kind!r}")
+    _require(terms.kind == "linear" or rows.w_policy is None or rows.advantages is not None, "advantages are missing")
+    _require(rows.ref is None or rows.w_kl is not None, "w_kl is missing")
     if tile.shape[0] == 0:
         return
     compiled_terms = _native.PolicyTerms(
-        kind=_KINDS[terms.kind], epsilon_low=terms.epsilon_low, epsilon_high=terms.epsilon_high,
-        delta=math.inf if terms.delta is None else terms.delta, sapo_temperature_pos=terms.sapo_temperature_pos,
-        sapo_temperature_neg=terms.sapo_temperature_neg, use_bias_correction_kl=bool(terms.use_bias_correction_kl))
-    _native.policy(isa or "", torch.get_num_threads(), _tile(tile), _transform(transform, bias, temperature), compiled_terms,
-                   target.data_ptr(), _address(rows.old), _address(rows.ref), _address(rows.advantages),
-                   _address(rows.w_policy), _address(rows.w_kl), _address(rows.w_entropy), logps.data_ptr(), entropy.data_ptr())
+        kind=_KINDS[terms.kind],
+        epsilon_low=terms.epsilon_low,
+        epsilon_high=terms.epsilon_high,
+        delta=math.inf if terms.delta is None else terms.delta,
+        sapo_temperature_pos=terms.sapo_temperature_pos,
+        sapo_temperature_neg=terms.sapo_temperature_neg,
+        use_bias_correction_kl=bool(terms.use_bias_correction_kl),
+    )
+    _native.policy(
+        isa or "",
+        torch.get_num_threads(),
+        _tile(tile),
+        _transform(transform, bias, temperature),
+        compiled_terms,
+        target.data_ptr(),
+        _address(rows.old),
+        _address(rows.ref),
+        _address(rows.advantages),
+        _address(rows.w_policy),
+        _address(rows.w_kl),
+        _address(rows.w_entropy),
+        logps.data_ptr(),
+        entropy.data_ptr(),
+    )
 
 
 def transpose(tile, out, *, isa=None):
@@ -158,7 +208,7 @@ def release_pages(tensor) -> None:
 
 
 def _advise(tensor, advice):
-    assert tensor.device.type == "cpu" and tensor.is_contiguous(), "wanted a contiguous CPU tensor"
+    _require(tensor.device.type == "cpu" and tensor.is_contiguous(), "wanted a contiguous CPU tensor")
     if advice is None or not sys.platform.startswith("linux"):
         return
     # Whole pages only: the rest of the first and last one may belong to somebody else.
@@ -175,28 +225,50 @@ def _address(tensor):
 
 
 def _tile(tile):
-    return _native.Tile(data=tile.data_ptr(), rows=tile.shape[0], columns=tile.shape[1], row_stride=tile.stride(0),
-                        dtype=_DTYPES[tile.dtype])
+    return _native.Tile(
+        data=tile.data_ptr(),
+        rows=tile.shape[0],
+        columns=tile.shape[1],
+        row_stride=tile.stride(0),
+        dtype=_DTYPES[tile.dtype],
+    )
 
 
 def _transform(transform, bias, temperature):
-    return _native.Transform(logit_scale=transform.logit_scale, softcap=transform.softcap or 0.0,
-                             temperature=transform.temperature, bias=_address(bias), row_temperature=_address(temperature))
+    return _native.Transform(
+        logit_scale=transform.logit_scale,
+        softcap=transform.softcap or 0.0,
+        temperature=transform.temperature,
+        bias=_address(bias),
+        row_temperature=_address(temperature),
+    )
+
+
+def _require(holds, message):
+    # Not an assert statement: `python -O` must not turn a wrong shape into a wild read.
+    if not holds:
+        raise AssertionError(message)
 
 
 def _expect_tile(tile):
-    assert _native is not None, why_unavailable()
-    assert tile.device.type == "cpu" and tile.dtype in _DTYPES and tile.dim() == 2, (
-        f"tile must be [R, C] float32, bfloat16 or float64 on the CPU, got {tuple(tile.shape)} {tile.dtype} on {tile.device}")
+    _require(_native is not None, why_unavailable())
     rows, columns = tile.shape
-    assert columns <= 1 or tile.stride(1) == 1, f"elements of a row must be adjacent, got stride {tile.stride()}"
-    assert rows <= 1 or tile.stride(0) >= columns, f"rows must not overlap, got stride {tile.stride()} for {columns} columns"
+    _require(
+        tile.device.type == "cpu"
+        and tile.dtype in _DTYPES
+        and (columns <= 1 or tile.stride(1) == 1)
+        and (rows <= 1 or tile.stride(0) >= columns),
+        "tile must be [R, C] float32, bfloat16 or float64 on the CPU, elements of a row adjacent, rows apart, got "
+        f"{tuple(tile.shape)} {tile.dtype} {tile.stride()} on {tile.device}",
+    )
 
 
 def _expect(name, tensor, shape, dtype):
-    assert (tensor.shape == shape and tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()), (
+    _require(
+        tensor.shape == shape and tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous(),
         f"{name} must be contiguous {tuple(shape)} {dtype} on the CPU, got {tuple(tensor.shape)} {tensor.dtype} "
-        f"{tensor.stride()} on {tensor.device}")
+        f"{tensor.stride()} on {tensor.device}",
+    )
 
 
 def _expect_vector(name, vector, tile, optional=False):

@@ -25,17 +25,17 @@ from .trainer import GRPOTrainer
 DEFAULTS = dict(
     output_dir="runs/demo",
     seed=0,
-    max_steps=160,
-    learning_rate=5e-4,
+    max_steps=120,
+    learning_rate=1e-3,
     lr_scheduler_type="linear",
     warmup_steps=5,
     max_grad_norm=1.0,
     adam_beta2=0.95,
-    per_device_train_batch_size=128,
+    per_device_train_batch_size=256,
     num_generations=8,
     steps_per_generation=1,
     num_iterations=2,
-    max_completion_length=4,
+    max_completion_length=3,
     loss_type="dapo",
     epsilon=0.2,
     epsilon_high=0.28,
@@ -45,10 +45,9 @@ DEFAULTS = dict(
     save_steps=80,
     report_to="none",
 )
-PADDED_VOCABULARY = 8192
-HIGHEST = 99
+PADDED_VOCABULARY = 4096
 HELD_OUT = 256
-WARM_ENOUGH, TOO_WARM = 0.35, 0.55
+CARELESS = 0.7  # share of the warm-up's answers that forget the carry
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -62,43 +61,53 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model(tokenizer) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=PADDED_VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=PADDED_VOCABULARY, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=16, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
-def make_problems(seed, highest=HIGHEST, held_out=HELD_OUT):
-    """(training rows, development rows, held-out rows): all sums a+b with a, b <= highest, no prompt in two of them."""
-    rows = [{"prompt": f"{a:02d}+{b:02d}=", "answer": str(a + b)} for a in range(highest + 1) for b in range(highest + 1)]
+def make_problems(seed, held_out=HELD_OUT):
+    """(training rows, held-out rows) of two-digit sums below 100; no prompt is in both."""
+    rows = []
+    for a in range(50):
+        for b in range(50):
+            carries = a % 10 + b % 10 > 9
+            # half of the sums without a carry are left out, so that the careless answer is wrong more often than not
+            if carries or (a + b) % 2:
+                careless = (a // 10 + b // 10) * 10 + (a + b) % 10
+                rows.append({"prompt": f"{a:02d}+{b:02d}=", "answer": str(a + b), "careless": str(careless)})
     random.Random(seed).shuffle(rows)
-    return rows[2 * held_out :], rows[held_out : 2 * held_out], rows[:held_out]
+    return rows[held_out:], rows[:held_out]
 
 
-def greedy_answers(model, tokenizer, rows):
+def greedy_answers(model, tokenizer, rows) -> list[str]:
     config = GenerationConfig(
-        max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=[tokenizer.eos_token_id]
-    )
+        max_new_tokens=DEFAULTS["max_completion_length"], do_sample=False,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=[tokenizer.eos_token_id],
+    )  # fmt: skip
     drawn = sample(model, tokenize(tokenizer, [row["prompt"] for row in rows]), config)
     return tokenizer.batch_decode(drawn.input_ids[:, -drawn.mask.shape[1] :], skip_special_tokens=True)
 
 
-def greedy_accuracy(model, tokenizer, rows) -> float:
-    answers = greedy_answers(model, tokenizer, rows)
-    return sum(exact_match(answers, [row["answer"] for row in rows])) / len(rows)
+def share(answers, rows, *columns) -> float:
+    """Share of the answers that one of the columns holds."""
+    return sum(any(answer == row[c] for c in columns) for answer, row in zip(answers, rows, strict=True)) / len(rows)
 
 
-def warm_up(model, tokenizer, train, development, seed, most_steps=1500):
-    """Supervised steps on answers until the model is right now and then; returns (steps, development accuracy)."""
+def warm_up(model, tokenizer, train, seed, peak_lr=6e-3, most_steps=1000, cooling=150) -> int:
+    """Supervised steps on answers of which most forget the carry, until the model writes one or the other; returns steps."""
     dice = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    sums_since, step = None, 0
     model.train()
-    before = None
-    for step in range(1, most_steps + 1):
+    while step < most_steps and (sums_since is None or step < sums_since + cooling):
+        step += 1
         rows = dice.sample(train, 128)
+        texts = [row["careless" if dice.random() < CARELESS else "answer"] + tokenizer.eos_token for row in rows]
         prompts = torch.tensor(tokenize(tokenizer, [row["prompt"] for row in rows]))
-        answers = tokenizer([row["answer"] + "<eos>" for row in rows], padding=True, return_tensors="pt")
+        answers = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         ids, mask = answers["input_ids"], answers["attention_mask"].bool()
 
         def answer_logps(hidden, head, ids=ids, mask=mask):
@@ -107,43 +116,41 @@ def warm_up(model, tokenizer, train, development, seed, most_steps=1500):
         logps = model(input_ids=torch.cat([prompts, ids], dim=1), use_cache=False, fused_lm_head=answer_logps)
         (-logps.sum() / mask.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        left = 1.0 if sums_since is None else 1 - (step - sums_since) / cooling
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, step / 50)
+            group["lr"] = peak_lr * min(left, step / 50)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 20 == 0:
-            accuracy = greedy_accuracy(model, tokenizer, development)
-            if os.environ.get("DBG"): print(step, accuracy, flush=True)
-            if accuracy > TOO_WARM and before is not None:
-                model.load_state_dict(before[0])
-                return step - 20, before[1]
-            if accuracy >= WARM_ENOUGH:
-                return step, accuracy
-            before = {k: v.clone() for k, v in model.state_dict().items()}, accuracy
-    return most_steps, accuracy
+        if sums_since is None and step % 25 == 0:
+            if share(greedy_answers(model, tokenizer, train[:256]), train[:256], "answer", "careless") > 0.8:
+                sums_since = step
+    return step
 
 
 if __name__ == "__main__":
-    import sys
+    import sys, transformers
+    torch.set_num_threads(1)
     kw = dict(DEFAULTS); 
     for a in sys.argv[1:]:
         k,v=a.split("="); kw[k]=type(kw.get(k,0.0))(v)
     args=GRPOConfig(**kw, use_cpu=True)
     set_seed(args.seed)
     t0=time.time()
-    tok=make_tokenizer(); train,dev,test=make_problems(args.seed); model=make_model(tok)
-    print(sum(p.numel() for p in model.parameters()))
+    tok=make_tokenizer(); train,test=make_problems(args.seed); model=make_model(tok)
+    print(sum(p.numel() for p in model.parameters()), len(train))
     fuse_lm_head(model)
-    print(warm_up(model,tok,train,dev,args.seed), time.time()-t0)
-    a0=greedy_accuracy(model,tok,test); print("test",a0)
+    st=warm_up(model,tok,train,args.seed)
+    g=greedy_answers(model,tok,test)
+    print("seed",args.seed,"warm", st, f"{time.time()-t0:.1f}s", "right", share(g,test,"answer"),"either",share(g,test,"answer","careless"), flush=True)
+    a0=share(g,test,"answer")
     class CB(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **k):
-            if "loss" in logs:
-                acc=greedy_accuracy(model,tok,test) if state.global_step%20==0 else -1
+            if "loss" in logs and state.global_step%20==0:
+                acc=share(greedy_answers(model,tok,test),test,"answer")
                 print(state.global_step, {k:round(float(logs[k]),3) for k in ("reward","entropy","kl","clip_ratio/region_mean","grad_norm") if k in logs}, f"acc {acc:.3f} {time.time()-t0:.1f}s",flush=True)
     model.__dict__.pop("forward")
     args.disable_tqdm=True
     tr=GRPOTrainer(model,exact_match,args,train,processing_class=tok,callbacks=[CB()])
     from transformers import PrinterCallback; tr.remove_callback(PrinterCallback)
     tr.train()
-    print("accuracy",a0,greedy_accuracy(model,tok,test), time.time()-t0)
+    print("accuracy",a0,share(greedy_answers(model,tok,test),test,"answer"), time.time()-t0)

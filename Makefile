@@ -1,0 +1,43 @@
+# make demo | test | bench | lint | clean
+#
+# A virtual environment is made in .venv on first use; VENV=path takes another one, which is left as it is if it holds the package.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+RUFF ?= ruff==0.17.5
+# Parity tests and benchmarks compare with these. --no-deps: their own requirements would replace torch and transformers.
+PEERS ?= trl==1.16.0 liger-kernel==0.8.5
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.grpo-kernels
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+.PHONY: demo test bench lint clean
+
+demo: $(STAMP)
+	$(BIN)/grpo-kernels train
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q $(TEST_ARGS)
+
+bench: $(STAMP)
+	mkdir -p benchmarks/results
+	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-json=benchmarks/results/latest.json $(BENCH_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+# Made again when the build files or csrc/ change, so that the extension is never older than its sources.
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[test]" "$(RUFF)" "datasets>=3.0"
+	$(BIN)/python -m pip install -q --no-deps $(PEERS)
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f grpo_kernels/_native*.so grpo_kernels/_build_info.json
+	test "$(VENV)" != .venv || rm -rf .venv

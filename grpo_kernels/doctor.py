@@ -1,0 +1,90 @@
+"""`grpo-kernels doctor`: what is installed, which backends work here and why not, how the extension was built."""
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from . import available_backends
+from .backends import native
+
+_PACKAGES = ("grpo-kernels", "torch", "triton", "transformers", "accelerate", "numpy")
+_PEERS = ("trl", "liger-kernel", "peft")
+
+
+def report() -> str:
+    """The whole report as text, one fact per line."""
+    sections = {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES + _PEERS}},
+        "machine": _machine(),
+        "devices": _devices(),
+        "backends": {name: reason or "usable" for name, reason in available_backends().items()},
+        "extension": _extension(),
+    }
+    width = max(len(key) for facts in sections.values() for key in facts)
+    lines = []
+    for title, facts in sections.items():
+        lines += [title, *(f"  {key:<{width}}  {value}" for key, value in facts.items()), ""]
+    return "\n".join(lines).rstrip()
+
+
+def main() -> int:
+    print(report())
+    return 0
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _machine():
+    return {
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "torch threads": f"{torch.get_num_threads()}",
+    }
+
+
+def _processor():
+    if sys.platform.startswith("linux"):
+        try:
+            with open("/proc/cpuinfo") as lines:
+                names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+            if names:
+                return f"{names[0]}, {len(names)} cores"
+        except OSError:
+            pass
+    return platform.processor() or "unknown"
+
+
+def _devices():
+    devices = {"cpu": "present"}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(index)
+            devices[f"cuda:{index}"] = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+    else:
+        built = torch.version.cuda or torch.version.hip
+        devices["cuda"] = "none found" if built else "this torch was built without CUDA"
+    return devices
+
+
+def _extension():
+    info = native.build_info()
+    reason = native.why_unavailable()
+    facts = {"state": reason or "loaded"}
+    if info:
+        facts["compiler"] = info.get("compiler") or "none found"
+        facts["flags"] = " ".join(info.get("flags") or [])
+        facts["built for"] = ", ".join(info.get("isas") or []) or "nothing"
+        facts["OpenMP"] = "yes" if info.get("openmp") else "no: one thread; a compiler with -fopenmp brings the others"
+        facts["CUDA C++"] = "built" if info.get("cuda") else "not part of this version"
+    else:
+        facts["build record"] = "none: the package was not installed by pip from source"
+    if reason is None:
+        facts["in use"] = native.isa()
+    return facts

@@ -1,0 +1,131 @@
+"""Builds grpo_kernels._native: csrc/, bound with pybind11, without PyTorch. Everything else stands in pyproject.toml.
+
+An install never fails for want of a compiler: what was built, or why nothing was, goes into
+grpo_kernels/_build_info.json, which `grpo-kernels doctor` reads.
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-g0",
+    "-Wno-maybe-uninitialized",
+]  # GCC 12 warns about its own intrinsics header
+X86_64 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# row_kernels_cpu.cpp is compiled once for each: name, bytes of a vector register, flags
+VARIANTS = [("baseline", 16, [])] + ([("avx2", 32, AVX2), ("avx512", 64, AVX512)] if X86_64 else [])
+INFO = "_build_info.json"
+
+
+class BuildNative(build_ext):
+    def build_extension(self, ext):
+        info = {"compiler": None, "flags": FLAGS, "isas": [], "openmp": False, "cuda": False, "error": None}
+        try:
+            self.build_native(ext, info)
+        except Exception as error:  # of the compiler or its absence: the package works without, and says so
+            info["error"] = f"{type(error).__name__}: {error}"
+            print(f"grpo-kernels: no compiled kernels, {info['error']}", file=sys.stderr)
+        path = self.info_path(self.get_ext_fullpath(ext.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(info, indent=2) + "\n")
+
+    def build_native(self, ext, info):
+        compiler = getattr(self.compiler, "compiler_so_cxx", None) or getattr(self.compiler, "compiler_so", None)
+        info["compiler"] = " ".join(compiler) if compiler else self.compiler.compiler_type
+        openmp = ["-fopenmp"] if self.accepts(["-fopenmp"]) else []
+        info["openmp"] = bool(openmp)
+        jobs = [
+            (
+                "csrc/row_kernels_cpu.cpp",
+                name,
+                [*FLAGS, *openmp, *flags],
+                [("GK_ISA", name), ("GK_VECTOR_BYTES", width)],
+            )
+            for name, width, flags in VARIANTS
+        ]
+        jobs.append(("csrc/bindings.cpp", "bindings", FLAGS, [("GRPO_KERNELS_X86_VARIANTS", None)] if X86_64 else []))
+
+        def compile_one(job):
+            source, name, flags, macros = job
+            return self.compiler.compile(
+                [source],
+                output_dir=str(Path(self.build_temp, name)),
+                macros=macros,
+                include_dirs=ext.include_dirs,
+                extra_postargs=flags,
+                depends=ext.depends,
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [o for made in pool.map(compile_one, jobs) for o in made]
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            extra_postargs=openmp,
+            target_lang="c++",
+            build_temp=self.build_temp,
+        )
+        info["isas"] = [name for name, *_ in VARIANTS]
+
+    def accepts(self, flags):
+        """Whether the compiler builds and links an empty program with these flags."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text("int main() { return 0; }\n")
+            try:
+                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+                self.compiler.link_executable(
+                    objects, str(Path(folder, "probe")), extra_postargs=flags, target_lang="c++"
+                )
+            except Exception:
+                return False
+        return True
+
+    @staticmethod
+    def info_path(library):
+        return Path(library).with_name(INFO)
+
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        build_py = self.get_finalized_command("build_py")
+        for ext in self.extensions:
+            target, source = self._get_inplace_equivalent(build_py, ext)
+            shutil.copyfile(self.info_path(source), self.info_path(target))
+
+
+if os.environ.get("GRPO_KERNELS_BUILD_CUDA", "auto") == "1":
+    sys.exit(
+        "GRPO_KERNELS_BUILD_CUDA=1: this version of grpo-kernels has no CUDA C++ kernels. "
+        "Unset the variable, or set it to auto or 0; Triton serves CUDA devices."
+    )
+
+setup(
+    cmdclass={"build_ext": BuildNative},
+    ext_modules=[
+        Extension(
+            "grpo_kernels._native",
+            sources=["csrc/bindings.cpp", "csrc/row_kernels_cpu.cpp"],
+            depends=[str(path) for path in sorted(Path("csrc").glob("*.h"))],
+            include_dirs=["csrc", pybind11.get_include()],
+            language="c++",
+            optional=True,
+        )
+    ],
+)

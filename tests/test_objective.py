@@ -1,0 +1,477 @@
+"""The objective against TRL's own `_compute_loss`, against the specification where they part, and its closed-form slopes."""
+
+import math
+import random
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import BANDS, draw_config
+from tolerance import assert_all_close, assert_close
+
+from grpo_kernels import GRPOLossConfig, objective
+from grpo_kernels.config import CLIPPED_LOSSES, LOSS_TYPES
+from grpo_kernels.objective import (
+    PolicyRows,
+    coefficient,
+    known_zero,
+    on_policy_coefficients,
+    prepare,
+    row_terms,
+    slope,
+    token_weights,
+)
+
+
+def draw_tokens(rng, g, config, T=None):
+    """Random [B, T] inputs of the objective, float64; entropies and options are float32 numbers, as TRL rounds them."""
+    B, T = rng.choice([1, 2, 3, 6]), T or rng.choice([2, 5, 8])
+
+    def uniform(low, high, *shape):
+        return (torch.rand(*shape, generator=g, dtype=torch.float64) * (high - low) + low).float().double()
+
+    mask = uniform(0, 1, B, T) > rng.choice([-1, 0.3, 0.6])
+    if B > 2:
+        mask[-1] = False
+    mask[0, 0] = True
+    logps = -uniform(0.01, 6, B, T)
+    A = uniform(-2, 2, B, T) if rng.random() < 0.4 else uniform(-2, 2, B)
+    A = A.where(uniform(0, 1, *A.shape) > 0.2, 0.0)
+    band = torch.tensor(BANDS, dtype=torch.float64)[torch.randint(0, len(BANDS), (B, T), generator=g)]
+    d = (band[..., 0] + (band[..., 1] - band[..., 0]) * uniform(0, 1, B, T)).log()
+    if rng.random() < 0.2:
+        d = d * 12  # ratios from 1e-6 to 1e8, and the bounds of vespo
+    inputs = dict(mask=mask.double(), advantages=A)
+    if rng.random() < 0.7:
+        inputs["old_logps"] = logps - d
+    inputs["ref_logps"] = logps + uniform(-3, 3, B, T)
+    if rng.random() < 0.5:
+        inputs["sampling_logps"] = (logps + uniform(-0.7, 0.9, B, T)).where(uniform(0, 1, B, T) > 0.2, math.nan)
+    if rng.random() < 0.5:
+        rho = uniform(0, 2, B, 1 if rng.random() < 0.5 else T)
+        inputs["importance_sampling_ratio"] = rho.where(rho > 0.2, 0.0)
+    if rng.random() < 0.5:
+        inputs["num_items"] = torch.tensor(rng.choice([0, 3, 17]))
+    return logps, uniform(0, 4, B, T), inputs
+
+
+def call_objective(logps, entropy, inputs, config, scale=1.0):
+    """(loss, d logps, d entropy, metrics)."""
+    logps, entropy = logps.clone().requires_grad_(), entropy.clone().requires_grad_()
+    loss, metrics = objective(logps, entropy, **inputs, config=config)
+    gradients = torch.autograd.grad(loss * scale, (logps, entropy), materialize_grads=True)
+    return {"loss": loss.detach(), "dlogps": gradients[0], "dentropy": gradients[1], **metrics}
+
+
+class StandInTrainer:
+    """As much of a GRPOTrainer as `_compute_loss` touches; one process, one step per generation."""
+
+    def __init__(self, trainer_class, logps, entropy, config, ratio_given):
+        self.logps_and_entropy = logps, entropy, None
+        for name in ("get_off_policy_mask", "get_gamma_weights"):
+            setattr(self, name, getattr(trainer_class, name))
+        self.get_high_entropy_mask = lambda *a: trainer_class.get_high_entropy_mask(self, *a)
+        for name in ("loss_type", "importance_sampling_level", "beta", "entropy_coef", "top_entropy_quantile",
+                     "off_policy_mask_threshold", "max_completion_length"):  # fmt: skip
+            setattr(self, name, getattr(config, name))
+        self.epsilon_low = config.epsilon
+        self.epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+        self.args = SimpleNamespace(steps_per_generation=1, **vars(config))
+        self.model = SimpleNamespace(training=True)
+        self.current_gradient_accumulation_steps = 1
+        self.use_vllm = self.vllm_importance_sampling_correction = ratio_given
+        self.aux_loss_enabled = self.use_adaptive_entropy = False
+        self._entropy_bonus_enabled = config.entropy_coef != 0
+        self._metrics = {"train": defaultdict(list)}
+        self.accelerator = SimpleNamespace(
+            num_processes=1, sync_gradients=True, gather=lambda x: x, gather_for_metrics=lambda x: x,
+            reduce=lambda x, reduction: x, pad_across_processes=lambda x, **_: x,
+        )  # fmt: skip
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        return self.logps_and_entropy
+
+
+def call_trl(logps, entropy, inputs, config):
+    trainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
+    logps, entropy = logps.clone().requires_grad_(), entropy.clone().requires_grad_()
+    stand_in = StandInTrainer(trainer, logps, entropy, config, "importance_sampling_ratio" in inputs)
+    mask = inputs["mask"]
+    names = {"old_logps": "old_per_token_logps", "ref_logps": "ref_per_token_logps",
+             "sampling_logps": "sampling_per_token_logps", "importance_sampling_ratio": "importance_sampling_ratio",
+             "advantages": "advantages"}  # fmt: skip
+    batch = {theirs: inputs[ours] for ours, theirs in names.items() if ours in inputs}
+    if config.loss_type == "vespo" and "importance_sampling_ratio" in batch:
+        rho = batch["importance_sampling_ratio"]  # TRL sums it over padding too, where its sampler's value is 1
+        batch["importance_sampling_ratio"] = rho.where(mask > 0, 1.0) if rho.shape == mask.shape else rho
+    no_tokens = torch.zeros(mask.shape[0], 0)
+    batch.update(
+        prompt_ids=no_tokens, prompt_mask=no_tokens, completion_ids=torch.zeros(mask.shape), completion_mask=mask,
+        num_items_in_batch=inputs.get("num_items", mask.sum()),
+    )  # fmt: skip
+    loss = trainer._compute_loss(stand_in, None, batch)
+    gradients = torch.autograd.grad(loss, (logps, entropy), materialize_grads=True)
+    metrics = {name: torch.tensor(values[0], dtype=torch.float64) for name, values in stand_in._metrics["train"].items()}
+    metrics.pop("entropy_coef", None)
+    metrics.setdefault("policy_loss", loss.detach())
+    return {"loss": loss.detach(), "dlogps": gradients[0], "dentropy": gradients[1], **metrics}
+
+
+@pytest.mark.parametrize("block", range(20))
+def test_loss_gradients_and_metrics_equal_trl(block):
+    """400 draws of every option. TRL rounds its per-sign constants and counts to float32, so the draws avoid both."""
+    for seed in range(20 * block, 20 * block + 20):
+        rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+        float32_numbers = dict(sapo_temperature_neg=1.25, sapo_temperature_pos=rng.choice([1.0, 0.75]),
+                               vespo_k_pos=1.5, vespo_k_neg=0.5, vespo_lambda_pos=rng.choice([3.0, 2**-13]),
+                               vespo_lambda_neg=0.875)  # fmt: skip
+        config = draw_config(rng, **float32_numbers, loss_type=LOSS_TYPES[seed % len(LOSS_TYPES)])
+        logps, entropy, inputs = draw_tokens(rng, g, config)
+        ours, theirs = call_objective(logps, entropy, inputs, config), call_trl(logps, entropy, inputs, config)
+        counts = {n for n in theirs if n.startswith(("clip_ratio", "cispo"))}  # TRL adds these in float32
+        exact = [{n: x for n, x in r.items() if n not in counts} for r in (ours, theirs)]
+        assert_all_close(*exact, 1e-10, hint=f"seed {seed} {config}")
+        assert_all_close(*({n: r[n] for n in counts} for r in (ours, theirs)), 1e-6, hint=f"seed {seed} {config}")
+
+
+# Where the specification differs from TRL on purpose
+
+
+def objective_tokens(B=3, T=4, **more):
+    g = torch.Generator().manual_seed(1)
+    logps = -torch.rand(B, T, generator=g, dtype=torch.float64) * 3
+    tokens = dict(
+        mask=torch.ones(B, T), advantages=torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)[:B],
+        old_logps=logps + torch.rand(B, T, generator=g, dtype=torch.float64) - 0.5, ref_logps=logps - 0.3,
+    )  # fmt: skip
+    return logps, torch.rand(B, T, generator=g, dtype=torch.float64), {**tokens, **more}
+
+
+CONFIGS = [
+    GRPOLossConfig(loss_type=loss, importance_sampling_level=level, beta=beta, max_completion_length=5, entropy_coef=0.1 * beta)
+    for loss in LOSS_TYPES
+    for level in ("token", "sequence")
+    for beta in (0.0, 0.5)
+]
+
+
+def name_of(config):
+    return f"{config.loss_type}-{config.importance_sampling_level}-beta{config.beta}"
+
+
+every_loss = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shift", [-300.0, -90.0, 90.0, 300.0])
+@every_loss
+def test_far_apart_log_probs_give_finite_results(config, shift, dtype):
+    logps, entropy, inputs = objective_tokens()
+    inputs["old_logps"] = logps - shift
+    inputs["ref_logps"] = logps + (0.1 if shift > 0 and config.use_bias_correction_kl else shift)
+    cast = {k: v.to(dtype) for k, v in inputs.items()}
+    out = call_objective(logps.to(dtype), entropy.to(dtype), cast, config)
+    for name, value in out.items():
+        assert value.isfinite().all(), f"{name} {value}"
+    if not config.sequence_level:
+        # a zero advantage has no policy gradient, however large the ratio
+        cast["advantages"] = torch.zeros_like(cast["advantages"])
+        quiet = GRPOLossConfig(loss_type=config.loss_type, max_completion_length=5)
+        assert not call_objective(logps.to(dtype), entropy.to(dtype), cast, quiet)["dlogps"].any()
+
+
+def test_the_ratio_is_bounded_in_value_and_not_in_gradient():
+    config = GRPOLossConfig(loss_type="bnpo")
+    for d, bound in ((100.0, 80.0), (-100.0, -80.0)):
+        logps = torch.full((1, 1), -1.0, dtype=torch.float64)
+        inputs = dict(mask=torch.ones(1, 1), advantages=torch.tensor([-1.0 if d > 0 else 1.0]), old_logps=logps - d)
+        out = call_objective(logps, torch.zeros(1, 1), inputs, config)
+        assert_close("loss", out["loss"], torch.tensor(-math.exp(bound) * (-1 if d > 0 else 1), dtype=torch.float64), 1e-12)
+        assert_close("gradient", out["dlogps"], out["loss"].view(1, 1), 1e-12)
+    config = GRPOLossConfig(loss_type="bnpo", beta=1.0, use_bias_correction_kl=False)
+    inputs = dict(mask=torch.ones(1, 1), advantages=torch.zeros(1), ref_logps=logps + 100.0)
+    out = call_objective(logps, torch.zeros(1, 1), inputs, config)
+    assert_close("k3", out["kl"], torch.tensor(math.exp(80.0) - 101, dtype=torch.float64), 1e-12)
+    assert_close("d k3", out["dlogps"], torch.tensor([[1 - math.exp(80.0)]], dtype=torch.float64), 1e-12)
+
+
+@every_loss
+@pytest.mark.parametrize("per_token", [False, True])
+def test_what_masked_positions_hold_is_ignored(config, per_token):
+    logps, entropy, inputs = objective_tokens()
+    B, T = logps.shape
+    inputs["mask"][0, 1:3] = 0
+    inputs["mask"][2] = 0
+    inputs.update(importance_sampling_ratio=torch.full((B, T), 0.7), sampling_logps=logps - 0.2)
+    if per_token:
+        inputs["advantages"] = inputs["advantages"].unsqueeze(1).repeat(1, T)
+    options = {**vars(config), "off_policy_mask_threshold": 0.1, "top_entropy_quantile": 0.6}
+    config = GRPOLossConfig(**options)
+    clean = call_objective(logps, entropy, inputs, config)
+    for garbage in (math.nan, math.inf, -math.inf, 1e30):
+        dirty = {k: v.clone() for k, v in inputs.items()}
+        out = inputs["mask"] == 0
+        for name, value in dirty.items():
+            if name != "mask" and value.shape == out.shape:
+                value[out] = garbage
+        result = call_objective(logps.masked_fill(out, garbage), entropy.masked_fill(out, garbage), dirty, config)
+        for name, value in clean.items():
+            assert torch.equal(result[name], value), f"{name} with {garbage}"
+        assert not result["dlogps"][out].any() and not result["dentropy"][out].any()
+    inputs["mask"] = inputs["mask"].bool()
+    assert torch.equal(call_objective(logps, entropy, inputs, config)["loss"], clean["loss"])
+
+
+@every_loss
+@pytest.mark.parametrize("poisoned", ["logps", "old_logps", "ref_logps"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_poison_at_a_kept_position_is_a_nan_loss(config, poisoned, poison):
+    if poisoned == "ref_logps" and config.beta == 0:
+        pytest.skip("not used")
+    logps, entropy, inputs = objective_tokens()
+    inputs["advantages"][1] = 0.0
+    for row in range(3):
+        dirty = {k: v.clone() for k, v in inputs.items()}
+        bad = logps.clone()
+        (bad if poisoned == "logps" else dirty[poisoned])[row, 2] = poison
+        assert call_objective(bad, entropy, dirty, config)["loss"].isnan(), f"row {row}"
+
+
+@every_loss
+@pytest.mark.parametrize("shape", [(3, 4), (0, 4), (3, 0), (0, 0)])
+def test_nothing_kept_is_a_zero_loss_with_zero_gradients_and_metrics(config, shape):
+    logps, entropy = torch.full(shape, -2.0), torch.ones(shape)
+    options = dict(vars(config), off_policy_mask_threshold=0.1, top_entropy_quantile=0.5)
+    inputs = dict(mask=torch.zeros(shape), advantages=torch.ones(shape[0]), old_logps=logps - 3, ref_logps=logps + 1,
+                  importance_sampling_ratio=torch.full((shape[0], 1), 0.5))  # fmt: skip
+    for c in (config, GRPOLossConfig(**options)):
+        logps.requires_grad_(), entropy.requires_grad_()
+        loss, metrics = objective(logps, entropy, **inputs, config=c)
+        assert loss == 0 and loss.requires_grad
+        for gradient in torch.autograd.grad(loss, (logps, entropy), allow_unused=True):
+            assert gradient is None or not gradient.any()
+        assert {"entropy", "policy_loss"} <= set(metrics)
+        for name, value in metrics.items():
+            assert value == 0 and value.dim() == 0, f"{name} = {value}"
+        logps, entropy = logps.detach(), entropy.detach()
+
+
+def test_one_token_sequences_at_token_level_are_averaged_over_kept_tokens():
+    """TRL mistakes a [B, 1] tensor of tokens for one value per sequence; the specification does not."""
+    logps = torch.tensor([[-1.0], [-2.0], [-1.5]], dtype=torch.float64)
+    inputs = dict(mask=torch.tensor([[1.0], [1.0], [0.0]]), advantages=torch.tensor([1.0, 1.0, 1.0]),
+                  old_logps=logps - math.log(2), ref_logps=logps - 0.5)  # fmt: skip
+    entropy = torch.tensor([[1.0], [3.0], [7.0]], dtype=torch.float64)
+    out = call_objective(logps, entropy, inputs, GRPOLossConfig(beta=0.1))
+    assert out["entropy"] == 2.0 and out["clip_ratio/high_mean"] == 1.0 and out["clip_ratio/high_max"] == 1.0
+    assert_close("kl", out["kl"], torch.tensor(2 * (math.exp(-0.5) - 0.5)), 1e-7)
+
+
+def test_num_items_is_the_divisor_to_the_letter():
+    logps, entropy, inputs = objective_tokens()
+    for loss_type in ("dapo", "cispo", "vespo"):
+        config = GRPOLossConfig(loss_type=loss_type)
+        whole = call_objective(logps, entropy, inputs, config)["loss"]  # 12 kept tokens
+        for given, divisor in ((0.5, 0.5), (24, 24), (torch.tensor(24), 24), (torch.tensor(0.5), 1), (torch.tensor(0), 1)):
+            out = call_objective(logps, entropy, {**inputs, "num_items": given}, config)["loss"]
+            assert_close(f"{loss_type} {given}", out, whole * 12 / divisor, 1e-12)
+    for loss_type in ("grpo", "bnpo", "dr_grpo", "luspo", "sapo"):
+        config = GRPOLossConfig(loss_type=loss_type, max_completion_length=4)
+        out = [call_objective(logps, entropy, {**inputs, "num_items": n}, config)["loss"] for n in (None, 3, -1)]
+        assert out[0] == out[1] == out[2], loss_type
+
+
+def test_per_sign_constants_are_not_rounded_to_float32():
+    """1.05 is no float32 number, and a float64 loss must not see it as one."""
+    logps, entropy, inputs = objective_tokens()
+    inputs["advantages"] = -torch.ones(3, dtype=torch.float64)
+    w = (logps - inputs["old_logps"]).exp()
+    out = call_objective(logps, entropy, inputs, GRPOLossConfig(loss_type="sapo", sapo_temperature_neg=1.05))
+    assert_close("sapo", out["loss"], (4 / 1.05 * torch.sigmoid(1.05 * (w - 1))).mean(), 1e-13)
+    config = GRPOLossConfig(loss_type="vespo", vespo_k_neg=0.3, vespo_lambda_neg=0.7)
+    s = (logps - inputs["old_logps"]).sum(1, keepdim=True)
+    phi = torch.exp(0.7 + 0.3 * s - 0.7 * s.exp())
+    assert_close("vespo", call_objective(logps, entropy, inputs, config)["loss"], (phi * logps).mean(), 1e-13)
+    config = GRPOLossConfig(loss_type="vespo", vespo_k_neg=0.3, vespo_lambda_neg=-5.0)
+    phi = torch.exp(1e-4 + 0.3 * s - 1e-4 * s.exp())
+    assert_close("lambda", call_objective(logps, entropy, inputs, config)["loss"], (phi * logps).mean(), 1e-13)
+    config = GRPOLossConfig(loss_type="vespo", vespo_k_neg=-1e4)
+    inputs["old_logps"] = logps + 3
+    assert call_objective(logps, entropy, inputs, config)["loss"] == 0, "a phi that overflows becomes 0"
+
+
+# The table of the second seed: sign of the advantage, ratio outside or inside the range
+
+
+@pytest.mark.parametrize(
+    "ratio, A, expected",
+    [(1.1, 2.0, -2.2), (1.5, 2.0, 0.0), (0.5, 2.0, -1.0), (0.9, -2.0, 1.8), (0.5, -2.0, 0.0), (1.5, -2.0, 3.0),
+     (1.0, 2.0, -2.0), (1.0, -2.0, 2.0), (3.0, -2.0, 6.0)],
+)  # fmt: skip
+def test_clipping_table(ratio, A, expected):
+    """d loss / d lp = -A w where the unclipped branch is chosen, and 0 where the clipped one is."""
+    logps = torch.tensor([[-1.0]], dtype=torch.float64)
+    inputs = dict(mask=torch.ones(1, 1), advantages=torch.tensor([A], dtype=torch.float64), old_logps=logps - math.log(ratio))
+    for loss_type in CLIPPED_LOSSES:
+        out = call_objective(logps, logps * 0, inputs, GRPOLossConfig(loss_type=loss_type, max_completion_length=1))
+        assert_close(loss_type, out["dlogps"], torch.tensor([[expected]], dtype=torch.float64), 1e-12)
+    # two-sided clipping stops the last case
+    out = call_objective(logps, logps * 0, inputs, GRPOLossConfig(delta=2.0))
+    assert_close("delta", out["dlogps"], torch.tensor([[0.0 if ratio > 2 else expected]], dtype=torch.float64), 1e-12)
+
+
+def test_the_clip_bounds_are_inclusive():
+    for w, A in ((1.25, 1.0), (0.75, -1.0), (1.25, -1.0), (0.75, 1.0)):
+        x = torch.tensor(w, dtype=torch.float64)
+        assert slope(x, torch.tensor(A), GRPOLossConfig(epsilon=0.25)) == -A
+        assert slope(x, torch.tensor(A), GRPOLossConfig(epsilon=0.25, delta=w)) == -A
+
+
+# Closed forms against autograd
+
+ratios = st.one_of(
+    st.floats(1e-3, 8.0), st.sampled_from([0.75, 0.8, 1.0, 1.2, 1.25, 2.0, 2.5, 1e-30, 1e30]),
+    st.floats(-80, 80).map(math.exp),
+)  # fmt: skip
+advantages = st.one_of(st.floats(-4, 4), st.sampled_from([0.0, -1.0, 1.0]))
+clip_options = st.fixed_dictionaries(
+    dict(
+        loss_type=st.sampled_from(["grpo", "sapo"]),
+        epsilon=st.sampled_from([0.0, 0.2, 0.25, 1.5]),
+        epsilon_high=st.sampled_from([None, 0.0, 0.25, 1.0]),
+        delta=st.sampled_from([None, 0.5, 0.75, 1.0, 1.25, 2.0, 2.5]),
+        sapo_temperature_pos=st.floats(0.1, 3),
+        sapo_temperature_neg=st.floats(0.1, 3),
+    )
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(w=ratios, A=advantages, options=clip_options)
+def test_slope_is_the_derivative_of_the_policy_term(w, A, options):
+    config = GRPOLossConfig(**options)
+    # at the objective's door: one token, so that d loss / d lp = ds/dw * w
+    logps = torch.tensor([[-2.0]], dtype=torch.float64)
+    inputs = dict(mask=torch.ones(1, 1), advantages=torch.tensor([A], dtype=torch.float64), old_logps=logps - math.log(w))
+    out = call_objective(logps, logps * 0, inputs, config)
+    ratio = (logps - inputs["old_logps"]).exp()
+    closed = slope(ratio, inputs["advantages"].unsqueeze(1), config) * ratio
+    assert_close("slope", closed, out["dlogps"], 1e-12, floor=1e-13 * ratio.item())
+
+
+rows = st.fixed_dictionaries(
+    dict(
+        lp=st.floats(-12, -1e-6), d=st.one_of(st.floats(-3, 3), st.floats(-100, 100)), r=st.floats(-4, 4), A=advantages,
+        rho=st.floats(0, 2), on_policy=st.booleans(), beta=st.sampled_from([0.0, 0.3, -0.1]), corrected=st.booleans(),
+    )
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(row=rows, options=clip_options, loss_type=st.sampled_from([x for x in LOSS_TYPES if x != "vespo"]))
+def test_coefficient_is_the_derivative_of_the_objective(row, options, loss_type):
+    config = GRPOLossConfig(**{**options, "loss_type": loss_type}, beta=row["beta"], max_completion_length=3,
+                            use_bias_correction_kl=row["corrected"])  # fmt: skip
+    logps = torch.tensor([[row["lp"]]], dtype=torch.float64)
+    inputs = dict(
+        mask=torch.ones(1, 1), advantages=torch.tensor([row["A"]], dtype=torch.float64), ref_logps=logps + row["r"],
+        importance_sampling_ratio=torch.tensor([[row["rho"]]], dtype=torch.float64), num_items=3,
+    )  # fmt: skip
+    if not row["on_policy"]:
+        inputs["old_logps"] = logps - row["d"]
+    truth = call_objective(logps, logps * 0, inputs, config)["dlogps"]
+    closed, _ = closed_form(logps, inputs, config)
+    size = math.exp(max(-80, min(80, 0 if row["on_policy"] else row["d"])))  # autograd's own rounding grows with w
+    assert_close("coefficient", closed, truth, 1e-10, floor=1e-12 * (1 + size * math.exp(abs(row["r"]))))
+
+
+def closed_form(logps, inputs, config):
+    """d loss / d logps without autograd, [B, T], as the one-pass functions assemble it; and the inputs as prepared."""
+    given = {n: inputs.get(n) for n in ("old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps")}
+    t = prepare(inputs["advantages"], inputs["mask"], logps.dtype, **given, config=config)
+    u = token_weights(t.mask, config, inputs.get("num_items"))
+    on_policy = t.old is None
+    if on_policy:
+        w_policy, advantage = on_policy_coefficients(t, u, config), None
+    else:
+        w_policy = u if t.rho is None else u * t.rho
+        advantage = t.advantages.expand_as(logps)
+    parts = PolicyRows(w_policy, advantage, t.old, t.ref, None if t.ref is None else u * config.beta)
+    return coefficient(logps, parts, row_terms(config, on_policy)), t
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_one_pass_coefficients_over_whole_batches(block):
+    """Every case that math.md calls one-pass: token level but vespo off-policy; on-policy without a corrected KL."""
+    for seed in range(30 * block, 30 * block + 30):
+        rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+        config = draw_config(rng, top_entropy_quantile=1.0, off_policy_mask_threshold=None)
+        logps, entropy, inputs = draw_tokens(rng, g, config)
+        if config.sequence_level or config.loss_type == "vespo":
+            inputs.pop("old_logps", None)
+        if config.sequence_level and config.beta != 0 and config.use_bias_correction_kl:
+            continue
+        truth = call_objective(logps, entropy, inputs, config)["dlogps"]
+        closed, t = closed_form(logps, inputs, config)
+        assert_close(f"seed {seed} {config}", closed * t.mask, truth, 1e-10, floor=1e-12)
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_known_zero_rows_have_no_gradient(block):
+    """Never a wrong zero, and every zero that the specification knows beforehand."""
+    for seed in range(30 * block, 30 * block + 30):
+        rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+        config = draw_config(rng)
+        logps, entropy, inputs = draw_tokens(rng, g, config)
+        given = {n: inputs.get(n) for n in ("old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps")}
+        t = prepare(inputs["advantages"], inputs["mask"], logps.dtype, **given, config=config)
+        zero = known_zero(t, token_weights(t.mask, config, inputs.get("num_items")), config)
+        out = call_objective(logps, entropy, inputs, config)
+        assert not out["dlogps"][zero].any(), f"seed {seed} {config}"
+        assert not out["dentropy"][zero].any()
+        if config.beta == 0 and config.entropy_coef == 0:
+            nothing = (t.advantages == 0).expand_as(t.mask) | (t.mask == 0)
+            if t.rho is not None and config.loss_type != "vespo":
+                nothing = nothing | (t.rho == 0)
+            if config.sequence_level and config.loss_type not in ("cispo", "vespo"):
+                nothing = nothing.all(1, keepdim=True).expand_as(nothing)
+            assert zero[nothing].all(), f"seed {seed} {config}"
+
+
+def test_a_nan_is_never_called_zero():
+    for poisoned in ("old_logps", "importance_sampling_ratio"):
+        logps, _, inputs = objective_tokens(importance_sampling_ratio=torch.ones(3, 4, dtype=torch.float64))
+        inputs["advantages"][:] = 0
+        inputs[poisoned][1, 2] = math.nan
+        for loss_type in LOSS_TYPES:
+            if loss_type == "vespo" and poisoned != "old_logps":
+                continue
+            config = GRPOLossConfig(loss_type=loss_type, max_completion_length=4)
+            t = prepare(inputs["advantages"], inputs["mask"], logps.dtype, inputs["old_logps"], None,
+                        inputs["importance_sampling_ratio"], None, config)  # fmt: skip
+            zero = known_zero(t, token_weights(t.mask, config), config)
+            assert not zero[1, 2] and zero.sum() == 11, loss_type
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_gradcheck(loss_type, level):
+    """Against finite differences, where no stop-gradient stands in between."""
+    if loss_type in ("cispo", "vespo"):
+        pytest.skip("their ratio is detached")
+    logps, entropy, inputs = objective_tokens()
+    config = GRPOLossConfig(loss_type=loss_type, importance_sampling_level=level, beta=0.2, entropy_coef=0.1,
+                            max_completion_length=5)  # fmt: skip
+    leaves = logps.requires_grad_(), entropy.requires_grad_()
+    assert torch.autograd.gradcheck(lambda lp, h: objective(lp, h, **inputs, config=config)[0], leaves)
+
+
+def test_the_objective_does_not_write_into_its_inputs():
+    logps, entropy, inputs = objective_tokens()
+    before = [x.clone() for x in (logps, entropy, *inputs.values())]
+    for config in CONFIGS:
+        call_objective(logps, entropy, inputs, config)
+    assert all(torch.equal(a, b) for a, b in zip(before, (logps, entropy, *inputs.values()), strict=True))
