@@ -264,15 +264,20 @@ class PackedLayout:
         self.position = None
         if cu_seqlens is None:
             return
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
-            raise ValueError(f"cu_seqlens must rise from 0 to N = {tokens} without falling, got {ends[:8]}{'...' * (len(ends) > 8)}")
-        self.sequences = len(ends) - 1
-        self.length = max((b - a for a, b in zip(ends, ends[1:], strict=False)), default=0)
+        if torch.compiler.is_compiling():  # nothing may synchronise: the longest a sequence can be
+            self.sequences, self.length = cu_seqlens.shape[0] - 1, tokens
+        else:
+            self.sequences, self.length = self._checked_lengths(cu_seqlens.tolist(), tokens)
         starts = cu_seqlens.long()
         index = torch.arange(tokens, device=cu_seqlens.device)
         sequence = torch.bucketize(index, starts[1:], right=True)
         self.position = sequence * self.length + index - starts[sequence]
+
+    @staticmethod
+    def _checked_lengths(ends, tokens):
+        if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+            raise ValueError(f"cu_seqlens must rise from 0 to N = {tokens} without falling, got {ends[:8]}{'...' * (len(ends) > 8)}")
+        return len(ends) - 1, max((b - a for a, b in zip(ends, ends[1:], strict=False)), default=0)
 
     @staticmethod
     def of(cu_seqlens, mask):

@@ -18,7 +18,7 @@ BACKENDS = [name for name in ("torch", "cpu") if available_backends()[name] is N
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 TOKEN = GRPOLossConfig()
-SEQUENCE = GRPOLossConfig(importance_sampling_level="sequence")
+SEQUENCE = GRPOLossConfig(loss_type="sapo", importance_sampling_level="sequence")  # no clipping: every sequence trains
 
 
 def operations(function):
@@ -193,10 +193,12 @@ def test_sequences_that_train_nothing_at_sequence_level_are_2(backend):
     assert units(p, 1, backend=backend, workspace_bytes=1) == 8 * live + 2 * (p.kept - live)
     assert units(p, 1, backend=backend, needs=("hidden",)) == 4 * live + 2 * (p.kept - live)
     # a clipped sequence has no gradient either, which the second phase sees before it computes
-    p.old_logps[0] -= 3.0
+    p = p.with_config(loss_type="dapo", epsilon=0.99, epsilon_high=50.0)
+    assert units(p, 1, backend=backend, workspace_bytes=1) == 8 * live + 2 * (p.kept - live)
+    p.old_logps[0] -= 6.0
     p.advantages[0] = 1.0
     clipped = int(p.mask[0].sum())
-    assert units(p, 1, backend=backend, workspace_bytes=1) <= 8 * (live - clipped) + 2 * (p.kept - live + clipped)
+    assert units(p, 1, backend=backend, workspace_bytes=1) == 8 * (live - clipped) + 2 * (p.kept - live + clipped)
 
 
 @every_backend
@@ -250,4 +252,4 @@ def test_an_adapter_adds_its_own_products_only(backend):
             *a, **k, backend=backend, workspace_bytes=w).loss.backward())  # fmt: skip
         adapter = total - head * rows * V * D
         passes = head // 2
-        assert 0 < adapter <= 2 * rows * r * (V * passes + D * (passes + 2)), (config, workspace)
+        assert 0 < adapter <= 2 * rows * r * (V + 2 * D) * passes, (config, workspace)
