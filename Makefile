@@ -33,7 +33,7 @@ lint: $(STAMP)
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[test]" "$(RUFF)" "datasets>=3.0"
+	$(BIN)/python -m pip install -q -e ".[test]" "$(RUFF)" "datasets>=4.7"
 	$(BIN)/python -m pip install -q --no-deps $(PEERS)
 	touch $@
 

@@ -24,6 +24,9 @@ template <class T>
 constexpr int64_t kBlock = 16384 / sizeof(acc_t<T>);  // columns; a block and its float copy stay in the first-level cache
 
 template <class T>
+constexpr Digits kDigits = sizeof(T) == 2 ? Digits::bfloat16 : Digits::full;
+
+template <class T>
 struct RowTransform {
   using A = acc_t<T>;
   A logit_scale, softcap, inv_softcap, temperature, inv_temperature;
@@ -54,18 +57,25 @@ struct RowTransform {
     }
     y = raw * logit_scale;
     if (softcap != 0) {
-      y = softcap * vtanh(y * inv_softcap);
+      y = softcap * vtanh<kDigits<T>>(y * inv_softcap);
       return y * inv_temperature;
     }
     return raw * slope;
   }
 };
 
-// row[c] = f(row[c], c, lanes) over whole vectors, the ragged end through a copy.
+// row[c] = f(row[c], c, lanes) over whole vectors, the ragged end through a copy. `in_order`: f looks at the column.
 template <class T, class F>
-GK_INLINE void map_row(T* row, int64_t columns, F f) {
+GK_INLINE void map_row(T* row, int64_t columns, bool in_order, F f) {
   constexpr int L = kLanes<T>;
   int64_t c = 0;
+  if (!in_order) {
+    for (; c + 2 * L <= columns; c += 2 * L) {
+      vec_t<T> a, b;
+      load_pair(row + c, a, b);
+      store_pair(row + c, f(a, c, int64_t(L)), f(b, c, int64_t(L)));
+    }
+  }
   for (; c + L <= columns; c += L) store(row + c, f(load(row + c), c, int64_t(L)));
   if (c < columns) {
     T rest[L] = {};
@@ -213,7 +223,7 @@ void scale_row(T* row, int64_t columns, int64_t target, const RowTransform<T>& t
         store_pair(row + first + c, load(values + c) * w, load(values + c + L) * w);
       }
     } else {
-      map_row(row + first, n, [&](V, int64_t c, int64_t) { return load(values + c) * w; });
+      map_row(row + first, n, true, [&](V, int64_t c, int64_t) { return load(values + c) * w; });
     }
   }
 }
@@ -223,7 +233,6 @@ template <class T>
 void exp_row(T* row, int64_t columns, const RowTransform<T>& transform, acc_t<T> shift, acc_t<T> weight) {
   using V = vec_t<T>;
   constexpr int L = kLanes<T>;
-  constexpr Digits digits = sizeof(T) == 2 ? Digits::bfloat16 : Digits::full;
   int64_t c = 0;
   if (transform.linear) {
     const acc_t<T> slope = transform.slope;
@@ -232,12 +241,12 @@ void exp_row(T* row, int64_t columns, const RowTransform<T>& transform, acc_t<T>
       load_pair(row + c, a, b);
       a = a * slope - shift;
       b = b * slope - shift;
-      store_pair(row + c, exp_clamping<digits>(a) * weight, exp_clamping<digits>(b) * weight);
+      store_pair(row + c, exp_clamping<kDigits<T>>(a) * weight, exp_clamping<kDigits<T>>(b) * weight);
     }
   }
-  map_row(row + c, columns - c, [&](V raw, int64_t column, int64_t lanes) {
+  map_row(row + c, columns - c, true, [&](V raw, int64_t column, int64_t lanes) {
     V y, x = transform(raw, c + column, lanes, y) - shift;
-    return exp_clamping<digits>(x) * weight;
+    return exp_clamping<kDigits<T>>(x) * weight;
   });
 }
 
@@ -269,7 +278,7 @@ void gradient_row(T* row, int64_t columns, int64_t target, const RowTransform<T>
       if (!from_probs) {
         V raw = splat<V>(load_scalar(row + target));
         if (transform.bias) raw = raw + transform.bias[target];
-        y = transform.softcap * vtanh(raw * transform.logit_scale * transform.inv_softcap);
+        y = transform.softcap * vtanh<kDigits<T>>(raw * transform.logit_scale * transform.inv_softcap);
       }
       const double ratio = double(y[0]) * transform.inv_softcap;
       dz_target *= p == 0 && from_probs ? 1 : 1 - ratio * ratio;
@@ -283,16 +292,16 @@ void gradient_row(T* row, int64_t columns, int64_t target, const RowTransform<T>
   } else if (!from_probs && !capped && !entropy) {
     exp_row(row, columns, transform, shift, weight);
   } else if (from_probs && !capped && !entropy) {
-    map_row(row, columns, [&](V p, int64_t, int64_t) { return p * weight; });
+    map_row(row, columns, false, [&](V p, int64_t, int64_t) { return p * weight; });
   } else {
-    map_row(row, columns, [&](V v, int64_t column, int64_t lanes) {
+    map_row(row, columns, transform.bias && !from_probs, [&](V v, int64_t column, int64_t lanes) {
       V p = v, y, logp;
       if (from_probs) {
         logp = vlog(p);
         y = transform.temperature * (logp + lse);
       } else {
         logp = transform(v, column, lanes, y) - shift;
-        p = exp_clamping(logp) * inv_sum;
+        p = exp_clamping<kDigits<T>>(logp) * inv_sum;
         logp = logp - log_sum;
       }
       V dz = -g * p;

@@ -11,3 +11,17 @@ from .objective import objective
 from .outputs import GRPOLossOutput, LogProbs
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "FusedLinearGRPOLoss",
+    "GRPOLossConfig",
+    "GRPOLossOutput",
+    "LogProbs",
+    "available_backends",
+    "fused_linear_grpo_loss",
+    "group_advantages",
+    "grpo_loss_from_logits",
+    "linear_logprobs",
+    "objective",
+    "reference",
+]

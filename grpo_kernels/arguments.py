@@ -7,6 +7,7 @@ its own counts, in a single host synchronisation.
 
 import numbers
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -275,9 +276,11 @@ class PackedLayout:
 
     @staticmethod
     def _checked_lengths(ends, tokens):
-        if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
-            raise ValueError(f"cu_seqlens must rise from 0 to N = {tokens} without falling, got {ends[:8]}{'...' * (len(ends) > 8)}")
-        return len(ends) - 1, max((b - a for a, b in zip(ends, ends[1:], strict=False)), default=0)
+        lengths = [end - start for start, end in pairwise(ends)]
+        if ends[0] != 0 or ends[-1] != tokens or min(lengths, default=0) < 0:
+            shown = f"{ends[:8]}{'...' * (len(ends) > 8)}"
+            raise ValueError(f"cu_seqlens must rise from 0 to N = {tokens} without falling, got {shown}")
+        return len(lengths), max(lengths, default=0)
 
     @staticmethod
     def of(cu_seqlens, mask):

@@ -11,7 +11,7 @@ from . import tiles
 from .arguments import check_loss_arguments, value_flags
 from .batch import LossBatch
 from .config import GRPOLossConfig
-from .logprobs import FusedHead, cast_gradients, row_logprobs
+from .logprobs import FusedHead, row_logprobs
 from .objective import row_terms
 from .outputs import GRPOLossOutput
 from .products import accumulation_dtype

@@ -10,12 +10,12 @@ import torch
 from problems import HEAD_LEAVES, draw_problem, make_problem, packed, policy_logps, run
 from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
-import grpo_kernels
 from grpo_kernels import (
     FusedLinearGRPOLoss,
     GRPOLossConfig,
     available_backends,
     fused_linear_grpo_loss,
+    grpo_loss_from_logits,
     linear_logprobs,
     reference,
 )
@@ -180,44 +180,48 @@ def test_shapes_around_a_block(vocab, tokens, backend):
 
 @every_backend
 @every_path
-def test_backward_through_a_retained_graph_accumulates_or_is_an_error(config, backend):
-    """With a gradient of 1 a leaf's .grad may be the memory that the forward wrote: it must not be added to itself unseen."""
+@pytest.mark.parametrize("needs", [HEAD_LEAVES, ("hidden",), ("weight",)], ids=["all", "frozen head", "frozen hidden"])
+def test_a_retained_graph_gives_the_same_gradients_again(config, needs, backend):
+    """The one pass scales its gradients in place and a leaf's .grad may be that very memory; the stash is overwritten."""
     p = make_problem(config=config, sampling=True)
-    truth = run(reference.grpo_loss, p).gradients
-    positional, keywords, leaves = p.arguments()
-    loss = fused_linear_grpo_loss(*positional, **keywords, backend=backend).loss
-    for times in (1, 2, 3):
-        try:
+    truth = run(reference.grpo_loss, p, needs=needs).gradients
+    for workspace in (1, None):
+        positional, keywords, leaves = p.arguments(needs=needs)
+        loss = fused_linear_grpo_loss(*positional, **keywords, backend=backend, workspace_bytes=workspace).loss
+        asked = {n: x for n, x in leaves.items() if x.requires_grad}
+        handed_out = []
+        for scale in (0.25, 3.0, 1.0, 1.0):
+            handed_out.append((scale, torch.autograd.grad(loss * scale, list(asked.values()), retain_graph=True)))
+        for scale, gradients in handed_out:
+            for name, gradient in zip(asked, gradients, strict=True):
+                assert_close(f"{name} times {scale}", gradient, truth[name] * scale, 1e-10)
+        for times in (1, 2, 3):
             loss.backward(retain_graph=True)
-        except RuntimeError as error:
-            assert times > 1 and "modified by an inplace operation" in str(error)
-            return
-        for name, leaf in leaves.items():
-            assert_close(f"{name}, {times} times", leaf.grad, truth[name] * times, 1e-10)
+            for name, leaf in asked.items():
+                assert_close(f"{name}, {times} times", leaf.grad, truth[name] * times, 1e-10)
 
 
 @every_backend
 @every_path
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_second_backward_gives_the_same_gradient_or_an_error(config, frozen, backend):
-    """The one pass scales its gradients in place: asking twice must never return them scaled twice."""
+def test_a_weight_changed_before_backward_is_an_error_or_does_not_matter(config, backend):
+    """An optimiser's step between forward and backward must never leave gradients of a mixture."""
     p = make_problem(config=config, sampling=True)
-    positional, keywords, leaves = p.arguments(needs=("hidden",) if frozen else HEAD_LEAVES)
-    loss = fused_linear_grpo_loss(*positional, **keywords, backend=backend).loss
-    asked = [x for x in leaves.values() if x.requires_grad]
     truth = run(reference.grpo_loss, p).gradients
-    first = torch.autograd.grad(loss * 0.25, asked, retain_graph=True)
-    for gradient, name in zip(first, leaves, strict=False):
-        assert_close(name, gradient, truth[name] * 0.25, 1e-10)
-    kept = [g.clone() for g in first]
-    try:
-        second = torch.autograd.grad(loss * 3.0, asked)
-    except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
-        return
-    for gradient, again, name in zip(kept, second, leaves, strict=False):
-        assert_close(name, again, truth[name] * 3, 1e-10)
-        assert_close(f"{name} of the first", first[0], kept[0], 0.0)
+    for times in (1, 2):
+        positional, keywords, leaves = p.arguments()
+        loss = fused_linear_grpo_loss(*positional, **keywords, backend=backend).loss
+        if times == 2:
+            loss.backward(retain_graph=True)
+            leaves["hidden"].grad = leaves["weight"].grad = None
+        with torch.no_grad():
+            leaves["weight"].mul_(1.5)
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            assert "modified" in str(error)
+            continue
+        assert_close("hidden", leaves["hidden"].grad, truth["hidden"], 1e-10)
+        assert_close("weight", leaves["weight"].grad, truth["weight"], 1e-10)
 
 
 @every_backend
@@ -497,42 +501,88 @@ def test_the_module_is_the_function(config):
     assert config.loss_type in repr(module) and not list(module.parameters())
 
 
-@pytest.mark.skipif(not hasattr(grpo_kernels, "grpo_loss_from_logits"), reason="does not exist yet")
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("block", range(5))
+def reference_from_logits(logits, *positional, **keywords):
+    """The reference with the logits as hidden states and the identity as head."""
+    head = torch.eye(logits.shape[-1], dtype=logits.dtype)
+    return reference.grpo_loss(logits, head, *positional, **keywords)
+
+
+def logits_problem(p):
+    """(logits, positional, keywords) of a problem, with the head's work already done."""
+    positional, keywords, _ = p.arguments(needs=())
+    hidden = positional[0].where(p.mask.bool().unsqueeze(-1), 0.0)
+    z = reference.hidden_to_logits(hidden, positional[1], keywords.pop("bias"), keywords.pop("lora"))
+    return z, positional[2:], keywords
+
+
 @every_backend
-def test_loss_from_logits(block, inplace, backend):
-    """The caller holds the logits: same loss, and their gradient, written over them if asked to."""
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("block", range(8))
+def test_loss_from_logits_equals_the_reference(block, inplace, backend):
+    """The caller holds the logits: same loss, and their gradient, written over them only if that was asked for."""
     for seed in range(20 * block, 20 * block + 20):
         p = draw_problem(seed)
-        positional, keywords, leaves = p.arguments()
-        logits = reference.hidden_to_logits(
-            leaves["hidden"].where(p.mask.bool().unsqueeze(-1), 0.0), leaves["weight"], keywords.pop("bias"), keywords.pop("lora")
-        )
-        given = logits.detach().clone().requires_grad_()
-        # a leaf cannot be overwritten: what arrives in practice is the product of a head
-        held = given * 1.0
-        out = grpo_kernels.grpo_loss_from_logits(held, *positional[2:], **keywords, backend=backend, inplace_backward=inplace)
-        (out.loss * 0.25).backward()
-        truth = run(reference.grpo_loss, p)
-        exact = torch.autograd.grad(reference.grpo_loss(*positional, **p.arguments()[1]).loss, logits, allow_unused=True)[0]
-        if exact is None:  # the reference made logits of its own
-            logits = given.detach().clone().requires_grad_()
-            loss = reference_from_logits(logits, p)
-            exact = torch.autograd.grad(loss, logits)[0]
-        assert_close(f"seed {seed} loss", out.loss, truth.loss, 1e-10)
-        assert_close("logps", out.logps, truth.logps, 1e-10)
-        assert_close("entropy", out.entropy, truth.entropy, 1e-10)
-        assert_all_close(out.metrics, truth.metrics, 1e-10)
-        assert_close(f"seed {seed} dlogits", given.grad, exact * 0.25, 1e-10)
+        if p.bias is not None and not p.bias.isfinite().all():
+            p.bias = None  # the identity as head cannot make a logit of -inf
+        z, positional, keywords = logits_problem(p)
+        results = []
+        for function, more in ((grpo_loss_from_logits, dict(backend=backend, inplace_backward=inplace)),
+                               (reference_from_logits, {})):  # fmt: skip
+            leaf = z.clone().requires_grad_()
+            logits = leaf * 1.0  # what arrives in practice is no leaf, and a leaf cannot be overwritten
+            out = function(logits, *positional, **keywords, **more)
+            assert torch.equal(logits, z), "the forward must not write"
+            (out.loss * 0.25).backward()
+            results.append({"loss": out.loss, "logps": out.logps, "entropy": out.entropy, **out.metrics, "dz": leaf.grad})
+            if function is grpo_loss_from_logits:
+                assert inplace or torch.equal(logits, z)
+        assert_all_close(*results, 1e-10, hint=f"seed {seed}")
 
 
-def reference_from_logits(logits, p):
-    """The reference with the logits as hidden states and the identity as head."""
-    q = dataclasses.replace(p, bias=None, lora_a=None, lora_b=None)
-    _, keywords, _ = q.arguments()
-    vocab = logits.shape[-1]
-    return reference.grpo_loss(logits, torch.eye(vocab, dtype=logits.dtype), p.completion_ids, p.advantages, p.mask, **keywords).loss
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_from_logits_of_a_shifted_slice(dtype, backend):
+    """logits[:, :-1] of a model's output, a vocabulary padded on the right, in the dtype they come in."""
+    p = make_problem(B=4, T=7, V=61, dtype=dtype, banned=0, config=PATHS["one pass"])
+    z, positional, keywords = logits_problem(p)
+    for function in (grpo_loss_from_logits, reference_from_logits):
+        whole = torch.full((4, 8, 64), 7.0, dtype=dtype).index_put((torch.tensor(0),), torch.tensor(3.0, dtype=dtype))
+        whole[:, :-1, :61] = z.detach()
+        whole.requires_grad_()
+        more = dict(backend=backend) if function is grpo_loss_from_logits else {}
+        out = function(whole[:, :-1, :61], *positional, **keywords, **more)
+        out.loss.backward()
+        if function is grpo_loss_from_logits:
+            ours, loss = whole.grad.clone(), out.loss
+    assert ours.dtype == dtype and not ours[:, -1].any() and not ours[..., 61:].any()
+    assert_close("loss", loss, out.loss, 1e-5)
+    assert_close("dlogits", ours, whole.grad, 1e-5 if dtype == torch.float32 else 8e-3)
+
+
+@every_backend
+def test_loss_from_logits_errors_and_empty_batches(backend):
+    p = make_problem(B=3, T=4, V=11, dtype=torch.float32)
+    z, positional, keywords = logits_problem(p)
+    good = dict(zip(("logits", "completion_ids", "advantages", "mask"), (z, *positional), strict=True), **keywords)
+    for wrong, error, said in (
+        (dict(logits=None), TypeError, "logits.*NoneType"), (dict(logits=z.long()), TypeError, "logits.*int64"),
+        (dict(logits=z[0]), ValueError, r"logits.*\[B, T, V\].*\[4, 11\]"),
+        (dict(logits=z[..., :0]), ValueError, r"logits.*\[3, 4, 0\]"),
+        (dict(completion_ids=positional[0] + 11), ValueError, "token ids.*V = 11"),
+        (dict(mask=p.mask[:2]), ValueError, r"mask.*\[3, 4\].*\[2, 4\]"),
+        (dict(config=GRPOLossConfig(beta=1.0), ref_logps=None), ValueError, "ref_logps.*beta"),
+        (dict(backend="cudnn"), ValueError, "backend.*'cudnn'"), (dict(workspace_bytes=-1), ValueError, "workspace_bytes"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=said):
+            grpo_loss_from_logits(**{**good, **wrong})
+    for shape in ((0, 4), (3, 0), (3, 4)):
+        logits = torch.zeros(*shape, 11, requires_grad=True)
+        out = grpo_loss_from_logits(logits, torch.zeros(shape, dtype=torch.long), torch.ones(shape[0]), torch.zeros(shape),
+                                    config=PATHS["sequence"], ref_logps=torch.zeros(shape), backend=backend)  # fmt: skip
+        out.loss.backward()
+        assert out.loss == 0 and not logits.grad.any()
+    bad = {**good, "completion_ids": torch.full((3, 4), 99), "kept_rows": p.kept_rows()}
+    assert grpo_loss_from_logits(**bad, backend=backend).loss.isnan()
 
 
 @every_backend

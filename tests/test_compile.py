@@ -1,0 +1,188 @@
+"""torch.compile without graph breaks equals eager, and the registered ops keep the promises that torch.library asks for."""
+
+import pytest
+import torch
+from problems import make_problem
+from tolerance import assert_all_close
+
+from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, grpo_loss_from_logits, linear_logprobs
+from grpo_kernels.row_statistics import finalize
+
+CONFIGS = {
+    "one pass": GRPOLossConfig(beta=0.05, delta=2.2),
+    "on-policy sequence": GRPOLossConfig(loss_type="grpo", importance_sampling_level="sequence"),
+    "sequence": GRPOLossConfig(loss_type="grpo", importance_sampling_level="sequence", beta=0.05, entropy_coef=0.1),
+    "quantile": GRPOLossConfig(top_entropy_quantile=0.57),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def call(function, p, needs=("hidden", "weight", "bias"), **more):
+    positional, keywords, leaves = p.arguments(needs=needs)
+    out = function(*positional, **{k: v for k, v in {**keywords, **more}.items() if v is not None})
+    (out.loss * 0.5).backward()
+    gradients = {n: leaves[n].grad for n in needs}
+    return {"loss": out.loss, "logps": out.logps, "entropy": out.entropy, **out.metrics, **gradients}
+
+
+def problem(config, **more):
+    return make_problem(B=3, T=5, D=8, V=33, dtype=torch.float64, config=config, bias=True, sampling=True,
+                        **{"on_policy": False, **more})  # fmt: skip
+
+
+@pytest.mark.parametrize("rows_given", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_loss_compiles_without_a_graph_break(name, rows_given):
+    p = problem(CONFIGS[name], on_policy=name.startswith("on-policy"), garbage=True)
+    more = dict(kept_rows=p.kept_rows()) if rows_given else {}
+    compiled = torch.compile(fused_linear_grpo_loss, fullgraph=True, backend="aot_eager")
+    for needs in (("hidden", "weight", "bias"), ("hidden",)):
+        assert_all_close(call(compiled, p, needs, **more), call(fused_linear_grpo_loss, p, needs, **more), 1e-10)
+
+
+def test_the_loss_compiles_with_the_default_backend_inside_a_step():
+    """A model around it: hidden states from a layer, the loss mixed with another term, parameters' gradients."""
+    p = problem(CONFIGS["one pass"], garbage=False)
+    layer = torch.nn.Linear(8, 8, dtype=torch.float64)
+
+    def step(x, weight, ids, advantages, mask, old, ref, config):
+        h = torch.tanh(layer(x))
+        out = fused_linear_grpo_loss(h, weight, ids, advantages, mask, old_logps=old, ref_logps=ref, config=config)
+        return out.loss + 0.1 * h.square().mean(), out.metrics["kl"]
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        layer.zero_grad()
+        weight = p.weight.clone().requires_grad_()
+        loss, kl = function(p.hidden, weight, p.completion_ids, p.advantages, p.mask, p.old_logps, p.ref_logps, p.config)
+        loss.backward()
+        results.append({"loss": loss, "kl": kl, "layer": layer.weight.grad.clone(), "head": weight.grad})
+    assert_all_close(*results, 1e-10)
+
+
+def test_bad_ids_are_a_nan_loss_under_compile():
+    p = problem(CONFIGS["one pass"])
+    p.completion_ids[0, int(p.mask[0].int().argmax())] = 10**9
+    compiled = torch.compile(fused_linear_grpo_loss, fullgraph=True, backend="aot_eager")
+    assert call(compiled, p)["loss"].isnan()
+
+
+@pytest.mark.parametrize("config", [CONFIGS["one pass"], CONFIGS["sequence"]], ids=["one pass", "sequence"])
+def test_lengths_do_not_recompile(config):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fused_linear_grpo_loss, fullgraph=True, backend=counter, dynamic=True)
+    for T in (5, 7, 9, 12):
+        p = make_problem(B=3, T=T, D=8, V=33, config=config, bias=True)
+        more = dict(kept_rows=p.kept_rows())
+        assert_all_close(call(compiled, p, **more), call(fused_linear_grpo_loss, p, **more), 1e-10)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_linear_logprobs_compiles_without_a_graph_break(frozen):
+    p = problem(CONFIGS["one pass"])
+
+    def function(hidden, weight, ids, mask):
+        out = linear_logprobs(hidden, weight, ids, mask=mask, softcap=5.0)
+        return out.logps, out.entropy
+
+    results = []
+    for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        hidden, weight = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_(not frozen)
+        logps, entropy = f(hidden, weight, p.completion_ids, p.mask)
+        (logps.square().sum() if frozen else (logps.square() + entropy).sum()).backward()
+        results.append({"logps": logps, "entropy": entropy, "hidden": hidden.grad, "weight": weight.grad})
+    assert_all_close(*results, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["one pass", "sequence"])
+def test_loss_from_logits_compiles_without_a_graph_break(name):
+    p = problem(CONFIGS[name])
+    logits = p.hidden @ p.weight.T
+
+    def function(logits):
+        return grpo_loss_from_logits(logits, p.completion_ids, p.advantages, p.mask, old_logps=p.old_logps,
+                                     ref_logps=p.ref_logps, config=p.config).loss  # fmt: skip
+
+    results = []
+    for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaf = logits.clone().requires_grad_()
+        loss = f(leaf)
+        loss.backward()
+        results.append({"loss": loss, "dlogits": leaf.grad})
+    assert_all_close(*results, 1e-10)
+
+
+# The ops themselves
+
+
+def op_inputs(adapter):
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    hidden, weight, bias = normal(9, 4), normal(21, 4), normal(21)
+    lora = (normal(2, 4), normal(21, 2)) if adapter else (None, None)
+    rows = torch.tensor([0, 2, 3, 7, 8])
+    return (hidden, weight, bias, *lora), rows, torch.randint(0, 21, (5,), generator=g), normal
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_opcheck(adapter):
+    """Schemas, fake tensors with shapes and dtypes of the real ones, nothing mutated or aliased that is not declared."""
+    ops, checks = torch.ops.grpo_kernels, ("test_schema", "test_faketensor")
+    head, rows, target, normal = op_inputs(adapter)
+    scalars, needs = [0.5, 1.0, 3.0, 0.8], [True, True, True, adapter, adapter]
+    w, advantages, old, ref = torch.rand(5, dtype=torch.float64), normal(5), -normal(5).abs(), -normal(5).abs()
+    for budget in (1, 10**6):
+        torch.library.opcheck(
+            ops.one_pass.default,
+            (*head, rows, target, None, w[:3], advantages[:3], old[:3], ref[:3], w[:3], None, 3, "clipped",
+             [0.2, 0.2, 0.0, 1.0, 1.05], True, scalars, needs, budget, "torch"),
+            test_utils=checks,
+        )  # fmt: skip
+        for stash_rows in (0, 3):
+            score = (*head, rows, target, w + 0.5, stash_rows, 4, scalars, needs, budget, "torch")
+            torch.library.opcheck(ops.score.default, score, test_utils=checks)
+            logps, entropy, lse, stash = ops.score(*score)
+            torch.library.opcheck(
+                ops.score_backward.default,
+                (*head, rows, target, w + 0.5, logps, entropy, lse, stash, normal(5), normal(5), scalars, needs, budget, "torch"),
+                test_utils=checks,
+            )  # fmt: skip
+
+
+def test_opcheck_of_the_logits_ops():
+    ops, checks = torch.ops.grpo_kernels, ("test_schema", "test_faketensor")
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 7, generator=g)
+    target, kept = torch.randint(0, 7, (2, 3), generator=g), torch.tensor([[1, 1, 0], [0, 0, 0]]).bool()
+    score = (logits, target, kept, None, [1.0, 0.0, 1.0], "torch")
+    torch.library.opcheck(ops.score_logits.default, score, test_utils=checks)
+    logps, entropy, lse = ops.score_logits(*score)
+    back = (logits.clone(), target, None, logps, entropy, lse, kept.float(), None, [1.0, 0.0, 1.0], "torch")
+    torch.library.opcheck(ops.logits_to_gradient.default, back, test_utils=checks)
+
+
+def test_statistics_become_log_probs():
+    """`finalize` on hand-made rows: a plain one, a certain one, one whose others are all -inf."""
+    z = torch.tensor([[0.0, 1.0, 2.0], [40.0, 0.0, 0.0], [3.0, -torch.inf, -torch.inf]], dtype=torch.float64)
+    target, rows = torch.tensor([2, 0, 0]), torch.arange(3)
+    peak = z.amax(1)
+    e = (z - peak[:, None]).exp()
+    others = e.clone()
+    others[rows, target] = 0
+    weighted = torch.where(e > 0, (z - peak[:, None]) * e, 0.0).sum(1)
+    logps, lse, entropy = finalize(torch.stack([peak, others.sum(1), weighted, z[rows, target]], 1))
+    log_p = z.log_softmax(-1)
+    plain = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
+    assert_all_close({"lse": lse, "entropy": entropy}, {"lse": z.logsumexp(-1), "entropy": plain}, 1e-12)
+    assert torch.allclose(logps, log_p[rows, target], atol=1e-15) and logps[2] == 0
+    assert abs(logps[1].item() + 2 * torch.exp(torch.tensor(-40.0, dtype=torch.float64)).item()) < 1e-30
