@@ -91,9 +91,7 @@ class BuildNative(build_ext):
             source.write_text("int main() { return 0; }\n")
             try:
                 objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
-                self.compiler.link_executable(
-                    objects, str(Path(folder, "probe")), extra_postargs=flags, target_lang="c++"
-                )
+                self.compiler.link_executable(objects, str(Path(folder, "probe")), extra_postargs=flags, target_lang="c++")
             except Exception:
                 return False
         return True

@@ -60,7 +60,8 @@ Tile tile_of(std::uintptr_t data, int64_t rows, int64_t columns, int64_t row_str
   return {pointer<void*>(data), rows, columns, row_stride, static_cast<Dtype>(dtype)};
 }
 
-Transform transform_of(double logit_scale, double softcap, double temperature, std::uintptr_t bias, std::uintptr_t row_temperature) {
+Transform transform_of(double logit_scale, double softcap, double temperature, std::uintptr_t bias,
+                       std::uintptr_t row_temperature) {
   return {logit_scale, softcap, temperature, pointer<const void*>(bias), pointer<const void*>(row_temperature)};
 }
 

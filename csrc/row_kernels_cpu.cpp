@@ -23,6 +23,14 @@ constexpr int64_t kRowsPerTask = 8;
 template <class T>
 constexpr int64_t kBlock = 16384 / sizeof(acc_t<T>);  // columns; a block and its float copy stay in the first-level cache
 
+// Fetches the cache line 4 KB ahead, past a row's end that of the next one. The hardware alone stops at every 4 KB page:
+// 256 rows of 151,936 bf16 on one core of a Xeon with AMX took 33 ms (statistics), 38 (gradient), 35 (policy) without it; 11, 10 and
+// 14 to 17 with it.
+template <class T>
+GK_INLINE void fetch_ahead(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096);
+}
+
 template <class T>
 constexpr Digits kDigits = sizeof(T) == 2 ? Digits::bfloat16 : Digits::full;
 
@@ -72,11 +80,15 @@ GK_INLINE void map_row(T* row, int64_t columns, bool in_order, F f) {
   if (!in_order) {
     for (; c + 2 * L <= columns; c += 2 * L) {
       vec_t<T> a, b;
+      fetch_ahead(row + c);
       load_pair(row + c, a, b);
       store_pair(row + c, f(a, c, int64_t(L)), f(b, c, int64_t(L)));
     }
   }
-  for (; c + L <= columns; c += L) store(row + c, f(load(row + c), c, int64_t(L)));
+  for (; c + L <= columns; c += L) {
+    fetch_ahead(row + c);
+    store(row + c, f(load(row + c), c, int64_t(L)));
+  }
   if (c < columns) {
     T rest[L] = {};
     std::memcpy(rest, row + c, (columns - c) * sizeof(T));
@@ -91,7 +103,10 @@ int64_t fill(const T* row, int64_t first, int64_t columns, const RowTransform<T>
   constexpr int L = kLanes<T>;
   vec_t<T> y;
   int64_t c = 0;
-  for (; c + L <= columns; c += L) store(z + c, transform(load(row + first + c), first + c, int64_t(L), y));
+  for (; c + L <= columns; c += L) {
+    fetch_ahead(row + first + c);
+    store(z + c, transform(load(row + first + c), first + c, int64_t(L), y));
+  }
   if (c < columns) {
     T rest[L] = {};
     std::memcpy(rest, row + first + c, (columns - c) * sizeof(T));
@@ -133,6 +148,7 @@ GK_INLINE acc_t<E> sums(const E* p, int64_t n, acc_t<E> slope, acc_t<E> shift, d
   V s0 = {}, s1 = {}, u0 = {}, u1 = {}, top = splat<V>(-acc_t<E>(INFINITY));
   for (int64_t c = 0; c < n; c += 2 * L) {
     V a, b;
+    fetch_ahead(p + c);
     load_pair(p + c, a, b);
     a = a * slope - shift;
     b = b * slope - shift;
@@ -152,8 +168,8 @@ GK_INLINE acc_t<E> sums(const E* p, int64_t n, acc_t<E> slope, acc_t<E> shift, d
   return largest(top);
 }
 
-// exp(z - shift of its block) of a whole row, so that a second visit needs no exponential: 4 bytes per column, from the second-level
-// cache, instead of some 12 instructions. The target's entry is 0.
+// exp(z - shift of its block) of a whole row, so that a second visit needs no exponential: 4 bytes per column out of the second-level
+// cache instead of some 12 instructions, 3.2 ms instead of 8. The target's entry is 0.
 template <class A>
 struct Kept {
   A* values;       // [columns], rounded up to two vectors
@@ -209,7 +225,7 @@ void fold_row(const T* row, int64_t columns, int64_t target, const RowTransform<
 // row[c] = weight * exp(z - max), from what fold_row kept
 template <class T>
 void scale_row(T* row, int64_t columns, int64_t target, const RowTransform<T>& transform, const Kept<acc_t<T>>& kept, double max,
-               double weight, const T* next) {
+               double weight) {
   using V = vec_t<T>;
   constexpr int L = kLanes<T>;
   for (int64_t first = 0; first < columns; first += kBlock<T>) {
@@ -218,8 +234,6 @@ void scale_row(T* row, int64_t columns, int64_t target, const RowTransform<T>& t
     const acc_t<T> w = acc_t<T>(weight * std::exp(kept.shifts[first / kBlock<T>] - max));
     if (is_plain(transform, first, n, target)) {
       for (int64_t c = 0; c < n; c += 2 * L) {
-        // The next row is on its way to the second-level cache meanwhile.
-        __builtin_prefetch(next + first + c, 0, 2);
         store_pair(row + first + c, load(values + c) * w, load(values + c + L) * w);
       }
     } else {
@@ -238,6 +252,7 @@ void exp_row(T* row, int64_t columns, const RowTransform<T>& transform, acc_t<T>
     const acc_t<T> slope = transform.slope;
     for (; c + 2 * L <= columns; c += 2 * L) {
       V a, b;
+      fetch_ahead(row + c);
       load_pair(row + c, a, b);
       a = a * slope - shift;
       b = b * slope - shift;
@@ -258,7 +273,7 @@ struct RowGradient {
 
 template <class T>
 void gradient_row(T* row, int64_t columns, int64_t target, const RowTransform<T>& transform, const RowGradient& d,
-                  bool from_probs, const Kept<acc_t<T>>* kept, const T* next) {
+                  bool from_probs, const Kept<acc_t<T>>* kept) {
   using A = acc_t<T>;
   using V = vec_t<T>;
   if (d.g == 0 && (!d.has_entropy || d.g_entropy == 0)) {
@@ -288,7 +303,7 @@ void gradient_row(T* row, int64_t columns, int64_t target, const RowTransform<T>
   const A shift = A(d.shift), lse = A(d.shift + d.log_sum), log_sum = A(d.log_sum), inv_sum = A(std::exp(-d.log_sum));
   const A g = A(d.g * factor), g_entropy = A(entropy ? d.g_entropy * factor : 0), h = A(d.entropy);
   if (kept && !capped && !entropy) {
-    scale_row(row, columns, target, transform, *kept, d.shift, double(weight), next);
+    scale_row(row, columns, target, transform, *kept, d.shift, double(weight));
   } else if (!from_probs && !capped && !entropy) {
     exp_row(row, columns, transform, shift, weight);
   } else if (from_probs && !capped && !entropy) {
@@ -310,7 +325,7 @@ void gradient_row(T* row, int64_t columns, int64_t target, const RowTransform<T>
         const V ratio = y * transform.inv_softcap;
         dz = dz * (A(1) - ratio * ratio);
       }
-      // log p and y are infinite there; -g p would do but for them
+      // where p is 0, log p and y may be infinite
       return p == A(0) ? -g * p : dz;
     });
   }
@@ -322,7 +337,7 @@ double value(const void* vector, int64_t row, double absent = 0) {
   return vector ? double(static_cast<const A*>(vector)[row]) : absent;
 }
 
-// Calls f(r, row, next row or the same one at the end of a task, kept) for every row.
+// Calls f(r, row, kept) for every row.
 template <class T, class F>
 void for_each_row(const Tile& tile, int threads, bool keep, F f) {
   using A = acc_t<T>;
@@ -341,8 +356,7 @@ void for_each_row(const Tile& tile, int threads, bool keep, F f) {
     for (int64_t task = 0; task < tasks; task++) {
       const int64_t end = (task + 1) * per_task < tile.rows ? (task + 1) * per_task : tile.rows;
       for (int64_t r = task * per_task; r < end; r++) {
-        T* row = data + r * tile.row_stride;
-        f(r, row, r + 1 < end ? row + tile.row_stride : row, values && shifts ? &kept : nullptr);
+        f(r, data + r * tile.row_stride, values && shifts ? &kept : nullptr);
       }
     }
   }
@@ -351,7 +365,7 @@ void for_each_row(const Tile& tile, int threads, bool keep, F f) {
 template <class T>
 void statistics_rows(const StatisticsParams& p, int threads) {
   using A = acc_t<T>;
-  for_each_row<T>(p.tile, threads, p.probs, [&](int64_t r, T* row, const T* next, const Kept<A>* kept) {
+  for_each_row<T>(p.tile, threads, p.probs, [&](int64_t r, T* row, const Kept<A>* kept) {
     A* out = static_cast<A*>(p.stats) + 4 * r;
     const RowTransform<T> transform(p.transform, r);
     RowStatistics<double> stats{out[0], out[1], out[2], out[3]};
@@ -364,7 +378,7 @@ void statistics_rows(const StatisticsParams& p, int threads) {
     if (!p.probs) return;
     const double weight = 1 / total(stats);
     if (!kept) return exp_row(row, columns, transform, A(stats.max), A(weight));
-    scale_row(row, columns, target, transform, *kept, stats.max, weight, next);
+    scale_row(row, columns, target, transform, *kept, stats.max, weight);
     if (target >= 0 && target < columns) store_scalar(row + target, A(weight * std::exp(stats.target - stats.max)));
   });
 }
@@ -372,10 +386,10 @@ void statistics_rows(const StatisticsParams& p, int threads) {
 template <class T>
 void gradient_rows(const GradientParams& p, int threads) {
   using A = acc_t<T>;
-  for_each_row<T>(p.tile, threads, false, [&](int64_t r, T* row, const T*, const Kept<A>*) {
+  for_each_row<T>(p.tile, threads, false, [&](int64_t r, T* row, const Kept<A>*) {
     const RowGradient d{value<A>(p.g, r),   value<A>(p.g_entropy, r), value<A>(p.logps, r), value<A>(p.entropy, r),
                         value<A>(p.lse, r), 0,                        p.g_entropy != nullptr};
-    gradient_row<T>(row, p.tile.columns, p.target[r], RowTransform<T>(p.transform, r), d, p.from_probs, nullptr, nullptr);
+    gradient_row<T>(row, p.tile.columns, p.target[r], RowTransform<T>(p.transform, r), d, p.from_probs, nullptr);
   });
 }
 
@@ -383,7 +397,7 @@ template <class T>
 void policy_rows(const PolicyParams& p, int threads) {
   using A = acc_t<T>;
   const bool keep = p.transform.softcap == 0 && !p.w_entropy;
-  for_each_row<T>(p.tile, threads, keep, [&](int64_t r, T* row, const T* next, const Kept<A>* kept) {
+  for_each_row<T>(p.tile, threads, keep, [&](int64_t r, T* row, const Kept<A>* kept) {
     const RowTransform<T> transform(p.transform, r);
     RowStatistics<double> stats;
     fold_row(row, p.tile.columns, p.target[r], transform, stats, kept);
@@ -397,7 +411,7 @@ void policy_rows(const PolicyParams& p, int threads) {
     const double c = policy_coefficient(p.terms, inputs, double(logps));
     const RowGradient d{c,         value<A>(p.w_entropy, r), result.logps,          result.entropy,
                         stats.max, result.log_sum,           p.w_entropy != nullptr};
-    gradient_row<T>(row, p.tile.columns, p.target[r], transform, d, false, kept, next);
+    gradient_row<T>(row, p.tile.columns, p.target[r], transform, d, false, kept);
   });
 }
 

@@ -1,4 +1,4 @@
-// The CPU kernels of one instruction set. row_kernels_cpu.cpp defines one such table each time it is compiled, under the name GK_ISA.
+// The CPU kernels of one instruction set. row_kernels_cpu.cpp defines one such table each time it is compiled, named GK_ISA.
 #pragma once
 
 #include "params.h"

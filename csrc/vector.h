@@ -51,7 +51,8 @@ GK_INLINE V splat(S s) {
   return s - V{};  // s - 0 keeps -0
 }
 
-// Both return the second argument where either is nan, as x86's instructions do; GCC 12 makes a compare and a blend of a > b ? a : b.
+// Both return the second argument where either is nan, as x86's instructions do. GCC 12 makes a compare and a blend of the plain
+// expression, hence the intrinsics.
 template <class V>
 GK_INLINE V vmax(V a, V b) {
   return a > b ? a : b;
@@ -153,8 +154,8 @@ GK_INLINE void add_lanes(V v, S& sum) {
 // Enough for a result that is rounded to bfloat16 next: degree 4, relative error 1e-5. Otherwise degree 6, 1 ulp.
 enum class Digits { full, bfloat16 };
 
-// e^x for x below 88; 0 below -87.7 (denormal results are flushed), nan for nan. x itself is raised to at least -88, so that x e^x is 0
-// and not nan where e^x is 0.
+// e^x for x below 88; 0 below -87.7 (denormal results are flushed), nan for nan. x itself is raised to at least -88, so that
+// x e^x is 0 and not nan where e^x is 0.
 template <Digits kDigits = Digits::full>
 GK_INLINE vfloat exp_clamping(vfloat& x) {
   x = vmax(splat<vfloat>(-88.0f), x);

@@ -220,7 +220,8 @@ def _entropy_mask(entropy, m, quantile, group):
     values = values.sort().values
     rank = (1 - quantile) * (count.to(values.dtype) - 1).clamp(min=0)
     below = rank.floor()
-    lower, upper = values[below.long()], values[rank.ceil().long()]
+    # gather: an index that is a 0-dim tensor would be read back to the host
+    lower, upper = values.gather(0, torch.stack([below, rank.ceil()]).long()).unbind()
     threshold = torch.lerp(lower, upper, rank - below)
     return ((entropy >= threshold) & (m > 0)).to(m.dtype)
 

@@ -294,9 +294,7 @@ def test_gradient(isa, dtype, transform, with_entropy, from_probs):
         ours = copy_of(tile)
         if from_probs:
             native.statistics(ours, new_stats(rows, dtype), target, transform, **options, probs=True, isa=isa)
-        native.gradient(
-            ours, target, lse, logps, entropy, g, g_entropy, transform, **options, from_probs=from_probs, isa=isa
-        )
+        native.gradient(ours, target, lse, logps, entropy, g, g_entropy, transform, **options, from_probs=from_probs, isa=isa)
         # lse arrives rounded, so that p is off by lse * 2^-24
         assert_good(f"{rows}x{columns} biased={biased}", ours, by_torch, exact, floor=4e-6)
 
@@ -327,9 +325,7 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_nan(isa):
     payload = torch.tensor([-1], dtype=torch.int32).view(torch.float32)  # all bits set
     for from_probs, columns in itertools.product((False, True), (5, 200)):
         ours = torch.ones(1, columns, dtype=torch.bfloat16)
-        native.gradient(
-            ours, torch.tensor([-1]), zero, zero, zero, payload, None, Transform(), from_probs=from_probs, isa=isa
-        )
+        native.gradient(ours, torch.tensor([-1]), zero, zero, zero, payload, None, Transform(), from_probs=from_probs, isa=isa)
         assert ours.isnan().all()
 
 
@@ -359,9 +355,7 @@ def test_gradient_edge_rows(isa, dtype, from_probs):
     one, zero = torch.ones(1, dtype=acc(dtype)), torch.zeros(1, dtype=acc(dtype))
     for softcap in (None, 5.0):
         ours = tile.clone()
-        native.gradient(
-            ours, torch.tensor([7]), one, zero, zero, one, one, Transform(softcap=softcap), from_probs=True, isa=isa
-        )
+        native.gradient(ours, torch.tensor([7]), one, zero, zero, one, one, Transform(softcap=softcap), from_probs=True, isa=isa)
         assert (ours == 0).all()
 
 
@@ -510,9 +504,7 @@ def test_coefficient_at_its_edges(isa):
         assert one_token(isa, replace(on_bound, delta=1.0), half, advantage) == pytest.approx(-advantage)
     for kind in ("clipped", "cispo", "sapo"):
         assert one_token(isa, Terms(kind=kind), -200.0, 0.0) == 0  # A = 0 where the ratio is e^80
-        assert one_token(isa, Terms(kind=kind), float("nan"), 0.0) != one_token(
-            isa, Terms(kind=kind), float("nan"), 0.0
-        )
+        assert one_token(isa, Terms(kind=kind), float("nan"), 0.0) != one_token(isa, Terms(kind=kind), float("nan"), 0.0)
     assert one_token(isa, Terms(), -200.0, 1.0) == 0  # clipped away
     huge = one_token(isa, Terms(), -200.0, -1.0)
     assert huge == pytest.approx(torch.tensor(80.0, dtype=torch.float64).exp().item())

@@ -18,9 +18,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs i
 
 
 def run(*command, **environment):
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
 def setup(*arguments, **environment):

@@ -39,6 +39,8 @@ def fuse_lm_head(model, verify=True):
         NotImplementedError: the logits of this architecture are not what its head and configuration say.
     """
     original = model.forward.__func__
+    if getattr(original, "fuses_lm_head", False):
+        return model
 
     @functools.wraps(original)
     def forward(self, *args, fused_lm_head=None, **kwargs):
@@ -47,6 +49,7 @@ def fuse_lm_head(model, verify=True):
         given = {name: value for name, value in kwargs.items() if value is not None}
         return fused_lm_head(self.base_model(*args, **given)[0], lm_head(self))
 
+    forward.fuses_lm_head = True
     model.forward = types.MethodType(forward, model)
     if verify:
         _verify(model)

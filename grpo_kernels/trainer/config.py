@@ -6,6 +6,7 @@ without being written twice. Names are those of TRL's GRPO trainer.
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from transformers import TrainingArguments
 
@@ -73,7 +74,7 @@ class GRPOConfig(TrainingArguments, _LossFields):
         default=None, metadata={"help": "Keyword arguments of the chat template (JSON)."}
     )
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]
 
     def __post_init__(self):
         super().__post_init__()

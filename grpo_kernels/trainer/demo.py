@@ -1,9 +1,11 @@
 """The built-in demo: a tiny language model learns to add, from rewards alone, on any machine in a few minutes.
 
-Everything is made here: a character tokenizer, a Llama of some 2 M parameters with random weights, and prompts such as `17+25=`
-whose answers a program can check. A short supervised warm-up stops when the model is right now and then, because a policy that
-never succeeds has nothing to compare. From there on the real `GRPOTrainer` takes over. The vocabulary is padded to that of a
-small real model, so that the output layer weighs in this run as it does in real ones.
+Everything is made here: a character tokenizer, a Llama with random weights, and prompts such as `17+5=` whose answers a program
+can check. The warm-up imitates texts of someone who counts on their fingers and often starts at the first number itself
+(`17+5=21`), the larger the second number the more often. So the model can add, but its best guess is right only now and then;
+a policy that never succeeds would have nothing to compare. From there on the real `GRPOTrainer` takes over, and sees no
+answers any more, only whether its own were right. The vocabulary is padded, so that the output layer weighs in this run as it
+does in real ones.
 """
 
 import os
@@ -11,43 +13,98 @@ import random
 import time
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..logprobs import linear_logprobs
 from ..integrations.transformers import fuse_lm_head
+from ..logprobs import linear_logprobs
 from .config import GRPOConfig
+from .measure import Shape, compare
+from .plot import plot_run
 from .rewards import exact_match
 from .rollout import sample, tokenize
 from .trainer import GRPOTrainer
 
 DEFAULTS = dict(
-    output_dir="runs/demo",
+    output_dir="outputs/demo",
     seed=0,
-    max_steps=120,
+    use_cpu=True,
+    max_steps=176,
     learning_rate=1e-3,
-    lr_scheduler_type="linear",
-    warmup_steps=5,
-    max_grad_norm=1.0,
+    lr_scheduler_type="constant_with_warmup",
+    warmup_steps=4,
     adam_beta2=0.95,
     per_device_train_batch_size=256,
     num_generations=8,
-    steps_per_generation=1,
     num_iterations=2,
     max_completion_length=3,
-    loss_type="dapo",
-    epsilon=0.2,
     epsilon_high=0.28,
     beta=1e-3,
-    logging_steps=4,
-    save_strategy="steps",
-    save_steps=80,
+    logging_steps=2,
+    save_steps=88,
     report_to="none",
 )
 PADDED_VOCABULARY = 4096
-HELD_OUT = 160
-CARELESS = 0.7  # share of the warm-up's answers that forget the carry
+HELD_OUT = 180
+MISCOUNTED = {"small": 0.3, "large": 0.7}  # share of the warm-up's answers that are one too low, by the second number
+
+
+def run(args: GRPOConfig) -> tuple[float, float]:
+    """Warm up, train, show; returns the greedy accuracy on held-out prompts before and after."""
+    transformers.utils.logging.disable_progress_bar()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices of 64 columns: threads would only wait for each other, and their number change the bits
+    try:
+        return _run(args, threads)
+    finally:
+        torch.set_num_threads(threads)
+        transformers.utils.logging.enable_progress_bar()
+
+
+def _run(args, threads):
+    start = time.perf_counter()
+    set_seed(args.seed)
+    tokenizer = make_tokenizer()
+    train, held_out = make_problems(args.seed)
+    model = make_model(tokenizer).to(args.device)
+    print(f"A Llama of {model.num_parameters() / 1e6:.1f} M random parameters, vocabulary {PADDED_VOCABULARY}.")
+    print(f"Task: sums such as {train[0]['prompt']}{train[0]['answer']}; {len(train)} to train on, {len(held_out)} held out.\n")
+
+    print("1. Warm-up on texts of someone who often miscounts by one.")
+    steps = warm_up(model, tokenizer, train, args.seed)
+    before = greedy_answers(model, tokenizer, held_out)
+    accuracy = share(before, held_out, "answer")
+    print(f"   {steps} supervised steps, {time.perf_counter() - start:.0f} s: greedy accuracy {accuracy:.2f} on held-out prompts\n")
+
+    print(f"2. GRPO: {args.generation_batch_size} completions a rollout, {args.num_generations} per prompt; reward 1 if right.")
+    trainer = GRPOTrainer(model, exact_match, args, train, processing_class=tokenizer)
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    story = _Story(model, tokenizer, held_out, accuracy)
+    trainer.add_callback(story)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    after = greedy_answers(model, tokenizer, held_out)
+    final = share(after, held_out, "answer")
+
+    print(f"\n3. Held-out prompts\n   {'prompt':8} {'before':>8} {'after':>8}")
+    for row, old, new in list(zip(held_out, before, after, strict=True))[:8]:
+        print(f"   {row['prompt']:8} {old:>6} {_tick(old, row)} {new:>6} {_tick(new, row)}")
+
+    picture = os.path.join(args.output_dir, "training.png")
+    title = f"Learning to add from rewards: greedy accuracy on held-out prompts {accuracy:.2f} → {final:.2f}"
+    plot_run(trainer.state.log_history, picture, title, story.greedy)
+    torch.set_num_threads(threads)
+    shape = Shape(args.per_device_train_batch_size, args.max_completion_length, PADDED_VOCABULARY, model.config.hidden_size)
+    print(f"\n4. The loss and its gradients on one batch of this run ({describe(shape)})")
+    _print_savings(compare(shape))
+    print(f"\ncheckpoint: {os.path.join(args.output_dir, f'checkpoint-{trainer.state.global_step}')}")
+    print(f"picture: {picture}")
+    print(f"time: {time.perf_counter() - start:.0f} s")
+    print(f"accuracy {accuracy:.2f} -> {final:.2f}")
+    return accuracy, final
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -70,13 +127,11 @@ def make_model(tokenizer) -> LlamaForCausalLM:
 
 def make_problems(seed, held_out=HELD_OUT):
     """(training rows, held-out rows) of sums such as 17+5, all below 100; no prompt is in both."""
-    rows = []
-    for a in range(10, 90):
-        for b in range(1, 10):
-            # half of the sums without a carry are left out, so that the careless answer is wrong more often than not
-            if a % 10 + b > 9 or (a + b) % 2:
-                careless = a - a % 10 + (a + b) % 10
-                rows.append({"prompt": f"{a}+{b}=", "answer": str(a + b), "careless": str(careless)})
+    rows = [
+        {"prompt": f"{a}+{b}=", "answer": str(a + b), "miscount": str(a + b - 1), "size": "small" if b < 5 else "large"}
+        for a in range(11, 91)
+        for b in range(1, 10)
+    ]
     random.Random(seed).shuffle(rows)
     return rows[held_out:], rows[:held_out]
 
@@ -95,18 +150,19 @@ def share(answers, rows, *columns) -> float:
     return sum(any(answer == row[c] for c in columns) for answer, row in zip(answers, rows, strict=True)) / len(rows)
 
 
-def warm_up(model, tokenizer, train, seed, peak_lr=1e-2, most_steps=1000, cooling=150) -> int:
-    """Supervised steps on answers of which most forget the carry, until the model writes one or the other; returns steps."""
+def warm_up(model, tokenizer, train, seed, peak_lr=1e-2, most_steps=900, cooling=150) -> int:
+    """Supervised steps on answers of which many are miscounted, until the model adds one way or the other; returns their number."""
     dice = random.Random(seed)
+    fuse_lm_head(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    sums_since, step = None, 0
+    step, last = 0, most_steps
     model.train()
-    while step < most_steps and (sums_since is None or step < sums_since + cooling):
+    while step < last:
         step += 1
         rows = dice.sample(train, 64)
-        texts = [row["careless" if dice.random() < CARELESS else "answer"] + tokenizer.eos_token for row in rows]
-        prompts = torch.tensor(tokenize(tokenizer, [row["prompt"] for row in rows]))
-        answers = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        texts = [row["miscount" if dice.random() < MISCOUNTED[row["size"]] else "answer"] + tokenizer.eos_token for row in rows]
+        prompts = torch.tensor(tokenize(tokenizer, [row["prompt"] for row in rows]), device=model.device)
+        answers = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(model.device)
         ids, mask = answers["input_ids"], answers["attention_mask"].bool()
 
         def answer_logps(hidden, head, ids=ids, mask=mask):
@@ -115,41 +171,49 @@ def warm_up(model, tokenizer, train, seed, peak_lr=1e-2, most_steps=1000, coolin
         logps = model(input_ids=torch.cat([prompts, ids], dim=1), use_cache=False, fused_lm_head=answer_logps)
         (-logps.sum() / mask.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        left = 1.0 if sums_since is None else 1 - (step - sums_since) / cooling
         for group in optimizer.param_groups:
-            group["lr"] = peak_lr * min(left, step / 50)
+            group["lr"] = peak_lr * min(1.0, step / 50, (last - step + 1) / cooling)
         optimizer.step()
         optimizer.zero_grad()
-        if sums_since is None and step % 25 == 0:
-            if share(greedy_answers(model, tokenizer, train[:160]), train[:160], "answer", "careless") > 0.8:
-                sums_since = step
+        if last == most_steps and step < most_steps - cooling and step % 25 == 0:
+            some = train[:HELD_OUT]
+            if share(greedy_answers(model, tokenizer, some), some, "answer", "miscount") > 0.8:
+                last = step + cooling
     return step
 
 
-if __name__ == "__main__":
-    import sys, transformers
-    torch.set_num_threads(1)
-    kw = dict(DEFAULTS); 
-    for a in sys.argv[1:]:
-        k,v=a.split("="); kw[k]=type(kw.get(k,0.0))(v)
-    args=GRPOConfig(**kw, use_cpu=True)
-    set_seed(args.seed)
-    t0=time.process_time()
-    tok=make_tokenizer(); train,test=make_problems(args.seed); model=make_model(tok)
-    print(sum(p.numel() for p in model.parameters()), len(train))
-    fuse_lm_head(model)
-    st=warm_up(model,tok,train,args.seed)
-    g=greedy_answers(model,tok,test)
-    print("seed",args.seed,"warm", st, f"{time.process_time()-t0:.1f}s", "right", share(g,test,"answer"),"either",share(g,test,"answer","careless"), flush=True)
-    a0=share(g,test,"answer")
-    class CB(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **k):
-            if "loss" in logs and state.global_step%16==0:
-                acc=share(greedy_answers(model,tok,test),test,"answer")
-                print(state.global_step, {k:round(float(logs[k]),3) for k in ("reward","entropy","kl","clip_ratio/region_mean","grad_norm") if k in logs}, f"acc {acc:.3f} {time.process_time()-t0:.1f}s",flush=True)
-    model.__dict__.pop("forward")
-    args.disable_tqdm=True
-    tr=GRPOTrainer(model,exact_match,args,train,processing_class=tok,callbacks=[CB()])
-    from transformers import PrinterCallback; tr.remove_callback(PrinterCallback)
-    tr.train()
-    print("accuracy",a0,share(greedy_answers(model,tok,test),test,"answer"), time.process_time()-t0)
+class _Story(TrainerCallback):
+    """One line of figures now and then, with the accuracy on held-out prompts."""
+
+    def __init__(self, model, tokenizer, held_out, accuracy):
+        self.model, self.tokenizer, self.held_out, self.greedy = model, tokenizer, held_out, [(0, accuracy)]
+        print(f"   {'step':>4} {'reward':>7} {'entropy':>8} {'KL':>6} {'clipped':>8} {'greedy, held out':>17}")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        step = state.global_step
+        if "reward" not in logs or (step % (8 * args.logging_steps) and step != state.max_steps):
+            return
+        accuracy = share(greedy_answers(self.model, self.tokenizer, self.held_out), self.held_out, "answer")
+        self.greedy.append((step, accuracy))
+        clipped = logs["clip_ratio/region_mean"]
+        print(f"   {step:4} {logs['reward']:7.2f} {logs['entropy']:8.3f} {logs.get('kl', 0):6.3f} {clipped:8.4f} {accuracy:17.2f}")
+
+
+def _tick(answer, row):
+    return "✓" if answer == row["answer"] else "✗"
+
+
+def describe(shape):
+    return f"{shape.B} completions x {shape.T} tokens, vocabulary {shape.V}, hidden size {shape.D}, float32"
+
+
+def _print_savings(costs):
+    for name, label in (("full", "full logits"), ("fused", "fused")):
+        cost = costs[name]
+        memory = "not measured here" if cost.extra_bytes is None else f"{cost.extra_bytes / 2**20:6.1f} MiB on top of the inputs"
+        print(f"   {label:12} {cost.seconds * 1e3:7.1f} ms   {memory}")
+    times = costs["full"].seconds / costs["fused"].seconds
+    print(f"   saved: time x {times:.2f}", end="")
+    if costs["full"].extra_bytes is not None:
+        print(f", memory {(costs['full'].extra_bytes - costs['fused'].extra_bytes) / 2**20:.1f} MiB", end="")
+    print()

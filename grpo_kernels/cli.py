@@ -1,0 +1,83 @@
+"""`grpo-kernels train | doctor`: the command line.
+
+`train` has one flag per field of `GRPOConfig`, generated from the dataclass; a YAML file sets the same names, and flags win
+over it. Everything heavy is imported by the command that needs it.
+"""
+
+import difflib
+import sys
+
+USAGE = """\
+usage: grpo-kernels train [--config FILE.yaml] [--model PATH --data FILE.jsonl --reward pkg.mod:fn ...] [--OPTION VALUE ...]
+       grpo-kernels doctor
+       grpo-kernels --version
+
+train    trains a causal LM on rewards; without --model and --data, the built-in demo. `train --help` lists the options.
+doctor   versions, devices, and which backends are usable here and why not.
+"""
+
+
+class UsageError(Exception):
+    """What the user typed cannot be done; the message says what was wanted."""
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(USAGE, end="")
+            return 0
+        if argv[0] == "--version":
+            from . import __version__
+
+            print(f"grpo-kernels {__version__}")
+            return 0
+        if argv[0] not in COMMANDS:
+            raise UsageError(f"unknown command {argv[0]!r}{_suggest(argv[0], COMMANDS)}\n{USAGE}")
+        return COMMANDS[argv[0]](argv[1:]) or 0
+    except UsageError as error:
+        print(f"grpo-kernels: {error}", file=sys.stderr)
+        return 2
+
+
+def doctor(argv):
+    from .doctor import main as examine
+
+    if argv:
+        raise UsageError(f"doctor takes no arguments, got {' '.join(argv)}")
+    return examine()
+
+
+def train(argv):
+    from .trainer import GRPOTrainer, demo
+    from .trainer.arguments import parse, read_jsonl
+    from .trainer.rewards import load_reward
+
+    try:
+        run, args = parse(argv, demo_defaults=demo.DEFAULTS)
+        if not run.is_demo:
+            rewards = [load_reward(spec) for spec in run.reward]
+            data = read_jsonl(run.data)
+            evaluation = read_jsonl(run.eval_data) if run.eval_data else None
+    except ValueError as error:
+        raise UsageError(error) from error
+    if run.is_demo:
+        demo.run(args)
+        return
+    trainer = GRPOTrainer(run.model, rewards, args, data, eval_dataset=evaluation)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    if evaluation:
+        print({name: round(value, 4) for name, value in trainer.evaluate().items()})
+    print(f"model: {args.output_dir}")
+
+
+def _suggest(name, known):
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+COMMANDS = {"train": train, "doctor": doctor}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""A run as one picture: reward, entropy, KL and clip fraction over the optimiser steps."""
+
+import matplotlib
+from matplotlib.figure import Figure
+
+_PANELS = (
+    ("reward", "reward", "mean over the rollout"),
+    ("entropy", "entropy", "nats per token"),
+    ("kl", "KL to the reference", "nats per token"),
+    ("clip_ratio/region_mean", "clipped tokens", "share"),
+)
+_INK, _GRID, _RAW, _SMOOTH, _POINTS = "#333333", "#e6e6e6", "#b9cfe6", "#1f5fa8", "#d1662a"
+
+
+def plot_run(log_history, path, title="", greedy=None):
+    """Write the PNG ``path`` from ``trainer.state.log_history``.
+
+    Args:
+        greedy: [(step, held-out accuracy)] to draw beside the reward, or None.
+    """
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    with matplotlib.rc_context({"font.size": 10.5, "axes.edgecolor": "#999999", "text.color": _INK}):
+        axes = figure.subplots(2, 2, sharex=True)
+        for axis, (key, name, unit) in zip(axes.flat, _PANELS, strict=True):
+            points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+            axis.set_title(name, loc="left", fontweight="bold", color=_INK)
+            axis.set_ylabel(unit, color=_INK)
+            axis.grid(color=_GRID, linewidth=0.8)
+            axis.set_axisbelow(True)
+            axis.spines[["top", "right"]].set_visible(False)
+            if points:
+                steps, values = zip(*points, strict=True)
+                smooth = _moving_mean(values, max(len(values) // 10, 1))
+                axis.plot(steps, values, color=_RAW, linewidth=1.2, label="each log")
+                axis.plot(steps, smooth, color=_SMOOTH, linewidth=2, label="moving mean")
+            axis.set_ylim(bottom=0)
+        if greedy:
+            axes[0, 0].plot(*zip(*greedy, strict=True), "o-", color=_POINTS, markersize=4, linewidth=1, label="greedy, held out")
+            axes[0, 0].set_ylim(0, 1.05)
+        axes[0, 0].legend(loc="lower right", frameon=False)
+        for axis in axes[1]:
+            axis.set_xlabel("optimiser step", color=_INK)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12.5)
+        figure.savefig(path, dpi=130)
+
+
+def _moving_mean(values, width):
+    """Mean over the last ``width`` values, fewer at the start."""
+    return [sum(values[max(i - width + 1, 0) : i + 1]) / min(i + 1, width) for i in range(len(values))]

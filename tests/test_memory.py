@@ -1,0 +1,126 @@
+"""The planner's documented peak against the process's own: VmHWM of a fresh process, reset after the inputs are made."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_kernels.plan import DEFAULT_WORKSPACE_BYTES, Problem, default_budget, plan
+
+MIB = 2**20
+V, D, BUDGET = 16384, 256, 24 * MIB
+# Python objects, [N] vectors, oneDNN's scratch
+SLACK = 20 * MIB
+
+SCRIPT = """
+import json, sys
+import torch
+from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss
+
+torch.set_num_threads(2)
+N, V, D, budget, dtype, level, needs = json.loads(sys.argv[1])
+dtype, config = getattr(torch, dtype), GRPOLossConfig(importance_sampling_level=level, loss_type="sapo")
+
+def call(n, v):
+    hidden = torch.randn(4, n // 4, D).to(dtype).requires_grad_("hidden" in needs)
+    weight = (torch.randn(v, D) / D**0.5).to(dtype).requires_grad_("weight" in needs)
+    ids, old = torch.randint(0, v, (4, n // 4)), torch.full((4, n // 4), -10.0)
+    mask = torch.ones(4, n // 4)
+    def peak(line):
+        return next(int(x.split()[1]) * 1024 for x in open("/proc/self/status") if x.startswith(line))
+    open("/proc/self/clear_refs", "w").write("5")
+    before = peak("VmRSS")
+    loss = fused_linear_grpo_loss(hidden, weight, ids, torch.tensor([1.0, -1.0, 0.5, -0.5]), mask, old_logps=old,
+                                  config=config, workspace_bytes=budget).loss
+    if loss.requires_grad:
+        loss.backward()
+    assert loss.isfinite()
+    return peak("VmHWM") - before
+
+call(64, 256)  # libraries, threads, compiled kernels
+print(call(N, V))
+"""
+
+
+def measured_peak(tokens, dtype, level, needs):
+    arguments = json.dumps([tokens, V, D, BUDGET, str(dtype).removeprefix("torch."), level, needs])
+    # freed memory goes back at once, so that the peak is what was held and not what malloc kept
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    out = subprocess.run([sys.executable, "-c", SCRIPT, arguments], capture_output=True, text=True, env=environment)
+    assert out.returncode == 0, out.stderr
+    return int(out.stdout.split()[-1])
+
+
+def documented_peak(tokens, dtype, level, needs):
+    """The formula of plan.py's docstring."""
+    e, a = dtype.itemsize, 4
+    p = plan(Problem(tokens, 0, V, D, e, "weight" in needs, BUDGET))
+    several = p.tiles > 1 if level == "token" else tokens - p.stash_rows > p.stripe_rows
+    gradients = tokens * D * e * ("hidden" in needs) + V * D * e * ("weight" in needs)
+    return gradients + V * D * (a - e) * ("weight" in needs and several) + BUDGET
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak mark cannot be reset here")
+@pytest.mark.parametrize(
+    "dtype, level, needs",
+    [(torch.bfloat16, "token", ["hidden", "weight"]), (torch.float32, "token", ["hidden", "weight"]),
+     (torch.bfloat16, "sequence", ["hidden", "weight"]), (torch.float32, "sequence", ["hidden", "weight"]),
+     (torch.bfloat16, "token", ["hidden"]), (torch.bfloat16, "sequence", ["hidden"]), (torch.bfloat16, "token", [])],
+    ids=["one pass", "one pass float32", "two phases", "two phases float32", "frozen head", "frozen head, two phases", "no grad"],
+)  # fmt: skip
+def test_the_peak_is_the_documented_one_and_does_not_grow_with_tokens(dtype, level, needs):
+    peaks = {n: measured_peak(n, dtype, level, needs) for n in (1024, 4096)}
+    for tokens, peak in peaks.items():
+        allowed = documented_peak(tokens, dtype, level, needs) + SLACK
+        assert peak <= allowed, f"{tokens} tokens: {peak / MIB:.1f} MiB, documented {(allowed - SLACK) / MIB:.1f}"
+    assert peaks[4096] < 4096 * V * dtype.itemsize, "no more than the logits that were not made"
+    growth = 3072 * D * dtype.itemsize * ("hidden" in needs)
+    assert peaks[4096] - peaks[1024] <= growth + SLACK / 2
+
+
+def every_plan():
+    for live in (0, 1, 7, 1024, 50_000):
+        for vocab, depth in ((1, 1), (33, 8), (151_936, 896), (256_000, 8192)):
+            for e in (2, 4, 8):
+                for budget in (1, 10_000, 10**7, DEFAULT_WORKSPACE_BYTES, 10**11):
+                    for needs_weight in (False, True):
+                        yield Problem(live, 5, vocab, depth, e, needs_weight, budget)
+
+
+def test_every_plan_covers_its_rows_and_keeps_its_budget():
+    for p in every_plan():
+        the_plan = plan(p)
+        for name, value in vars(the_plan).items():
+            assert isinstance(value, int) and value >= (0 if name == "stash_rows" else 1), f"{name} = {value} for {p}"
+        assert the_plan.tiles * the_plan.tile_rows >= p.live and the_plan.stash_rows <= p.live
+        assert max(the_plan.columns, the_plan.score_columns, the_plan.recompute_columns) <= max(p.vocab, 64)
+        e, accumulate = p.element_size, max(p.element_size, 4)
+        minimum = 2 * p.vocab * e + 2 * 64 * (p.depth + 64) * accumulate
+        budget = max(p.budget, minimum)
+        assert the_plan.tile_rows * p.vocab * e <= budget, f"the tile of {p}"
+        assert the_plan.stash_rows * p.vocab * e <= budget, f"the stash of {p}"
+        assert the_plan.score_rows * the_plan.score_columns * e <= budget, f"the scoring tile of {p}"
+        recomputed = the_plan.recompute_rows * the_plan.recompute_columns * e
+        assert the_plan.stash_rows * p.vocab * e + recomputed <= budget, f"stash and tile of {p}"
+
+
+def test_a_plan_is_a_pure_function_of_its_problem():
+    p = Problem(1000, 3, 5003, 64, 2, True, 10**6)
+    assert plan(p) == plan(p)
+    assert plan(p).tiles > 1 and plan(Problem(1000, 3, 5003, 64, 2, True, 10**9)).tiles == 1
+
+
+def test_the_environment_sets_the_default_budget(monkeypatch):
+    monkeypatch.delenv("GRPO_KERNELS_WORKSPACE_MB", raising=False)
+    assert default_budget() == DEFAULT_WORKSPACE_BYTES == 384 * MIB
+    monkeypatch.setenv("GRPO_KERNELS_WORKSPACE_MB", "1.5")
+    assert default_budget() == 1.5 * MIB
+    for wrong in ("", "much", "0", "-3", "nan", "inf"):
+        monkeypatch.setenv("GRPO_KERNELS_WORKSPACE_MB", wrong)
+        with pytest.raises(ValueError, match="GRPO_KERNELS_WORKSPACE_MB.*MiB > 0"):
+            default_budget()
