@@ -95,11 +95,12 @@ def touch_free_memory(size):
     """
     if not size:
         return
-    with mmap.mmap(-1, size) as memory:
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
-        torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
+        view = torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
+        del view  # a mapping that is still exported cannot be closed
 
 
 def _version(name):

@@ -9,7 +9,7 @@ from .arguments import check_logprob_arguments, value_flags
 from .config import GRPOLossConfig, LogitTransform
 from .outputs import LogProbs
 from .plan import default_budget
-from .products import accumulation_dtype
+from .products import accumulation_dtype, tile_memory
 from .rows import Selection, flatten, select_rows
 
 # a stash up to this size is copied by the backward, so that a second one (gradcheck) repeats its bits
@@ -177,6 +177,8 @@ class _RowLogProbs(torch.autograd.Function):
         grads = tiles.score_backward(
             *tensors, logps, entropy, lse, empty if stash is None else stash, g, g_entropy, scalars, needs, budget, backend
         )
+        if stash is not None and ctx.stash is None and kept is None:
+            tile_memory.give_back(stash)
         return *cast_gradients(grads, tensors, needs), *nothing
 
 

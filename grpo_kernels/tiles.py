@@ -22,7 +22,7 @@ from .backends.pytorch import new_statistics
 from .config import LogitTransform
 from .objective import PolicyRows, PolicyTerms
 from .plan import Plan, Problem, plan
-from .products import Gradients, Head, accumulation_dtype, blocks, blocks_from, empty
+from .products import Gradients, Head, accumulation_dtype, blocks, blocks_from, empty, tile_memory
 from .row_statistics import finalize
 
 _ROW_ALIGNMENT = 128
@@ -86,7 +86,8 @@ def one_pass(
             tile, target[s], rows_of_tile, policy_terms, call.transform, call.logps[s], call.entropy[s], **call.options(s)
         )
         grads.add_tile(tile, h, t, where)
-    del buffer
+    if buffer is not None:
+        tile_memory.give_back(buffer)
     call.score(live, rows.shape[0], the_plan)
     return call.logps, call.entropy, *grads.finish(hidden)
 
@@ -275,7 +276,7 @@ def _padded(vocab, element_size):
 
 
 def _tile(rows, vocab, like, whole=False):
-    tile = empty(rows, _padded(vocab, like.element_size()), like=like)
+    tile = tile_memory.take(rows, _padded(vocab, like.element_size()), like)
     # oneDNN's bf16 product on AMX reads up to 32 columns past the last one, times 0: NaN there would come through
     tile[:, vocab:] = 0
     return tile if whole else tile[:, :vocab]
