@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from grpo_kernels.products import tile_memory
+
 from . import record, report
 from .check import accept, errors
 from .problem import WORKLOADS, Shape, make_problem, tiny, truth
@@ -71,29 +73,23 @@ class Session:
         call = self.calls[name]
         if call is None:
             return
+        tile_memory.block = None  # or the tile of an earlier workload would not count
+        gc.collect()
+        measured = record.reset_peak()
+        before = record.resident() if measured else 0
+        result = call()
+        peak_bytes = record.resident("VmHWM") - before if measured else None
+        found = {}
         if name != PRODUCTS:
-            found = errors(call(), self.truth)
+            found = errors(result, self.truth)
             accept(name, found, WORKLOADS[workload].gradients)
-        else:
-            call()
-            found = {}
-        self.details[workload, name] = {"found": found, "peak_bytes": _peak(call)}
+        self.details[workload, name] = {"found": found, "peak_bytes": peak_bytes}
 
     def rows(self):
         return [
             record.row(name, workload, self.shape, times, settings=PROVIDERS[name].settings, **self.details[workload, name])
             for (workload, name), times in self.times.items()
         ]
-
-
-def _peak(call):
-    """How far the process grew during a call, its outputs included."""
-    gc.collect()
-    before = record.resident()
-    if not record.reset_peak():
-        return None
-    call()
-    return record.resident("VmHWM") - before
 
 
 @pytest.fixture(scope="session")

@@ -37,9 +37,9 @@ def measure(provider, workload, shape) -> dict:
     """In this very process, which should be a fresh one."""
     problem = make_problem(shape, WORKLOADS[workload])
     call = PROVIDERS[provider].make(problem)
-    before = record.resident()
     if not record.reset_peak():
         raise RuntimeError("the peak mark cannot be reset here: /proc/self/clear_refs is not to be written")
+    before = record.resident()
     start = time.perf_counter()
     result = call()
     seconds, peak = time.perf_counter() - start, record.resident("VmHWM")

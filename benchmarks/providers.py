@@ -55,7 +55,8 @@ def _ours(p: Problem):
 def _products(p: Problem):
     """The floor: nothing but the products that are needed, on outputs that exist already, dW overwritten per chunk.
 
-    Rows that need no gradient are only multiplied by the head, masked ones not at all.
+    Rows that need no gradient are only multiplied by the head, masked ones not at all. A fused call can be below it: oneDNN
+    is faster on 1024 rows than on twice 512, and dz^T h faster from a transposed copy than from a transposed view.
     """
     kept = p.mask.flatten().nonzero().squeeze(1)
     trained = (p.advantages != 0).unsqueeze(1).expand_as(p.mask).flatten()[kept]

@@ -5,7 +5,9 @@ at the data: `value_flags` gathers every such check into one small tensor, so th
 its own counts, in a single host synchronisation.
 """
 
+import math
 import numbers
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -44,6 +46,7 @@ class LossArguments:
 def check_loss_arguments(
     hidden, weight, completion_ids, advantages, mask, *, bias, old_logps, ref_logps, importance_sampling_ratio,
     sampling_logps, num_items, config, temperature, lora, vocab_parallel_group, cu_seqlens, kept_rows, workspace_bytes, backend,
+    data_parallel_group,
 ) -> LossArguments:  # fmt: skip
     hidden, weight, bias, lora = check_head(hidden, weight, bias, lora, vocab_parallel_group)
     check_options(config, workspace_bytes, backend)
@@ -54,20 +57,22 @@ def check_loss_arguments(
         importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
         config=config, temperature=temperature, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    if kept_rows is not None:
-        _tensor("kept_rows", kept_rows, device, (torch.int64,))
-        if kept_rows.dim() != 1 or kept_rows.numel() > mask.numel():
-            raise ValueError(f"kept_rows must be 1-D with at most {mask.numel()} indices, got {list(kept_rows.shape)}")
+    _check_kept_rows(kept_rows, mask)
+    _check_group(data_parallel_group)
     return LossArguments(hidden=hidden, weight=weight, bias=bias, lora=lora, **loss)
 
 
-def check_logits_arguments(logits, completion_ids, advantages, mask, *, config, workspace_bytes, backend, **tensors):
+def check_logits_arguments(
+    logits, completion_ids, advantages, mask, *, config, kept_rows, data_parallel_group, workspace_bytes, backend, **tensors
+):
     _tensor("logits", logits, None, FLOAT_DTYPES)
     check_options(config, workspace_bytes, backend)
     if logits.shape[-1:] == (0,):
         raise ValueError(f"logits must have a vocabulary of at least 1, got {list(logits.shape)}")
     tokens = _token_shape(logits, tensors["cu_seqlens"], dims=3, name="logits")
     loss = _check_per_token(tokens, logits.device, completion_ids, advantages, mask, config=config, **tensors)
+    _check_kept_rows(kept_rows, mask)
+    _check_group(data_parallel_group)
     return LossArguments(hidden=logits, weight=None, bias=None, lora=None, **loss)
 
 
@@ -115,6 +120,8 @@ def check_head(hidden, weight, bias, lora, vocab_parallel_group):
         _shape("lora B", b, (vocab, a.shape[0]))
         if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
             raise TypeError(f"lora scale must be a number, got {kind(scale)}")
+        if not math.isfinite(scale):
+            raise ValueError(f"lora scale must be finite, got {scale}")
         lora = (a, b, float(scale))
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
@@ -134,8 +141,8 @@ def check_options(config, workspace_bytes, backend):
     if workspace_bytes is not None:
         if not isinstance(workspace_bytes, numbers.Integral) or isinstance(workspace_bytes, bool):
             raise TypeError(f"workspace_bytes must be an integer number of bytes, got {kind(workspace_bytes)}")
-        if workspace_bytes <= 0:
-            raise ValueError(f"workspace_bytes must be > 0, got {workspace_bytes}")
+        if not 0 < workspace_bytes < 2**63:
+            raise ValueError(f"workspace_bytes must be > 0 and < 2**63, got {workspace_bytes}")
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, got {kind(backend)}")
     if backend not in BACKENDS:
@@ -194,8 +201,21 @@ def _check_num_items(num_items, config, device):
             raise TypeError(f"num_items must be a real number, got {num_items.dtype}")
     elif not isinstance(num_items, numbers.Real) or isinstance(num_items, bool):
         raise TypeError(f"num_items must be a number > 0 or a 0-dim tensor, got {kind(num_items)}")
-    elif config.loss_type in ("dapo", "cispo", "vespo") and not (0 < num_items < float("inf")):
+    elif config.loss_type in ("dapo", "cispo", "vespo") and not 0 < num_items <= sys.float_info.max:
         raise ValueError(f"num_items must be > 0 and finite, got {num_items}")
+
+
+def _check_kept_rows(kept_rows, mask):
+    if kept_rows is None:
+        return
+    _tensor("kept_rows", kept_rows, mask.device, (torch.int64,))
+    if kept_rows.dim() != 1 or kept_rows.numel() > mask.numel():
+        raise ValueError(f"kept_rows must be 1-D with at most {mask.numel()} indices, got {list(kept_rows.shape)}")
+
+
+def _check_group(group):
+    if group is not None and not (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
+        raise TypeError(f"data_parallel_group must be a torch.distributed group or None, got {kind(group)}")
 
 
 def _check_mask(mask, tokens, device):
@@ -211,6 +231,10 @@ def _tensor(name, value, device, dtypes):
     if value.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must be {wanted}, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.device.type == "meta":
+        raise ValueError(f"{name} must hold data, got a tensor on meta")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device} as hidden is, got {value.device}")
 

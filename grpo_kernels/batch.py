@@ -1,7 +1,8 @@
 """The per-token side of a call: inputs as [B, T], weights, which tokens may get a gradient, and the objective."""
 
 from .arguments import PackedLayout
-from .objective import known_zero, objective, on_policy_coefficients, prepare, token_weights
+from .coefficients import known_zero, on_policy_coefficients
+from .objective import objective, prepare, token_weights
 
 
 class LossBatch:

@@ -42,8 +42,9 @@ def grpo_loss_from_logits(
     Args:
         logits: [B, T, V] raw logits (before logit_scale, softcap and temperature), or [N, V] with cu_seqlens; float32,
             float64, bfloat16 or float16; any strides; differentiable.
-        inplace_backward: the backward overwrites the logits with their gradient instead of taking new memory; they, and
-            everything that shares their memory, are lost, and a second backward is an error.
+        inplace_backward: the backward overwrites the logits with their gradient instead of taking new memory (unless they
+            overlap themselves, as expanded ones do); they, and everything that shares their memory, are lost, and a
+            second backward is an error.
         kept_rows: only says that nothing may synchronise with the host.
         workspace_bytes: accepted for symmetry; without products nothing needs one.
         Everything else: as in `fused_linear_grpo_loss`.
@@ -57,7 +58,8 @@ def grpo_loss_from_logits(
     args = check_logits_arguments(
         logits, completion_ids, advantages, mask, old_logps=old_logps, ref_logps=ref_logps,
         importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
-        config=config, temperature=temperature, cu_seqlens=cu_seqlens, workspace_bytes=workspace_bytes, backend=backend,
+        config=config, temperature=temperature, cu_seqlens=cu_seqlens, kept_rows=kept_rows,
+        data_parallel_group=data_parallel_group, workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     vocab, accumulate = logits.shape[-1], accumulation_dtype(logits.dtype)
     backend = backends.resolve(backend, logits.device, logits.dtype)
@@ -68,6 +70,11 @@ def grpo_loss_from_logits(
         raise_bad_values(flags.tolist(), vocab)
     else:
         correction = torch.zeros((), dtype=accumulate, device=logits.device).masked_fill(flags.sum() > 0, float("nan"))
+
+    if not isinstance(inplace_backward, bool):
+        raise TypeError(f"inplace_backward must be True or False, got {type(inplace_backward).__name__}")
+    overlaps = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
+    inplace_backward = inplace_backward and not overlaps
 
     kept = mask.bool()
     target = completion_ids.where(kept, 0).clamp(0, vocab - 1)

@@ -12,9 +12,6 @@ from .plan import default_budget
 from .products import accumulation_dtype, tile_memory
 from .rows import Selection, flatten, select_rows
 
-# a stash up to this size is copied by the backward, so that a second one (gradcheck) repeats its bits
-_COPIED_STASH_BYTES = 16 * 2**20
-
 
 def linear_logprobs(
     hidden: torch.Tensor,
@@ -148,7 +145,7 @@ class _RowLogProbs(torch.autograd.Function):
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*tensors, logps, entropy, lse, stash)
         else:
-            # not a saved tensor: the backward overwrites it, and a second one then has to compute again
+            # not a saved tensor, since the backward overwrites it (a copy, if the graph is retained)
             ctx.save_for_backward(*tensors, logps, entropy, lse, None)
             ctx.stash = stash
         return logps, entropy
@@ -167,7 +164,8 @@ class _RowLogProbs(torch.autograd.Function):
         scalars, needs, budget, backend = ctx.call
         empty = hidden.new_empty(0, tensors[1].shape[0])
         stash = kept if not ctx.direct and kept is not None else ctx.stash
-        if ctx.stash is not None and ctx.stash.numel() * ctx.stash.element_size() <= _COPIED_STASH_BYTES:
+        retained = graph_is_retained()
+        if ctx.stash is not None and retained:
             stash = stash.clone()
         else:
             ctx.stash = None
@@ -177,9 +175,17 @@ class _RowLogProbs(torch.autograd.Function):
         grads = tiles.score_backward(
             *tensors, logps, entropy, lse, empty if stash is None else stash, g, g_entropy, scalars, needs, budget, backend
         )
-        if stash is not None and ctx.stash is None and kept is None:
+        if stash is not None and kept is None and not retained:
             tile_memory.give_back(stash)
         return *cast_gradients(grads, tensors, needs), *nothing
+
+
+def graph_is_retained():
+    """Whether the running backward was asked to keep the graph for another one; True where that cannot be known."""
+    if torch.compiler.is_compiling():
+        return True
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if asked is None else asked()
 
 
 def cast_gradients(grads, tensors, needs):

@@ -10,9 +10,9 @@ import torch
 from . import tiles
 from .arguments import check_loss_arguments, value_flags
 from .batch import LossBatch
+from .coefficients import row_terms
 from .config import GRPOLossConfig
-from .logprobs import FusedHead, row_logprobs
-from .objective import row_terms
+from .logprobs import FusedHead, graph_is_retained, row_logprobs
 from .outputs import GRPOLossOutput
 from .products import accumulation_dtype
 from .rows import flatten, select_rows
@@ -86,6 +86,7 @@ def fused_linear_grpo_loss(
         importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
         config=config, temperature=temperature, lora=lora, vocab_parallel_group=vocab_parallel_group,
         cu_seqlens=cu_seqlens, kept_rows=kept_rows, workspace_bytes=workspace_bytes, backend=backend,
+        data_parallel_group=data_parallel_group,
     )  # fmt: skip
     head = FusedHead.of(args.weight, args.bias, args.lora, config.transform, workspace_bytes, backend)
     batch = LossBatch(args, mask, config, accumulation_dtype(args.hidden.dtype), data_parallel_group)
@@ -146,9 +147,7 @@ def _one_pass(hidden, head, batch, selection, completion_ids, temperature, mask)
     logps, entropy, *grads = tiles.one_pass(*arguments)
     logps, entropy = selection.scatter(logps, mask), selection.scatter(entropy, mask)
     loss, metrics = batch.objective(logps, entropy)
-    # a plain tuple of what the op was called with: only a second backward through a retained graph runs it again
-    again = None if torch.compiler.is_compiling() else arguments
-    loss = _WithGradients.apply(loss, needs, again, *tensors, *grads)
+    loss = _WithGradients.apply(loss, needs, *tensors, *grads)
     return GRPOLossOutput(loss, logps, entropy, metrics)
 
 
@@ -156,41 +155,27 @@ class _WithGradients(torch.autograd.Function):
     """A loss whose gradients are known already: the backward multiplies them by the incoming gradient.
 
     They are saved tensors, which autograd lets go of before it accumulates: a parameter's ``.grad`` is then the very memory
-    that the forward wrote, without a copy. The multiplication is in place, since a second full-size gradient would undo
-    what the fusion saves; should a retained graph run backward again, the pass is run again.
+    that the forward wrote. The multiplication is in place, since a second full-size gradient would undo what the fusion
+    saves, unless the graph is retained for another backward.
     """
 
     @staticmethod
-    def forward(ctx, loss, needs, again, hidden, weight, bias, lora_a, lora_b, *grads):
-        tensors = (hidden, weight, bias, lora_a, lora_b)
-        ctx.needs, ctx.again, ctx.handed_out = needs, again, False
-        ctx.dtypes = [None if x is None else x.dtype for x in tensors]
-        ctx.versions = None if again is None else [None if x is None else x._version for x in again[:5]]
-        ctx.is_nan = loss.isnan()
-        ctx.save_for_backward(*grads)
+    def forward(ctx, loss, needs, hidden, weight, bias, lora_a, lora_b, *grads):
+        ctx.needs = needs
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, lora_a, lora_b)]
+        ctx.save_for_backward(loss.isnan(), *grads)
         return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        is_nan, *grads = ctx.saved_tensors
         # rows that cost no backward must not hide a NaN of theirs from the gradients
-        scale = g.masked_fill(ctx.is_nan, float("nan"))
-        if torch.compiler.is_compiling():
-            grads = [grad * scale.to(grad.dtype) for grad in ctx.saved_tensors]
-        else:
-            grads = _computed_again(ctx) if ctx.handed_out else ctx.saved_tensors
-            ctx.handed_out = True
-            if scale.is_cuda or scale.item() != 1.0:
-                for grad in grads:
-                    grad.mul_(scale)
+        scale = g.masked_fill(is_nan, float("nan"))
+        if graph_is_retained():
+            grads = [grad * scale.to(grad.dtype) for grad in grads]
+        elif scale.is_cuda or scale.item() != 1.0:
+            for grad in grads:
+                grad.mul_(scale)
         done = [grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.needs, strict=True)]
-        return None, None, None, *done, *(None,) * 5
-
-
-def _computed_again(ctx):
-    if ctx.versions != [None if x is None else x._version for x in ctx.again[:5]]:
-        raise RuntimeError(
-            "backward a second time through fused_linear_grpo_loss: hidden, weight, bias or lora was modified in place since the "
-            "forward; call the loss again"
-        )
-    return tiles.one_pass(*ctx.again)[2:]
+        return None, None, *done, *(None,) * 5

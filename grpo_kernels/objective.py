@@ -4,7 +4,7 @@ Every reduction is a per-token weight, so with u (mask and normaliser) and a (th
 
     loss = sum_bt u (a s + beta k3) - entropy_coef * sum(entropy m') / max(sum m', 1)
 
-and the closed-form slopes at the end of this file are all that a fused pass needs to know of a loss.
+Its derivatives in closed form, which is what a fused pass needs, are in coefficients.py.
 """
 
 import math
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import CLIPPED_LOSSES, GRPOLossConfig
+from .config import GRPOLossConfig
 
-_EXP_BOUND = 80.0
+EXP_BOUND = 80.0
+_FLOAT32_EXP_BOUND = 88.0
 _LOG_RATIO_BOUND = 20.0
 _LOG_RATIO_FLOOR = math.log(1e-8)
 
@@ -54,24 +55,22 @@ def objective(
 
     Source: the papers named in README.md; equal to TRL 1.16's ``GRPOTrainer._compute_loss``.
     """
+    if config.beta != 0 and ref_logps is None:
+        raise ValueError(f"ref_logps must be given when beta != 0 (beta = {config.beta}), got None")
     t = prepare(advantages, mask, logps.dtype, old_logps, ref_logps, importance_sampling_ratio, sampling_logps, config)
     m = t.mask
     logps, entropy = logps.where(m > 0, 0.0), entropy.where(m > 0, 0.0)
     old = logps.detach() if t.old is None else t.old
 
     d = logps - old
-    if config.sequence_level:
-        w = _exp(_per_sequence(d * m) / _per_sequence(m).clamp(min=1))
-    else:
-        w = _exp(d)
+    log_w = sum_per_sequence(d * m / sum_per_sequence(m).clamp(min=1)) if config.sequence_level else d
+    w = _exp(log_w)
     if t.ref is not None:
         r = t.ref - logps
-        k3 = _exp(r) - r - 1
-        if config.use_bias_correction_kl:
-            k3 = k3 * w
+        k3 = _exp(r, log_w) - w * (r + 1) if config.use_bias_correction_kl else _exp(r) - r - 1
 
     A = t.advantages
-    phi = _gamma_weights(d.detach(), A, m, t.rho, config) if config.loss_type == "vespo" else None
+    phi = gamma_weights(d.detach(), A, m, t.rho, config) if config.loss_type == "vespo" else None
     s = _policy_term(w, phi, logps, A, config)
 
     if config.off_policy_mask_threshold is not None:
@@ -140,7 +139,7 @@ def token_weights(m, config, num_items=None):
     """u: [B, T] mask times normaliser, so that every reduction is ``(u * l).sum()``."""
     sequences = max(m.shape[0], 1)
     if config.loss_type in ("grpo", "sapo"):
-        return m / (_per_sequence(m).clamp(min=1) * sequences)
+        return m / (sum_per_sequence(m).clamp(min=1) * sequences)
     if config.loss_type == "luspo":
         return m / sequences
     if config.loss_type == "bnpo":
@@ -154,13 +153,20 @@ def token_weights(m, config, num_items=None):
     return m / num_items
 
 
-def _per_sequence(x):
+def sum_per_sequence(x):
     return x.sum(1, keepdim=True)
 
 
-def _exp(x):
-    """exp of x clamped to +-80, so that finite log-probs give finite ratios; the gradient passes the clamp."""
-    return torch.exp(x + (x.clamp(-_EXP_BOUND, _EXP_BOUND) - x).detach())
+def _exp(*arguments):
+    """exp of a sum of arguments, each clamped to +-80, so that finite log-probs give finite ratios; the gradient passes.
+
+    A product of two such exps, w exp(r), would overflow float32: the sum stops at 88 there.
+    """
+    value = sum(x.detach().clamp(-EXP_BOUND, EXP_BOUND) for x in arguments)
+    if value.dtype == torch.float32:
+        value = value.clamp(max=_FLOAT32_EXP_BOUND)
+    # adds exactly 0, or NaN where an argument is not finite
+    return torch.exp(value + sum(x - x.detach() for x in arguments))
 
 
 def _policy_term(w, phi, logps, A, config):
@@ -168,7 +174,7 @@ def _policy_term(w, phi, logps, A, config):
     if config.loss_type == "cispo":
         return -w.clamp(max=config.upper_epsilon).detach() * A * logps
     if config.loss_type == "sapo":
-        tau = _sapo_temperature(A, config)
+        tau = sapo_temperature(A, config)
         return -4 / tau * torch.sigmoid(tau * (w - 1)) * A
     if config.loss_type == "vespo":
         return -phi * A * logps
@@ -176,7 +182,7 @@ def _policy_term(w, phi, logps, A, config):
     return -torch.min(bounded * A, w.clamp(1 - config.epsilon, 1 + config.upper_epsilon) * A)
 
 
-def _sapo_temperature(A, config):
+def sapo_temperature(A, config):
     return _choose(A > 0, config.sapo_temperature_pos, config.sapo_temperature_neg, A)
 
 
@@ -186,22 +192,22 @@ def _choose(positive, first, second, like):
 
 
 @torch.no_grad()
-def _gamma_weights(d, A, m, rho, config):
+def gamma_weights(d, A, m, rho, config):
     """phi of vespo: [B, 1], or [B, T] where advantages are per token."""
-    log_w = _per_sequence(d.clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND) * m)
+    log_w = sum_per_sequence(d.clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND) * m)
     if rho is not None:
         log_rho = rho.log().clamp(_LOG_RATIO_FLOOR, _LOG_RATIO_BOUND)
-        log_w = log_w + (log_rho if rho.shape[1] != m.shape[1] else _per_sequence(log_rho * m))
+        log_w = log_w + (log_rho if rho.shape[1] != m.shape[1] else sum_per_sequence(log_rho * m))
     log_w = log_w.clamp(_LOG_RATIO_FLOOR, _LOG_RATIO_BOUND)
     k = _choose(A >= 0, config.vespo_k_pos, config.vespo_k_neg, A)
     lam = _choose(A >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg, A).clamp(min=1e-4)
     phi = torch.exp(lam + k * log_w - lam * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     # a log-prob that is not finite must not vanish in the clamps
-    return phi + 0 * _per_sequence(d * m)
+    return phi + 0 * sum_per_sequence(d * m)
 
 
 def _off_policy_mask(A, logps, sampling, m, config):
-    drift = _per_sequence((sampling - logps).nan_to_num(nan=0.0) * m) / _per_sequence(m).clamp(min=1)
+    drift = sum_per_sequence((sampling - logps).nan_to_num(nan=0.0) * m) / sum_per_sequence(m).clamp(min=1)
     return ((A >= 0) | (drift <= config.off_policy_mask_threshold)).to(m.dtype)
 
 
@@ -280,117 +286,3 @@ def _clip_metrics(w, phi, A, m, config, per_sequence):
         "clip_ratio/low_min": extreme(low, float("inf"), torch.amin),
         "clip_ratio/high_max": extreme(high, -float("inf"), torch.amax),
     }
-
-
-# Closed-form slopes: what a fused pass needs
-
-
-def slope(w: torch.Tensor, A: torch.Tensor, config: GRPOLossConfig) -> torch.Tensor:
-    """ds/dw of the losses whose gradient runs through the ratio (clipped ones and sapo); the derivative of _policy_term."""
-    if config.loss_type == "sapo":
-        tau = _sapo_temperature(A, config)
-        gate = torch.sigmoid(tau * (w - 1))
-        return -4 * gate * torch.sigmoid(-tau * (w - 1)) * A
-    low, high = 1 - config.epsilon, 1 + config.upper_epsilon
-    bounded = w if config.delta is None else w.clamp(max=config.delta)
-    clipped = w.clamp(low, high)
-    free_slope = torch.ones_like(w) if config.delta is None else (w <= config.delta).to(w.dtype)
-    clip_slope = ((w >= low) & (w <= high)).to(w.dtype)
-    first, second = bounded * A, clipped * A
-    chosen = torch.where(first < second, free_slope, torch.where(second < first, clip_slope, (free_slope + clip_slope) / 2))
-    # a NaN ratio must not vanish in the choice of a branch
-    return -A * chosen + 0 * w
-
-
-def on_policy_coefficients(t: TokenInputs, u: torch.Tensor, config: GRPOLossConfig) -> torch.Tensor:
-    """d (policy part of the loss) / d logps, [B, T], where old is logps.detach(): w is 1, so it is known beforehand."""
-    A, m = t.advantages.expand_as(t.mask), t.mask
-    weight = u if t.rho is None or config.loss_type == "vespo" else u * t.rho
-    if config.loss_type == "cispo":
-        return -min(1.0, config.upper_epsilon) * A * weight
-    if config.loss_type == "vespo":
-        return -_gamma_weights(torch.zeros_like(m), t.advantages, m, t.rho, config) * A * weight
-    dw = weight * slope(torch.ones_like(m), A, config)
-    if config.sequence_level:
-        return m / _per_sequence(m).clamp(min=1) * _per_sequence(dw)
-    return dw
-
-
-def known_zero(t: TokenInputs, u: torch.Tensor, config: GRPOLossConfig) -> torch.Tensor:
-    """[B, T] bool: kept tokens whose gradient is zero whatever their log-probs will be. NaN inputs are never called zero."""
-    if t.ref is not None or config.entropy_coef != 0:
-        return torch.zeros_like(t.mask, dtype=torch.bool)
-    weight = u * t.advantages
-    if t.rho is not None and config.loss_type != "vespo":
-        weight = weight * t.rho
-    zero = weight == 0
-    if t.old is not None:
-        zero = zero & ~t.old.isnan()
-    if config.sequence_level and config.loss_type not in ("cispo", "vespo"):
-        zero = zero.all(1, keepdim=True).expand_as(zero)
-    return zero
-
-
-def row_terms(config: GRPOLossConfig, on_policy: bool) -> "PolicyTerms":
-    """The options that the fused row kernel sees."""
-    kind = "linear" if on_policy else "clipped" if config.loss_type in CLIPPED_LOSSES else config.loss_type
-    return PolicyTerms(
-        kind=kind,
-        epsilon_low=float(config.epsilon),
-        epsilon_high=float(config.upper_epsilon),
-        delta=None if config.delta is None else float(config.delta),
-        sapo_temperature_pos=float(config.sapo_temperature_pos),
-        sapo_temperature_neg=float(config.sapo_temperature_neg),
-        use_bias_correction_kl=config.use_bias_correction_kl and not config.sequence_level,
-    )
-
-
-@dataclass(frozen=True)
-class PolicyTerms:
-    """Scalars of the row kernel: which of the four policy terms, and its constants."""
-
-    kind: str  # clipped | cispo | sapo | linear (the coefficient is w_policy itself)
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    delta: float | None = None
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-    use_bias_correction_kl: bool = True
-
-
-@dataclass(frozen=True)
-class PolicyRows:
-    """Per-row inputs of the row kernel, [R] each in the compute dtype; None where a loss has no such part."""
-
-    w_policy: torch.Tensor  # weight of s; for kind "linear" d loss / d logps itself
-    advantages: torch.Tensor | None = None
-    old: torch.Tensor | None = None  # None: the ratio is 1, with gradient
-    ref: torch.Tensor | None = None
-    w_kl: torch.Tensor | None = None
-    w_entropy: torch.Tensor | None = None  # d loss / d entropy
-
-
-def coefficient(logps: torch.Tensor, rows: PolicyRows, terms: PolicyTerms) -> torch.Tensor:
-    """d loss / d logps of one-pass rows, [R]: the closed form of autograd through `objective` at token level."""
-    w = torch.ones_like(logps) if rows.old is None else (logps - rows.old).clamp(-_EXP_BOUND, _EXP_BOUND).exp()
-    A = rows.advantages
-    if terms.kind == "linear":
-        c = rows.w_policy
-    elif terms.kind == "cispo":
-        c = -rows.w_policy * w.clamp(max=terms.epsilon_high) * A
-    else:
-        options = GRPOLossConfig(
-            loss_type="sapo" if terms.kind == "sapo" else "grpo",
-            epsilon=terms.epsilon_low,
-            epsilon_high=terms.epsilon_high,
-            delta=terms.delta,
-            sapo_temperature_pos=terms.sapo_temperature_pos,
-            sapo_temperature_neg=terms.sapo_temperature_neg,
-        )
-        c = rows.w_policy * slope(w, A, options) * w
-    if rows.ref is not None:
-        r = rows.ref - logps
-        # d (w k3) = w (1 - e) + w (e - r - 1), where e cancels
-        dk3 = -w * r if terms.use_bias_correction_kl else 1 - r.clamp(-_EXP_BOUND, _EXP_BOUND).exp()
-        c = c + rows.w_kl * dk3
-    return c

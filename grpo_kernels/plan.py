@@ -82,8 +82,8 @@ def plan(problem: Problem) -> Plan:
     stash_rows, stripe_rows, recompute_rows, recompute_columns = p.live, 1, 1, columns
     if p.live * row_bytes + block_bytes > p.budget:
         scratch = p.budget // 4
-        stash_rows = min(p.live, (p.budget - scratch) // (p.vocab * e))
         recompute_columns = max(min(_MIN_COLUMNS, p.vocab), columns // 2)
+        stash_rows = min(p.live, (p.budget - scratch) // (p.vocab * e + 2 * p.depth * e + recompute_columns * e))
         accumulate = max(e, 4)
         # in a block: its product, its float32 sum, and per recomputed row the tile, its transpose and the hidden row
         rest = scratch - recompute_columns * p.depth * (e + accumulate)

@@ -41,6 +41,7 @@ def grpo_loss(
         importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
         config=config, temperature=temperature, lora=lora, vocab_parallel_group=vocab_parallel_group,
         cu_seqlens=cu_seqlens, kept_rows=kept_rows, workspace_bytes=workspace_bytes, backend=backend,
+        data_parallel_group=data_parallel_group,
     )  # fmt: skip
     check_values(mask, completion_ids, weight.shape[0], advantages, temperature, cu_seqlens)
 

@@ -38,8 +38,13 @@ def select_rows(mask, flags, vocab, *, live=None, kept_rows=None) -> Selection:
     """
     total = mask.numel()
     if kept_rows is not None or torch.compiler.is_compiling():
-        rows = torch.arange(total, device=mask.device) if kept_rows is None else kept_rows
-        correction = torch.zeros((), device=mask.device).masked_fill(flags.sum() > 0, float("nan"))
+        rows, bad = torch.arange(total, device=mask.device), flags.sum() > 0
+        if kept_rows is not None:
+            rows = kept_rows.clamp(0, max(total - 1, 0))
+            kept = mask.reshape(-1).bool()
+            given = (rows == kept_rows).all() & (rows.diff() > 0).all() & kept[rows].all() & (kept.sum() == rows.shape[0])
+            bad = bad | ~given
+        correction = torch.zeros((), device=mask.device).masked_fill(bad, float("nan"))
         return Selection(rows, 0 if live is None else rows.shape[0], total, correction)
     kept = mask.reshape(-1).bool()
     live = torch.zeros_like(kept) if live is None else live.reshape(-1) & kept

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from . import backends
 from .backends.pytorch import new_statistics
+from .coefficients import PolicyRows, PolicyTerms
 from .config import LogitTransform
-from .objective import PolicyRows, PolicyTerms
 from .plan import Plan, Problem, plan
 from .products import Gradients, Head, accumulation_dtype, blocks, blocks_from, empty, tile_memory
 from .row_statistics import finalize

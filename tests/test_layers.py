@@ -21,6 +21,7 @@ FLOORS = (
     ("tiles",),
     ("products", "rows"),
     ("backends",),
+    ("coefficients",),
     ("objective", "advantages", "arguments", "row_statistics"),
     ("plan", "parallel", "config", "outputs"),
 )

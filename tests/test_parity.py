@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from grpo_kernels import (
     fused_linear_grpo_loss,
     grpo_loss_from_logits,
     linear_logprobs,
+    logprobs,
+    products,
     reference,
 )
 from grpo_kernels.config import LOSS_TYPES
@@ -108,11 +111,15 @@ def test_bfloat16_is_no_worse_than_pytorch_in_bfloat16(block, backend):
 
 @every_backend
 @every_path
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_many_tokens(config, dtype, backend):
     """Ragged tails: several tiles, several blocks, an odd vocabulary, in a problem large enough to average rounding."""
     p = make_problem(B=6, T=23, D=64, V=1031, dtype=dtype, config=config, bias=True, banned=3, sampling=True, spread=3.0)
     theirs, exact = run(reference.grpo_loss, p).flat(), run(reference.grpo_loss, p, dtype=torch.float64).flat()
+    if dtype == torch.float16 and backend == "cpu":
+        with pytest.raises(RuntimeError, match="'cpu'.*float16.*backend='torch'"):
+            run(fused_linear_grpo_loss, p, backend=backend)
+        backend = "auto"
     for workspace in (60_000, 400_000, None):
         ours = run(fused_linear_grpo_loss, p, backend=backend, workspace_bytes=workspace).flat()
         for name, truth in exact.items():
@@ -239,6 +246,44 @@ def test_gradients_accumulate_over_calls(config, backend):
         (one * 0.5 + two.square()).backward()
         results[name] = {n: x.grad for n, x in leaves.items()}
     assert_all_close(results["ours"], results["truth"], 1e-9)
+
+
+@every_backend
+@every_path
+def test_calls_that_overlap_share_no_memory(config, backend, monkeypatch):
+    """A tile's memory is kept for the next call: never for one that comes while it is still in use, even twice in use."""
+    monkeypatch.setattr(products, "_HUGE_PAGE_BYTES", 1)
+    monkeypatch.setattr(logprobs, "_COPIED_STASH_BYTES", 0)
+    problems = [make_problem(seed, B=4, T=5 + seed, V=41, config=config, sampling=True) for seed in range(3)]
+    truth = [run(reference.grpo_loss, p).gradients for p in problems]
+    calls = []
+    for p in problems:
+        positional, keywords, leaves = p.arguments()
+        calls.append((fused_linear_grpo_loss(*positional, **keywords, backend=backend).loss, leaves))
+    for times in (1, 2):
+        for i in (1, 0, 2):
+            loss, leaves = calls[i]
+            loss.backward(retain_graph=True)
+            run(fused_linear_grpo_loss, problems[2 - i], backend=backend)
+            for name, leaf in leaves.items():
+                assert_close(f"{name} of {i}, {times} times", leaf.grad, truth[i][name] * times, 1e-10)
+
+
+@every_backend
+@pytest.mark.parametrize("path", ["one pass", "sequence"])
+def test_calls_from_several_threads(path, backend, monkeypatch):
+    monkeypatch.setattr(products, "_HUGE_PAGE_BYTES", 1)
+    monkeypatch.setattr(logprobs, "_COPIED_STASH_BYTES", 0)
+    problems = [make_problem(seed, B=4, T=6, V=301, config=PATHS[path]) for seed in range(4)]
+    truth = [run(reference.grpo_loss, p).flat() for p in problems]
+
+    def repeat(i):
+        return [run(fused_linear_grpo_loss, problems[i], backend=backend).flat() for _ in range(10)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for i, results in enumerate(pool.map(repeat, range(4))):
+            for result in results:
+                assert_all_close(result, truth[i], 1e-10)
 
 
 @every_backend

@@ -7,7 +7,7 @@ in `policy`), one read and one write of the tile per kernel.
 
 import torch
 
-from ..objective import coefficient
+from ..coefficients import coefficient
 from ..row_statistics import finalize
 
 _SLAB_ELEMENTS = 1 << 20
