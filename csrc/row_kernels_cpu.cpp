@@ -325,8 +325,8 @@ void gradient_row(T* row, int64_t columns, int64_t target, const RowTransform<T>
         const V ratio = y * transform.inv_softcap;
         dz = dz * (A(1) - ratio * ratio);
       }
-      // where p is 0, log p and y may be infinite
-      return p == A(0) ? -g * p : dz;
+      // where p is 0 or denormal, log p and y may be infinite
+      return p < std::numeric_limits<A>::min() ? -g * p : dz;
     });
   }
   if (has_target) store_scalar(row + target, A(dz_target));

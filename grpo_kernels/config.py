@@ -1,13 +1,14 @@
 """The options of the loss: one frozen dataclass, validated when it is made, named as in TRL's GRPO trainer."""
 
 import dataclasses
-import math
 import numbers
 from dataclasses import dataclass
 
 CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
+_FLOAT32_MAX = 3.4e38  # options are float32 numbers in the kernels
+_SMALLEST = 1e-30  # a divisor below would overflow finite logits
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class GRPOLossConfig:
         self._number("epsilon", lambda x: x >= 0, ">= 0")
         self._number("epsilon_high", lambda x: x >= 0, ">= 0 or None", optional=True)
         self._number("delta", lambda x: x > 0, "> 0 or None", optional=True)
-        self._number("temperature", lambda x: x > 0, "> 0")
+        self._number("temperature", lambda x: x >= _SMALLEST, "> 0")
         self._number("logit_scale", lambda x: x != 0, "a finite number other than 0")
-        self._number("softcap", lambda x: x > 0, "> 0 or None", optional=True)
+        self._number("softcap", lambda x: x >= _SMALLEST, "> 0 or None", optional=True)
         self._number("top_entropy_quantile", lambda x: 0 <= x <= 1, "in [0, 1]")
         self._number("off_policy_mask_threshold", lambda x: True, "a finite number or None", optional=True)
         self._number("max_completion_length", lambda x: x > 0 and x == int(x), "an integer > 0 or None", optional=True)
@@ -87,7 +88,7 @@ class GRPOLossConfig:
         value = getattr(self, name)
         if value is None and optional:
             return
-        real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= _FLOAT32_MAX
         if not real or not holds(value):
             raise ValueError(f"{name} must be {wanted}, got {value!r}")
 

@@ -81,15 +81,16 @@ def plan(problem: Problem) -> Plan:
 
     stash_rows, stripe_rows, recompute_rows, recompute_columns = p.live, 1, 1, columns
     if p.live * row_bytes + block_bytes > p.budget:
-        scratch = p.budget // 4
         recompute_columns = max(min(_MIN_COLUMNS, p.vocab), columns // 2)
-        stash_rows = min(p.live, (p.budget - scratch) // (p.vocab * e + 2 * p.depth * e + recompute_columns * e))
         accumulate = max(e, 4)
-        # in a block: its product, its float32 sum, and per recomputed row the tile, its transpose and the hidden row
-        rest = scratch - recompute_columns * p.depth * (e + accumulate)
-        recompute_rows = max(1, min(_SCORE_ROWS, rest // 2 // (2 * recompute_columns * e + 2 * p.depth * e)))
-        rest -= recompute_rows * (2 * recompute_columns * e + 2 * p.depth * e)
-        stripe_rows = max(recompute_rows, rest // (p.depth * accumulate))
+        # a block's product and float32 sum; per recomputed row the tile, its transpose and the hidden row
+        block = recompute_columns * p.depth * (e + accumulate)
+        recompute_row = 2 * recompute_columns * e + 2 * p.depth * e
+        recompute_rows = max(1, min(_SCORE_ROWS, (p.budget // 4 - block) // recompute_row))
+        stripe_rows = max(recompute_rows, min(p.live, p.budget // 2 // (p.depth * accumulate)))
+        # the stash takes what is left, so that the peak does not move with the number of rows here either
+        left = p.budget - block - recompute_rows * recompute_row - stripe_rows * p.depth * accumulate
+        stash_rows = min(p.live, max(0, left) // (p.vocab * e + 2 * p.depth * e + recompute_columns * e))
     return Plan(
         tile_rows, tiles, columns, score_rows, score_columns, stash_rows, stripe_rows, recompute_rows, recompute_columns
     )

@@ -137,7 +137,7 @@ def make_problem(
     if all_masked_sequence and B > 2:
         mask[-1] = False
     ids = torch.randint(0, V, (B, T), generator=g)
-    if V > 2 * banned:
+    if 2 * banned < V:
         ids %= V - banned
     p = Problem(
         hidden=stored(normal(B, T, D)), weight=stored(normal(V, D, std=spread / math.sqrt(D))), completion_ids=ids,
@@ -146,7 +146,7 @@ def make_problem(
     )  # fmt: skip
     if bias or banned:
         p.bias = stored(normal(V, std=0.5))
-        if V > 2 * banned:
+        if 2 * banned < V:
             p.bias[V - banned :] = -math.inf
     if lora:
         p.lora_a, p.lora_b = stored(normal(3, D, std=D**-0.5)), stored(normal(V, 3))
@@ -289,7 +289,7 @@ def draw_config(rng: random.Random, tokens=0, **fixed) -> GRPOLossConfig:
     if rng.random() < 0.25:
         quantile = rng.choice([0.0, 0.31, 0.57, 0.83])
         rank = (1 - quantile) * max(tokens - 1, 0)
-        if 0 < quantile and not 0.02 < rank % 1 < 0.98:
+        if quantile > 0 and not 0.02 < rank % 1 < 0.98:
             quantile = 1.0
     options = dict(
         loss_type=rng.choice(LOSS_TYPES),

@@ -1,78 +1,142 @@
-"""The command line: what it accepts, and what it says about what it does not."""
+"""The command line: names, precedence, and messages that say what was wrong."""
 
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-pytest.importorskip("transformers")
+from grpo_kernels import __version__, cli
+from grpo_kernels.trainer.arguments import parse, read_jsonl
+from grpo_kernels.trainer.demo import DEFAULTS, make_tokenizer
 
-from grpo_kernels.cli import main  # noqa: E402
-from grpo_kernels.trainer.arguments import parse  # noqa: E402
+REWARDS = """
+def short(completions, level, **columns):
+    return [-float(len(c)) if l == "easy" else None for c, l in zip(completions, level)]
+constant = 3
+"""
+QUICK = ("--use_cpu", "--max_steps", "2", "--per_device_train_batch_size", "4", "--num_generations", "2", "--max_completion_length", "3")
 
 
 @pytest.fixture
-def files(tmp_path):
-    from test_trainer import tiny_model
-
-    model, tokenizer = tiny_model()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    rows = [{"prompt": f"{a}+1=", "answer": str(a + 1)} for a in range(11, 19)]
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    (tmp_path / "my_reward.py").write_text("def score(completions, **columns):\n    return [float(len(c)) for c in completions]\n")
+def folder(tmp_path, monkeypatch):
+    """A working directory with a model, data and a reward module."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                         bos_token_id=None, eos_token_id=1, pad_token_id=0)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{i}+1=", "level": "easy"} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    (tmp_path / "house_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("house_rewards", None)
     return tmp_path
 
 
-def test_train_from_flags_yaml_jsonl_and_a_reward(files):
-    (files / "run.yaml").write_text(
-        "model: model\ndata: data.jsonl\nreward: my_reward:score\noutput_dir: out\nlearning_rate: 1e-3\nmax_steps: 9\n"
-        "num_generations: 4\nuse_cpu: true\nreport_to: none\nmax_completion_length: 4\n"
+def run(capsys, *argv):
+    code = cli.main(argv)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_version_help_and_unknown_commands(capsys):
+    assert run(capsys, "--version") == (0, f"grpo-kernels {__version__}\n", "")
+    assert "train" in run(capsys)[1] and "doctor" in run(capsys, "--help")[1]
+    code, _, err = run(capsys, "trian")
+    assert code == 2 and "'trian'" in err and "did you mean train?" in err
+
+
+def test_as_a_module_without_importing_transformers():
+    code = "import sys, grpo_kernels.cli as c; c.main(['--version']); print('transformers' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.split("\n")[:2] == [f"grpo-kernels {__version__}", "False"]
+    answer = subprocess.run([sys.executable, "-m", "grpo_kernels.cli", "nonsense"], capture_output=True, text=True)
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr
+
+
+def test_train_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name in ("reward", "data", "epsilon_high", "vespo_lambda_neg", "num_generations", "max_steps", "resume_from_checkpoint"):
+        assert f"--{name}" in text
+
+
+def test_demo_defaults_yaml_and_flags_in_this_order(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 7\nlearning_rate: 3e-4\nbeta: 0.5\nscale_rewards: false\n")
+    run, args = parse(["--config", str(file), "--seed", "9"], DEFAULTS)
+    assert run.is_demo
+    assert (args.seed, args.learning_rate, args.beta, args.scale_rewards) == (9, 3e-4, 0.5, "none")
+    assert args.num_iterations == DEFAULTS["num_iterations"] != 1
+    run, args = parse(["--model", "m", "--data", "d", "--reward", "a:b", "c:d", "--config", str(file)], DEFAULTS)
+    assert not run.is_demo and run.reward == ["a:b", "c:d"] and args.num_iterations == 1 and args.seed == 7
+
+
+def test_a_run_from_one_yaml_file(folder, capsys):
+    (folder / "run.yaml").write_text(
+        "model: model\ndata: data.jsonl\neval_data: data.jsonl\nreward: house_rewards:short\noutput_dir: out\nreport_to: none\n"
+        "loss_type: grpo\nepsilon_high: 0.28\n"
     )
-    command = [sys.executable, "-m", "grpo_kernels.cli", "train", "--config", "run.yaml", "--max_steps", "1"]
-    done = subprocess.run(command, cwd=files, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (files / "out" / "model.safetensors").exists()
-    assert done.stdout.strip().splitlines()[-1] == "model: out"
-
-
-def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
-    (tmp_path / "run.yaml").write_text("beta: 0.5\nlearning_rate: 1e-3\nloss_type: grpo\nuse_cpu: true\n")
-    flags = ["--config", str(tmp_path / "run.yaml"), "--beta", "0.25", "--model", "m", "--data", "d", "--reward", "a:b"]
-    run, args = parse(flags, demo_defaults={"beta": 9.0, "num_iterations": 7})
-    assert (args.beta, args.learning_rate, args.loss_type, args.num_iterations) == (0.25, 1e-3, "grpo", 1)
-    assert (run.model, run.reward) == ("m", ["a:b"])
-    assert parse(["--use_cpu", "true"], demo_defaults={"num_iterations": 7})[1].num_iterations == 7
+    code, out, err = run(capsys, "train", "--config", "run.yaml", *QUICK)
+    assert code == 0, err
+    assert "eval_rewards/short/mean" in out and out.strip().endswith("model: out")
+    assert (folder / "out" / "model.safetensors").exists() and (folder / "out" / "checkpoint-2").exists()
+    code, out, _ = run(capsys, "train", "--config", "run.yaml", *QUICK, "--resume_from_checkpoint", "out/checkpoint-2")
+    assert code == 0
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    "argv, words",
     [
-        (["trian"], "train"),
-        (["train", "--lerning_rate", "1"], "learning_rate"),
-        (["train", "--model", "m"], "--data"),
-        (["train", "--config", "absent.yaml"], "absent.yaml"),
-        (["train", "--config", "bad.yaml"], "epsilon"),
-        (["train", "--model", "m", "--data", "bad.jsonl", "--reward", "my_reward:score"], "bad.jsonl, line 2"),
-        (["train", "--model", "m", "--data", "none.jsonl", "--reward", "my_reward:score"], "none.jsonl"),
-        (["train", "--model", "model", "--data", "data.jsonl", "--reward", "no_such:fn"], "no_such"),
-        (["train", "--model", "model", "--data", "data.jsonl", "--reward", "my_reward:absent"], "absent"),
-        (["train", "--model", "model", "--data", "data.jsonl", "--reward", "nonsense"], "nonsense"),
-        (["train", "--loss_type", "ppo"], "loss_type"),
-        (["doctor", "now"], "doctor"),
+        (["--epsilonhigh", "0.3"], ["--epsilonhigh", "--epsilon_high"]),
+        (["--config", "bad.yaml"], ["bad.yaml", "'epsilonn'", "epsilon"]),
+        (["--config", "list.yaml"], ["list.yaml", "mapping"]),
+        (["--config", "broken.yaml"], ["broken.yaml", "not YAML"]),
+        (["--config", "missing.yaml"], ["missing.yaml"]),
+        (["--max_steps", "many"], ["max_steps", "many"]),
+        (["--config", "typed.yaml"], ["max_steps", "many"]),
+        (["--epsilon", "-1"], ["epsilon", "-1"]),
+        (["--model", "model", "--reward", "house_rewards:short"], ["--data"]),
+        (["--data", "data.jsonl", "--reward", "house_rewards:short"], ["--model"]),
+        (["--model", "model", "--data", "data.jsonl"], ["--reward"]),
+        (["--reward", "house_rewards:short"], ["--reward", "demo"]),
+        (["--model", "model", "--data", "data.jsonl", "--reward", "house_rewards"], ["house_rewards", "module:function"]),
+        (["--model", "model", "--data", "data.jsonl", "--reward", "house_rewards:long"], ["house_rewards", "'long'"]),
+        (["--model", "model", "--data", "data.jsonl", "--reward", "house_rewards:constant"], ["'constant'", "called"]),
+        (["--model", "model", "--data", "nowhere.jsonl", "--reward", "house_rewards:short"], ["nowhere.jsonl"]),
+        (["--model", "model", "--data", "cut.jsonl", "--reward", "house_rewards:short"], ["cut.jsonl, line 3", "not JSON"]),
     ],
 )
-def test_what_is_wrong_is_said(files, monkeypatch, capsys, argv, said):
-    monkeypatch.chdir(files)
-    (files / "bad.yaml").write_text("epsilonn: 0.3\n")
-    (files / "bad.jsonl").write_text('{"prompt": "1+1="}\nnot json\n')
-    assert main(argv) == 2
-    assert said in capsys.readouterr().err
+def test_what_is_wrong_is_named(folder, capsys, argv, words):
+    (folder / "bad.yaml").write_text("epsilonn: 0.2\n")
+    (folder / "list.yaml").write_text("- epsilon\n")
+    (folder / "broken.yaml").write_text("a: [1\n")
+    (folder / "typed.yaml").write_text("max_steps: many\n")
+    (folder / "cut.jsonl").write_text('{"prompt": "1+1="}\n\n{"prompt": "2+\n')
+    code, out, err = run(capsys, "train", *argv)
+    assert code == 2 and not out and len(err) < 500
+    for word in words:
+        assert word in err
 
 
-def test_version_and_doctor(capsys):
-    assert main(["--version"]) == 0
-    assert main(["doctor"]) == 0
-    said = capsys.readouterr().out
-    assert "0.1.0" in said and "torch" in said and "backends" in said
+@pytest.mark.parametrize("line", ["[1]", '{"question": "x"}', '{"prompt": ""}', '{"prompt": 3}', "{}"])
+def test_bad_rows_are_named_by_file_and_line(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "1+1="}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2.*prompt"):
+        read_jsonl(path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="at least one row"):
+        read_jsonl(path)
+
+
+def test_doctor_runs(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0 and "torch" in out
+    assert run(capsys, "doctor", "now")[0] == 2

@@ -18,7 +18,6 @@ from grpo_kernels import (
     fused_linear_grpo_loss,
     grpo_loss_from_logits,
     linear_logprobs,
-    logprobs,
     products,
     reference,
 )
@@ -253,7 +252,6 @@ def test_gradients_accumulate_over_calls(config, backend):
 def test_calls_that_overlap_share_no_memory(config, backend, monkeypatch):
     """A tile's memory is kept for the next call: never for one that comes while it is still in use, even twice in use."""
     monkeypatch.setattr(products, "_HUGE_PAGE_BYTES", 1)
-    monkeypatch.setattr(logprobs, "_COPIED_STASH_BYTES", 0)
     problems = [make_problem(seed, B=4, T=5 + seed, V=41, config=config, sampling=True) for seed in range(3)]
     truth = [run(reference.grpo_loss, p).gradients for p in problems]
     calls = []
@@ -273,7 +271,6 @@ def test_calls_that_overlap_share_no_memory(config, backend, monkeypatch):
 @pytest.mark.parametrize("path", ["one pass", "sequence"])
 def test_calls_from_several_threads(path, backend, monkeypatch):
     monkeypatch.setattr(products, "_HUGE_PAGE_BYTES", 1)
-    monkeypatch.setattr(logprobs, "_COPIED_STASH_BYTES", 0)
     problems = [make_problem(seed, B=4, T=6, V=301, config=PATHS[path]) for seed in range(4)]
     truth = [run(reference.grpo_loss, p).flat() for p in problems]
 

@@ -1,6 +1,7 @@
 """GRPOTrainer: its loss against full logits, its bookkeeping, and that a killed run goes on as if it had not been."""
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -11,8 +12,20 @@ import time
 import pytest
 import torch
 from transformers import (
-    Cohere2Config, Cohere2ForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig,
-    LlamaForCausalLM, PhiConfig, PhiForCausalLM, Qwen3Config, Qwen3ForCausalLM, TrainingArguments, set_seed,
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainingArguments,
+    set_seed,
 )  # fmt: skip
 
 from grpo_kernels import GRPOLossConfig, objective
@@ -31,7 +44,18 @@ DATA = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in (1, 23, 456) for 
 
 def tiny_model(seed=0, config=LlamaConfig, model=LlamaForCausalLM, **options):
     set_seed(seed)
-    return model(config(**{**TINY, **options}))
+    model = model(config(**{**TINY, **options}))
+    model.generation_config.eos_token_id = [1, 3, 4, 5, 6]  # so that random completions end, too
+    return model
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def config(folder, **options):
@@ -326,9 +350,12 @@ def test_old_logps_at_the_first_iteration_equal_on_policy(tmp_path):
     t = trainer(tmp_path, num_iterations=2)
     (batch,) = next_micro_batches(t)
     t.model.train()
-    off_policy = t.compute_loss(t.model, batch)
+    loss, output = t.compute_loss(t.model, batch, return_outputs=True)
     on_policy = t.compute_loss(t.model, {k: v for k, v in batch.items() if k != "old_logps"})
-    assert off_policy.item() == on_policy.item() and batch["old_logps"].abs().max() > 1
+    torch.testing.assert_close(batch["old_logps"], output.logps, atol=1e-6, rtol=0)
+    gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(x, list(t.model.parameters()))]) for x in (loss, on_policy)]
+    assert (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[1].norm() and gradients[1].norm() > 1e-2
+    assert loss.item() == pytest.approx(on_policy.item(), abs=1e-6) and batch["old_logps"].abs().max() > 1
     again = next_micro_batches(t)
     assert torch.equal(again[0]["input_ids"], batch["input_ids"])  # the same rollout as long as the step is the same
     t.state.global_step = 1
@@ -437,16 +464,24 @@ t.save_model({folder!r})
 """
 
 
+def complete(state):
+    try:
+        return json.loads(state.read_text())["global_step"] > 0
+    except (OSError, ValueError):
+        return False
+
+
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     def start(folder, pause=0.0, resume=False):
         code = RUN.format(tests=os.path.dirname(__file__), folder=str(tmp_path / folder), pause=pause, resume=resume)
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 
     whole = start("whole")
     killed = start("killed", pause=0.5)
-    # step 4 is the second of three on its rollout
+    # step 4 is the second of three on its rollout; the state is what Trainer writes last into a checkpoint
     deadline = time.time() + 120
-    while not (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").exists():
+    while not complete(tmp_path / "killed" / "checkpoint-4" / "trainer_state.json"):
         assert time.time() < deadline and killed.poll() is None, killed.stderr.read().decode()
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)

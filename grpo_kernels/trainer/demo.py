@@ -32,9 +32,9 @@ DEFAULTS = dict(
     output_dir="outputs/demo",
     seed=0,
     use_cpu=True,
-    max_steps=176,
+    max_steps=240,
     learning_rate=1e-3,
-    lr_scheduler_type="constant_with_warmup",
+    lr_scheduler_type="linear",
     warmup_steps=4,
     adam_beta2=0.95,
     per_device_train_batch_size=256,
@@ -44,12 +44,12 @@ DEFAULTS = dict(
     epsilon_high=0.28,
     beta=1e-3,
     logging_steps=2,
-    save_steps=88,
+    save_steps=120,
     report_to="none",
 )
 PADDED_VOCABULARY = 4096
-HELD_OUT = 180
-MISCOUNTED = {"small": 0.3, "large": 0.7}  # share of the warm-up's answers that are one too low, by the second number
+HELD_OUT = 120
+MISCOUNTED = {"small": 0.3, "large": 0.75}  # share of the warm-up's answers that are one too low, by the second number
 
 
 def run(args: GRPOConfig) -> tuple[float, float]:
@@ -71,7 +71,8 @@ def _run(args, threads):
     train, held_out = make_problems(args.seed)
     model = make_model(tokenizer).to(args.device)
     print(f"A Llama of {model.num_parameters() / 1e6:.1f} M random parameters, vocabulary {PADDED_VOCABULARY}.")
-    print(f"Task: sums such as {train[0]['prompt']}{train[0]['answer']}; {len(train)} to train on, {len(held_out)} held out.\n")
+    print(f"Task: sums, answered ones digit first as one adds by hand, such as {train[0]['prompt']}{train[0]['answer']};")
+    print(f"{len(train)} to train on, {len(held_out)} held out.\n")
 
     print("1. Warm-up on texts of someone who often miscounts by one.")
     steps = warm_up(model, tokenizer, train, args.seed)
@@ -126,9 +127,14 @@ def make_model(tokenizer) -> LlamaForCausalLM:
 
 
 def make_problems(seed, held_out=HELD_OUT):
-    """(training rows, held-out rows) of sums such as 17+5, all below 100; no prompt is in both."""
+    """(training rows, held-out rows) of sums such as 17+5, all below 100, answered ones digit first; no prompt is in both."""
     rows = [
-        {"prompt": f"{a}+{b}=", "answer": str(a + b), "miscount": str(a + b - 1), "size": "small" if b < 5 else "large"}
+        {
+            "prompt": f"{a}+{b}=",
+            "answer": str(a + b)[::-1],
+            "miscount": str(a + b - 1)[::-1],
+            "size": "small" if b < 5 else "large",
+        }
         for a in range(11, 91)
         for b in range(1, 10)
     ]
@@ -150,7 +156,7 @@ def share(answers, rows, *columns) -> float:
     return sum(any(answer == row[c] for c in columns) for answer, row in zip(answers, rows, strict=True)) / len(rows)
 
 
-def warm_up(model, tokenizer, train, seed, peak_lr=1e-2, most_steps=900, cooling=150) -> int:
+def warm_up(model, tokenizer, train, seed, peak_lr=5e-3, most_steps=1400, cooling=150) -> int:
     """Supervised steps on answers of which many are miscounted, until the model adds one way or the other; returns their number."""
     dice = random.Random(seed)
     fuse_lm_head(model)
@@ -177,7 +183,7 @@ def warm_up(model, tokenizer, train, seed, peak_lr=1e-2, most_steps=900, cooling
         optimizer.zero_grad()
         if last == most_steps and step < most_steps - cooling and step % 25 == 0:
             some = train[:HELD_OUT]
-            if share(greedy_answers(model, tokenizer, some), some, "answer", "miscount") > 0.8:
+            if share(greedy_answers(model, tokenizer, some), some, "answer", "miscount") > 0.97:
                 last = step + cooling
     return step
 

@@ -63,7 +63,7 @@ def score(functions, prompts, completions, completion_ids, columns) -> torch.Ten
         answer = answer.tolist() if isinstance(answer, torch.Tensor) else answer
         try:
             values = [math.nan if value is None else float(value) for value in answer]
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"reward {name!r} must return a list of numbers or None, got {answer!r}") from error
         if len(values) != len(completions) or any(map(math.isinf, values)):
             raise ValueError(

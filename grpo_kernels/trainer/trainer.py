@@ -155,7 +155,10 @@ class GRPOTrainer(Trainer):
         group_ids = torch.arange(groups, device=rewards.device).repeat_interleave(args.num_generations)
         batch["advantages"] = self._advantages(rewards, group_ids, "train")[mine]
         if args.steps_per_rollout > 1:
-            batch["old_logps"] = self._logps(self.model, batch)
+            # in training mode, dropout included, as the loss will be; its draws must not depend on what a checkpoint forgets
+            self.model.train()
+            with seeded(args.seed, "old_logps", index, rank):
+                batch["old_logps"] = self._logps(self.model, batch)
         self.state.num_input_tokens_seen += self.accelerator.reduce(batch["attention_mask"].sum(), "sum").item()
         return batch
 
