@@ -233,8 +233,8 @@ def _tensor(name, value, device, dtypes):
         raise TypeError(f"{name} must be {wanted}, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
-    if value.device.type == "meta":
-        raise ValueError(f"{name} must hold data, got a tensor on meta")
+    if device is None and value.device.type == "meta":
+        raise ValueError(f"{name} must be on a device that holds data, got a tensor on meta")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device} as hidden is, got {value.device}")
 

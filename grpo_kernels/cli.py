@@ -7,6 +7,8 @@ over it. Everything heavy is imported by the command that needs it.
 import difflib
 import sys
 
+from . import __version__
+
 USAGE = """\
 usage: grpo-kernels train [--config FILE.yaml] [--model PATH --data FILE.jsonl --reward pkg.mod:fn ...] [--OPTION VALUE ...]
        grpo-kernels doctor
@@ -28,8 +30,6 @@ def main(argv=None) -> int:
             print(USAGE, end="")
             return 0
         if argv[0] == "--version":
-            from . import __version__
-
             print(f"grpo-kernels {__version__}")
             return 0
         if argv[0] not in COMMANDS:

@@ -6,8 +6,7 @@ import sys
 
 import torch
 
-from . import available_backends
-from .backends import native
+from .backends import available_backends, native
 
 _PACKAGES = ("grpo-kernels", "torch", "triton", "transformers", "accelerate", "numpy")
 _PEERS = ("trl", "liger-kernel", "peft")

@@ -24,9 +24,8 @@ class Selection:
 
     def scatter(self, values, mask):
         """[N] -> the shape of mask, 0 elsewhere; differentiable."""
-        values = values if self.correction is None else values + self.correction
         full = values.new_zeros(self.total).index_copy(0, self.rows, values).view(mask.shape)
-        return full if self.correction is None else full.where(mask.bool(), 0.0)
+        return full if self.correction is None else (full + self.correction).where(mask.bool(), 0.0)
 
 
 def select_rows(mask, flags, vocab, *, live=None, kept_rows=None) -> Selection:

@@ -246,8 +246,7 @@ def _plant_confident_rows(p, stored):
     if p.bias is not None:
         usable = usable.where(p.bias.isfinite(), -1.0)
     token = int(usable.argmax())
-    B, T = p.mask.shape
-    for b in {0, B // 2}:
+    for b in {0, p.mask.shape[0] // 2}:
         t = int(p.mask[b].bool().int().argmax()) if p.mask[b].any() else 0
         temperature = None if p.temperature is None else p.temperature[b, t].view(1, 1)
         sign = math.copysign(1.0, p.config.logit_scale)

@@ -12,7 +12,8 @@ import grpo_kernels
 ROOT = Path(grpo_kernels.__file__).parent
 # from the top floor down; a module that is not listed has no place in the house yet
 FLOORS = (
-    ("cli", "doctor", "bench"),
+    ("cli",),
+    ("doctor", "bench"),
     ("trainer",),
     ("integrations",),
     ("loss", "from_logits"),
@@ -77,7 +78,9 @@ def test_only_optional_dependencies_are_imported_inside_functions(path):
     functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
     for function in functions:
         for node, name in imports(function, package):
-            assert name.split(".")[0] in OPTIONAL, f"line {node.lineno}: {name}"
+            # the command line imports a command's rooms when it is called, so that --version answers without transformers
+            own = path.name == "cli.py" and name.startswith("grpo_kernels:")
+            assert own or name.split(".")[0] in OPTIONAL, f"line {node.lineno}: {name}"
 
 
 def test_modules_inside_a_room_form_no_circle():

@@ -134,5 +134,5 @@ def test_the_environment_sets_the_default_budget(monkeypatch):
     assert default_budget() == 1.5 * MIB
     for wrong in ("", "much", "0", "-3", "nan", "inf"):
         monkeypatch.setenv("GRPO_KERNELS_WORKSPACE_MB", wrong)
-        with pytest.raises(ValueError, match="GRPO_KERNELS_WORKSPACE_MB.*MiB > 0"):
+        with pytest.raises(ValueError, match=r"GRPO_KERNELS_WORKSPACE_MB.*MiB > 0"):
             default_budget()

@@ -267,9 +267,9 @@ def test_num_items_is_the_divisor_to_the_letter():
     for loss_type in ("dapo", "cispo", "vespo"):
         config = GRPOLossConfig(loss_type=loss_type)
         whole = call_objective(logps, entropy, inputs, config)["loss"]  # 12 kept tokens
-        for given, divisor in ((0.5, 0.5), (24, 24), (torch.tensor(24), 24), (torch.tensor(0.5), 1), (torch.tensor(0), 1)):
-            out = call_objective(logps, entropy, {**inputs, "num_items": given}, config)["loss"]
-            assert_close(f"{loss_type} {given}", out, whole * 12 / divisor, 1e-12)
+        for items, divisor in ((0.5, 0.5), (24, 24), (torch.tensor(24), 24), (torch.tensor(0.5), 1), (torch.tensor(0), 1)):
+            out = call_objective(logps, entropy, {**inputs, "num_items": items}, config)["loss"]
+            assert_close(f"{loss_type} {items}", out, whole * 12 / divisor, 1e-12)
     for loss_type in ("grpo", "bnpo", "dr_grpo", "luspo", "sapo"):
         config = GRPOLossConfig(loss_type=loss_type, max_completion_length=4)
         out = [call_objective(logps, entropy, {**inputs, "num_items": n}, config)["loss"] for n in (None, 3, -1)]

@@ -116,7 +116,7 @@ def test_many_tokens(config, dtype, backend):
     p = make_problem(B=6, T=23, D=64, V=1031, dtype=dtype, config=config, bias=True, banned=3, sampling=True, spread=3.0)
     theirs, exact = run(reference.grpo_loss, p).flat(), run(reference.grpo_loss, p, dtype=torch.float64).flat()
     if dtype == torch.float16 and backend == "cpu":
-        with pytest.raises(RuntimeError, match="'cpu'.*float16.*backend='torch'"):
+        with pytest.raises(RuntimeError, match=r"'cpu'.*float16.*backend='torch'"):
             run(fused_linear_grpo_loss, p, backend=backend)
         backend = "auto"
     for workspace in (60_000, 400_000, None):
@@ -654,7 +654,7 @@ def test_autocast_casts_once_and_returns_gradients_in_the_parameters_dtype(path,
 
 def plain_logprobs(p):
     """lp and entropy through the full logits of the reference, differentiable."""
-    positional, keywords, leaves = p.arguments()
+    _, keywords, leaves = p.arguments()
     h = leaves["hidden"].where(p.mask.bool().unsqueeze(-1), 0.0)
     z = reference.hidden_to_logits(h, leaves["weight"], keywords["bias"], keywords["lora"])
     lp, entropy = reference.logps_from_logits(z, p.completion_ids, p.mask, p.config, keywords["temperature"])
@@ -662,7 +662,7 @@ def plain_logprobs(p):
 
 
 def fused_logprobs(p, **more):
-    positional, keywords, leaves = p.arguments()
+    _, keywords, leaves = p.arguments()
     temperature = p.config.temperature if p.temperature is None else keywords["temperature"]
     out = linear_logprobs(leaves["hidden"], leaves["weight"], p.completion_ids, mask=p.mask, bias=keywords["bias"],
                           temperature=temperature, logit_scale=p.config.logit_scale, softcap=p.config.softcap,
