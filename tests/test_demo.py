@@ -34,8 +34,8 @@ def test_a_short_demo_tells_its_story_and_repeats_itself(tmp_path, capsys, monke
     monkeypatch.setattr(demo, "warm_up", lambda *args: real(*args, most_steps=30, cooling=10))
     stories, threads = [], torch.get_num_threads()
     for name in "ab":
-        options = dict(demo.DEFAULTS, output_dir=str(tmp_path / name), max_steps=4, save_steps=4, per_device_train_batch_size=32)
-        before, after = demo.run(GRPOConfig(**options, seed=5) if "seed" not in options else GRPOConfig(**{**options, "seed": 5}))
+        changed = dict(output_dir=str(tmp_path / name), max_steps=4, save_steps=4, per_device_train_batch_size=32, seed=5)
+        before, after = demo.run(GRPOConfig(**{**demo.DEFAULTS, **changed}))
         out = capsys.readouterr().out
         assert out.splitlines()[-1] == f"accuracy {before:.2f} -> {after:.2f}"
         assert "saved: time x" in out and os.path.isfile(tmp_path / name / "training.png")

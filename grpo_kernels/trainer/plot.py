@@ -27,6 +27,8 @@ def plot_run(log_history, path, title="", greedy=None):
             axis.set_ylabel(unit, color=_INK)
             axis.grid(color=_GRID, linewidth=0.8)
             axis.set_axisbelow(True)
+            if key == "kl":  # k3 is an exponential: one token that the reference would have written can be all one sees
+                axis.set_yscale("symlog", linthresh=1)
             axis.spines[["top", "right"]].set_visible(False)
             if points:
                 steps, values = zip(*points, strict=True)
