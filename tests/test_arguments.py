@@ -80,6 +80,9 @@ WRONG_TYPES = [
     (dict(kept_rows=torch.tensor([0], dtype=torch.int32)), "kept_rows.*int64.*int32"),
     (dict(cu_seqlens=[0, 3]), "cu_seqlens.*tensor.*list"),
     (dict(cu_seqlens=torch.tensor([0.0, 3.0])), "cu_seqlens.*int32.*float32"),
+    (dict(hidden=torch.zeros(B, T, D).to_sparse()), "hidden.*dense.*sparse"),
+    (dict(weight=torch.zeros(V, D).to_sparse()), "weight.*dense.*sparse"),
+    (dict(data_parallel_group="everyone"), "data_parallel_group.*group or None.*str"),
 ]
 WRONG_VALUES = [
     (dict(hidden=f32(T, D)), r"hidden.*\[B, T, D\].*\[4, 8\]"),
@@ -111,6 +114,9 @@ WRONG_VALUES = [
     (dict(ref_logps=None, config=GRPOLossConfig(beta=0.1)), "ref_logps.*beta.*0.1.*None"),
     (dict(workspace_bytes=0), "workspace_bytes.*> 0.*0"),
     (dict(workspace_bytes=-5), "workspace_bytes.*> 0.*-5"),
+    (dict(workspace_bytes=2**63), "workspace_bytes.*2\\*\\*63"),
+    (dict(lora=(f32(3, D), f32(V, 3), math.inf)), "lora scale.*finite.*inf"),
+    (dict(num_items=10**400), "num_items.*finite"),
     (dict(backend="cuda9"), "backend.*auto, torch, cpu.*'cuda9'"),
     (dict(kept_rows=torch.zeros(B * T + 1, dtype=torch.long)), r"kept_rows.*12.*\[13\]"),
     (dict(kept_rows=torch.zeros(2, 2, dtype=torch.long)), r"kept_rows.*\[2, 2\]"),

@@ -1,5 +1,7 @@
 """A run as one picture: reward, entropy, KL and clip fraction over the optimiser steps."""
 
+from statistics import median
+
 import matplotlib
 from matplotlib.figure import Figure
 
@@ -27,15 +29,13 @@ def plot_run(log_history, path, title="", greedy=None):
             axis.set_ylabel(unit, color=_INK)
             axis.grid(color=_GRID, linewidth=0.8)
             axis.set_axisbelow(True)
-            if key == "kl":  # k3 is an exponential: one token that the reference would have written can be all one sees
-                axis.set_yscale("symlog", linthresh=1)
             axis.spines[["top", "right"]].set_visible(False)
             if points:
                 steps, values = zip(*points, strict=True)
-                smooth = _moving_mean(values, max(len(values) // 10, 1))
+                smooth = _moving_median(values, max(len(values) // 10, 1))
                 axis.plot(steps, values, color=_RAW, linewidth=1.2, label="each log")
-                axis.plot(steps, smooth, color=_SMOOTH, linewidth=2, label="moving mean")
-            axis.set_ylim(bottom=0)
+                axis.plot(steps, smooth, color=_SMOOTH, linewidth=2, label="moving median")
+                _limit(axis, values)
         if greedy:
             axes[0, 0].plot(*zip(*greedy, strict=True), "o-", color=_POINTS, markersize=4, linewidth=1, label="greedy, held out")
             axes[0, 0].set_ylim(0, 1.05)
@@ -46,6 +46,15 @@ def plot_run(log_history, path, title="", greedy=None):
         figure.savefig(path, dpi=130)
 
 
-def _moving_mean(values, width):
-    """Mean over the last ``width`` values, fewer at the start."""
-    return [sum(values[max(i - width + 1, 0) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+def _limit(axis, values):
+    """From 0 to the highest value, unless that is an outlier: k3 is an exponential, so one token
+    that the reference would have written can be all one sees of the KL."""
+    usual, highest = sorted(values)[int(0.97 * (len(values) - 1))], max(values)
+    axis.set_ylim(0, (1.5 * usual if highest > 4 * usual else 1.05 * highest) or 1.0)
+    if highest > 4 * usual:
+        axis.text(0.99, 0.97, f"highest {highest:.3g}", transform=axis.transAxes, ha="right", va="top", color=_INK, fontsize=9)
+
+
+def _moving_median(values, width):
+    """Median of the last ``width`` values, fewer at the start."""
+    return [median(values[max(i - width + 1, 0) : i + 1]) for i in range(len(values))]
