@@ -42,7 +42,7 @@ def linear_logprobs(
         temperature: a number > 0, or a tensor [..] with one value per token.
         logit_scale, softcap: as in `GRPOLossConfig`.
         lora: (A [r, D], B [V, r], scale), an adapter on the head that is never merged; A and B differentiable.
-        workspace_bytes: budget for tiles and stash; None is GRPO_KERNELS_WORKSPACE_MB or 384 MiB. Rows whose softmax
+        workspace_bytes: budget for tiles and stash; None is GRPO_KERNELS_WORKSPACE_MB or 384 MiB (768 on a GPU). Rows whose softmax
             fits it cost 6NVD operations forward and backward, the others 8NVD; a frozen head costs 4NVD.
         backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
 
@@ -84,7 +84,7 @@ class FusedHead:
     def of(weight, bias, lora, transform: LogitTransform, workspace_bytes, backend):
         a, b, scale = (None, None, 1.0) if lora is None else lora
         scalars = [float(scale), transform.logit_scale, transform.softcap or 0.0, transform.temperature]
-        budget = default_budget() if workspace_bytes is None else int(workspace_bytes)
+        budget = default_budget(weight.device.type) if workspace_bytes is None else int(workspace_bytes)
         return FusedHead((weight, bias, a, b), scalars, budget, backends.resolve(backend, weight.device, weight.dtype))
 
     def needs(self, hidden):
@@ -140,7 +140,7 @@ class _RowLogProbs(torch.autograd.Function):
             )  # fmt: skip
             ctx.save_for_backward(*tensors, logps, entropy, None, u)
             return logps, entropy
-        stash_rows = tiles.plan_call(live, rows.shape[0] - live, weight, needs, budget).stash_rows
+        stash_rows = tiles.plan_call(live, rows.shape[0] - live, weight, needs, budget, backend).stash_rows
         logps, entropy, lse, stash = tiles.score(*tensors, stash_rows, live, scalars, needs, budget, backend)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*tensors, logps, entropy, lse, stash)

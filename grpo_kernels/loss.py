@@ -68,7 +68,8 @@ def fused_linear_grpo_loss(
             importance_sampling_ratio [B, 1] or [N].
         kept_rows: [N] int64, ascending indices into the flattened tokens, equal to mask's nonzero. With it nothing
             synchronises with the host: bad values then give a NaN loss instead of an exception.
-        workspace_bytes: budget of tiles and stash; None is GRPO_KERNELS_WORKSPACE_MB, or 384 MiB. plan.py states the peak.
+        workspace_bytes: budget of tiles and stash; None is GRPO_KERNELS_WORKSPACE_MB, or 384 MiB (768 on a GPU). plan.py states the
+            peak.
         backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
 
     Returns:

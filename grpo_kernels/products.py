@@ -1,17 +1,22 @@
-"""Matrix products on tiles: through torch.mm, by vocabulary blocks, summed in float32.
+"""Matrix products on tiles: through torch.mm, summed in float32.
 
-On the CPU a bf16 product rounds its result to bf16, so sums over chunks are kept in float32 and fed block by block from a
+On a GPU the products of 16-bit operands write and add float32 themselves (``out_dtype``, torch 2.8 and newer), so that logits
+and sums are never rounded on the way, and one product covers the whole vocabulary.
+
+On the CPU everything goes by vocabulary blocks: a bf16 product rounds its result to bf16, so sums over chunks are kept in float32 and fed block by block from a
 small bf16 product. oneDNN takes twice as long for ``dz^T h`` on a transposed view as on a transposed copy (2 cores, AMX,
 1024 x 151,936: 270 ms against 130 ms + 20 ms for the copy), so bf16 blocks are transposed first.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
-from .backends import native
+from .backends import FLOAT32_TILES, native
 
 _HUGE_PAGE_BYTES = 8 * 2**20
+_CAST_BYTES = 16 * 2**20  # of float32 cast at a time at the end of a sum: it stays in a GPU's L2 cache
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,9 @@ class Head:
 
     def logits(self, h, t, start, end, out):
         """out [R, end - start] = the raw logits of a block of the vocabulary, without the bias."""
-        torch.mm(h, self.weight[start:end].T, out=out)
+        multiply(h, self.weight[start:end].T, out)
         if t is not None:
-            out.addmm_(t, self.lora_b[start:end].T, alpha=self.lora_scale)
+            multiply(t, self.lora_b[start:end].T, out, add=True, alpha=self.lora_scale)
 
     def tile(self, h, t, columns, out):
         """The whole rows, by blocks of columns."""
@@ -45,6 +50,57 @@ class Head:
 
 def accumulation_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tile_dtype(like, backend):
+    """What a tile of logits of these inputs holds: float32 wherever a product can write it and the row kernels can take it."""
+    if like.dtype not in (torch.bfloat16, torch.float16):
+        return like.dtype
+    wide = float32_products(like.device, like.dtype) if like.is_cuda else backend in FLOAT32_TILES
+    return torch.float32 if wide else like.dtype
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def float32_products(device, dtype):
+    """Whether ``torch.mm`` of 16-bit matrices on this device can write float32."""
+    return device.type == "cuda" and _accepted(lambda a, out: torch.mm(a, a, out_dtype=out.dtype, out=out), device, dtype)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def float32_sums(device, dtype):
+    """Whether ``torch.addmm`` of 16-bit matrices on this device can add to float32 in place (early out_dtype could not)."""
+    return device.type == "cuda" and _accepted(lambda a, out: torch.addmm(out, a, a, out_dtype=out.dtype, out=out), device, dtype)
+
+
+def _accepted(call, device, dtype):
+    try:
+        call(torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device))
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def sums_directly(like):
+    """Whether a product adds to its float32 (or float64) sum itself, without a buffer between."""
+    return like.is_cuda and (accumulation_dtype(like.dtype) == like.dtype or float32_sums(like.device, like.dtype))
+
+
+def multiply(a, b, out, add=False, alpha=1.0):
+    """``out = a @ b``, or ``out += alpha a @ b``; a wider ``out`` gets the product as it was summed, never rounded to a's dtype."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b, alpha=alpha) if add else torch.mm(a, b, out=out)
+    elif add and float32_sums(a.device, a.dtype):
+        torch.addmm(out, a, b, out_dtype=out.dtype, alpha=alpha, out=out)
+    elif float32_products(a.device, a.dtype):
+        if add:
+            out.add_(torch.mm(a, b, out_dtype=out.dtype), alpha=alpha)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:  # Triton's interpreter on a CPU
+        product = a.to(out.dtype) @ b.to(out.dtype)
+        out.add_(product, alpha=alpha) if add else out.copy_(product)
 
 
 def blocks(total, step):
@@ -75,15 +131,15 @@ class KeptMemory:
     def __init__(self):
         self.block = None
 
-    def take(self, rows, columns, like):
+    def take(self, rows, columns, like, dtype):
         """[rows, columns] of undefined contents, in the kept block if it is large enough."""
-        needed = rows * columns * like.element_size()
+        needed = rows * columns * dtype.itemsize
         if like.device.type != "cpu" or needed < _HUGE_PAGE_BYTES:
-            return empty(rows, columns, like=like)
+            return empty(rows, columns, like=like, dtype=dtype)
         block, self.block = self.block, None
         if block is None or block.numel() < needed:
             block = empty(needed, like=like, dtype=torch.uint8)
-        return block[:needed].view(like.dtype).view(rows, columns)
+        return block[:needed].view(dtype).view(rows, columns)
 
     def give_back(self, taken):
         if taken.device.type == "cpu" and taken.numel() * taken.element_size() >= _HUGE_PAGE_BYTES:
@@ -98,18 +154,22 @@ tile_memory = KeptMemory()
 class RowSum:
     """A [V, K] gradient, the sum over tiles of ``dz^T x``, built block by block of its rows.
 
-    With one tile every block is one product written in its final dtype. With several, 16-bit products are added in float32:
-    over all of [V, K] if the tiles are outermost (`finish` then casts in place, the final rows at the front of the float32
-    memory, so that no second full copy exists), over one block if the vocabulary is outermost (`close` casts it).
+    With one tile every block is one product written in its final dtype. With several, products are added in float32: over
+    all of [V, K] if the tiles are outermost (`finish` then casts in place, the final rows at the front of the float32 memory,
+    so that no second full copy exists), over one block if the vocabulary is outermost (`close` casts it). Where a product
+    cannot add to float32 itself, it passes through a buffer of one block.
     """
 
     def __init__(self, rows, columns, like, tiles, block, vocabulary_outermost):
         self.dtype = like.dtype
         accumulate = like.dtype if tiles <= 1 else accumulation_dtype(like.dtype)
-        rounded = accumulate != like.dtype
+        self.rounded = accumulate != like.dtype
         block = min(block, rows)
-        self.blockwise = rounded and vocabulary_outermost
-        self.product = torch.empty(block, columns, dtype=like.dtype, device=like.device) if rounded else None
+        self.blockwise = self.rounded and vocabulary_outermost
+        self.product = None
+        if self.rounded and not sums_directly(like):
+            wide = accumulate if float32_products(like.device, like.dtype) else like.dtype
+            self.product = torch.empty(block, columns, dtype=wide, device=like.device)
         self.sum = empty(block if self.blockwise else rows, columns, like=like, dtype=accumulate)
         self.final = empty(rows, columns, like=like) if self.blockwise else None
         self.started = set()
@@ -119,13 +179,12 @@ class RowSum:
         out = self.sum[: end - start] if self.blockwise else self.sum[start:end]
         first = start not in self.started
         self.started.add(start)
-        if self.product is not None:
-            part = torch.mm(dz_t, x, out=self.product[: end - start])
-            out.copy_(part) if first else out.add_(part)
-        elif first:
-            torch.mm(dz_t, x, out=out)
+        if self.product is None:
+            multiply(dz_t, x, out, add=not first)
         else:
-            out.addmm_(dz_t, x)
+            part = self.product[: end - start]
+            multiply(dz_t, x, part)
+            out.copy_(part) if first else out.add_(part)
 
     def close(self, start, end):
         """The block is complete; only called where the vocabulary is outermost."""
@@ -137,17 +196,20 @@ class RowSum:
             return (self.final if self.blockwise else self.sum).to(self.dtype).zero_()
         if self.blockwise:
             return self.final
-        if self.product is None:
+        if not self.rounded:
             return self.sum
+        self.product = None
         rows, columns = self.sum.shape
         memory = self.sum.view(-1).view(self.dtype)
         final = memory[: rows * columns].view(rows, columns)
-        for start, end in blocks(rows, self.product.shape[0]):
-            # through the small buffer: the first block's float32 rows lie under its own final rows
-            final[start:end].copy_(self.product[: end - start].copy_(self.sum[start:end]))
+        step = max(1, min(rows, _CAST_BYTES // (4 * columns)))
+        buffer = torch.empty(step, columns, dtype=self.dtype, device=memory.device)
+        for start, end in blocks(rows, step):
+            # through a small buffer: the first block's float32 rows lie under its own final rows
+            final[start:end].copy_(buffer[: end - start].copy_(self.sum[start:end]))
         if memory.device.type == "cpu":
             native.release_pages(memory[rows * columns :])
-        self.product = self.sum = None
+        self.sum = None
         return final
 
 

@@ -22,15 +22,32 @@ from .backends.pytorch import new_statistics
 from .coefficients import PolicyRows, PolicyTerms
 from .config import LogitTransform
 from .plan import Plan, Problem, plan
-from .products import Gradients, Head, accumulation_dtype, blocks, blocks_from, empty, tile_memory
+from .products import (
+    Gradients,
+    Head,
+    accumulation_dtype,
+    blocks,
+    blocks_from,
+    empty,
+    multiply,
+    sums_directly,
+    tile_dtype,
+    tile_memory,
+)
 from .row_statistics import finalize
 
 _ROW_ALIGNMENT = 128
+_COMPACTED_ROWS = 64
 
 
-def plan_call(live, dead, weight, needs, budget) -> Plan:
+def plan_call(live, dead, weight, needs, budget, backend) -> Plan:
     vocab, depth = weight.shape
-    return plan(Problem(live, dead, vocab, depth, weight.element_size(), needs[1] or needs[2] or needs[4], budget))
+    return plan(
+        Problem(
+            live, dead, vocab, depth, weight.element_size(), tile_dtype(weight, backend).itemsize,
+            needs[1] or needs[2] or needs[4], budget, sums_directly(weight),
+        )  # fmt: skip
+    )
 
 
 def _without_autocast(op):
@@ -71,21 +88,23 @@ def one_pass(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logps [N], entropy [N], dH, dW, dbias, dA, dB): scores all rows and differentiates the first ``live``."""
-    the_plan = plan_call(live, rows.shape[0] - live, weight, needs, budget)
+    the_plan = plan_call(live, rows.shape[0] - live, weight, needs, budget, backend)
     call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend)
     policy_terms = PolicyTerms(kind, *terms[:2], terms[2] or None, *terms[3:], bias_correction)
     vectors = [w_policy, advantages, old, ref, w_kl, w_entropy]
     grads = Gradients(hidden, call.head, needs, the_plan.tiles, the_plan.columns, call.all_live)
-    buffer = _tile(the_plan.tile_rows, weight.shape[0], hidden) if live else None
+    buffer = _tile(the_plan.tile_rows, weight.shape[0], hidden, call.tile_dtype) if live else None
     for start, end in blocks(live, the_plan.tile_rows):
         h, t, where = call.gather(start, end)
         s, tile = slice(start, end), buffer[: end - start]
         call.head.tile(h, t, the_plan.columns, out=tile)
         rows_of_tile = PolicyRows(*(None if x is None else x[s] for x in vectors))
+        out = _over(tile, hidden.dtype)
         call.kernels.policy(
-            tile, target[s], rows_of_tile, policy_terms, call.transform, call.logps[s], call.entropy[s], **call.options(s)
-        )
-        grads.add_tile(tile, h, t, where)
+            tile, target[s], rows_of_tile, policy_terms, call.transform, call.logps[s], call.entropy[s], out=out,
+            **call.options(s),
+        )  # fmt: skip
+        grads.add_tile(_operand(tile, out), h, t, where)
     if buffer is not None:
         tile_memory.give_back(buffer)
     call.score(live, rows.shape[0], the_plan)
@@ -118,17 +137,23 @@ def score(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logps [N], entropy [N], lse [N], stash [stash_rows, >= V]): the stash holds softmax(z) in the inputs' dtype."""
-    the_plan = plan_call(live, rows.shape[0] - live, weight, needs, budget)
+    the_plan = plan_call(live, rows.shape[0] - live, weight, needs, budget, backend)
     call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend)
     vocab = weight.shape[0]
-    stash = _tile(stash_rows, vocab, hidden, whole=True)
-    if stash_rows:
-        s, tile = slice(0, stash_rows), stash[:, :vocab]
-        h, t, _ = call.gather(0, stash_rows)
-        stats = new_statistics(stash_rows, call.accumulate, hidden.device)
+    stash = _tile(stash_rows, vocab, hidden, hidden.dtype, whole=True)
+    in_place = call.tile_dtype == hidden.dtype
+    height = min(stash_rows, the_plan.stash_tile_rows)
+    buffer = None if in_place or not stash_rows else _tile(height, vocab, hidden, call.tile_dtype)
+    for start, end in blocks(stash_rows, height or 1):
+        s, probs = slice(start, end), stash[start:end, :vocab]
+        tile = probs if in_place else buffer[: end - start]
+        h, t, _ = call.gather(start, end)
+        stats = new_statistics(end - start, call.accumulate, hidden.device)
         call.head.tile(h, t, the_plan.columns, out=tile)
-        call.kernels.statistics(tile, stats, target[s], call.transform, probs=True, **call.options(s))
+        out = None if in_place else probs
+        call.kernels.statistics(tile, stats, target[s], call.transform, probs=True, out=out, **call.options(s))
         call.write(s, stats)
+    buffer = None
     call.score(stash_rows, rows.shape[0], the_plan)
     return call.logps, call.entropy, call.lse, stash
 
@@ -174,14 +199,14 @@ def score_backward(
     target, temperature, logps, entropy, lse, g, g_entropy = vectors
     n = rows.shape[0]
 
-    the_plan = plan_call(n, 0, weight, needs, budget)
+    the_plan = plan_call(n, 0, weight, needs, budget, backend)
     columns = the_plan.columns if n == k else the_plan.recompute_columns
     call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, n, scalars, backend)
     spans = [blocks_from(k + start, k + end, the_plan.recompute_rows) for start, end in blocks(n - k, the_plan.stripe_rows)]
     stripes = [[(0, k)] * (k > 0) + spans[0], *spans[1:]] if spans else [[(0, k)]]
     grads = Gradients(hidden, call.head, needs, sum(map(len, stripes)), columns, call.all_live, len(stripes) == 1)
     height = max((end - start for stripe in spans for start, end in stripe), default=0)
-    buffer = empty(height * min(columns, vocab), like=hidden)
+    buffer = empty(height * _stride(min(columns, vocab), hidden), like=hidden, dtype=call.tile_dtype)
     for stripe in stripes:
         first = max(stripe[0][0], k)
         dh, db = _recomputed_sums(call, stripe[-1][1] - first, needs)
@@ -189,14 +214,16 @@ def score_backward(
             for span in stripe:
                 (h, t, _), s, from_probs = call.gather(*span), slice(*span), span[1] <= k
                 if from_probs:
-                    dz = stash[:, start:end]
+                    tile, out = stash[:, start:end], None
                 else:
-                    dz = buffer[: h.shape[0] * (end - start)].view(h.shape[0], end - start)
-                    call.head.logits(h, t, start, end, dz)
+                    tile = _block(buffer, h.shape[0], end - start, hidden)
+                    call.head.logits(h, t, start, end, tile)
+                    out = _over(tile, hidden.dtype)
                 call.kernels.gradient(
-                    dz, target[s] - start, lse[s], logps[s], entropy[s], g[s], None if g_entropy is None else g_entropy[s],
-                    call.transform, from_probs=from_probs, **call.options(s, slice(start, end)),
+                    tile, target[s] - start, lse[s], logps[s], entropy[s], g[s], None if g_entropy is None else g_entropy[s],
+                    call.transform, from_probs=from_probs, out=out, **call.options(s, slice(start, end)),
                 )  # fmt: skip
+                dz = _operand(tile, out)
                 grads.add_block(dz, start, end, h, t)
                 if not from_probs:
                     where = slice(span[0] - first, span[1] - first)
@@ -229,6 +256,7 @@ class _Call:
         self.head = Head(weight, bias, lora_a, lora_b, scalars[0])
         self.transform = LogitTransform(scalars[1], scalars[2] or None, scalars[3])
         self.kernels = backends.kernels(backend)
+        self.tile_dtype = tile_dtype(weight, backend)
         n = rows.shape[0]
         self.all_live = live == n == hidden.shape[0]
         # with every row of hidden kept, rows is in order unless the live ones had to be moved to the front
@@ -253,13 +281,13 @@ class _Call:
             return
         vocab = self.head.weight.shape[0]
         height = min(the_plan.score_rows, last - first)
-        buffer = empty(height * min(the_plan.score_columns, vocab), like=self.hidden)
+        buffer = empty(height * _stride(min(the_plan.score_columns, vocab), self.hidden), like=self.hidden, dtype=self.tile_dtype)
         for start, end in blocks(last - first, height):
             s = slice(start + first, end + first)
             h, t, _ = self.gather(s.start, s.stop)
             stats = new_statistics(h.shape[0], self.accumulate, h.device)
             for left, right in blocks(vocab, the_plan.score_columns):
-                tile = buffer[: h.shape[0] * (right - left)].view(h.shape[0], right - left)
+                tile = _block(buffer, h.shape[0], right - left, self.hidden)
                 self.head.logits(h, t, left, right, tile)
                 columns = slice(left, right)
                 self.kernels.statistics(tile, stats, self.target[s] - left, self.transform, **self.options(s, columns))
@@ -275,11 +303,35 @@ def _padded(vocab, element_size):
     return -(-vocab // unit) * unit
 
 
-def _tile(rows, vocab, like, whole=False):
-    tile = tile_memory.take(rows, _padded(vocab, like.element_size()), like)
-    # oneDNN's bf16 product on AMX reads up to 32 columns past the last one, times 0: NaN there would come through
-    tile[:, vocab:] = 0
+def _tile(rows, vocab, like, dtype, whole=False):
+    tile = tile_memory.take(rows, _padded(vocab, dtype.itemsize), like, dtype)
+    if tile.device.type == "cpu":
+        # oneDNN's bf16 product on AMX reads up to 32 columns past the last one, times 0: NaN there would come through
+        tile[:, vocab:] = 0
     return tile if whole else tile[:, :vocab]
+
+
+def _stride(columns, like):
+    """Row stride of a block's tile: rows without gaps on the CPU, whose products read past the end of a row."""
+    return columns if like.device.type == "cpu" else _padded(columns, 4)
+
+
+def _block(buffer, rows, columns, like):
+    """[rows, columns] at the front of a buffer."""
+    stride = _stride(columns, like)
+    return buffer[: rows * stride].view(rows, stride)[:, :columns]
+
+
+def _over(tile, dtype):
+    """The memory of a tile seen in a narrower dtype, rows on rows; None if the tile has that dtype already."""
+    return None if tile.dtype == dtype else tile.view(dtype)[:, : tile.shape[1]]
+
+
+def _operand(tile, out):
+    """The gradient as products can take it. On the CPU they would read the logits behind an overlaid row, see `_tile`."""
+    if out is None:
+        return tile
+    return out.contiguous() if out.device.type == "cpu" else out
 
 
 def _rows_with_gradient(g, g_entropy):
@@ -297,9 +349,9 @@ def _compacted(stash, kept):
     """The kept rows of the stash moved to its front, in place."""
     if kept is None or kept.shape[0] == stash.shape[0]:
         return stash
-    for to, source in enumerate(kept.tolist()):
-        if to != source:
-            stash[to].copy_(stash[source])
+    # a row's source never lies before it, so a block that was moved is never read again
+    for start, end in blocks(kept.shape[0], 1 if stash.device.type == "cpu" else _COMPACTED_ROWS):
+        stash[start:end] = stash[kept[start:end]]
     return stash[: kept.shape[0]]
 
 
@@ -314,8 +366,8 @@ def _recomputed_sums(call, rows, needs):
 def _add_product(total, where, dz, factor):
     if total is None or factor is None:
         return
-    if factor.dtype == total.dtype:
-        total[where].addmm_(dz, factor)
+    if factor.dtype == total.dtype or dz.is_cuda:
+        multiply(dz, factor, total[where], add=True)
     else:
         total[where] += dz @ factor
 

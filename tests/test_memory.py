@@ -75,7 +75,7 @@ def peaks():
 def documented_peak(tokens, dtype, level, needs):
     """The formula of plan.py's docstring."""
     e, a = getattr(torch, dtype).itemsize, 4
-    p = plan(Problem(tokens, 0, V, D, e, "weight" in needs, BUDGET))
+    p = plan(Problem(tokens, 0, V, D, e, e, "weight" in needs, BUDGET))
     several = p.tiles > 1 if level == "token" else tokens - p.stash_rows > p.stripe_rows
     gradients = tokens * D * e * ("hidden" in needs) + V * D * e * ("weight" in needs)
     return gradients + V * D * (a - e) * ("weight" in needs and several) + BUDGET
@@ -101,7 +101,7 @@ def every_plan():
             for e in (2, 4, 8):
                 for budget in (1, 10_000, 10**7, DEFAULT_WORKSPACE_BYTES, 10**11):
                     for needs_weight in (False, True):
-                        yield Problem(live, 5, vocab, depth, e, needs_weight, budget)
+                        yield Problem(live, 5, vocab, depth, e, e, needs_weight, budget)
 
 
 def test_every_plan_covers_its_rows_and_keeps_its_budget():
@@ -122,9 +122,9 @@ def test_every_plan_covers_its_rows_and_keeps_its_budget():
 
 
 def test_a_plan_is_a_pure_function_of_its_problem():
-    p = Problem(1000, 3, 5003, 64, 2, True, 10**6)
+    p = Problem(1000, 3, 5003, 64, 2, 2, True, 10**6)
     assert plan(p) == plan(p)
-    assert plan(p).tiles > 1 and plan(Problem(1000, 3, 5003, 64, 2, True, 10**9)).tiles == 1
+    assert plan(p).tiles > 1 and plan(Problem(1000, 3, 5003, 64, 2, 2, True, 10**9)).tiles == 1
 
 
 def test_the_environment_sets_the_default_budget(monkeypatch):

@@ -23,7 +23,7 @@ from grpo_kernels import (
 )
 from grpo_kernels.config import LOSS_TYPES
 
-BACKENDS = [name for name, reason in available_backends().items() if reason is None and name in ("torch", "cpu")]
+BACKENDS = [name for name, reason in available_backends().items() if reason is None and name in ("torch", "cpu", "triton")]
 WORKSPACES = (1, 700, 3000, 20_000, 300_000, None)
 
 # one config for each way through the code: one pass on- and off-policy, two phases for each of their reasons

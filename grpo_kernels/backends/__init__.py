@@ -4,9 +4,10 @@ import os
 
 import torch
 
-from . import native, pytorch
+from . import native, pytorch, triton
 
-_LATER = "the {} kernels are not part of this version; use backend='torch'"
+FLOAT32_TILES = ("triton", "cuda")  # take float32 logits and write a 16-bit gradient over them
+_LATER = "the CUDA C++ kernels are not part of this version; use backend='triton'"
 _NAMES = ("torch", "cpu", "triton", "cuda")
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -26,6 +27,8 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
         if name not in (*_NAMES, "auto"):
             raise ValueError(f"GRPO_KERNELS_BACKEND must be one of auto, {', '.join(_NAMES)}, got {name!r}")
     if name == "auto":
+        if device.type == "cuda":
+            return "triton" if triton.why_unavailable() is None else "torch"
         usable = device.type == "cpu" and dtype in _CPU_DTYPES and native.why_unavailable() is None
         return "cpu" if usable else "torch"
     reason = _why_unavailable(name)
@@ -34,6 +37,11 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
             reason = f"its kernels need tensors on the CPU, got {device}; use backend='auto'"
         elif dtype not in _CPU_DTYPES:
             reason = f"its kernels take float32, bfloat16 and float64, got {dtype}; use backend='torch'"
+    if name == "triton" and reason is None:
+        if triton.INTERPRETED and device.type != "cpu":
+            reason = f"TRITON_INTERPRET=1 runs its kernels on CPU tensors, got {device}; unset it"
+        elif not triton.INTERPRETED and device.type != "cuda":
+            reason = f"its kernels need tensors on a GPU, got {device}; use backend='auto'"
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
     return name
@@ -41,10 +49,8 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def kernels(name: str):
     """The module that holds the row kernels of a resolved backend."""
-    return native if name == "cpu" else pytorch
+    return {"cpu": native, "triton": triton}.get(name, pytorch)
 
 
 def _why_unavailable(name):
-    if name == "torch":
-        return None
-    return native.why_unavailable() if name == "cpu" else _LATER.format("Triton" if name == "triton" else "CUDA C++")
+    return {"torch": pytorch, "cpu": native, "triton": triton}[name].why_unavailable() if name != "cuda" else _LATER

@@ -60,7 +60,7 @@ def accumulator(tile):
     return torch.float64 if tile.dtype == torch.float64 else torch.float32
 
 
-def statistics(tile, stats, target, transform, *, bias=None, temperature=None, probs=False, isa=None):
+def statistics(tile, stats, target, transform, *, bias=None, temperature=None, probs=False, out=None, isa=None):
     """Folds a block of columns into the running statistics of its rows.
 
     With ``z`` the transformed logits and ``M`` the maximum, ``stats[r]`` becomes ``(M, sum_{v != target} exp(z_v - M),
@@ -74,9 +74,10 @@ def statistics(tile, stats, target, transform, *, bias=None, temperature=None, p
         bias: ``[C]`` acc, may hold -inf.
         temperature: ``[R]`` acc, overrides the transform's.
         probs: the tile holds whole rows, and p is wanted in its place.
+        out: None; these kernels work in place.
         isa: one of `isas`; None means the best.
     """
-    _check(tile, transform, bias, temperature, target=target)
+    _check(tile, transform, bias, temperature, target=target, out=out)
     _expect("stats", stats, (tile.shape[0], 4), accumulator(tile))
     if tile.shape[0] == 0:
         return
@@ -104,6 +105,7 @@ def gradient(
     bias=None,
     temperature=None,
     from_probs=False,
+    out=None,
     isa=None,
 ):
     """Overwrites a tile by the gradient of its raw logits.
@@ -118,7 +120,7 @@ def gradient(
         g, g_entropy: ``[R]`` acc, gradients of logps and entropy; ``g_entropy`` may be None.
         transform, bias, temperature, isa: as in `statistics`.
     """
-    _check(tile, transform, bias, temperature, target=target)
+    _check(tile, transform, bias, temperature, target=target, out=out)
     for name, vector in (("lse", lse), ("logps", logps), ("entropy", entropy), ("g", g), ("g_entropy", g_entropy)):
         _expect_vector(name, vector, tile, optional=name == "g_entropy")
     if tile.shape[0] == 0:
@@ -138,7 +140,7 @@ def gradient(
     )
 
 
-def policy(tile, target, rows, terms, transform, logps, entropy, *, bias=None, temperature=None, isa=None):
+def policy(tile, target, rows, terms, transform, logps, entropy, *, bias=None, temperature=None, out=None, isa=None):
     """The fused GRPO kernel: whole rows of logits become their gradient, log-probs and entropies fall out.
 
     ``loss = sum_r w_policy s + w_kl k3 + w_entropy entropy`` with s and k3 of the row's log-prob; see csrc/row_math.h.
@@ -152,7 +154,7 @@ def policy(tile, target, rows, terms, transform, logps, entropy, *, bias=None, t
         transform, bias, temperature, isa: as in `statistics`.
         logps, entropy: ``[R]`` acc, written.
     """
-    _check(tile, transform, bias, temperature, target=target)
+    _check(tile, transform, bias, temperature, target=target, out=out)
     for name in ("old", "ref", "advantages", "w_policy", "w_kl", "w_entropy"):
         _expect_vector(name, getattr(rows, name), tile, optional=True)
     _expect_vector("logps", logps, tile)
@@ -276,8 +278,9 @@ def _expect_vector(name, vector, tile, optional=False):
         _expect(name, vector, (tile.shape[0],), accumulator(tile))
 
 
-def _check(tile, transform, bias, temperature, *, target):
+def _check(tile, transform, bias, temperature, *, target, out):
     _expect_tile(tile)
+    _require(out is None, "these kernels work in place")
     _expect("target", target, (tile.shape[0],), torch.int64)
     _expect_vector("temperature", temperature, tile, optional=True)
     if bias is not None:

@@ -1,6 +1,7 @@
 """The three row kernels in plain PyTorch: any device, any float dtype, the readable ones.
 
-A tile is [R, C] raw logits ``h W^T`` (or stashed probabilities), overwritten in place. Each kernel walks the tile in slabs of
+A tile is [R, C] raw logits ``h W^T`` (or stashed probabilities), overwritten in place, or in ``out``: the tile's memory seen
+in a narrower dtype (rows on rows), or memory of its own. Each kernel walks the tile in slabs of
 rows, so that its float32 temporaries stay at a few tens of MiB whatever the tile's size. Work per element: one exp (two
 in `policy`), one read and one write of the tile per kernel.
 """
@@ -17,26 +18,29 @@ def why_unavailable():
     return None
 
 
-def statistics(tile, stats, target, transform, *, bias=None, temperature=None, probs=False):
-    """Folds a tile into the running statistics [R, 4]; with probs (whole rows) overwrites the tile with its softmax.
+def statistics(tile, stats, target, transform, *, bias=None, temperature=None, probs=False, out=None):
+    """Folds a tile into the running statistics [R, 4]; with probs (whole rows) writes its softmax.
 
     stats columns: max; sum of exp(z - max) without the target's column; sum of (z - max) exp(z - max); target's logit.
     target [R]: index relative to the tile's first column; outside [0, C) it is not in this tile.
     """
+    out = tile if out is None else out
     for s in _slabs(tile):
         temp = None if temperature is None else temperature[s]
         z, _ = _transformed(tile[s], transform, bias, temp, stats.dtype)
         stats[s] = _folded(z, stats[s], target[s])
         if probs:
             _, lse, _ = finalize(stats[s])
-            tile[s] = (z - lse.unsqueeze(1)).exp().to(tile.dtype)
+            out[s] = (z - lse.unsqueeze(1)).exp().to(out.dtype)
 
 
-def gradient(tile, target, lse, logps, entropy, g, g_entropy, transform, *, bias=None, temperature=None, from_probs=False):
-    """Overwrites a tile of logits, or of stashed probabilities, with the gradient of the raw logits.
+def gradient(tile, target, lse, logps, entropy, g, g_entropy, transform, *, bias=None, temperature=None, from_probs=False,
+             out=None):  # fmt: skip
+    """Writes the gradient of the raw logits, from a tile of logits or of stashed probabilities.
 
     dz = [ g (onehot - p) - g_entropy p (log p + entropy) ] (1 - (y / softcap)^2) logit_scale / temperature
     """
+    out = tile if out is None else out
     for s in _slabs(tile):
         temp = None if temperature is None else temperature[s]
         t = transform.temperature if temp is None else temp.unsqueeze(1)
@@ -60,23 +64,25 @@ def gradient(tile, target, lse, logps, entropy, g, g_entropy, transform, *, bias
             idle = idle & (g_entropy[s].unsqueeze(1) == 0)
         if transform.softcap is not None:
             dz = (dz * (1 - (y / transform.softcap).square())).where(dz != 0, 0.0)
-        tile[s] = (dz * (transform.logit_scale / t)).masked_fill(idle, 0.0).to(tile.dtype)
+        out[s] = (dz * (transform.logit_scale / t)).masked_fill(idle, 0.0).to(out.dtype)
 
 
-def policy(tile, target, rows, terms, transform, logps, entropy, *, bias=None, temperature=None):
-    """The fused GRPO kernel: statistics, log-prob, entropy, coefficient and gradient of whole rows, in place."""
+def policy(tile, target, rows, terms, transform, logps, entropy, *, bias=None, temperature=None, out=None):
+    """The fused GRPO kernel: statistics, log-prob, entropy, coefficient and gradient of whole rows."""
     stats = new_statistics(tile.shape[0], logps.dtype, tile.device)
     statistics(tile, stats, target, transform, bias=bias, temperature=temperature)
     lp, lse, ent = finalize(stats)
     logps.copy_(lp)
     entropy.copy_(ent)
     g = coefficient(lp, rows, terms)
-    gradient(tile, target, lse, lp, ent, g, rows.w_entropy, transform, bias=bias, temperature=temperature)
+    gradient(tile, target, lse, lp, ent, g, rows.w_entropy, transform, bias=bias, temperature=temperature, out=out)
 
 
 def new_statistics(rows, dtype, device):
     """[R, 4] statistics of nothing."""
-    return torch.tensor([-float("inf"), 0.0, 0.0, -float("inf")], dtype=dtype, device=device).repeat(rows, 1)
+    stats = torch.zeros(rows, 4, dtype=dtype, device=device)
+    stats[:, ::3] = -float("inf")
+    return stats
 
 
 def _slabs(tile):
