@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | clean
+# make demo | test | bench | kernels | gpu | lint | clean
 #
 # A virtual environment is made in .venv on first use; VENV=path takes another one, which is left as it is if it holds the package.
 PYTHON ?= python3
@@ -13,18 +13,29 @@ STAMP := $(VENV)/.grpo-kernels
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 TEST_ARGS ?=
 BENCH_ARGS ?=
+# make gpu PART=paths,kernels GPU_ARGS="--minutes 20"; its parts are listed in benchmarks/gpu/parts.py
+PART ?=
+GPU_ARGS ?=
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench kernels gpu lint clean
 
 demo: $(STAMP)
 	$(BIN)/grpo-kernels train
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q $(TEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal $(TEST_ARGS)
 
 bench: $(STAMP)
 	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-json=benchmarks/results/latest.json $(BENCH_ARGS)
+
+# The Triton kernels compiled for three architectures, no GPU needed: registers, spills, width of memory accesses.
+kernels: $(STAMP)
+	$(BIN)/python -m benchmarks.compiled
+
+# With the Python that is given, whose PyTorch knows the GPU: nothing is installed or downloaded.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(if $(PART),--part $(PART)) $(GPU_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

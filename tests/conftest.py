@@ -1,11 +1,50 @@
-"""What every test gets: two threads at most, fixed seeds, and memory that nobody wrote reading as NaN."""
+"""What every test gets: two threads at most, fixed seeds, and memory that nobody wrote reading as NaN.
+
+Without a GPU the Triton kernels run in Triton's interpreter. GRPO_KERNELS_TEST_DEVICE=cuda puts the problems of the tests on
+a GPU instead, where the same kernels are compiled.
+"""
 
 import os
 
 import pytest
 import torch
 
+DEVICE = os.environ.get("GRPO_KERNELS_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.mend()
+
 torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", 2)), torch.get_num_threads()))
+
+
+SAMPLED = 5
+
+
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help=f"run all cases in Triton's interpreter, not one in {SAMPLED}")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The interpreter takes milliseconds for a row: of a test's cases there, one in SAMPLED runs, spread over all parameters."""
+    if DEVICE != "cpu" or config.getoption("--exhaustive"):
+        return
+    cases, left_out = {}, []
+    for item in items:
+        if any("triton" in str(value) for value in getattr(item, "callspec", _NoCases).params.values()):
+            cases.setdefault(item.function, []).append(item)
+    for group in cases.values():
+        if len(group) >= SAMPLED:
+            left_out += [item for i, item in enumerate(group) if i % SAMPLED]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
+
+
+class _NoCases:
+    params = {}  # noqa: RUF012
 
 
 def pytest_configure(config):

@@ -7,6 +7,7 @@ chosen bands below, inside and above the clip range, away from its bounds by mor
 
 import dataclasses
 import math
+import os
 import random
 from dataclasses import dataclass, field
 
@@ -19,12 +20,13 @@ from grpo_kernels.config import LOSS_TYPES
 BANDS = ((0.35, 0.7), (0.87, 1.13), (1.35, 1.8), (2.6, 4.5))
 # p = 1 / (1 + exp(-gap)) is then within 5e-7 of 1
 CONFIDENT_GAP = 14.5
+DEVICE = os.environ.get("GRPO_KERNELS_TEST_DEVICE", "cpu")  # where calls are made; problems are drawn on the CPU
 HEAD_LEAVES = ("hidden", "weight", "bias", "lora_a", "lora_b")
 
 
 @dataclass
 class Problem:
-    """The arguments of one call; tensors are float64 holding numbers that ``dtype`` can represent."""
+    """The arguments of one call; tensors are float64 on the CPU, holding numbers that ``dtype`` can represent."""
 
     hidden: torch.Tensor  # [B, T, D], or [N, D] when packed
     weight: torch.Tensor  # [V, D]
@@ -57,21 +59,25 @@ class Problem:
         """(positional, keywords, leaves): fresh tensors; the head in ``dtype``, per-token tensors in float32 or float64."""
         dtype = dtype or self.dtype
         per_token = torch.float64 if dtype == torch.float64 else torch.float32
-        leaves = {n: getattr(self, n).to(dtype, copy=True).requires_grad_(n in needs) for n in self.leaves}
+
+        def placed(value, dtype=None):
+            return value.to(DEVICE, dtype) if isinstance(value, torch.Tensor) else value
+
+        leaves = {n: getattr(self, n).to(DEVICE, dtype, copy=True).requires_grad_(n in needs) for n in self.leaves}
         lora = None if self.lora_a is None else (leaves["lora_a"], leaves["lora_b"], self.lora_scale)
-        keywords = dict(config=self.config, num_items=self.num_items, cu_seqlens=self.cu_seqlens,
+        keywords = dict(config=self.config, num_items=placed(self.num_items), cu_seqlens=placed(self.cu_seqlens),
                         bias=leaves.get("bias"), lora=lora)  # fmt: skip
         for name in ("temperature", "old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps"):
-            value = getattr(self, name)
-            keywords[name] = None if value is None else value.to(per_token)
-        positional = (leaves["hidden"], leaves["weight"], self.completion_ids, self.advantages.to(per_token), self.mask)
+            keywords[name] = placed(getattr(self, name), per_token)
+        positional = (leaves["hidden"], leaves["weight"], placed(self.completion_ids), placed(self.advantages, per_token),
+                      placed(self.mask))  # fmt: skip
         return positional, keywords, leaves
 
     def with_config(self, **changes):
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
 
     def kept_rows(self):
-        return self.mask.bool().flatten().nonzero().squeeze(1)
+        return self.mask.bool().flatten().nonzero().squeeze(1).to(DEVICE)
 
 
 @dataclass

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from ..record import spread
-from .journal import Journal, key_of
+from .journal import RESTART, Journal, key_of
 
-RESTART = 75  # exit status: the device no longer answers this process, and a fresh one can go on
 _LONGEST = 300
 
 

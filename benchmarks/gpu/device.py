@@ -11,6 +11,8 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,6 +24,15 @@ PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "nvidia-cu
 _AHEAD_CYCLES = 4_000_000  # 2 ms at 2 GHz: the host has then enqueued a batch before the device begins it
 
 
+@dataclass(frozen=True)
+class Timed:
+    """What is timed, what is done before it outside of the timing, and whether the host may enqueue it ahead of the device."""
+
+    call: Callable
+    before: Callable | None = None
+    ahead: bool = False
+
+
 class Cuda:
     """CUDA events; memory from PyTorch's allocator."""
 
@@ -31,13 +42,15 @@ class Cuda:
         self._cold = torch.empty(4 * self.l2_bytes, dtype=torch.uint8, device=self.device)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def seconds(self, call, ahead=False):
-        """How long one call keeps the device busy; with ``ahead`` without what the host takes to enqueue it."""
+    def seconds(self, timed):
+        """From the device's first work for the call to its last; with ``ahead`` without what the host takes to enqueue it."""
+        if timed.before:
+            timed.before()
         self._cold.zero_()
-        if ahead:
+        if timed.ahead:
             torch.cuda._sleep(_AHEAD_CYCLES)
         self._start.record()
-        call()
+        timed.call()
         self._end.record()
         self._end.synchronize()
         return self._start.elapsed_time(self._end) * 1e-3
@@ -64,9 +77,11 @@ class Cpu:
     def __init__(self):
         self.device, self.l2_bytes = torch.device("cpu"), 0
 
-    def seconds(self, call, ahead=False):
+    def seconds(self, timed):
+        if timed.before:
+            timed.before()
         start = time.perf_counter()
-        call()
+        timed.call()
         return time.perf_counter() - start
 
     def peak(self, call):

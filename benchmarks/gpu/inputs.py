@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from grpo_kernels import GRPOLossConfig, reference, tiles
+from grpo_kernels import GRPOLossConfig, backends, reference, tiles
 
 from ..problem import Problem, Result, Shape, Workload, _log_ratios
 
@@ -117,7 +117,7 @@ def make_problem(base: Base, path: Path, seed=1) -> DeviceProblem:
     sequence = torch.arange(B)
     advantages = (0.5 + torch.rand(B, generator=g)) * torch.where(sequence % 4 < 2, 1.0, -1.0)
     # spread over the batch, as groups without a winner are
-    advantages[((sequence + 1) * path.idle).floor() > (sequence * path.idle).floor()] = 0.0
+    advantages[((sequence + 1) * path.idle + 0.5).floor() > (sequence * path.idle + 0.5).floor()] = 0.0
     old = base.logps - _log_ratios(path.level, advantages, T, g).to(base.logps.device)
     ref = base.logps - 0.1 * torch.randn(B, T, generator=g).to(base.logps.device) if path.beta else None
     config = GRPOLossConfig(loss_type="dapo", importance_sampling_level=path.level, beta=path.beta)
@@ -141,11 +141,12 @@ def smaller(problem: DeviceProblem, tokens=CHECKED) -> DeviceProblem:
 
 def stash_workspace(p: DeviceProblem) -> int:
     """The smallest budget, in steps of a tenth, whose plan stashes every row."""
-    logits = p.kept * p.shape.vocab * p.weight.element_size()
-    budget = logits
+    backend = backends.resolve("auto", p.hidden.device, p.hidden.dtype)
+    budget = p.kept * p.shape.vocab * p.weight.element_size()
     for _ in range(30):
         budget = int(budget * 1.1)
-        if tiles.plan_call(p.kept, 0, p.weight, [True, True, False, False, False], budget).stash_rows >= p.kept:
+        plan = tiles.plan_call(p.kept, 0, p.weight, [True, True, False, False, False], budget, backend)
+        if plan.stash_rows >= p.kept:
             return budget
     raise AssertionError(f"no plan stashes {p.kept} rows within {budget} bytes")
 

@@ -9,6 +9,8 @@
 import json
 from pathlib import Path
 
+RESTART = 75  # exit status: the device no longer answers this process, and a fresh one can go on
+
 
 class Journal:
     """Appends, and knows what an earlier process of the same part left behind."""

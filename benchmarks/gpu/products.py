@@ -11,7 +11,7 @@ import torch
 from .context import Absent
 
 WHOLE, CHUNKS, FLOAT32 = "products-whole", "products-chunks", "products-float32"
-FLOORS = (WHOLE, CHUNKS)
+NAMES, FLOORS = (WHOLE, CHUNKS, FLOAT32), (WHOLE, CHUNKS)
 
 
 def make(name, p, tile_rows):

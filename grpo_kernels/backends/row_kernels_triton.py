@@ -44,19 +44,22 @@ def _finite(peak):
 @triton.jit
 def _log1p(x):
     """log(1 + x) for 0 <= x <= 1, to the last digits; the hardware's logarithm has none left where x is small."""
+    TERMS: tl.constexpr = 17 if x.dtype == tl.float64 else 8  # s^2 <= 1/9
     s = x / (2.0 + x)
-    series = s * 0.0 + 1.0 / 35.0
-    for k in tl.static_range(17):
-        series = series * s * s + 1.0 / (33 - 2 * k)
+    square = s * s
+    series = s * 0.0 + 1.0 / (2 * TERMS + 1)
+    for k in tl.static_range(TERMS):
+        series = series * square + 1.0 / (2 * TERMS - 1 - 2 * k)
     return 2.0 * s * series
 
 
 @triton.jit
 def _expm1(x):
     """exp(x) - 1, by its series where they would cancel."""
+    TERMS: tl.constexpr = 17 if x.dtype == tl.float64 else 9
     series = x * 0.0 + 1.0
-    for k in tl.static_range(16):
-        series = 1.0 + series * x / (17 - k)
+    for k in tl.static_range(TERMS - 1):
+        series = 1.0 + series * x * (1.0 / (TERMS - k))
     return tl.where(tl.abs(x) < 0.5, x * series, tl.exp(x) - 1.0)
 
 

@@ -38,14 +38,16 @@ class LaunchShape:
     warps: int
 
 
-def launch_shape(columns: int, element_size: int) -> LaunchShape:
-    """A pure function of the width of a tile: eight elements a thread, two 16-byte loads in flight and two ahead.
+def launch_shape(columns: int, element_size: int, reads: int = 1) -> LaunchShape:
+    """A pure function of the width of a tile and of how often a kernel reads it.
 
-    Long rows get all the threads of a multiprocessor, so that few rows are in flight and a row's second read finds it in the
-    L2 cache. Not measured on a GPU yet; ``make gpu PART=sweep`` times the alternatives.
+    Eight elements a thread: two 16-byte loads in flight and two ahead. A long row that is read twice gets all the threads of a
+    multiprocessor, so that few rows are in flight and the second read finds its row in the L2 cache; otherwise several
+    programs share one, so that one's reductions hide behind another's loads. Reasoned from the compiled code (``make
+    kernels``), not measured yet: ``make gpu PART=sweep`` times the alternatives.
     """
     for least, block, warps in ((65536, 8192, 32), (16384, 4096, 16), (2048, 2048, 8), (0, 1024, 4)):
-        if columns >= least:
+        if columns >= least and (reads > 1 or warps < 32):
             return LaunchShape(block // 2, warps) if element_size == 8 else LaunchShape(block, warps)
     raise AssertionError(columns)
 
@@ -60,7 +62,7 @@ def statistics(tile, stats, target, transform, *, bias=None, temperature=None, p
     with _device(tile):
         kernels.statistics_kernel[(rows,)](
             tile, out, stats, target, bias, temperature, *_strides(tile, out), columns, *_numbers(transform),
-            **_options(tile, out, transform),
+            **_options(tile, out, transform, reads=1 + probs),
         )  # fmt: skip
 
 
@@ -94,7 +96,7 @@ def policy(tile, target, rows, terms, transform, logps, entropy, *, bias=None, t
             tile, out, kernels.Rows(**vectors), logps, entropy, target, bias, temperature, *_strides(tile, out), columns,
             *_numbers(transform), float(terms.epsilon_low), float(terms.epsilon_high), delta,
             float(terms.sapo_temperature_pos), float(terms.sapo_temperature_neg), KIND=_KINDS[terms.kind],
-            BIAS_CORRECTION=bool(terms.use_bias_correction_kl), **_options(tile, out, transform),
+            BIAS_CORRECTION=bool(terms.use_bias_correction_kl), **_options(tile, out, transform, reads=2),
         )  # fmt: skip
 
 
@@ -106,8 +108,8 @@ def _strides(tile, out):
     return tile.stride(0), 0 if out is None else out.stride(0)
 
 
-def _options(tile, out, transform):
-    shape = launch_shape(tile.shape[1], tile.element_size())
+def _options(tile, out, transform, reads=1):
+    shape = launch_shape(tile.shape[1], tile.element_size(), reads)
     overlay = out is not None and out.dtype != tile.dtype and out.data_ptr() == tile.data_ptr()
     return {"SOFTCAP": transform.softcap is not None, "OVERLAY": overlay, "BLOCK": shape.block, "num_warps": shape.warps}
 

@@ -1,0 +1,54 @@
+"""Triton's interpreter as the tests need it: rounding like a GPU, and twice as fast."""
+
+import functools
+import inspect
+
+import numpy as np
+import torch
+
+
+def mend():
+    """Changes the interpreter of this process; does nothing where Triton is not installed."""
+    try:
+        from triton import language
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    _round_to_nearest(interpreter, language)
+    _patch_once_per_launch(interpreter, language)
+
+
+def _round_to_nearest(interpreter, language):
+    """The interpreter cuts the mantissa of a bfloat16 off; a GPU rounds to nearest, ties to even."""
+    convert = interpreter._convert_float
+
+    def rounding(value, source, target, mode):
+        if (source, target) != (language.float32, language.bfloat16):
+            return convert(value, source, target, mode)
+        rounded = torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32)).to(torch.bfloat16)
+        return rounded.view(torch.uint16).numpy().reshape(value.shape)
+
+    interpreter._convert_float = rounding
+
+
+def _patch_once_per_launch(interpreter, language):
+    """Each call of one jitted function by another patches triton.language again: half of the time of a small launch."""
+    patch, launch, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    @functools.cache
+    def languages_of(fn):
+        return {id(v) for v in fn.__globals__.values() if inspect.ismodule(v) and v in (language, language.core)}
+
+    def patch_once(fn):
+        languages = languages_of(fn)
+        if not languages <= done:
+            done.update(languages)
+            return patch(fn)
+        return None
+
+    def launched(self, *args, **kwargs):
+        done.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = launched

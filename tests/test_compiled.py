@@ -1,0 +1,53 @@
+"""The judge of the compiled kernels: what it reads off assembler text, and what it refuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+CHECK = """
+from benchmarks import compiled
+ptx = '''
+	ld.global.b32 %r1, [%rd1];
+$L__BB0_1:
+	@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+	ld.global.L1::evict_last.v2.b64 {%rd2, %rd3}, [%rd1];
+	@%p2 st.global.v2.b32 [ %rd4 + 0 ], { %r1, %r2 };
+	@%p5 bra 	$L__BB0_1;
+	st.global.b16 [%rd4], %rs1;
+	bra.uni $L__BB0_2;
+$L__BB0_2:
+	ld.global.b16 %rs1, [%rd1];
+'''
+assert compiled.loop_accesses(ptx) == {"ld": [16, 16], "st": [8]}, compiled.loop_accesses(ptx)
+good = {"spills": 0, "local": 0, "load": 16, "store": 16}
+assert compiled.faults(good) == [] == compiled.faults(good | {"store": 0})
+for bad in ({"spills": 4}, {"local": 8}, {"load": 8}, {"store": 4}, {"load": 0}):
+    assert len(compiled.faults(good | bad)) == 1, bad
+assert compiled.programs_at_once(64, 32) == 1 and compiled.programs_at_once(32, 32) == 2 and compiled.programs_at_once(33, 8) == 6
+
+# an odd row stride cannot be read 16 bytes at a time: it must show
+import torch
+from grpo_kernels.backends import triton as backend
+from grpo_kernels.backends.pytorch import new_statistics
+def odd():
+    tile = torch.zeros(2, 5001)
+    backend.statistics(tile, new_statistics(2, torch.float32, "cpu"), torch.zeros(2, dtype=torch.int64), compiled.PLAIN)
+compiled.CASES["odd"] = odd
+found = compiled.row("odd", 90)
+assert found["load"] == 4 and compiled.faults(found), found
+found = compiled.row("policy, clipped, KL", 90)
+assert not compiled.faults(found) and found["store"] == 16 and 0 < found["registers"] <= 64, found
+"""
+
+
+def test_the_judge():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
