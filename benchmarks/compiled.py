@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.compiled`` (``make kernels``) prints a row for each kernel and architecture: registers of a thread, bytes
 spilled and bytes of local memory, shared memory of a program, programs that fit a multiprocessor at once, and the narrowest
-global load and store inside the streaming loops, in bytes. It fails where something is spilled or an access is narrower than 16
-bytes.
+global load and store inside the streaming loops, in bytes, and the loops that write over their own input without a barrier. It
+fails where something is spilled, an access is narrower than 16 bytes, or a barrier is missing.
 
 The kernels are launched by the backend's own functions, caught on their way: what is judged is what a user gets.
 """
@@ -63,7 +63,7 @@ class _Catcher:
         kernel = getattr(row_kernels_triton, name)
 
         class Launcher:
-            def __getitem__(_, grid):  # noqa: N805
+            def __getitem__(_, grid):
                 def launch(*args, num_warps, **constants):
                     given = dict(zip(kernel.arg_names, args, strict=False)) | constants
                     self.caught = Caught(kernel, given, {"num_warps": num_warps})
@@ -107,22 +107,37 @@ def compiled(launch: Caught, architecture: int):
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
 
 
-def loop_accesses(ptx: str) -> dict[str, list[int]]:
-    """Bytes a thread moves by each global load and store inside the loops of a kernel."""
-    lines, labels, inside = ptx.splitlines(), {}, set()
+def loops(ptx: str) -> list[list[str]]:
+    """The lines of each loop of a kernel: from a label to a branch back to it."""
+    lines, labels, found = ptx.splitlines(), {}, []
     for number, line in enumerate(lines):
         if match := re.match(r"(\$L\w+):", line.strip()):
             labels[match[1]] = number
-        elif match := re.search(r"\bbra(?:\.uni)?\s+(\$L\w+)", line):
-            if (start := labels.get(match[1])) is not None:
-                inside.update(range(start, number))
+        elif (match := re.search(r"\bbra(?:\.uni)?\s+(\$L\w+)", line)) and match[1] in labels:
+            found.append(lines[labels[match[1]] : number])
+    return found
+
+
+def accesses(lines: list[str]) -> dict[str, list[int]]:
+    """Bytes a thread moves by each global load and store."""
     widths = {"ld": [], "st": []}
-    for number in sorted(inside):
-        if match := re.search(r"\b(ld|st)\.(?:weak\.|relaxed\.|volatile\.)?global(\S*)", lines[number]):
+    for line in lines:
+        if match := re.search(r"\b(ld|st)\.(?:weak\.|relaxed\.|volatile\.)?global(\S*)", line):
             vector = re.search(r"\.v(\d)", match[2])
             bits = int(re.search(r"\.[a-z](\d+)$", match[2])[1])
             widths[match[1]].append(bits // 8 * (int(vector[1]) if vector else 1))
     return widths
+
+
+def narrowest(ptx: str, kind: str) -> int:
+    """Bytes of the narrowest global load (``ld``) or store (``st``) inside a loop; 0 if there is none."""
+    return min((width for loop in loops(ptx) for width in accesses(loop)[kind]), default=0)
+
+
+def unguarded(ptx: str) -> int:
+    """Loops that load and store with no barrier between: over a row's own memory, one thread would overtake another."""
+    barrier = re.compile(r"\bbar(?:rier)?(?:\.cta)?\.sync")
+    return sum(all(accesses(loop).values()) and not any(map(barrier.search, loop)) for loop in loops(ptx))
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -144,7 +159,7 @@ def programs_at_once(registers: int, warps: int) -> int:
 def row(name: str, architecture: int) -> dict:
     launch = caught(CASES[name])
     kernel = compiled(launch, architecture)
-    used, widths = resources(kernel.asm["cubin"]), loop_accesses(kernel.asm["ptx"])
+    used, ptx = resources(kernel.asm["cubin"]), kernel.asm["ptx"]
     warps = launch.options["num_warps"]
     return {
         "kernel": name,
@@ -152,18 +167,19 @@ def row(name: str, architecture: int) -> dict:
         "block": launch.arguments["BLOCK"],
         "warps": warps,
         "registers": used["REG"],
-        "spills": len(re.findall(r"\b(?:ld|st)\.local", kernel.asm["ptx"])) + used["STACK"],
+        "spills": len(re.findall(r"\b(?:ld|st)\.local", ptx)) + used["STACK"],
         "local": used["LOCAL"],
         "shared": kernel.metadata.shared,
         "programs": programs_at_once(used["REG"], warps),
-        "load": min(widths["ld"], default=0),
-        "store": min(widths["st"], default=0),
+        "load": narrowest(ptx, "ld"),
+        "store": narrowest(ptx, "st"),
+        "unguarded": unguarded(ptx) if launch.arguments["OVERLAY"] else 0,
     }
 
 
 def faults(found: dict) -> list[str]:
-    """What must not be: spills, and accesses below 16 bytes where there are any."""
-    problems = [f"{key} is {found[key]}" for key in ("spills", "local") if found[key]]
+    """What must not be: spills, accesses below 16 bytes, a gradient written over logits that somebody may still read."""
+    problems = [f"{key} is {found[key]}" for key in ("spills", "local", "unguarded") if found[key]]
     problems += [f"{key}s of {found[key]} bytes in a loop" for key in ("load", "store") if 0 < found[key] < 16]
     if not found["load"]:
         problems.append("no load was found in any loop")

@@ -22,6 +22,7 @@ _BAD_VALUES = (
     "token ids must be in [0, V = {vocab}) where the mask is 1, got others at {} positions (completion_ids / token_ids)",
     "advantages must be finite where the mask is 1, got nan or inf at {} positions",
     "temperature must be > 0 and finite where the mask is 1, got others at {} positions",
+    "cu_seqlens must rise from 0 to N without falling, got {} ends that do not",
 )
 
 
@@ -250,8 +251,15 @@ def kind(value):
     return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
+def host_may_wait(like) -> bool:
+    """False under torch.compile and while a CUDA graph is captured: nothing may synchronise with the host then."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (like.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def value_flags(mask, token_ids, vocab, advantages=None, temperature=None, layout=None) -> torch.Tensor:
-    """[4] int64 counts of bad values, in the order of the messages of `raise_bad_values`; no synchronisation."""
+    """[5] int64 counts of bad values, in the order of the messages of `raise_bad_values`; no synchronisation."""
     kept = mask.bool()
     none = kept.new_zeros((), dtype=torch.int64)
     bad_mask = none if mask.dtype == torch.bool else ((mask != 0) & (mask != 1)).sum()
@@ -264,7 +272,8 @@ def value_flags(mask, token_ids, vocab, advantages=None, temperature=None, layou
         bad_advantages = (row_kept & ~advantages.isfinite()).sum()
     if temperature is not None:
         bad_temperature = (kept & ~((temperature > 0) & temperature.isfinite())).sum()
-    return torch.stack([bad_mask, bad_ids, bad_advantages, bad_temperature])
+    bad_ends = none if layout is None or layout.bad_ends is None else layout.bad_ends
+    return torch.stack([bad_mask, bad_ids, bad_advantages, bad_temperature, bad_ends])
 
 
 def raise_bad_values(counts, vocab):
@@ -285,18 +294,22 @@ class PackedLayout:
     them keeps every sum per sequence in one deterministic form.
     """
 
-    def __init__(self, cu_seqlens=None, tokens=0):
-        self.position = None
+    def __init__(self, cu_seqlens=None, tokens=0, wait=True):
+        self.position, self.bad_ends = None, None
         if cu_seqlens is None:
             return
-        if torch.compiler.is_compiling():  # nothing may synchronise: the longest a sequence can be
-            self.sequences, self.length = cu_seqlens.shape[0] - 1, tokens
-        else:
-            self.sequences, self.length = self._checked_lengths(cu_seqlens.tolist(), tokens)
         starts = cu_seqlens.long()
         index = torch.arange(tokens, device=cu_seqlens.device)
         sequence = torch.bucketize(index, starts[1:], right=True)
-        self.position = sequence * self.length + index - starts[sequence]
+        if wait:
+            self.sequences, self.length = self._checked_lengths(cu_seqlens.tolist(), tokens)
+            self.position = sequence * self.length + index - starts[sequence]
+            return
+        # nothing may synchronise: the longest a sequence can be, and wrong ends are only counted
+        self.sequences, self.length = cu_seqlens.shape[0] - 1, tokens
+        position = sequence * self.length + index - starts[sequence]
+        self.position = position.clamp(0, max(self.sequences * self.length - 1, 0))
+        self.bad_ends = (starts.diff() < 0).sum() + (starts[0] != 0) + (starts[-1] != tokens)
 
     @staticmethod
     def _checked_lengths(ends, tokens):
@@ -307,8 +320,9 @@ class PackedLayout:
         return len(lengths), max(lengths, default=0)
 
     @staticmethod
-    def of(cu_seqlens, mask):
-        return PackedLayout(cu_seqlens, mask.shape[0] if cu_seqlens is not None else 0)
+    def of(cu_seqlens, mask, wait=True):
+        """``wait``: the host may read cu_seqlens back."""
+        return PackedLayout(cu_seqlens, mask.shape[0] if cu_seqlens is not None else 0, wait)
 
     def pad(self, x):
         """[N] -> [B, T], zeros beyond a sequence's end; differentiable."""

@@ -8,9 +8,9 @@ from .objective import objective, prepare, token_weights
 class LossBatch:
     """Made once per call from its checked arguments."""
 
-    def __init__(self, args, mask, config, dtype, data_parallel_group):
+    def __init__(self, args, mask, config, dtype, data_parallel_group, wait=True):
         self.config, self.args = config, args
-        self.layout = PackedLayout.of(args.cu_seqlens, mask)
+        self.layout = PackedLayout.of(args.cu_seqlens, mask, wait)
         self.group = data_parallel_group
         pad = self.layout.pad
         self.inputs = (self.layout.pad_advantages(args.advantages), pad(mask))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .arguments import check_logits_arguments, raise_bad_values, value_flags
+from .arguments import check_logits_arguments, host_may_wait, raise_bad_values, value_flags
 from .backends.pytorch import new_statistics
 from .batch import LossBatch
 from .config import GRPOLossConfig, LogitTransform
@@ -63,10 +63,11 @@ def grpo_loss_from_logits(
     )  # fmt: skip
     vocab, accumulate = logits.shape[-1], accumulation_dtype(logits.dtype)
     backend = backends.resolve(backend, logits.device, logits.dtype)
-    batch = LossBatch(args, mask, config, accumulate, data_parallel_group)
+    wait = kept_rows is None and host_may_wait(mask)
+    batch = LossBatch(args, mask, config, accumulate, data_parallel_group, wait)
     flags = value_flags(mask, completion_ids, vocab, advantages, temperature, batch.layout)
     correction = None
-    if kept_rows is None and not torch.compiler.is_compiling():
+    if wait:
         raise_bad_values(flags.tolist(), vocab)
     else:
         correction = torch.zeros((), dtype=accumulate, device=logits.device).masked_fill(flags.sum() > 0, float("nan"))

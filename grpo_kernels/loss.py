@@ -8,7 +8,7 @@ objective on [B, T] tensors.
 import torch
 
 from . import tiles
-from .arguments import check_loss_arguments, value_flags
+from .arguments import check_loss_arguments, host_may_wait, value_flags
 from .batch import LossBatch
 from .coefficients import row_terms
 from .config import GRPOLossConfig
@@ -90,7 +90,8 @@ def fused_linear_grpo_loss(
         data_parallel_group=data_parallel_group,
     )  # fmt: skip
     head = FusedHead.of(args.weight, args.bias, args.lora, config.transform, workspace_bytes, backend)
-    batch = LossBatch(args, mask, config, accumulation_dtype(args.hidden.dtype), data_parallel_group)
+    wait = kept_rows is None and host_may_wait(mask)
+    batch = LossBatch(args, mask, config, accumulation_dtype(args.hidden.dtype), data_parallel_group, wait)
     flags = value_flags(mask, completion_ids, weight.shape[0], advantages, temperature, batch.layout)
     trains = any(head.needs(args.hidden))
     selection = select_rows(mask, flags, weight.shape[0], live=batch.live() if trains else None, kept_rows=kept_rows)

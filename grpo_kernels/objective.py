@@ -235,7 +235,7 @@ def _entropy_mask(entropy, m, quantile, group):
 def _gather_ragged(values, group):
     """All ranks' values, padded with inf to the longest rank; the same two collectives whatever a rank holds."""
     world = torch.distributed.get_world_size(group)
-    length = torch.tensor(values.numel(), device=values.device)
+    length = torch.full((), values.numel(), device=values.device)
     torch.distributed.all_reduce(length, op=torch.distributed.ReduceOp.MAX, group=group)
     padded = values.new_full((int(length),), float("inf"))
     padded[: values.numel()] = values

@@ -117,6 +117,7 @@ def _gpu_plan(p):
     e, z, accumulate = p.element_size, p.tile_size, max(p.element_size, 4)
     gathered = 2 * p.depth * e  # a row of hidden, and of dH
     tile_rows = _whole(max(1, p.budget // (p.vocab * z + gathered)), _GPU_ROWS, most=p.live)
+    tiles = max(1, -(-p.live // tile_rows))
     score_columns = min(p.vocab, _GPU_SCORE_COLUMNS)
     score_rows = max(1, min(_GPU_SCORE_ROWS, p.budget // (score_columns * z + gathered)))
 
@@ -126,18 +127,19 @@ def _gpu_plan(p):
     left = p.budget - p.live * stash_row
     if left >= (0 if in_place else min(p.live, _GPU_ROWS) * p.vocab * z):
         stash_tile_rows = p.live if in_place else _whole(left // (p.vocab * z), _GPU_ROWS, most=p.live)
-        return Plan(tile_rows, -(-p.live // tile_rows), p.vocab, score_rows, score_columns, p.live, max(1, stash_tile_rows),
+        return Plan(tile_rows, tiles, p.vocab, score_rows, score_columns, p.live, max(1, stash_tile_rows),
                     1, 1, p.vocab)  # fmt: skip
 
     # recomputed: all rows together if their float32 dH is affordable, and as many columns as half of the budget holds
-    stripe_rows = max(1, min(p.live, p.budget // 4 // (p.depth * accumulate + gathered)))
-    columns = _whole(max(1, p.budget // 2 // (stripe_rows * z)), _GPU_ROWS, most=p.vocab)
-    left = p.budget - stripe_rows * (p.depth * accumulate + gathered + columns * z)
+    summed = p.depth * (accumulate + e)  # a row of dH, and of hidden
+    stripe_rows = max(1, min(p.live, p.budget // 4 // summed))
+    columns = _whole(max(_MIN_COLUMNS, p.budget // 2 // (stripe_rows * z)), _GPU_ROWS, most=p.vocab)
+    left = p.budget - stripe_rows * (summed + columns * z)
     # a stash beside it makes every block of dW a sum of two products, in float32
     stash_rows = max(0, left - columns * p.depth * accumulate) // (stash_row + p.vocab * (z - e))
     stash_rows = stash_rows if 4 * stash_rows >= p.live else 0
-    return Plan(tile_rows, -(-p.live // tile_rows), p.vocab, score_rows, score_columns, stash_rows, max(1, stash_rows),
-                stripe_rows, stripe_rows, columns)  # fmt: skip
+    return Plan(tile_rows, tiles, p.vocab, score_rows, score_columns, stash_rows, max(1, stash_rows), stripe_rows, stripe_rows,
+                columns)  # fmt: skip
 
 
 def _whole(count, unit, most):

@@ -3,9 +3,9 @@
 On a GPU the products of 16-bit operands write and add float32 themselves (``out_dtype``, torch 2.8 and newer), so that logits
 and sums are never rounded on the way, and one product covers the whole vocabulary.
 
-On the CPU everything goes by vocabulary blocks: a bf16 product rounds its result to bf16, so sums over chunks are kept in float32 and fed block by block from a
-small bf16 product. oneDNN takes twice as long for ``dz^T h`` on a transposed view as on a transposed copy (2 cores, AMX,
-1024 x 151,936: 270 ms against 130 ms + 20 ms for the copy), so bf16 blocks are transposed first.
+On the CPU everything goes by vocabulary blocks: a bf16 product rounds its result to bf16, so sums over chunks are kept in
+float32 and fed block by block from a small bf16 product. oneDNN takes twice as long for ``dz^T h`` on a transposed view as on a
+transposed copy (2 cores, AMX, 1024 x 151,936: 270 ms against 130 ms + 20 ms for the copy), so bf16 blocks are transposed first.
 """
 
 import functools

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .arguments import raise_bad_values
+from .arguments import host_may_wait, raise_bad_values
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Selection:
 def select_rows(mask, flags, vocab, *, live=None, kept_rows=None) -> Selection:
     """Chooses the rows, and raises what the value checks found.
 
-    ``flags`` [4] are the counts of `value_flags`, ``live`` a bool tensor like mask (None: no row needs a gradient). Nothing
-    synchronises when ``kept_rows`` is given or under torch.compile: then every row is taken as live, and bad values become
-    the NaN ``correction``.
+    ``flags`` [5] are the counts of `value_flags`, ``live`` a bool tensor like mask (None: no row needs a gradient). Nothing
+    synchronises when ``kept_rows`` is given, under torch.compile or while a CUDA graph is captured: then every row is taken as
+    live, and bad values become the NaN ``correction``.
     """
     total = mask.numel()
-    if kept_rows is not None or torch.compiler.is_compiling():
+    if kept_rows is not None or not host_may_wait(mask):
         rows, bad = torch.arange(total, device=mask.device), flags.sum() > 0
         if kept_rows is not None:
             rows = kept_rows.clamp(0, max(total - 1, 0))
@@ -55,7 +55,7 @@ def select_rows(mask, flags, vocab, *, live=None, kept_rows=None) -> Selection:
 
 
 def flatten(hidden, mask):
-    """[.., D] -> [M, D] without gaps between rows. Under torch.compile masked rows are computed too: their NaN must go."""
-    if torch.compiler.is_compiling():
+    """[.., D] -> [M, D] without gaps between rows. Where all rows are computed, masked ones too, their NaN must go."""
+    if not host_may_wait(hidden):
         hidden = hidden.where(mask.bool().unsqueeze(-1), 0.0)
     return hidden.reshape(-1, hidden.shape[-1]).contiguous()

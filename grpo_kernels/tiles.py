@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .arguments import host_may_wait
 from .backends.pytorch import new_statistics
 from .coefficients import PolicyRows, PolicyTerms
 from .config import LogitTransform
@@ -44,9 +45,16 @@ def plan_call(live, dead, weight, needs, budget, backend) -> Plan:
     vocab, depth = weight.shape
     return plan(
         Problem(
-            live, dead, vocab, depth, weight.element_size(), tile_dtype(weight, backend).itemsize,
-            needs[1] or needs[2] or needs[4], budget, sums_directly(weight),
-        )  # fmt: skip
+            live=live,
+            dead=dead,
+            vocab=vocab,
+            depth=depth,
+            element_size=weight.element_size(),
+            tile_size=tile_dtype(weight, backend).itemsize,
+            needs_weight=needs[1] or needs[2] or needs[4],
+            budget=budget,
+            sums_directly=sums_directly(weight),
+        )
     )
 
 
@@ -336,7 +344,7 @@ def _operand(tile, out):
 
 def _rows_with_gradient(g, g_entropy):
     """Indices of rows whose gradient is not zero (NaN counts as not zero), or None if that is all of them."""
-    if g.is_cuda and torch.cuda.is_current_stream_capturing():
+    if not host_may_wait(g):
         return None
     wanted = g != 0
     if g_entropy is not None:

@@ -1,4 +1,4 @@
-"""What every test gets: two threads at most, fixed seeds, and memory that nobody wrote reading as NaN.
+"""What every test gets: two threads at most (one beside other workers), fixed seeds, and memory that nobody wrote reading as NaN.
 
 Without a GPU the Triton kernels run in Triton's interpreter. GRPO_KERNELS_TEST_DEVICE=cuda puts the problems of the tests on
 a GPU instead, where the same kernels are compiled.
@@ -16,6 +16,8 @@ if DEVICE == "cpu":
 
     interpreter.mend()
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", 2)), torch.get_num_threads()))
 
 

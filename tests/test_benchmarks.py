@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # with every core spoken for, two threads wait for each other far longer than they compute
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+# and benchmarks cannot be run by a worker of pytest-xdist, which they would take themselves for
+OUTER = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+ENVIRONMENT = {**OUTER, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def python(*arguments):

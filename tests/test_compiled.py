@@ -24,10 +24,12 @@ $L__BB0_1:
 $L__BB0_2:
 	ld.global.b16 %rs1, [%rd1];
 '''
-assert compiled.loop_accesses(ptx) == {"ld": [16, 16], "st": [8]}, compiled.loop_accesses(ptx)
-good = {"spills": 0, "local": 0, "load": 16, "store": 16}
+assert [compiled.accesses(loop) for loop in compiled.loops(ptx)] == [{"ld": [16, 16], "st": [8]}]
+assert compiled.narrowest(ptx, "ld") == 16 and compiled.narrowest(ptx, "st") == 8 and compiled.narrowest("", "st") == 0
+assert compiled.unguarded(ptx) == 1 and compiled.unguarded(ptx.replace("st.global.v2", "bar.sync 0;\\n st.global.v2")) == 0
+good = {"spills": 0, "local": 0, "load": 16, "store": 16, "unguarded": 0}
 assert compiled.faults(good) == [] == compiled.faults(good | {"store": 0})
-for bad in ({"spills": 4}, {"local": 8}, {"load": 8}, {"store": 4}, {"load": 0}):
+for bad in ({"spills": 4}, {"unguarded": 1}, {"local": 8}, {"load": 8}, {"store": 4}, {"load": 0}):
     assert len(compiled.faults(good | bad)) == 1, bad
 assert compiled.programs_at_once(64, 32) == 1 and compiled.programs_at_once(32, 32) == 2 and compiled.programs_at_once(33, 8) == 6
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from row_kernels import acc, each_dtype, make_tile, new_stats
+from row_kernels import INF, acc, each_dtype, make_tile, new_stats
 from test_row_kernels import Terms, Transform, forward, log_probs
 
 from grpo_kernels.backends import native

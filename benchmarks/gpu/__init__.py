@@ -9,7 +9,8 @@
     device.py     clocks, peak memory, what the device is
     inputs.py     paths -> tensors made on the device, and their truth in float64
     products.py   the floor: bare matrix products
-    providers.py  who computes the loss; each other library from its installed package
+    providers.py  who computes the loss: ours, and the list of everybody
+    peers.py      plain PyTorch, and each other library from its installed package
     measure.py    one path: check everybody, then time them round by round
     paths.py      parts `paths` and `shapes`
     kernels.py    part `kernels`: row kernels alone, against the bandwidth of a copy
