@@ -313,6 +313,31 @@ def test_gradient_edge_rows(kernels, dtype, from_probs):
         assert (ours == 0).all()
 
 
+@each_kernels
+@each_dtype
+def test_a_gradient_of_the_entropy_alone(kernels, dtype):
+    """A row whose log-prob trains nothing is not idle while its entropy does."""
+    columns, transform = 211, Transform(1.3, 5.0, 0.7)
+    z, target = make_tile(2, columns, dtype), torch.tensor([3, 4])
+    none = dict(bias=None, temperature=None)
+    lse, logps, entropy = forward(kernels, z, target, transform, none)
+    zero, g_entropy = torch.zeros(2, dtype=acc(dtype)), torch.tensor([1.0, 0.0], dtype=acc(dtype))
+
+    def loss(raw):
+        return log_probs(transformed(raw, transform), target)[1][0]
+
+    exact, by_torch = gradient_of(z, torch.float64, loss), gradient_of(z, dtype, loss)
+    ours = z.clone()
+    kernels.gradient(ours, target, lse, logps, entropy, zero, g_entropy, transform)
+    assert_good("gradient", ours, by_torch, exact, floor=4e-6)
+    assert (ours[1] == 0).all() and (ours[0] != 0).any()
+    rows = SimpleNamespace(old=None, ref=None, advantages=zero, w_policy=zero, w_kl=None, w_entropy=g_entropy)
+    ours = z.clone()
+    kernels.policy(ours, target, rows, Terms(), transform, torch.empty_like(zero), torch.empty_like(zero))
+    assert_good("policy", ours, by_torch, exact, floor=4e-6)
+    assert (ours[1] == 0).all()
+
+
 # ---- policy
 
 
