@@ -7,7 +7,7 @@ objective on [B, T] tensors.
 
 import torch
 
-from . import tiles
+from . import backends, tiles
 from .arguments import check_loss_arguments, host_may_wait, value_flags
 from .batch import LossBatch
 from .coefficients import row_terms
@@ -176,8 +176,8 @@ class _WithGradients(torch.autograd.Function):
         scale = g.masked_fill(is_nan, float("nan"))
         if graph_is_retained():
             grads = [grad * scale.to(grad.dtype) for grad in grads]
-        elif scale.is_cuda or scale.item() != 1.0:
+        else:
             for grad in grads:
-                grad.mul_(scale)
+                backends.scale_(grad, scale)
         done = [grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.needs, strict=True)]
         return None, None, *done, *(None,) * 5

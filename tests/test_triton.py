@@ -164,6 +164,17 @@ def test_a_row_of_the_policy_kernel_equals_the_objective_of_its_log_probs():
     torch.testing.assert_close(results[0]["logps"], exact, rtol=1e-12, atol=1e-12)
 
 
+def test_scaling_in_place():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+        x = torch.randn(3 * 8192 + 5, device=DEVICE).to(dtype)
+        for scale in (1.0, -0.25, 0.0, float("nan")):
+            scale, ours = torch.tensor(scale, dtype=accumulate, device=DEVICE), x.clone()
+            triton.scale_(ours, scale)
+            torch.testing.assert_close(ours, (x.to(accumulate) * scale).to(dtype), rtol=0, atol=0, equal_nan=True)
+    triton.scale_(torch.empty(0, device=DEVICE), torch.ones((), device=DEVICE))
+
+
 def test_stash_rows_are_moved_to_the_front_in_order():
     stash = torch.arange(12.0).repeat_interleave(3).view(12, 3)
     for kept in ([0, 1, 2], [3, 7, 11], [11], list(range(1, 12)), []):

@@ -52,5 +52,13 @@ def kernels(name: str):
     return {"cpu": native, "triton": triton}.get(name, pytorch)
 
 
+def scale_(tensor: torch.Tensor, scale: torch.Tensor) -> None:
+    """``tensor *= scale`` in place with a 0-dim scale; a scale of 1 costs nothing, and a GPU is not waited for to learn it."""
+    if tensor.is_cuda and tensor.is_contiguous() and triton.why_unavailable() is None and not triton.INTERPRETED:
+        triton.scale_(tensor, scale)
+    elif tensor.is_cuda or scale.item() != 1.0:
+        tensor.mul_(scale)
+
+
 def _why_unavailable(name):
     return {"torch": pytorch, "cpu": native, "triton": triton}[name].why_unavailable() if name != "cuda" else _LATER

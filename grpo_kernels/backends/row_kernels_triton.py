@@ -418,3 +418,13 @@ def policy_kernel(
     )  # fmt: skip
     _write_row(row_ptr, out_ptr + row * out_stride, columns, target, lse, logps, entropy, g, g_entropy,
                     bias_ptr, scale, cap, temp, ACC, SOFTCAP, ENTROPY, FROM_LOGITS, OVERLAY, BLOCK)  # fmt: skip
+
+
+@triton.jit
+def scale_kernel(x_ptr, scale_ptr, elements, BLOCK: tl.constexpr):
+    """x *= scale, without touching x where scale is 1: a backward of the plain loss costs no pass over dW."""
+    scale = tl.load(scale_ptr)
+    if scale != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + at, mask=at < elements, other=0.0)
+        tl.store(x_ptr + at, (x.to(scale.dtype) * scale).to(x_ptr.dtype.element_ty), mask=at < elements)

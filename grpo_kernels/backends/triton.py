@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 _MISSING = "the package triton is missing; pip install triton (3.4 or newer)"
+_SCALE_BLOCK = 8192
 _KINDS = {"clipped": 0, "cispo": 1, "sapo": 2, "linear": 3}
 
 if importlib.util.find_spec("triton") is None:
@@ -98,6 +99,16 @@ def policy(tile, target, rows, terms, transform, logps, entropy, *, bias=None, t
             float(terms.sapo_temperature_pos), float(terms.sapo_temperature_neg), KIND=_KINDS[terms.kind],
             BIAS_CORRECTION=bool(terms.use_bias_correction_kl), **_options(tile, out, transform, reads=2),
         )  # fmt: skip
+
+
+def scale_(tensor, scale):
+    """``tensor *= scale`` in place; the 0-dim scale stays on the device, and where it is 1 nothing is read or written."""
+    assert tensor.is_contiguous() and scale.numel() == 1 and scale.device == tensor.device
+    if tensor.numel():
+        with _device(tensor):
+            kernels.scale_kernel[(-(-tensor.numel() // _SCALE_BLOCK),)](
+                tensor, scale, tensor.numel(), BLOCK=_SCALE_BLOCK, num_warps=8
+            )
 
 
 def _numbers(transform):
