@@ -494,6 +494,21 @@ def test_coefficient_at_its_edges(kernels):
 
 @each_kernels
 @each_dtype
+def test_confident_rows_keep_their_digits(kernels, dtype):
+    """log p and 1 - p of a target whose p is within 1e-9 of 1, where both cancel to nothing if computed from p."""
+    columns, target, one = 5001, torch.tensor([7, 5000]), torch.ones(2, dtype=acc(dtype))
+    tile = torch.zeros(2, columns, dtype=dtype)
+    tile[[0, 1], target] = torch.tensor([30.0, 20.0], dtype=dtype)
+    others = (columns - 1) * torch.tensor([-30.0, -20.0], dtype=torch.float64).exp()
+    rows = SimpleNamespace(old=None, ref=None, advantages=one, w_policy=one, w_kl=None, w_entropy=None)
+    logps, entropy = torch.empty_like(one), torch.empty_like(one)
+    kernels.policy(tile, target, rows, Terms(kind="linear"), Transform(), logps, entropy)
+    torch.testing.assert_close(logps.double(), -others.log1p(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(tile[[0, 1], target].double(), others / (1 + others), rtol=5e-3, atol=0)
+
+
+@each_kernels
+@each_dtype
 def test_policy_rows_without_gradient_become_zero(kernels, dtype):
     tile = make_tile(4, 4097, dtype)
     tile[3, 4000] = float("nan")
