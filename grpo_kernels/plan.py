@@ -4,7 +4,8 @@ Peak memory of a call, beyond its inputs and O(N) vectors, in bytes (e = bytes o
 
     gradients   N_all D e  (dH)  +  V D e  (dW)                          only those that are asked for
     + V D (a - e)               the float32 sum behind dW, if e < a and the live rows need more than one tile (one pass)
-                                or more than ``stripe_rows`` rows are recomputed (two phases)
+                                or more than ``stripe_rows`` rows are recomputed (two phases); dW is its first half, so
+                                that on a GPU the other half stays taken for as long as dW lives
     + workspace                 tile or stash, gathered hidden rows, float32 sums of dH, and the scratch of one vocabulary block
 
 The workspace never exceeds the budget unless the budget is below one row and one narrow block of columns:
@@ -42,6 +43,7 @@ class Problem:
     needs_weight: bool  # a gradient of weight, bias or the adapter's B is wanted
     budget: int  # bytes
     sums_directly: bool = False  # products add to their float32 sums themselves (a GPU's)
+    mixed: bool = False  # some of the rows come from a stash: a block of dW is a sum of several products
 
 
 @dataclass(frozen=True)
@@ -95,15 +97,16 @@ def _cpu_plan(p):
     # full tiles and a rest: the peak then does not move with the number of rows
     tile_rows = max(1, min(p.live, fit))
 
-    stash_rows, stripe_rows, recompute_rows, recompute_columns = p.live, 1, 1, columns
+    # what is recomputed is cut the same way whether or not these rows would fit a stash: a backward that drops rows asks again
+    recompute_columns = max(min(_MIN_COLUMNS, p.vocab), columns // 2)
+    accumulate = max(e, 4)
+    # a block's product and float32 sum; per recomputed row the tile, its transpose and the hidden row
+    block = recompute_columns * p.depth * (e + accumulate)
+    recompute_row = recompute_columns * (z + e) + 2 * p.depth * e
+    recompute_rows = max(1, min(_SCORE_ROWS, (p.budget // 4 - block) // recompute_row))
+    stripe_rows = max(recompute_rows, min(p.live, p.budget // 2 // (p.depth * accumulate)))
+    stash_rows = p.live
     if p.live * row_bytes + block_bytes > p.budget:
-        recompute_columns = max(min(_MIN_COLUMNS, p.vocab), columns // 2)
-        accumulate = max(e, 4)
-        # a block's product and float32 sum; per recomputed row the tile, its transpose and the hidden row
-        block = recompute_columns * p.depth * (e + accumulate)
-        recompute_row = recompute_columns * (z + e) + 2 * p.depth * e
-        recompute_rows = max(1, min(_SCORE_ROWS, (p.budget // 4 - block) // recompute_row))
-        stripe_rows = max(recompute_rows, min(p.live, p.budget // 2 // (p.depth * accumulate)))
         # the stash takes what is left, so that the peak does not move with the number of rows here either
         left = p.budget - block - recompute_rows * recompute_row - stripe_rows * p.depth * accumulate
         stash_rows = min(p.live, max(0, left) // (p.vocab * z + 2 * p.depth * e + recompute_columns * e))
@@ -121,24 +124,28 @@ def _gpu_plan(p):
     score_columns = min(p.vocab, _GPU_SCORE_COLUMNS)
     score_rows = max(1, min(_GPU_SCORE_ROWS, p.budget // (score_columns * z + gathered)))
 
+    # recomputed: all rows together if their float32 dH is affordable, and as many columns as half of the budget holds
+    summed = p.depth * (accumulate + e)  # a row of dH, and of hidden
+    stripe_rows = max(1, min(p.live, p.budget // 4 // summed))
+    columns = max(_MIN_COLUMNS, p.budget // 2 // (stripe_rows * z))
+    if p.mixed:
+        columns = max(_MIN_COLUMNS, min(columns, p.budget // 4 // (p.depth * accumulate)))
+    columns = _whole(columns, _GPU_ROWS, most=p.vocab)
+
     # everything stashed: beside it stand the logits of some rows, until they are probabilities
     stash_row = p.vocab * e + gathered
     in_place = e == z
     left = p.budget - p.live * stash_row
     if left >= (0 if in_place else min(p.live, _GPU_ROWS) * p.vocab * z):
-        stash_tile_rows = p.live if in_place else _whole(left // (p.vocab * z), _GPU_ROWS, most=p.live)
-        return Plan(tile_rows, tiles, p.vocab, score_rows, score_columns, p.live, max(1, stash_tile_rows),
-                    1, 1, p.vocab)  # fmt: skip
-
-    # recomputed: all rows together if their float32 dH is affordable, and as many columns as half of the budget holds
-    summed = p.depth * (accumulate + e)  # a row of dH, and of hidden
-    stripe_rows = max(1, min(p.live, p.budget // 4 // summed))
-    columns = _whole(max(_MIN_COLUMNS, p.budget // 2 // (stripe_rows * z)), _GPU_ROWS, most=p.vocab)
-    left = p.budget - stripe_rows * (summed + columns * z)
-    # a stash beside it makes every block of dW a sum of two products, in float32
-    stash_rows = max(0, left - columns * p.depth * accumulate) // (stash_row + p.vocab * (z - e))
-    stash_rows = stash_rows if 4 * stash_rows >= p.live else 0
-    return Plan(tile_rows, tiles, p.vocab, score_rows, score_columns, stash_rows, max(1, stash_rows), stripe_rows, stripe_rows,
+        stash_rows = p.live
+        stash_tile_rows = max(1, p.live) if in_place else _whole(left // (p.vocab * z), _GPU_ROWS, most=p.live)
+    else:
+        # a part of them, beside what is recomputed; every block of dW is then a sum of two products, in float32
+        left = p.budget - stripe_rows * (summed + columns * z)
+        stash_rows = max(0, left - min(p.budget // 4, columns * p.depth * accumulate)) // (stash_row + p.vocab * (z - e))
+        stash_rows = stash_rows if 4 * stash_rows >= p.live else 0
+        stash_tile_rows = max(1, stash_rows)
+    return Plan(tile_rows, tiles, p.vocab, score_rows, score_columns, stash_rows, stash_tile_rows, stripe_rows, stripe_rows,
                 columns)  # fmt: skip
 
 

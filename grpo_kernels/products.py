@@ -61,23 +61,31 @@ def tile_dtype(like, backend):
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def float32_products(device, dtype):
     """Whether ``torch.mm`` of 16-bit matrices on this device can write float32."""
-    return device.type == "cuda" and _accepted(lambda a, out: torch.mm(a, a, out_dtype=out.dtype, out=out), device, dtype)
+    return _accepted("mm", device, dtype)
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def float32_sums(device, dtype):
     """Whether ``torch.addmm`` of 16-bit matrices on this device can add to float32 in place (early out_dtype could not)."""
-    return device.type == "cuda" and _accepted(lambda a, out: torch.addmm(out, a, a, out_dtype=out.dtype, out=out), device, dtype)
+    return _accepted("addmm", device, dtype)
 
 
-def _accepted(call, device, dtype):
+@functools.cache
+def _accepted(product, device, dtype):
+    """Tried once for each device; behind the functions above, since torch.compile would trace a cached function itself."""
+    if device.type != "cuda":
+        return False
+    a, out = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device)
     try:
-        call(torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device))
-    except (RuntimeError, TypeError, NotImplementedError):
+        if product == "mm":
+            torch.mm(a, a, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(out, a, a, out_dtype=out.dtype, out=out)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):  # refused for its dtypes, or by a version that has no such argument
         return False
     return True
 

@@ -30,6 +30,7 @@ from .products import (
     blocks,
     blocks_from,
     empty,
+    float32_products,
     multiply,
     sums_directly,
     tile_dtype,
@@ -41,7 +42,7 @@ _ROW_ALIGNMENT = 128
 _COMPACTED_ROWS = 64
 
 
-def plan_call(live, dead, weight, needs, budget, backend) -> Plan:
+def plan_call(live, dead, weight, needs, budget, backend, mixed=False) -> Plan:
     vocab, depth = weight.shape
     return plan(
         Problem(
@@ -54,6 +55,7 @@ def plan_call(live, dead, weight, needs, budget, backend) -> Plan:
             needs_weight=needs[1] or needs[2] or needs[4],
             budget=budget,
             sums_directly=sums_directly(weight),
+            mixed=mixed,
         )
     )
 
@@ -100,23 +102,27 @@ def one_pass(
     call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend)
     policy_terms = PolicyTerms(kind, *terms[:2], terms[2] or None, *terms[3:], bias_correction)
     vectors = [w_policy, advantages, old, ref, w_kl, w_entropy]
+    # before the tiles, so that its buffer and theirs are never in memory together
+    call.score(live, rows.shape[0], the_plan)
     grads = Gradients(hidden, call.head, needs, the_plan.tiles, the_plan.columns, call.all_live)
-    buffer = _tile(the_plan.tile_rows, weight.shape[0], hidden, call.tile_dtype) if live else None
+    if live:
+        _policy_tiles(call, grads, the_plan, vectors, policy_terms, live)
+    return call.logps, call.entropy, *grads.finish(hidden)
+
+
+def _policy_tiles(call, grads, the_plan, vectors, terms, live):
+    buffer = _tile(the_plan.tile_rows, call.head.weight.shape[0], call.hidden, call.tile_dtype)
     for start, end in blocks(live, the_plan.tile_rows):
         h, t, where = call.gather(start, end)
         s, tile = slice(start, end), buffer[: end - start]
         call.head.tile(h, t, the_plan.columns, out=tile)
-        rows_of_tile = PolicyRows(*(None if x is None else x[s] for x in vectors))
-        out = _over(tile, hidden.dtype)
+        rows, out = PolicyRows(*(None if x is None else x[s] for x in vectors)), _over(tile, call.hidden.dtype)
         call.kernels.policy(
-            tile, target[s], rows_of_tile, policy_terms, call.transform, call.logps[s], call.entropy[s], out=out,
-            **call.options(s),
-        )  # fmt: skip
+            tile, call.target[s], rows, terms, call.transform, call.logps[s], call.entropy[s], out=out, **call.options(s)
+        )
         grads.add_tile(_operand(tile, out), h, t, where)
-    if buffer is not None:
-        tile_memory.give_back(buffer)
-    call.score(live, rows.shape[0], the_plan)
-    return call.logps, call.entropy, *grads.finish(hidden)
+        del h, t  # before the next ones are gathered
+    tile_memory.give_back(buffer)
 
 
 @one_pass.register_fake
@@ -148,22 +154,28 @@ def score(
     the_plan = plan_call(live, rows.shape[0] - live, weight, needs, budget, backend)
     call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend)
     vocab = weight.shape[0]
-    stash = _tile(stash_rows, vocab, hidden, hidden.dtype, whole=True)
-    in_place = call.tile_dtype == hidden.dtype
-    height = min(stash_rows, the_plan.stash_tile_rows)
-    buffer = None if in_place or not stash_rows else _tile(height, vocab, hidden, call.tile_dtype)
-    for start, end in blocks(stash_rows, height or 1):
-        s, probs = slice(start, end), stash[start:end, :vocab]
-        tile = probs if in_place else buffer[: end - start]
-        h, t, _ = call.gather(start, end)
-        stats = new_statistics(end - start, call.accumulate, hidden.device)
-        call.head.tile(h, t, the_plan.columns, out=tile)
-        out = None if in_place else probs
-        call.kernels.statistics(tile, stats, target[s], call.transform, probs=True, out=out, **call.options(s))
-        call.write(s, stats)
-    buffer = None
     call.score(stash_rows, rows.shape[0], the_plan)
+    stash = _tile(stash_rows, vocab, hidden, hidden.dtype, whole=True)
+    if stash_rows:
+        _stash_tiles(call, stash[:, :vocab], the_plan)
     return call.logps, call.entropy, call.lse, stash
+
+
+def _stash_tiles(call, stash, the_plan):
+    """The softmax of the first rows, through a tile of logits unless they are as wide as the probabilities."""
+    in_place = call.tile_dtype == stash.dtype
+    height = min(stash.shape[0], the_plan.stash_tile_rows)
+    buffer = None if in_place else _tile(height, stash.shape[1], call.hidden, call.tile_dtype)
+    for start, end in blocks(stash.shape[0], height):
+        s = slice(start, end)
+        tile = stash[s] if in_place else buffer[: end - start]
+        h, t, _ = call.gather(start, end)
+        stats = new_statistics(end - start, call.accumulate, stash.device)
+        call.head.tile(h, t, the_plan.columns, out=tile)
+        out = None if in_place else stash[s]
+        call.kernels.statistics(tile, stats, call.target[s], call.transform, probs=True, out=out, **call.options(s))
+        call.write(s, stats)
+        del h, t
 
 
 @score.register_fake
@@ -207,7 +219,7 @@ def score_backward(
     target, temperature, logps, entropy, lse, g, g_entropy = vectors
     n = rows.shape[0]
 
-    the_plan = plan_call(n, 0, weight, needs, budget, backend)
+    the_plan = plan_call(n, 0, weight, needs, budget, backend, mixed=0 < k < n)
     columns = the_plan.columns if n == k else the_plan.recompute_columns
     call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, n, scalars, backend)
     spans = [blocks_from(k + start, k + end, the_plan.recompute_rows) for start, end in blocks(n - k, the_plan.stripe_rows)]
@@ -374,7 +386,7 @@ def _recomputed_sums(call, rows, needs):
 def _add_product(total, where, dz, factor):
     if total is None or factor is None:
         return
-    if factor.dtype == total.dtype or dz.is_cuda:
+    if factor.dtype == total.dtype or float32_products(dz.device, dz.dtype):
         multiply(dz, factor, total[where], add=True)
     else:
         total[where] += dz @ factor

@@ -122,7 +122,7 @@ def test_every_plan_covers_its_rows_and_keeps_its_budget():
         assert stash <= budget, f"the stash of {p}"
         assert the_plan.score_rows * the_plan.score_columns * z <= max(budget, 8192 * z), f"the scoring tile of {p}"
         recomputed = the_plan.recompute_rows * the_plan.recompute_columns * z
-        assert stash + recomputed <= budget, f"stash and tile of {p}"
+        assert stash + recomputed <= budget or the_plan.stash_rows == p.live, f"stash and tile of {p}"
         if p.sums_directly and the_plan.stash_rows and e < z:
             beside = min(the_plan.stash_rows, the_plan.stash_tile_rows) * p.vocab * z
             assert the_plan.stash_rows < p.live or stash + beside <= budget, f"stash and its logits of {p}"
@@ -142,6 +142,15 @@ def test_a_gpu_takes_whole_tiles_of_rows_and_the_vocabulary_at_once():
     stashed = plan(dataclasses.replace(p, budget=3 * 2**30))
     assert stashed.stash_rows == 8192 and stashed.stash_tile_rows % 128 == 0
     assert plan(dataclasses.replace(p, live=100)).tiles == 1
+
+
+def test_what_is_recomputed_is_cut_the_same_way_whatever_would_fit_a_stash():
+    """A backward that drops rows asks for a plan of the rest, which nothing has stashed."""
+    for direct in (False, True):
+        for live in (400, 1638, 2000, 8192):
+            budget = DEFAULT_GPU_WORKSPACE_BYTES if direct else DEFAULT_WORKSPACE_BYTES
+            found = plan(Problem(live, 0, 151_936, 4096, 2, 4 if direct else 2, True, budget, direct))
+            assert found.stripe_rows >= live and found.recompute_rows >= min(live, 256), f"{live} {direct} {found}"
 
 
 def test_a_plan_is_a_pure_function_of_its_problem():

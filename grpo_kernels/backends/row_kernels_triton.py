@@ -6,8 +6,9 @@
                  flight fit it. The first walk goes right to left, so that the second one, left to right, meets the
                  columns that were read last.
 
-Per element: two exp in `policy` (and a quarter for the running maximum, kept per GROUP of columns), one elsewhere; three
-more operations for the target's column, which is left out of every sum, so that p near 1 loses no digits.
+Per element: two exp in `policy` (and a quarter for the running maximum, kept per GROUP of columns), one elsewhere. The target's
+column is left out of every sum, so that p near 1 loses no digits; only the block that holds it looks for it. Inside the loops
+logits are in units of log 2 and exp is exp2, which saves a product for each; whatever leaves a loop is natural again.
 
 The gradient may be written in a narrower dtype over the tile's own memory (OVERLAY): block k of it lies on block k / 2 of
 the logits, so a barrier stands between a block's last load and its first store, and a block is loaded one step ahead.
@@ -21,6 +22,7 @@ import triton.language as tl
 GROUP = tl.constexpr(4)  # elements of one 16-byte load: their maximum needs no exchange between threads
 CLIPPED, CISPO, SAPO, LINEAR = (tl.constexpr(kind) for kind in range(4))
 FROM_LOGITS, FROM_PROBS, SOFTMAX = (tl.constexpr(mode) for mode in range(3))  # what `_write_row` makes of which
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 _LOWEST = tl.constexpr(-1.0e4)  # exp of it is 0, and 0 times it is not NaN
 
 
@@ -104,36 +106,46 @@ def policy_coefficient(logps, old, ref, advantage, w_policy, w_kl, epsilon_low, 
 
 
 @triton.jit
-def _transformed(x, columns, inside, bias_ptr, logit_scale, softcap, temperature,
-                 ACC: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
-    """(z, d z / d x temperature / logit_scale) of raw logits: bias, logit scale, softcap, temperature."""
+def _transformed(x, columns, end, bias_ptr, logit_scale, softcap, temperature,
+                 UNIT: tl.constexpr, ACC: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
+    """(UNIT z, d z / d x temperature / logit_scale) of raw logits: bias, logit scale, softcap, temperature.
+
+    ``end`` is the first column behind the row, or None where all columns are known to lie in it.
+    """
     y = x.to(ACC)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + columns, mask=inside, other=0.0)
+        if end is None:
+            y += tl.load(bias_ptr + columns)
+        else:
+            y += tl.load(bias_ptr + columns, mask=columns < end, other=0.0)
     slope = 1.0
     if SOFTCAP:
         u = y * (logit_scale / softcap)
-        e = tl.exp(-2.0 * tl.abs(u))
+        e = tl.exp2(tl.abs(u) * (-2.0 * LOG2_E))
         tanh = (1.0 - e) / (1.0 + e)
-        z = softcap * tl.where(u < 0.0, -tanh, tanh) / temperature
+        z = tl.where(u < 0.0, -tanh, tanh) * (softcap / temperature * UNIT)
         slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
     else:
-        z = y * (logit_scale / temperature)
+        z = y * (logit_scale / temperature * UNIT)
     return z, slope
 
 
 @triton.jit
-def _fold(x, columns, inside, target, peak, others, moment, bias_ptr, logit_scale, softcap, temperature,
+def _fold(x, start, end, target, peak, others, moment, bias_ptr, logit_scale, softcap, temperature,
           ACC: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A block of logits folded into the running (max, sum of exp, sum of (z - max) exp), one of each per GROUP of lanes."""
-    z, _ = _transformed(x, columns, inside, bias_ptr, logit_scale, softcap, temperature, ACC, SOFTCAP)
-    z = tl.where(inside & (columns != target), z, float("-inf"))
+    columns = start + tl.arange(0, BLOCK)
+    z, _ = _transformed(x, columns, end, bias_ptr, logit_scale, softcap, temperature, LOG2_E, ACC, SOFTCAP)
+    if end is not None:
+        z = tl.where(columns < end, z, float("-inf"))
+    if (target >= start) & (target < start + BLOCK):  # one block of a row: the others need not look for it
+        z = tl.where(columns == target, float("-inf"), z)
     z = tl.reshape(z, (BLOCK // GROUP, GROUP))
     new_peak = tl.maximum(peak, tl.max(z, 1))
     shift = _finite(new_peak)
-    carry, drop = tl.exp(peak - shift), tl.where(peak == float("-inf"), 0.0, peak - shift)
+    carry, drop = tl.exp2(peak - shift), tl.where(peak == float("-inf"), 0.0, peak - shift)
     d = z - tl.expand_dims(shift, 1)
-    e = tl.exp(d)
+    e = tl.exp2(d)
     moment = carry * (moment + drop * others) + tl.sum(tl.maximum(d, _LOWEST) * e, 1)
     return new_peak, carry * others + tl.sum(e, 1), moment
 
@@ -148,27 +160,25 @@ def _row_statistics(row_ptr, columns, target, bias_ptr, logit_scale, softcap, te
     moment = tl.zeros((BLOCK // GROUP,), ACC)
     full = columns // BLOCK
     if full * BLOCK < columns:
-        at = full * BLOCK + lanes
-        x = tl.load(row_ptr + at, mask=at < columns, other=0.0)
-        peak, others, moment = _fold(x, at, at < columns, target, peak, others, moment,
+        x = tl.load(row_ptr + full * BLOCK + lanes, mask=full * BLOCK + lanes < columns, other=0.0)
+        peak, others, moment = _fold(x, full * BLOCK, columns, target, peak, others, moment,
                                      bias_ptr, logit_scale, softcap, temperature, ACC, SOFTCAP, BLOCK)  # fmt: skip
     x = tl.load(row_ptr + (full - 1) * BLOCK + lanes, mask=lanes < full * BLOCK, other=0.0)
     for k in range(full):
-        at = (full - 1 - k) * BLOCK + lanes
-        ahead = tl.load(row_ptr + at - BLOCK, mask=lanes < (full - 1 - k) * BLOCK, other=0.0)
-        peak, others, moment = _fold(x, at, at >= 0, target, peak, others, moment,
+        start = (full - 1 - k) * BLOCK
+        ahead = tl.load(row_ptr + start - BLOCK + lanes, mask=lanes < start, other=0.0)
+        peak, others, moment = _fold(x, start, None, target, peak, others, moment,
                                      bias_ptr, logit_scale, softcap, temperature, ACC, SOFTCAP, BLOCK)  # fmt: skip
         x = ahead
     row_peak = tl.max(peak, 0)
     shift = _finite(row_peak)
-    carry, drop = tl.exp(peak - shift), tl.where(peak == float("-inf"), 0.0, peak - shift)
+    carry, drop = tl.exp2(peak - shift), tl.where(peak == float("-inf"), 0.0, peak - shift)
     row_moment, row_others = tl.sum(carry * (moment + drop * others), 0), tl.sum(carry * others, 0)
 
     here = (target >= 0) & (target < columns)
     at = tl.where(here, target, 0)
-    x = tl.load(row_ptr + at)
-    z, _ = _transformed(x, at, here, bias_ptr, logit_scale, softcap, temperature, ACC, SOFTCAP)
-    return row_peak, row_others, row_moment, tl.where(here, z, float("-inf"))
+    z, _ = _transformed(tl.load(row_ptr + at), at, None, bias_ptr, logit_scale, softcap, temperature, 1.0, ACC, SOFTCAP)
+    return row_peak * LN_2, row_others, row_moment * LN_2, tl.where(here, z, float("-inf"))
 
 
 @triton.jit
@@ -192,28 +202,31 @@ def _closed(peak, others, moment, z):
 
 
 @triton.jit
-def _result_block(x, columns, inside, target, at_target, lse, logps, entropy, g, g_entropy, bias_ptr,
+def _result_block(x, start, end, target, at_target, lse, logps, entropy, g, g_entropy, bias_ptr,
                   logit_scale, softcap, temperature,
-                  ACC: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
+                  ACC: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
     """dz of a block, or its softmax; g and g_entropy carry the factor logit_scale / temperature, at_target is dz of lp alone."""
-    is_target = columns == target
+    columns = start + tl.arange(0, BLOCK)
     slope = 1.0
     if MODE == FROM_PROBS:
         p = x.to(ACC)
-        log_p = tl.where(is_target, logps, tl.log(p))
+        log2_p = tl.log2(p)
         if SOFTCAP:
-            share = temperature * (log_p + lse) / softcap
+            share = temperature * (tl.where(columns == target, logps, log2_p * LN_2) + lse) / softcap
             slope = tl.maximum(1.0 - share * share, 0.0)
     else:
-        z, slope = _transformed(x, columns, inside, bias_ptr, logit_scale, softcap, temperature, ACC, SOFTCAP)
-        log_p = z - lse
-        p = tl.exp(log_p)
+        z, slope = _transformed(x, columns, end, bias_ptr, logit_scale, softcap, temperature, LOG2_E, ACC, SOFTCAP)
+        log2_p = z - lse * LOG2_E
+        p = tl.exp2(log2_p)
     if MODE == SOFTMAX:
         result = p
     else:
-        result = tl.where(is_target, at_target, -g * p)
+        result = -g * p
+        if (target >= start) & (target < start + BLOCK):
+            result = tl.where(columns == target, at_target, result)
         if ENTROPY:
-            result -= g_entropy * (p * (tl.maximum(log_p, _LOWEST) + entropy))
+            result -= g_entropy * (p * (tl.maximum(log2_p, _LOWEST) * LN_2 + entropy))
         result *= slope
     return result
 
@@ -230,8 +243,7 @@ def _write_row(row_ptr, out_ptr, columns, target, lse, logps, entropy, g, g_entr
     idle = (g == 0.0) & (MODE != SOFTMAX)
     if ENTROPY:
         idle = idle & (g_entropy == 0.0)
-    if OVERLAY:
-        tl.debug_barrier()
+    tl.debug_barrier()  # every thread has read the target's logit, and whatever else the row was asked for
     if idle:
         nothing = tl.zeros((BLOCK,), dtype)
         for k in range(full):
@@ -244,22 +256,22 @@ def _write_row(row_ptr, out_ptr, columns, target, lse, logps, entropy, g, g_entr
         at_target = -g * _expm1(logps)
         x = tl.load(row_ptr + lanes, mask=lanes < full * BLOCK, other=0.0)
         for k in range(full):
-            at = k * BLOCK + lanes
-            ahead = tl.load(row_ptr + at + BLOCK, mask=lanes < (full - 1 - k) * BLOCK, other=0.0)
-            result = _result_block(x, at, at >= 0, target, at_target, lse, logps, entropy, g, g_entropy, bias_ptr,
-                                   logit_scale, softcap, temperature, ACC, SOFTCAP, ENTROPY, MODE)  # fmt: skip
+            start = k * BLOCK
+            ahead = tl.load(row_ptr + start + BLOCK + lanes, mask=lanes < (full - 1 - k) * BLOCK, other=0.0)
+            result = _result_block(x, start, None, target, at_target, lse, logps, entropy, g, g_entropy, bias_ptr,
+                                   logit_scale, softcap, temperature, ACC, SOFTCAP, ENTROPY, MODE, BLOCK)  # fmt: skip
             if OVERLAY:
                 tl.debug_barrier()
-            tl.store(out_ptr + at, result.to(dtype))
+            tl.store(out_ptr + start + lanes, result.to(dtype))
             x = ahead
         if full * BLOCK < columns:
-            at = full * BLOCK + lanes
-            x = tl.load(row_ptr + at, mask=at < columns, other=0.0)
-            result = _result_block(x, at, at < columns, target, at_target, lse, logps, entropy, g, g_entropy, bias_ptr,
-                                   logit_scale, softcap, temperature, ACC, SOFTCAP, ENTROPY, MODE)  # fmt: skip
+            start = full * BLOCK
+            x = tl.load(row_ptr + start + lanes, mask=start + lanes < columns, other=0.0)
+            result = _result_block(x, start, columns, target, at_target, lse, logps, entropy, g, g_entropy, bias_ptr,
+                                   logit_scale, softcap, temperature, ACC, SOFTCAP, ENTROPY, MODE, BLOCK)  # fmt: skip
             if OVERLAY:
                 tl.debug_barrier()
-            tl.store(out_ptr + at, result.to(dtype), mask=at < columns)
+            tl.store(out_ptr + start + lanes, result.to(dtype), mask=start + lanes < columns)
 
 
 @triton.jit
@@ -270,7 +282,7 @@ def _row_temperature(temperature_ptr, row, temperature, ACC: tl.constexpr):
         return tl.full((), temperature, ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["stats_ptr", "target_ptr", "temperature_ptr"])  # slices that start anywhere
 def statistics_kernel(
     tile_ptr,  # [R, C] raw logits
     out_ptr,  # [R, C] or None: softmax(z) of whole rows is written here
@@ -293,7 +305,7 @@ def statistics_kernel(
     row_ptr, stats_ptr = tile_ptr + row * tile_stride, stats_ptr + row * 4
     scale, cap = tl.full((), logit_scale, ACC), tl.full((), softcap, ACC)
     temp = _row_temperature(temperature_ptr, row, temperature, ACC)
-    target = tl.load(target_ptr + row)
+    target = tl.load(target_ptr + row).to(tl.int32)
     peak, others, moment, z = _row_statistics(row_ptr, columns, target, bias_ptr, scale, cap, temp, ACC, SOFTCAP, BLOCK)
     peak, others, moment = _with_target(peak, others, moment, z)
 
@@ -309,6 +321,7 @@ def statistics_kernel(
     others = carry_before * others_before + carry * others
     moment = carry_before * (moment_before + drop_before * seen_before) + carry * (moment + drop * seen)
     z = tl.where((target >= 0) & (target < columns), z, z_before)
+    tl.debug_barrier()  # every thread has read what the first ones overwrite now
     tl.store(stats_ptr, total)
     tl.store(stats_ptr + 1, others)
     tl.store(stats_ptr + 2, moment)
@@ -320,7 +333,8 @@ def statistics_kernel(
                    bias_ptr, scale, cap, temp, ACC, SOFTCAP, False, SOFTMAX, OVERLAY, BLOCK)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["target_ptr", "lse_ptr", "logps_ptr", "entropy_ptr", "g_ptr", "g_entropy_ptr",
+                                            "temperature_ptr"])  # fmt: skip
 def gradient_kernel(
     tile_ptr,  # [R, C] raw logits, or p
     out_ptr,  # [R, C]: the tile itself, or its memory in a narrower dtype, or other memory
@@ -352,12 +366,12 @@ def gradient_kernel(
     g_entropy = g * 0.0
     if ENTROPY:
         g_entropy = tl.load(g_entropy_ptr + row)
-    _write_row(tile_ptr + row * tile_stride, out_ptr + row * out_stride, columns, tl.load(target_ptr + row),
+    _write_row(tile_ptr + row * tile_stride, out_ptr + row * out_stride, columns, tl.load(target_ptr + row).to(tl.int32),
                     tl.load(lse_ptr + row), tl.load(logps_ptr + row), tl.load(entropy_ptr + row), g, g_entropy,
                     bias_ptr, scale, cap, temp, ACC, SOFTCAP, ENTROPY, MODE, OVERLAY, BLOCK)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "logps_ptr", "entropy_ptr", "target_ptr", "temperature_ptr"])
 def policy_kernel(
     tile_ptr,  # [R, C] raw logits of whole rows
     out_ptr,  # [R, C]: the tile itself, or its memory in a narrower dtype, or other memory
@@ -389,7 +403,7 @@ def policy_kernel(
     row_ptr = tile_ptr + row * tile_stride
     scale, cap = tl.full((), logit_scale, ACC), tl.full((), softcap, ACC)
     temp = _row_temperature(temperature_ptr, row, temperature, ACC)
-    target = tl.load(target_ptr + row)
+    target = tl.load(target_ptr + row).to(tl.int32)
     peak, others, moment, z = _row_statistics(row_ptr, columns, target, bias_ptr, scale, cap, temp, ACC, SOFTCAP, BLOCK)
     peak, others, moment = _with_target(peak, others, moment, z)
     logps, lse, entropy = _closed(peak, others, moment, z)
