@@ -8,6 +8,7 @@ fails where something is spilled, an access is narrower than 16 bytes, or a barr
 The kernels are launched by the backend's own functions, caught on their way: what is judged is what a user gets.
 """
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -111,21 +112,29 @@ def loops(ptx: str) -> list[list[str]]:
     """The lines of each loop of a kernel: from a label to a branch back to it."""
     lines, labels, found = ptx.splitlines(), {}, []
     for number, line in enumerate(lines):
-        if match := re.match(r"(\$L\w+):", line.strip()):
+        if match := re.match(r"(\$?\w+):", line.strip()):
             labels[match[1]] = number
-        elif (match := re.search(r"\bbra(?:\.uni)?\s+(\$L\w+)", line)) and match[1] in labels:
+        elif (match := re.search(r"\bbra(?:\.uni)?\s+(\$?\w+)", line)) and match[1] in labels:
             found.append(lines[labels[match[1]] : number])
     return found
 
 
 def accesses(lines: list[str]) -> dict[str, list[int]]:
-    """Bytes a thread moves by each global load and store."""
+    """Bytes a thread moves by each global load and store, in the order of the text.
+
+    Raises ValueError on an access that is neither known to be global nor known to be something else: atomics, asynchronous
+    copies, generic addresses.
+    """
     widths = {"ld": [], "st": []}
-    for line in lines:
-        if match := re.search(r"\b(ld|st)\.(?:weak\.|relaxed\.|volatile\.)?global(\S*)", line):
-            vector = re.search(r"\.v(\d)", match[2])
-            bits = int(re.search(r"\.[a-z](\d+)$", match[2])[1])
-            widths[match[1]].append(bits // 8 * (int(vector[1]) if vector else 1))
+    for operation in re.findall(r"(?<![\w.%])(?:ld|st|red|atom|cp)\.[\w.:]+", "\n".join(lines)):
+        kind, *parts = operation.replace("::", "_").split(".")
+        if kind in widths and {"shared", "shared_cta", "param", "const", "local"} & set(parts):
+            continue
+        bits = re.fullmatch(r"[a-z]+(\d+)(?:x(\d))?", parts[-1])
+        if kind not in widths or "global" not in parts or bits is None:
+            raise ValueError(f"cannot judge {operation}")
+        vector = next((int(part[1:]) for part in parts if re.fullmatch(r"v\d", part)), 1)
+        widths[kind].append(int(bits[1]) * int(bits[2] or 1) // 8 * vector)
     return widths
 
 
@@ -134,10 +143,34 @@ def narrowest(ptx: str, kind: str) -> int:
     return min((width for loop in loops(ptx) for width in accesses(loop)[kind]), default=0)
 
 
+_BARRIER = re.compile(r"\bbar(?:rier)?(?:\.cta)?\.sync(?:\.aligned)?\s+0\s*;")
+
+
 def unguarded(ptx: str) -> int:
-    """Loops that load and store with no barrier between: over a row's own memory, one thread would overtake another."""
-    barrier = re.compile(r"\bbar(?:rier)?(?:\.cta)?\.sync")
-    return sum(all(accesses(loop).values()) and not any(map(barrier.search, loop)) for loop in loops(ptx))
+    """Loops in which no barrier of all threads stands between an iteration's last load and its first store.
+
+    Over a row's own memory one thread would overtake another there. A compiler may turn a loop, so that its text begins
+    anywhere in an iteration: what follows the last store of the text is the iteration's beginning.
+    """
+    count = 0
+    for loop in loops(ptx):
+        stores = [i for i, line in enumerate(loop) if accesses([line])["st"]]
+        if not stores:
+            continue
+        turned = loop[stores[-1] + 1 :] + loop[: stores[-1] + 1]
+        loads = [i for i, line in enumerate(turned) if accesses([line])["ld"]]
+        first = next(i for i, line in enumerate(turned) if accesses([line])["st"])
+        count += bool(loads) and not any(map(_BARRIER.search, turned[loads[-1] : first]))
+    return count
+
+
+def missing_barriers(launch: Caught, architecture: int, ptx: str) -> int:
+    """How many barriers a kernel that writes over its input lacks beside one that does not: one in the loop, one in the tail."""
+    if not launch.arguments["OVERLAY"]:
+        return 0
+    twin = compiled(dataclasses.replace(launch, arguments=launch.arguments | {"OVERLAY": False}), architecture)
+    more = len(_BARRIER.findall(ptx)) - len(_BARRIER.findall(twin.asm["ptx"]))
+    return max(0, 2 - more)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -173,7 +206,7 @@ def row(name: str, architecture: int) -> dict:
         "programs": programs_at_once(used["REG"], warps),
         "load": narrowest(ptx, "ld"),
         "store": narrowest(ptx, "st"),
-        "unguarded": unguarded(ptx) if launch.arguments["OVERLAY"] else 0,
+        "unguarded": (unguarded(ptx) if launch.arguments["OVERLAY"] else 0) + missing_barriers(launch, architecture, ptx),
     }
 
 

@@ -85,6 +85,7 @@ def grpo_loss_from_logits(
     t = config.transform
     scalars = [t.logit_scale, t.softcap or 0.0, t.temperature]
     logps, entropy = _LogitsLogProbs.apply(logits, target, kept, temperature, scalars, backend, inplace_backward)
+    logps, entropy = logps.where(kept, 0.0), entropy.where(kept, 0.0)  # a GPU scores masked positions too
     if correction is not None:
         logps = (logps + correction).where(kept, 0.0)
     loss, metrics = batch.objective(logps, entropy)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from . import backends, tiles
-from .arguments import check_logprob_arguments, value_flags
+from .arguments import check_logprob_arguments, host_may_wait, value_flags
 from .config import GRPOLossConfig, LogitTransform
 from .outputs import LogProbs
 from .plan import default_budget
@@ -67,7 +67,7 @@ def linear_logprobs(
     flags = value_flags(mask, token_ids, weight.shape[0], temperature=per_token)
     live = mask.bool() if any(head.needs(hidden)) else None
     selection = select_rows(mask, flags, weight.shape[0], live=live)
-    logps, entropy = row_logprobs(flatten(hidden, mask), head, selection, token_ids, per_token)
+    logps, entropy = row_logprobs(flatten(hidden, mask, all_rows=not host_may_wait(mask)), head, selection, token_ids, per_token)
     return LogProbs(selection.scatter(logps, mask), selection.scatter(entropy, mask))
 
 

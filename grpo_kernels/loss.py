@@ -66,8 +66,9 @@ def fused_linear_grpo_loss(
         data_parallel_group: torch.distributed group over which the entropy quantile is taken.
         cu_seqlens: [B + 1] int32, packed layout: hidden [N, D], every per-token tensor [N], advantages [B] or [N],
             importance_sampling_ratio [B, 1] or [N].
-        kept_rows: [N] int64, ascending indices into the flattened tokens, equal to mask's nonzero. With it nothing
-            synchronises with the host: bad values then give a NaN loss instead of an exception.
+        kept_rows: [N] int64, ascending indices into the flattened tokens, equal to mask's nonzero. With it the forward does
+            not synchronise with the host: bad values then give a NaN loss instead of an exception. (Nor does the backward
+            of one pass; that of two phases reads once which rows have a gradient, unless a CUDA graph is captured.)
         workspace_bytes: budget of tiles and stash; None is GRPO_KERNELS_WORKSPACE_MB, or 384 MiB (768 on a GPU). plan.py states the
             peak.
         backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
@@ -95,7 +96,7 @@ def fused_linear_grpo_loss(
     flags = value_flags(mask, completion_ids, weight.shape[0], advantages, temperature, batch.layout)
     trains = any(head.needs(args.hidden))
     selection = select_rows(mask, flags, weight.shape[0], live=batch.live() if trains else None, kept_rows=kept_rows)
-    rows = flatten(args.hidden, mask)
+    rows = flatten(args.hidden, mask, all_rows=kept_rows is None and not wait)
     if trains and coefficients_depend_on_their_row_alone(config, on_policy=old_logps is None):
         return _one_pass(rows, head, batch, selection, completion_ids, args.temperature, mask)
 

@@ -54,8 +54,8 @@ def select_rows(mask, flags, vocab, *, live=None, kept_rows=None) -> Selection:
     return Selection(order[:n], n_live, total, None)
 
 
-def flatten(hidden, mask):
+def flatten(hidden, mask, all_rows):
     """[.., D] -> [M, D] without gaps between rows. Where all rows are computed, masked ones too, their NaN must go."""
-    if not host_may_wait(hidden):
+    if all_rows:
         hidden = hidden.where(mask.bool().unsqueeze(-1), 0.0)
     return hidden.reshape(-1, hidden.shape[-1]).contiguous()

@@ -26,7 +26,17 @@ $L__BB0_2:
 '''
 assert [compiled.accesses(loop) for loop in compiled.loops(ptx)] == [{"ld": [16, 16], "st": [8]}]
 assert compiled.narrowest(ptx, "ld") == 16 and compiled.narrowest(ptx, "st") == 8 and compiled.narrowest("", "st") == 0
-assert compiled.unguarded(ptx) == 1 and compiled.unguarded(ptx.replace("st.global.v2", "bar.sync 0;\\n st.global.v2")) == 0
+before = lambda barrier, text: compiled.unguarded(ptx.replace("@%p2 st.global", barrier + "\\n" + text))
+assert compiled.unguarded(ptx) == 1 == before("bar.sync 1, 64;", "@%p2 st.global") and before("bar.sync 0;", "@%p2 st.global") == 0
+turned = ptx.replace("@%p5 bra", "bar.sync 0;\\n@%p5 bra")
+assert compiled.unguarded(turned) == 1, "behind the store it guards nothing"
+assert compiled.accesses(["ld.global.bf16x2 %r; st.relaxed.gpu.global.b32 [%r];", "ld.shared.b32 %r;"]) == {"ld": [4], "st": [4]}
+for strange in ("cp.async.ca.shared.global [%r], 4;", "ld.b32 %r, [%rd];", "atom.global.add.f32 %r;", "red.global.add.f32 [%r];"):
+    try:
+        compiled.accesses([strange])
+    except ValueError:
+        continue
+    raise AssertionError(strange)
 good = {"spills": 0, "local": 0, "load": 16, "store": 16, "unguarded": 0}
 assert compiled.faults(good) == [] == compiled.faults(good | {"store": 0})
 for bad in ({"spills": 4}, {"unguarded": 1}, {"local": 8}, {"load": 8}, {"store": 4}, {"load": 0}):
@@ -43,6 +53,11 @@ def odd():
 compiled.CASES["odd"] = odd
 found = compiled.row("odd", 90)
 assert found["load"] == 4 and compiled.faults(found), found
+import dataclasses
+launch = compiled.caught(compiled.CASES["policy, clipped, KL"])
+real = compiled.compiled(launch, 90).asm["ptx"]
+assert compiled.missing_barriers(launch, 90, real) == 0 == compiled.unguarded(real)
+assert compiled.missing_barriers(launch, 90, real.replace("bar.sync", "nothing", 1)) == 1, "one in the loop and one in the tail"
 found = compiled.row("policy, clipped, KL", 90)
 assert not compiled.faults(found) and found["store"] == 16 and 0 < found["registers"] <= 64, found
 """

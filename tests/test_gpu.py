@@ -91,7 +91,7 @@ def test_seventy_thousand_rows(level):
     config = GRPOLossConfig(importance_sampling_level=level, loss_type="grpo")
     results = []
     for backend, dtype in (("triton", torch.bfloat16), ("torch", torch.float32)):
-        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        h, w = (x.detach().to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
         with torch.no_grad():
             old = linear_logprobs(h, w, ids, backend=backend).logps if not results else results[0]["old"]
         out = fused_linear_grpo_loss(h, w, ids, advantages, mask, old_logps=old, config=config, backend=backend)
@@ -158,32 +158,40 @@ def test_a_cuda_graph_captures_forward_and_backward(config, packed_layout):
     for _ in range(2):
         graph.replay()
     torch.cuda.synchronize()
+    # bf16 gradients: without a graph rows that train nothing are left out, which changes the order of the sums
     for ours, truth in zip(results, expected, strict=True):
-        assert_close("replayed", ours, truth, 1e-5)
+        assert_close("replayed", ours, truth, 2e-3)
     with torch.no_grad():  # other numbers in the same memory
         positional[0].mul_(0.5)
     graph.replay()
     torch.cuda.synchronize()
     changed = [x.detach().clone() for x in results]
     for ours, truth in zip(changed, step(), strict=True):
-        assert_close("replayed with other numbers", ours, truth, 1e-5)
+        assert_close("replayed with other numbers", ours, truth, 2e-3)
 
 
-def test_compiled_without_a_graph_break():
-    p = make_problem(B=4, T=16, D=32, V=503, dtype=torch.bfloat16, config=PATHS["one pass"])
+@every_path
+def test_compiled_without_a_graph_break(config):
+    torch._dynamo.reset()
+    p = make_problem(B=4, T=16, D=32, V=503, dtype=torch.bfloat16, config=config)
     plain = run(fused_linear_grpo_loss, p, backend="triton")
     compiled = torch.compile(lambda *a, **k: fused_linear_grpo_loss(*a, **k, backend="triton"), fullgraph=True)
-    assert_all_close(run(compiled, p).flat(), plain.flat(), 1e-5)
+    assert_all_close(run(compiled, p).flat(), plain.flat(), 2e-3)
 
 
 @pytest.mark.parametrize("path", ["one pass", "recomputed", "frozen", "log-probs"])
 def test_peak_memory_is_the_documented_one(path):
-    """Beyond the inputs: the gradients that are asked for, the float32 sums behind them, and the workspace."""
+    """Beyond the inputs: the gradients that are asked for, the float32 sums behind them, and the workspace.
+
+    A quarter of the rows has advantage 0 and is only scored.
+    """
     rows, depth, vocab = 4096, 1024, 151_936
     hidden, weight, ids = inputs(rows, depth, vocab)
-    advantages, mask = torch.ones(1, device="cuda"), torch.ones(1, rows, device="cuda", dtype=torch.bool)
+    advantages = (torch.arange(rows, device="cuda") % 4 != 0).float().unsqueeze(0)
+    mask = torch.ones(1, rows, device="cuda", dtype=torch.bool)
     old = torch.full((1, rows), -5.0, device="cuda")
     config = GRPOLossConfig(importance_sampling_level="sequence" if path == "recomputed" else "token", loss_type="grpo")
+    advantages = advantages[:, 1] if path == "recomputed" else advantages
 
     def call():
         if path == "log-probs":

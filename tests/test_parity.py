@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from problems import HEAD_LEAVES, draw_problem, make_problem, packed, policy_logps, run
+from problems import DEVICE, HEAD_LEAVES, draw_problem, make_problem, packed, policy_logps, run
 from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
 from grpo_kernels import (
@@ -24,7 +24,9 @@ from grpo_kernels import (
 from grpo_kernels.backends import triton
 from grpo_kernels.config import LOSS_TYPES
 
-BACKENDS = [name for name, reason in available_backends().items() if reason is None and name in ("torch", "cpu", "triton")]
+NAMES = ("torch", "cpu", "triton") if DEVICE == "cpu" else ("torch", "triton")
+BACKENDS = [name for name, reason in available_backends().items() if reason is None and name in NAMES]
+on_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="its tensors are on the CPU")
 WORKSPACES = (1, 700, 3000, 20_000, 300_000, None)
 
 # one config for each way through the code: one pass on- and off-policy, two phases for each of their reasons
@@ -291,6 +293,7 @@ def test_calls_from_several_threads(path, backend, monkeypatch):
                 assert_all_close(result, truth[i], 1e-10)
 
 
+@on_the_cpu
 @every_backend
 @every_path
 def test_strides_views_and_expanded_inputs(config, backend):
@@ -420,6 +423,7 @@ def test_the_same_call_twice_gives_the_same_bits(config, dtype, backend):
                 assert torch.equal(value, again[name]), name
 
 
+@on_the_cpu
 @every_backend
 @pytest.mark.parametrize(
     "options",
@@ -528,7 +532,7 @@ def test_bad_values_with_kept_rows_are_a_nan_loss(config, backend):
 def test_kept_rows_out_of_range_never_read_wild(rows, backend):
     p = make_problem(B=4, T=5, V=33)
     try:
-        out = run(fused_linear_grpo_loss, p, backend=backend, kept_rows=torch.tensor(rows))
+        out = run(fused_linear_grpo_loss, p, backend=backend, kept_rows=torch.tensor(rows, device=DEVICE))
     except (ValueError, IndexError, RuntimeError):
         return
     assert out.loss.isnan()
@@ -565,6 +569,7 @@ def logits_problem(p):
     return z, positional[2:], keywords
 
 
+@on_the_cpu
 @every_backend
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("block", range(8))
@@ -589,6 +594,7 @@ def test_loss_from_logits_equals_the_reference(block, inplace, backend):
         assert_all_close(*results, 1e-10, hint=f"seed {seed}")
 
 
+@on_the_cpu
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_from_logits_of_a_shifted_slice(dtype, backend):
@@ -609,6 +615,7 @@ def test_loss_from_logits_of_a_shifted_slice(dtype, backend):
     assert_close("dlogits", ours, whole.grad, 1e-5 if dtype == torch.float32 else 8e-3)
 
 
+@on_the_cpu
 @every_backend
 def test_loss_from_logits_errors_and_empty_batches(backend):
     p = make_problem(B=3, T=4, V=11, dtype=torch.float32)
@@ -635,6 +642,7 @@ def test_loss_from_logits_errors_and_empty_batches(backend):
     assert grpo_loss_from_logits(**bad, backend=backend).loss.isnan()
 
 
+@on_the_cpu
 @every_backend
 @pytest.mark.parametrize("path", ["one pass", "sequence"])
 def test_autocast_casts_once_and_returns_gradients_in_the_parameters_dtype(path, backend):
@@ -678,6 +686,7 @@ def fused_logprobs(p, **more):
     return out.logps, out.entropy, leaves
 
 
+@on_the_cpu
 @every_backend
 @pytest.mark.parametrize("block", range(10))
 def test_linear_logprobs_under_any_loss(block, backend):
@@ -696,6 +705,7 @@ def test_linear_logprobs_under_any_loss(block, backend):
         assert_all_close(*results, 1e-10, hint=f"seed {seed} {workspace} {which}")
 
 
+@on_the_cpu
 @every_backend
 @pytest.mark.parametrize("workspace", [1, 2000, None])
 @pytest.mark.parametrize("frozen", ["nothing", "head", "hidden"])
@@ -720,6 +730,7 @@ def test_linear_logprobs_gradcheck(frozen, workspace, backend):
     assert torch.autograd.gradcheck(function, (hidden, weight, a, b))
 
 
+@on_the_cpu
 @every_backend
 def test_linear_logprobs_shapes_and_doors(backend):
     g = torch.Generator().manual_seed(0)
@@ -774,6 +785,7 @@ def test_a_backend_that_is_asked_for_and_absent_is_an_error_with_the_remedy():
     assert set(available_backends()) >= {"torch", "cpu"} and available_backends()["torch"] is None
 
 
+@on_the_cpu
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_auto_is_one_of_the_named_backends(loss_type):
     p = make_problem(config=GRPOLossConfig(loss_type=loss_type, max_completion_length=9), dtype=torch.float32)
@@ -782,6 +794,7 @@ def test_auto_is_one_of_the_named_backends(loss_type):
     assert any(all(torch.equal(auto[n], other[n]) for n in auto) for other in named)
 
 
+@on_the_cpu
 @every_path
 @pytest.mark.parametrize("ends", [(0, 4, 3), (1, 2, 3), (0, 2, 2), (0, 9, 3)])
 def test_wrong_ends_of_sequences_with_kept_rows_are_a_nan_loss(config, ends):

@@ -80,7 +80,7 @@ def test_tiles_hold_float32_and_log_probs_are_never_rounded_to_bfloat16():
     p = make_problem(B=3, T=4, D=16, V=301, dtype=torch.bfloat16, config=GRPOLossConfig(), spread=4.0, confident=False)
     exact = run(fused_linear_grpo_loss, p, dtype=torch.float64, backend="torch").logps
     for backend in ("triton", "torch") if DEVICE != "cpu" else ("triton",):
-        assert (run(fused_linear_grpo_loss, p, backend=backend).logps - exact.cpu()).abs().max() < 1e-5
+        assert (run(fused_linear_grpo_loss, p, backend=backend).logps.cpu() - exact.cpu()).abs().max() < 1e-5
     weight = torch.zeros(3, 4, dtype=torch.bfloat16, device=DEVICE)
     assert products.tile_dtype(weight, "triton") == torch.float32
     assert products.tile_dtype(weight.float(), "triton") == torch.float32 and products.tile_dtype(weight.double(), "triton").itemsize == 8
@@ -115,7 +115,7 @@ def test_the_backend_is_chosen_by_device_and_named_ones_are_never_replaced(monke
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert available_backends()["triton"] is None
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        assert backends.resolve("auto", gpu, dtype) == "triton"
+        assert backends.resolve("auto", gpu, dtype) == ("torch" if triton.INTERPRETED else "triton")
     if triton.INTERPRETED:
         assert backends.resolve("auto", cpu, torch.float32) in ("cpu", "torch"), "the interpreter is for those who name it"
         assert backends.resolve("triton", cpu, torch.float32) == "triton"

@@ -28,7 +28,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
             raise ValueError(f"GRPO_KERNELS_BACKEND must be one of auto, {', '.join(_NAMES)}, got {name!r}")
     if name == "auto":
         if device.type == "cuda":
-            return "triton" if triton.why_unavailable() is None else "torch"
+            return "triton" if triton.why_unavailable() is None and not triton.INTERPRETED else "torch"
         usable = device.type == "cpu" and dtype in _CPU_DTYPES and native.why_unavailable() is None
         return "cpu" if usable else "torch"
     reason = _why_unavailable(name)

@@ -5,20 +5,21 @@ the import, which is slow and meant for tests. The contract of the three functio
 """
 
 import contextlib
-import importlib.util
 import math
 from dataclasses import dataclass
 
 import torch
 
-_MISSING = "the package triton is missing; pip install triton (3.4 or newer)"
+_REMEDY = "pip install triton (3.4 or newer)"
 _SCALE_BLOCK = 8192
 _KINDS = {"clipped": 0, "cispo": 1, "sapo": 2, "linear": 3}
 
-if importlib.util.find_spec("triton") is None:
-    kernels = None
-else:
+try:
     from . import row_kernels_triton as kernels
+
+    _import_error = None
+except Exception as error:  # a broken Triton, whatever it raises, must not take the other backends with it
+    kernels, _import_error = None, f"{type(error).__name__}: {error}"
 
 # whether they run in Triton's interpreter, on CPU tensors
 INTERPRETED = kernels is not None and not isinstance(kernels.policy_kernel, kernels.triton.JITFunction)
@@ -27,7 +28,7 @@ INTERPRETED = kernels is not None and not isinstance(kernels.policy_kernel, kern
 def why_unavailable() -> str | None:
     """None, or the reason why the Triton kernels cannot be used, with the remedy."""
     if kernels is None:
-        return _MISSING
+        return f"triton cannot be imported ({_import_error}); {_REMEDY}"
     if INTERPRETED or torch.cuda.is_available():
         return None
     return "there is no GPU; on the CPU use backend='cpu', or set TRITON_INTERPRET=1 before the import to run the kernels slowly"
@@ -39,16 +40,18 @@ class LaunchShape:
     warps: int
 
 
-def launch_shape(columns: int, element_size: int, reads: int = 1) -> LaunchShape:
-    """A pure function of the width of a tile and of how often a kernel reads it.
+def launch_shape(columns: int, element_size: int, reads: int = 1, plain: bool = True) -> LaunchShape:
+    """A pure function of the width of a tile, of how often a kernel reads it, and of whether its arithmetic is plain.
 
     Eight elements a thread: two 16-byte loads in flight and two ahead. A long row that is read twice gets all the threads of a
-    multiprocessor, so that few rows are in flight and the second read finds its row in the L2 cache; otherwise several
-    programs share one, so that one's reductions hide behind another's loads. Reasoned from the compiled code (``make
-    kernels``), not measured yet: ``make gpu PART=sweep`` times the alternatives.
+    multiprocessor, so that few rows are in flight and the second read finds as much as can be of its row in the L2 cache. With
+    a softcap, a bias or a gradient of the entropy, 64 registers are too few for that, and arithmetic sets the pace anyway;
+    there, and where a row is read once, several programs share a multiprocessor, so that one's reductions hide behind
+    another's loads. Reasoned from the compiled code (``make kernels``), not measured yet: ``make gpu PART=sweep`` times the
+    alternatives.
     """
     for least, block, warps in ((65536, 8192, 32), (16384, 4096, 16), (2048, 2048, 8), (0, 1024, 4)):
-        if columns >= least and (reads > 1 or warps < 32):
+        if columns >= least and (warps < 32 or (reads > 1 and plain)) and (warps < 16 or plain):
             return LaunchShape(block // 2, warps) if element_size == 8 else LaunchShape(block, warps)
     raise AssertionError(columns)
 
@@ -63,7 +66,7 @@ def statistics(tile, stats, target, transform, *, bias=None, temperature=None, p
     with _device(tile):
         kernels.statistics_kernel[(rows,)](
             tile, out, stats, target, bias, temperature, *_strides(tile, out), columns, *_numbers(transform),
-            **_options(tile, out, transform, reads=1 + probs),
+            **_options(tile, out, transform, reads=1 + probs, plain=bias is None),
         )  # fmt: skip
 
 
@@ -97,7 +100,7 @@ def policy(tile, target, rows, terms, transform, logps, entropy, *, bias=None, t
             tile, out, kernels.Rows(**vectors), logps, entropy, target, bias, temperature, *_strides(tile, out), columns,
             *_numbers(transform), float(terms.epsilon_low), float(terms.epsilon_high), delta,
             float(terms.sapo_temperature_pos), float(terms.sapo_temperature_neg), KIND=_KINDS[terms.kind],
-            BIAS_CORRECTION=bool(terms.use_bias_correction_kl), **_options(tile, out, transform, reads=2),
+            BIAS_CORRECTION=bool(terms.use_bias_correction_kl), **_options(tile, out, transform, reads=2, plain=bias is None and rows.w_entropy is None),
         )  # fmt: skip
 
 
@@ -119,8 +122,8 @@ def _strides(tile, out):
     return tile.stride(0), 0 if out is None else out.stride(0)
 
 
-def _options(tile, out, transform, reads=1):
-    shape = launch_shape(tile.shape[1], tile.element_size(), reads)
+def _options(tile, out, transform, reads=1, plain=True):
+    shape = launch_shape(tile.shape[1], tile.element_size(), reads, plain and transform.softcap is None)
     overlay = out is not None and out.dtype != tile.dtype and out.data_ptr() == tile.data_ptr()
     return {"SOFTCAP": transform.softcap is not None, "OVERLAY": overlay, "BLOCK": shape.block, "num_warps": shape.warps}
 
