@@ -35,6 +35,7 @@ kernels: $(STAMP)
 
 # With the Python that is given, whose PyTorch knows the GPU: nothing is installed or downloaded.
 gpu:
+	@$(PYTHON) -c "import torch, triton, pytest" || { echo "make gpu: $(PYTHON) has no torch, triton or pytest; give another, PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m benchmarks.gpu $(if $(PART),--part $(PART)) $(GPU_ARGS)
 
 lint: $(STAMP)

@@ -219,6 +219,10 @@ def faults(found: dict) -> list[str]:
     return problems
 
 
+def _shown(key, value):
+    return "-" if key in ("load", "store") and not value else value
+
+
 def _vector():
     return torch.zeros(ROWS)
 
@@ -303,9 +307,11 @@ def main() -> int:
     print(f"{'kernel':<{width}} " + " ".join(f"{key:>9}" for key in columns[1:]))
     bad = []
     for found in rows:
-        print(f"{found['kernel']:<{width}} " + " ".join(f"{found[key]:>9}" for key in columns[1:]))
+        print(f"{found['kernel']:<{width}} " + " ".join(f"{_shown(key, found[key]):>9}" for key in columns[1:]))
         bad += [f"{found['kernel']} on {found['arch']}: {problem}" for problem in faults(found)]
-    print(f"triton {triton.__version__}, V {WIDE}; load and store: bytes of the narrowest access inside a loop")
+    print("programs: that fit a multiprocessor at once; load, store: bytes of the narrowest access in a loop (-: there is none);")
+    print("unguarded: writes over a row's own memory without a barrier")
+    print(f"triton {triton.__version__}, V {WIDE}: {len(rows)} kernels compiled, {f'{len(bad)} faults' if bad else 'no fault'}")
     for problem in bad:
         print(problem, file=sys.stderr)
     return 1 if bad else 0

@@ -5,13 +5,15 @@ ends, and the backward only scales them. Everything else goes through the two ph
 objective on [B, T] tensors.
 """
 
+import inspect
+
 import torch
 
 from . import backends, tiles
 from .arguments import check_loss_arguments, host_may_wait, value_flags
 from .batch import LossBatch
 from .coefficients import row_terms
-from .config import GRPOLossConfig
+from .config import LOSS_FIELDS, GRPOLossConfig
 from .logprobs import FusedHead, graph_is_retained, row_logprobs
 from .outputs import GRPOLossOutput
 from .products import accumulation_dtype
@@ -106,6 +108,9 @@ def fused_linear_grpo_loss(
     return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)
 
 
+_PER_CALL = inspect.signature(fused_linear_grpo_loss).parameters.keys() - LOSS_FIELDS - {"config"}
+
+
 class FusedLinearGRPOLoss(torch.nn.Module):
     """`fused_linear_grpo_loss` as a module: the options at construction, everything else per call.
 
@@ -118,9 +123,13 @@ class FusedLinearGRPOLoss(torch.nn.Module):
 
     def __init__(self, **options):
         super().__init__()
+        per_call = sorted(options.keys() & _PER_CALL)
+        if per_call:
+            raise TypeError(f"{', '.join(per_call)} must be given to the call, not to FusedLinearGRPOLoss(...)")
         self.config = GRPOLossConfig(**options)
 
     def forward(self, hidden, weight, completion_ids, advantages, mask, **tensors) -> GRPOLossOutput:
+        """The arguments of `fused_linear_grpo_loss` but for ``config``: ``backend`` and ``workspace_bytes`` among them."""
         return fused_linear_grpo_loss(hidden, weight, completion_ids, advantages, mask, config=self.config, **tensors)
 
     def extra_repr(self):

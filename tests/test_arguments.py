@@ -281,3 +281,8 @@ def test_every_legal_boundary_is_accepted():
     GRPOLossConfig(epsilon=0, epsilon_high=0, delta=1e-9, top_entropy_quantile=0, logit_scale=-2, beta=-1, entropy_coef=-1,
                    off_policy_mask_threshold=-3.0, max_completion_length=1, vespo_lambda_pos=-1)  # fmt: skip
     GRPOLossConfig(epsilon=5, top_entropy_quantile=1, max_completion_length=8.0)
+
+
+def test_what_belongs_to_the_call_is_not_an_option_of_the_module():
+    with pytest.raises(TypeError, match="backend, workspace_bytes must be given to the call"):
+        grpo_kernels.FusedLinearGRPOLoss(loss_type="grpo", backend="torch", workspace_bytes=1)

@@ -19,8 +19,8 @@ every_path = pytest.mark.parametrize("config", PATHS.values(), ids=PATHS)
 def as_on_a_gpu(monkeypatch):
     seen = []
 
-    def plan_call(*args, plan_call=tiles.plan_call):
-        seen.append(plan_call(*args))
+    def plan_call(*args, plan_call=tiles.plan_call, **more):
+        seen.append(plan_call(*args, **more))
         return seen[-1]
 
     for module in (products, tiles):

@@ -12,6 +12,7 @@ import grpo_kernels
 ROOT = Path(grpo_kernels.__file__).parent
 # from the top floor down; a module that is not listed has no place in the house yet
 FLOORS = (
+    ("__main__",),
     ("cli",),
     ("doctor", "bench"),
     ("trainer",),

@@ -67,7 +67,7 @@ def main(argv=None):
         log.unlink(missing_ok=True)
         record = Record(folder / f"{name}.json", facts)
         run_parts(names, options, arguments, record, log, scratch)
-    print(f"\n{record.path}")
+    print(f"\n{record.path}, and what the parts printed: {log}")
     print(table(record.content, names))
     return 1 if any(record.content["parts"][name]["status"] not in ("ok", "skipped") for name in names) else 0
 

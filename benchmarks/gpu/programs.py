@@ -1,6 +1,7 @@
 """Parts `build`, `test` and `sanitizer`: other programs, their verdict and the end of what they print."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 from .context import Skipped, row
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/test_gpu.py", "tests/test_row_kernels.py", "tests/test_triton.py")
+TESTS = ("tests/test_gpu.py", "tests/test_row_kernels.py", "tests/test_triton.py", "tests/test_parity.py")
 _TAIL = 25  # lines that are kept in the JSON
 
 
@@ -26,7 +27,7 @@ def run_build(context):
     file = ROOT / "grpo_kernels" / "_build_info.json"
     error = (json.loads(file.read_text()) if file.exists() else {}).get("error")
     good = code == 0 and not error
-    message = "" if good else error or f"exit status {code}"
+    message = "" if good else error or f"exit status {code}: {lines[-1] if lines else 'no output'}"
     context.journal.row(_row("setup.py", "build", seconds, "ok" if good else "failed", message, lines))
 
 
@@ -39,13 +40,16 @@ def run_test(context):
             context.journal.row(_row("pytest", file, None, "absent", "there is no such file", []))
             continue
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", file]
+        if cuda and i and importlib.util.find_spec("xdist"):  # small problems: the host is what they wait for
+            command += ["-n", "4"]
         share = context.left() / (len(files) - i)
         seconds, code, lines = _run(command, share, GRPO_KERNELS_TEST_DEVICE=context.options.device)
         counts = count(lines)
         status = "ok" if code == 0 else "failed"
         if cuda and code in (0, 5) and not counts.get("passed"):
             status = "failed"
-        message = ", ".join(f"{n} {what}" for what, n in counts.items()) or f"exit status {code}"
+        last = lines[-1] if lines else "no output"
+        message = ", ".join(f"{n} {what}" for what, n in counts.items()) or f"exit status {code}: {last}"
         context.journal.row(_row("pytest", file, seconds, status, message, lines) | {"counts": counts})
 
 

@@ -42,7 +42,8 @@ def why_unavailable() -> str | None:
     """None, or the reason why the compiled kernels cannot be used, with the remedy."""
     if _native is not None:
         return None
-    reason = build_info().get("error") or _import_error
+    built = any(Path(__file__).parent.parent.glob("_native*"))
+    reason = build_info().get("error") or (_import_error if built else "it was not built: pip install .")
     return f"the compiled extension grpo_kernels._native is missing ({reason}); {REBUILD}"
 
 

@@ -7,8 +7,7 @@
                  columns that were read last.
 
 Per element: two exp in `policy` (and a quarter for the running maximum, kept per GROUP of columns), one elsewhere. The target's
-column is left out of every sum, so that p near 1 loses no digits; only the block that holds it looks for it. Inside the loops
-logits are in units of log 2 and exp is exp2, which saves a product for each; whatever leaves a loop is natural again.
+column is left out of every sum, so that p near 1 loses no digits; only the block that holds it looks for it.
 
 The gradient may be written in a narrower dtype over the tile's own memory (OVERLAY): block k of it lies on block k / 2 of
 the logits, so a barrier stands between a block's last load and its first store, and a block is loaded one step ahead.
@@ -22,7 +21,7 @@ import triton.language as tl
 GROUP = tl.constexpr(4)  # elements of one 16-byte load: their maximum needs no exchange between threads
 CLIPPED, CISPO, SAPO, LINEAR = (tl.constexpr(kind) for kind in range(4))
 FROM_LOGITS, FROM_PROBS, SOFTMAX = (tl.constexpr(mode) for mode in range(3))  # what `_write_row` makes of which
-LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1.0e4)  # exp of it is 0, and 0 times it is not NaN
 
 
@@ -41,6 +40,13 @@ class Rows(NamedTuple):
 def _finite(peak):
     """0 for the maximum of nothing: a block of only -inf (masked vocabulary) must not become inf - inf."""
     return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@triton.jit
+def _exp(x):
+    """exp(x), 0 where it would be subnormal: tl.exp spends three more instructions on those. Differences come in, not logits:
+    their product with log2(e) is rounded."""
+    return tl.exp2(x * _LOG2_E)
 
 
 @triton.jit
@@ -107,8 +113,8 @@ def policy_coefficient(logps, old, ref, advantage, w_policy, w_kl, epsilon_low, 
 
 @triton.jit
 def _transformed(x, columns, end, bias_ptr, logit_scale, softcap, temperature,
-                 UNIT: tl.constexpr, ACC: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
-    """(UNIT z, d z / d x temperature / logit_scale) of raw logits: bias, logit scale, softcap, temperature.
+                 ACC: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
+    """(z, d z / d x temperature / logit_scale) of raw logits: bias, logit scale, softcap, temperature.
 
     ``end`` is the first column behind the row, or None where all columns are known to lie in it.
     """
@@ -121,12 +127,12 @@ def _transformed(x, columns, end, bias_ptr, logit_scale, softcap, temperature,
     slope = 1.0
     if SOFTCAP:
         u = y * (logit_scale / softcap)
-        e = tl.exp2(tl.abs(u) * (-2.0 * LOG2_E))
+        e = _exp(-2.0 * tl.abs(u))
         tanh = (1.0 - e) / (1.0 + e)
-        z = tl.where(u < 0.0, -tanh, tanh) * (softcap / temperature * UNIT)
+        z = tl.where(u < 0.0, -tanh, tanh) * (softcap / temperature)
         slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
     else:
-        z = y * (logit_scale / temperature * UNIT)
+        z = y * (logit_scale / temperature)
     return z, slope
 
 
@@ -135,7 +141,7 @@ def _fold(x, start, end, target, peak, others, moment, bias_ptr, logit_scale, so
           ACC: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A block of logits folded into the running (max, sum of exp, sum of (z - max) exp), one of each per GROUP of lanes."""
     columns = start + tl.arange(0, BLOCK)
-    z, _ = _transformed(x, columns, end, bias_ptr, logit_scale, softcap, temperature, LOG2_E, ACC, SOFTCAP)
+    z, _ = _transformed(x, columns, end, bias_ptr, logit_scale, softcap, temperature, ACC, SOFTCAP)
     if end is not None:
         z = tl.where(columns < end, z, float("-inf"))
     if (target >= start) & (target < start + BLOCK):  # one block of a row: the others need not look for it
@@ -143,9 +149,9 @@ def _fold(x, start, end, target, peak, others, moment, bias_ptr, logit_scale, so
     z = tl.reshape(z, (BLOCK // GROUP, GROUP))
     new_peak = tl.maximum(peak, tl.max(z, 1))
     shift = _finite(new_peak)
-    carry, drop = tl.exp2(peak - shift), tl.where(peak == float("-inf"), 0.0, peak - shift)
+    carry, drop = _exp(peak - shift), tl.where(peak == float("-inf"), 0.0, peak - shift)
     d = z - tl.expand_dims(shift, 1)
-    e = tl.exp2(d)
+    e = _exp(d)
     moment = carry * (moment + drop * others) + tl.sum(tl.maximum(d, _LOWEST) * e, 1)
     return new_peak, carry * others + tl.sum(e, 1), moment
 
@@ -172,13 +178,13 @@ def _row_statistics(row_ptr, columns, target, bias_ptr, logit_scale, softcap, te
         x = ahead
     row_peak = tl.max(peak, 0)
     shift = _finite(row_peak)
-    carry, drop = tl.exp2(peak - shift), tl.where(peak == float("-inf"), 0.0, peak - shift)
+    carry, drop = _exp(peak - shift), tl.where(peak == float("-inf"), 0.0, peak - shift)
     row_moment, row_others = tl.sum(carry * (moment + drop * others), 0), tl.sum(carry * others, 0)
 
     here = (target >= 0) & (target < columns)
     at = tl.where(here, target, 0)
-    z, _ = _transformed(tl.load(row_ptr + at), at, None, bias_ptr, logit_scale, softcap, temperature, 1.0, ACC, SOFTCAP)
-    return row_peak * LN_2, row_others, row_moment * LN_2, tl.where(here, z, float("-inf"))
+    z, _ = _transformed(tl.load(row_ptr + at), at, None, bias_ptr, logit_scale, softcap, temperature, ACC, SOFTCAP)
+    return row_peak, row_others, row_moment, tl.where(here, z, float("-inf"))
 
 
 @triton.jit
@@ -211,14 +217,14 @@ def _result_block(x, start, end, target, at_target, lse, logps, entropy, g, g_en
     slope = 1.0
     if MODE == FROM_PROBS:
         p = x.to(ACC)
-        log2_p = tl.log2(p)
+        log_p = tl.log(p)
         if SOFTCAP:
-            share = temperature * (tl.where(columns == target, logps, log2_p * LN_2) + lse) / softcap
+            share = temperature * (tl.where(columns == target, logps, log_p) + lse) / softcap
             slope = tl.maximum(1.0 - share * share, 0.0)
     else:
-        z, slope = _transformed(x, columns, end, bias_ptr, logit_scale, softcap, temperature, LOG2_E, ACC, SOFTCAP)
-        log2_p = z - lse * LOG2_E
-        p = tl.exp2(log2_p)
+        z, slope = _transformed(x, columns, end, bias_ptr, logit_scale, softcap, temperature, ACC, SOFTCAP)
+        log_p = z - lse
+        p = _exp(log_p)
     if MODE == SOFTMAX:
         result = p
     else:
@@ -226,7 +232,7 @@ def _result_block(x, start, end, target, at_target, lse, logps, entropy, g, g_en
         if (target >= start) & (target < start + BLOCK):
             result = tl.where(columns == target, at_target, result)
         if ENTROPY:
-            result -= g_entropy * (p * (tl.maximum(log2_p, _LOWEST) * LN_2 + entropy))
+            result -= g_entropy * (p * (tl.maximum(log_p, _LOWEST) + entropy))
         result *= slope
     return result
 

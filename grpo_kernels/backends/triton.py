@@ -100,7 +100,8 @@ def policy(tile, target, rows, terms, transform, logps, entropy, *, bias=None, t
             tile, out, kernels.Rows(**vectors), logps, entropy, target, bias, temperature, *_strides(tile, out), columns,
             *_numbers(transform), float(terms.epsilon_low), float(terms.epsilon_high), delta,
             float(terms.sapo_temperature_pos), float(terms.sapo_temperature_neg), KIND=_KINDS[terms.kind],
-            BIAS_CORRECTION=bool(terms.use_bias_correction_kl), **_options(tile, out, transform, reads=2, plain=bias is None and rows.w_entropy is None),
+            BIAS_CORRECTION=bool(terms.use_bias_correction_kl),
+            **_options(tile, out, transform, reads=2, plain=bias is None and rows.w_entropy is None),
         )  # fmt: skip
 
 
