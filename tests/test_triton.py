@@ -53,7 +53,7 @@ def test_the_gradient_lies_over_the_logits_and_nothing_else_is_written(narrow):
     tile, frame = in_frame(logits)
     out = tile.view(narrow)[:, :COLUMNS]
     triton.policy(tile, target, rows, Terms(), Transform(), logps, entropy, out=out)
-    assert torch.equal(out, plain.to(narrow))
+    torch.testing.assert_close(out.float(), plain, rtol=2**-7 if narrow == torch.bfloat16 else 2**-10, atol=6e-8)
     assert (frame[0] == SENTINEL).all() and (frame[-1] == SENTINEL).all() and (frame[1:-1, COLUMNS:] == SENTINEL).all()
     # behind the gradient the second half of the logits stands as it was
     assert torch.equal(tile[:, COLUMNS // 2 + 1 :], logits[:, COLUMNS // 2 + 1 :])

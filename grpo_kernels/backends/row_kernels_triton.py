@@ -217,9 +217,9 @@ def _result_block(x, start, end, target, at_target, lse, logps, entropy, g, g_en
     slope = 1.0
     if MODE == FROM_PROBS:
         p = x.to(ACC)
-        log_p = tl.log(p)
+        log_p = tl.where(columns == target, logps, tl.log(p))  # the target's digits are not in a p near 1
         if SOFTCAP:
-            share = temperature * (tl.where(columns == target, logps, log_p) + lse) / softcap
+            share = temperature * (log_p + lse) / softcap
             slope = tl.maximum(1.0 - share * share, 0.0)
     else:
         z, slope = _transformed(x, columns, end, bias_ptr, logit_scale, softcap, temperature, ACC, SOFTCAP)
