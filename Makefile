@@ -11,6 +11,8 @@ PEERS ?= trl==1.16.0 liger-kernel==0.8.5
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.grpo-kernels
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+# The CUDA C++ kernels are tested from their source, on the host; nvcc would take three minutes. auto builds them where it is.
+BUILD_CUDA ?= 0
 TEST_ARGS ?=
 BENCH_ARGS ?=
 # make gpu PART=paths,kernels GPU_ARGS="--minutes 20"; its parts are listed in benchmarks/gpu/parts.py
@@ -45,7 +47,7 @@ lint: $(STAMP)
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[test]" "$(RUFF)" "datasets>=4.7"
+	GRPO_KERNELS_BUILD_CUDA=$(BUILD_CUDA) $(BIN)/python -m pip install -q -e ".[test]" "$(RUFF)" "datasets>=4.7"
 	$(BIN)/python -m pip install -q --no-deps $(PEERS)
 	touch $@
 

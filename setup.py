@@ -1,9 +1,11 @@
-"""Builds grpo_kernels._native: csrc/, bound with pybind11, without PyTorch. Everything else stands in pyproject.toml.
+"""Builds grpo_kernels._native (csrc/, bound with pybind11) and, where nvcc is found, _cuda.so; without PyTorch. Everything else
+stands in pyproject.toml.
 
-An install never fails for want of a compiler: what was built, or why nothing was, goes into
-grpo_kernels/_build_info.json, which `grpo-kernels doctor` reads.
+An install never fails for want of a compiler, unless GRPO_KERNELS_BUILD_CUDA=1 asks for nvcc's: what was built, or why nothing was,
+goes into grpo_kernels/_build_info.json, which `grpo-kernels doctor` reads.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -32,11 +34,25 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # row_kernels_cpu.cpp is compiled once for each: name, bytes of a vector register, flags
 VARIANTS = [("baseline", 16, [])] + ([("avx2", 32, AVX2), ("avx512", 64, AVX512)] if X86_64 else [])
 INFO = "_build_info.json"
+BUILD_CUDA = os.environ.get("GRPO_KERNELS_BUILD_CUDA", "auto")
+if BUILD_CUDA not in ("auto", "0", "1"):
+    sys.exit(f"GRPO_KERNELS_BUILD_CUDA must be auto, 0 or 1, got {BUILD_CUDA!r}")
+
+
+def load(path):
+    """A module of the package by its path: importing the package would import PyTorch."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build_cuda = load(Path(__file__).parent / "grpo_kernels" / "build_cuda.py")
 
 
 class BuildNative(build_ext):
     def build_extension(self, ext):
-        info = {"compiler": None, "flags": FLAGS, "isas": [], "openmp": False, "cuda": False, "error": None}
+        info = {"compiler": None, "flags": FLAGS, "isas": [], "openmp": False, "cuda": None, "error": None, "cuda_error": None}
         try:
             self.build_native(ext, info)
         except Exception as error:  # of the compiler or its absence: the package works without, and says so
@@ -44,7 +60,26 @@ class BuildNative(build_ext):
             print(f"grpo-kernels: no compiled kernels, {info['error']}", file=sys.stderr)
         path = self.info_path(self.get_ext_fullpath(ext.name))
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.build_cuda(path.parent, info)
         path.write_text(json.dumps(info, indent=2) + "\n")
+
+    def build_cuda(self, package, info):
+        """The CUDA kernels beside the extension, and their sources in a wheel, so that they can be built later."""
+        if BUILD_CUDA == "0":
+            info["cuda_error"] = "GRPO_KERNELS_BUILD_CUDA=0 when it was installed"
+        elif BUILD_CUDA == "1" or build_cuda.nvcc():
+            try:
+                info["cuda"] = build_cuda.build(package / build_cuda.LIBRARY, Path("csrc"))
+            except build_cuda.BuildError as error:
+                if BUILD_CUDA == "1":
+                    sys.exit(f"GRPO_KERNELS_BUILD_CUDA=1: {error}")
+                info["cuda_error"] = str(error)
+        else:
+            info["cuda_error"] = "nvcc was not found"
+        if package.resolve() != build_cuda.PACKAGE.resolve():
+            (package / "csrc").mkdir(exist_ok=True)
+            for name in build_cuda.SOURCES:
+                shutil.copyfile(Path("csrc", name), package / "csrc" / name)
 
     def build_native(self, ext, info):
         compiler = getattr(self.compiler, "compiler_so_cxx", None) or getattr(self.compiler, "compiler_so", None)
@@ -106,13 +141,10 @@ class BuildNative(build_ext):
         for ext in self.extensions:
             target, source = self._get_inplace_equivalent(build_py, ext)
             shutil.copyfile(self.info_path(source), self.info_path(target))
+            library = Path(source).with_name(build_cuda.LIBRARY)
+            if library.exists():
+                shutil.copyfile(library, Path(target).with_name(build_cuda.LIBRARY))
 
-
-if os.environ.get("GRPO_KERNELS_BUILD_CUDA", "auto") == "1":
-    sys.exit(
-        "GRPO_KERNELS_BUILD_CUDA=1: this version of grpo-kernels has no CUDA C++ kernels. "
-        "Unset the variable, or set it to auto or 0; Triton serves CUDA devices."
-    )
 
 setup(
     cmdclass={"build_ext": BuildNative},

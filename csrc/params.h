@@ -8,7 +8,7 @@
 
 namespace grpo_kernels {
 
-enum class Dtype : int { float32 = 0, bfloat16 = 1, float64 = 2 };
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3 };  // float16: CUDA only
 
 enum class PolicyKind : int { clipped = 0, cispo = 1, sapo = 2, linear = 3 };
 
@@ -17,6 +17,14 @@ struct Tile {
   int64_t rows;        // R
   int64_t columns;     // C
   int64_t row_stride;  // elements from one row to the next; negative or below C is allowed for R <= 1 only
+  Dtype dtype;
+};
+
+// Where a kernel's result goes, on CUDA; the CPU's kernels work in place. The tile's own memory in a narrower dtype (rows on
+// rows, in one kernel launch), or memory of its own.
+struct Output {
+  void* data;          // [R, C], elements of one row adjacent; null: over the tile, in its dtype
+  int64_t row_stride;  // elements of `dtype`
   Dtype dtype;
 };
 
@@ -35,6 +43,7 @@ struct StatisticsParams {
   const int64_t* target;  // [R], relative to the tile's first column; outside [0, C): not in this tile
   void* stats;            // acc [R, 4]: max, sum of exp(z - max) without the target, sum of (z - max) exp(z - max), target's z
   bool probs;             // overwrite the tile by softmax(z)
+  Output out;
 };
 
 struct GradientParams {
@@ -47,6 +56,7 @@ struct GradientParams {
   const void* g;          // acc [R], d loss / d logps
   const void* g_entropy;  // acc [R], d loss / d entropy, or null
   bool from_probs;
+  Output out;
 };
 
 struct PolicyTerms {
@@ -72,6 +82,7 @@ struct PolicyParams {
   const void* w_entropy;   // acc [R] or null: no entropy term
   void* logps;             // acc [R], written
   void* entropy;           // acc [R], written
+  Output out;
 };
 
 struct TransposeParams {

@@ -49,6 +49,29 @@ GRPO_HD void raise_max(RowStatistics<S>& s, S max) {
   s.max = max;
 }
 
+// 0 for the maximum of nothing: -inf - -inf is nan.
+template <class S>
+GRPO_HD S finite(S max) {
+  return max == -infinity<S>() ? S(0) : max;
+}
+
+// The statistics of two sets of columns without a common one. Which of them comes first changes no bit.
+template <class S>
+GRPO_HD RowStatistics<S> merged(RowStatistics<S> a, RowStatistics<S> b) {
+  raise_max(a, b.max);
+  raise_max(b, a.max);
+  return {a.max, a.others + b.others, a.moment + b.moment, b.target == -infinity<S>() ? a.target : b.target};
+}
+
+// Adds the target's z to statistics that have met every other column; -inf: it is not among them.
+template <class S>
+GRPO_HD void add_target(RowStatistics<S>& s, S z) {
+  raise_max(s, z);
+  const S x = z - s.max;
+  if (z != -infinity<S>()) s.moment += x * std::exp(x);
+  s.target = z;
+}
+
 template <class S>
 struct RowResult {
   S lse;      // log sum exp(z)

@@ -11,11 +11,11 @@ from . import __version__
 
 USAGE = """\
 usage: grpo-kernels train [--config FILE.yaml] [--model PATH --data FILE.jsonl --reward pkg.mod:fn ...] [--OPTION VALUE ...]
-       grpo-kernels doctor
+       grpo-kernels doctor [--build-cuda]
        grpo-kernels --version
 
 train    trains a causal LM on rewards; without --model and --data, the built-in demo. `train --help` lists the options.
-doctor   versions, devices, and which backends are usable here and why not.
+doctor   versions, devices, and which backends are usable here and why not; --build-cuda first builds the CUDA C++ kernels.
 """
 
 
@@ -43,9 +43,9 @@ def main(argv=None) -> int:
 def doctor(argv):
     from .doctor import main as examine
 
-    if argv:
-        raise UsageError(f"doctor takes no arguments, got {' '.join(argv)}")
-    return examine()
+    if argv not in ([], ["--build-cuda"]):
+        raise UsageError(f"doctor takes --build-cuda or nothing, got {' '.join(argv)}")
+    return examine(argv)
 
 
 def train(argv):

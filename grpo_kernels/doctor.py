@@ -1,4 +1,7 @@
-"""`grpo-kernels doctor`: what is installed, which backends work here and why not, how the extension was built."""
+"""`grpo-kernels doctor`: what is installed, which backends work here and why not, how the extension was built.
+
+`--build-cuda` first builds the CUDA C++ kernels, for an installation that came without them.
+"""
 
 import importlib.metadata
 import platform
@@ -6,7 +9,8 @@ import sys
 
 import torch
 
-from .backends import available_backends, native
+from . import build_cuda
+from .backends import available_backends, cuda, native
 
 _PACKAGES = ("grpo-kernels", "torch", "triton", "transformers", "accelerate", "numpy")
 _PEERS = ("trl", "liger-kernel", "peft")
@@ -28,7 +32,13 @@ def report() -> str:
     return "\n".join(lines).rstrip()
 
 
-def main() -> int:
+def main(argv=()) -> int:
+    if list(argv) == ["--build-cuda"]:
+        try:
+            print(build_cuda.build())
+        except build_cuda.BuildError as error:
+            print(f"grpo-kernels doctor --build-cuda: {error}", file=sys.stderr)
+            return 1
     print(report())
     return 0
 
@@ -81,7 +91,8 @@ def _extension():
         facts["flags"] = " ".join(info.get("flags") or [])
         facts["built for"] = ", ".join(info.get("isas") or []) or "nothing"
         facts["OpenMP"] = "yes" if info.get("openmp") else "no: one thread; a compiler with -fopenmp brings the others"
-        facts["CUDA C++"] = "built" if info.get("cuda") else "not part of this version"
+        at_install = info.get("cuda_error")
+        facts["CUDA C++"] = "built" if cuda.LIBRARY.exists() else f"not built: {at_install or 'no record why'}; {cuda.BUILD}"
     else:
         facts["build record"] = "none: the package was not installed by pip from source"
     if reason is None:

@@ -2,10 +2,11 @@
 
 import os
 
+import cuda_host
 import pytest
 import torch
 
-from grpo_kernels.backends import native, pytorch, triton
+from grpo_kernels.backends import cuda, native, pytorch, triton
 
 INF = float("inf")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -84,6 +85,12 @@ def all_kernels():
         found += [Kernels(f"cpu-{isa}", native, isa=isa) for isa in native.isas()]
     if triton.why_unavailable() is None:
         found += [Kernels("triton", triton, DEVICE), Kernels("triton-over", triton, DEVICE, over=True)]
+    if cuda.why_unavailable() is None and DEVICE != "cpu":
+        found += [Kernels("cuda", cuda, DEVICE), Kernels("cuda-over", cuda, DEVICE, over=True)]
+    if cuda_host.why_unavailable() is None and DEVICE == "cpu":  # 64 threads: several warps, and several steps in a short row
+        twice, kept = {"variant": cuda_host.TWICE, "threads": 64}, {"variant": cuda_host.KEPT, "threads": 64, "cluster": 2}
+        for name, options in ("cuda-shim", twice), ("cuda-shim-cluster", kept):
+            found += [Kernels(name, cuda_host, **options), Kernels(f"{name}-over", cuda_host, over=True, **options)]
     return found
 
 

@@ -25,7 +25,7 @@ FLOORS = (
     ("backends",),
     ("coefficients",),
     ("objective", "advantages", "arguments", "row_statistics"),
-    ("plan", "parallel", "config", "outputs"),
+    ("plan", "parallel", "config", "outputs", "build_cuda"),
 )
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPTIONAL = {"peft", "trl", "liger_kernel", "verl", "datasets", "triton", "yaml", "matplotlib", "cut_cross_entropy", "quack"}

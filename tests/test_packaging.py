@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import grpo_kernels
-from grpo_kernels import doctor
+from grpo_kernels import build_cuda, doctor
 from grpo_kernels.backends import native
 
 ROOT = Path(__file__).parent.parent
@@ -21,10 +21,10 @@ def run(*command, **environment):
     return subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
-def setup(*arguments, **environment):
+def setup(*arguments, GRPO_KERNELS_BUILD_CUDA="0", **environment):
     pytest.importorskip("pybind11")
     pytest.importorskip("setuptools")
-    return run("setup.py", "-q", *arguments, **environment)
+    return run("setup.py", "-q", *arguments, GRPO_KERNELS_BUILD_CUDA=GRPO_KERNELS_BUILD_CUDA, **environment)
 
 
 def project(name):
@@ -62,9 +62,67 @@ def test_without_compiler_the_build_succeeds_and_says_why(tmp_path):
     assert list(library.rglob("*.so")) == []
 
 
-def test_cuda_extension_is_refused_by_name(tmp_path):
-    made = setup("build_ext", f"--build-lib={tmp_path}", GRPO_KERNELS_BUILD_CUDA="1")
-    assert made.returncode != 0 and "GRPO_KERNELS_BUILD_CUDA=1" in made.stderr
+def fake_nvcc(folder, fails=False):
+    """A CUDA_HOME whose compiler knows some architectures, keeps its arguments and writes an empty library."""
+    tool = folder / "bin" / "nvcc"
+    tool.parent.mkdir(parents=True)
+    tool.write_text(f"""#!{sys.executable}
+import pathlib, sys
+if "--list-gpu-code" in sys.argv:
+    print("sm_75 sm_80 sm_86 sm_90 sm_100")
+    sys.exit()
+pathlib.Path({str(folder / "arguments")!r}).write_text(" ".join(sys.argv[1:]))
+if {fails}:
+    sys.exit("error: no such thing as a kernel")
+pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).touch()
+""")
+    tool.chmod(0o755)
+    return {"CUDA_HOME": str(folder)}
+
+
+def installed(tmp_path, setting, **environment):
+    made = setup("build_ext", f"--build-lib={tmp_path / 'library'}", f"--build-temp={tmp_path / 'temp'}",
+                 GRPO_KERNELS_BUILD_CUDA=setting, CC="no", CXX="no", **environment)  # fmt: skip
+    package = tmp_path / "library" / "grpo_kernels"
+    record = package / "_build_info.json"
+    return made, package, json.loads(record.read_text()) if record.exists() else None
+
+
+def test_the_cuda_library_is_built_for_every_architecture_the_compiler_knows(tmp_path):
+    made, package, info = installed(tmp_path, "auto", **fake_nvcc(tmp_path / "cuda"))
+    assert made.returncode == 0, made.stderr
+    arguments = (tmp_path / "cuda" / "arguments").read_text()
+    for wanted in ("code=sm_80", "code=sm_86", "code=sm_90a", "code=sm_100a", "code=compute_100", "-cudart=static", "-shared"):
+        assert wanted in arguments, arguments
+    assert "sm_89" not in arguments and "sm_120a" not in arguments and "torch" not in arguments and "cublas" not in arguments
+    assert (package / "_cuda.so").exists() and info["cuda"] and info["cuda_error"] is None
+    # what a wheel needs to build them later
+    assert {path.name for path in (package / "csrc").iterdir()} == set(build_cuda.SOURCES)
+
+
+def test_a_cuda_compiler_that_fails_or_is_not_wanted(tmp_path):
+    made, package, info = installed(tmp_path / "auto", "auto", **fake_nvcc(tmp_path / "cuda", fails=True))
+    assert made.returncode == 0 and "no such thing as a kernel" in info["cuda_error"] and not (package / "_cuda.so").exists()
+    made, *_ = installed(tmp_path / "one", "1", CUDA_HOME=str(tmp_path / "cuda"))
+    assert made.returncode != 0 and "GRPO_KERNELS_BUILD_CUDA=1: nvcc failed" in made.stderr
+    made, package, info = installed(tmp_path / "none", "0", CUDA_HOME=str(tmp_path / "cuda"))
+    assert made.returncode == 0 and "GRPO_KERNELS_BUILD_CUDA=0" in info["cuda_error"] and info["cuda"] is None
+    made, *_ = installed(tmp_path / "typo", "yes")
+    assert made.returncode != 0 and "must be auto, 0 or 1, got 'yes'" in made.stderr
+
+
+def test_doctor_builds_the_cuda_library_later(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build_cuda, "nvcc", lambda: None)
+    assert doctor.main(["--build-cuda"]) == 1
+    assert "nvcc was not found; install the CUDA toolkit" in capsys.readouterr().err
+    for name, value in fake_nvcc(tmp_path / "cuda").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.undo()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert build_cuda.nvcc() == str(tmp_path / "cuda" / "bin" / "nvcc")
+    target = tmp_path / "made.so"
+    assert str(build_cuda.nvcc()) in build_cuda.build(target) and target.exists()
+    assert (build_cuda.sources() / "row_kernels_cuda.cu").exists()
 
 
 def test_import_without_the_extension():
@@ -72,7 +130,7 @@ def test_import_without_the_extension():
 import sys
 sys.modules["grpo_kernels._native"] = None
 import grpo_kernels
-from grpo_kernels import doctor
+from grpo_kernels import build_cuda, doctor
 reason = grpo_kernels.available_backends()["cpu"]
 assert "_native is missing" in reason and "reinstall" in reason, reason
 assert reason in doctor.report()

@@ -4,11 +4,11 @@ import os
 
 import torch
 
-from . import native, pytorch, triton
+from . import cuda, native, pytorch, triton
 
 FLOAT32_TILES = ("triton", "cuda")  # take float32 logits and write a 16-bit gradient over them
-_LATER = "the CUDA C++ kernels are not part of this version; use backend='triton'"
-_NAMES = ("torch", "cpu", "triton", "cuda")
+_MODULES = {"torch": pytorch, "cpu": native, "triton": triton, "cuda": cuda}
+_NAMES = tuple(_MODULES)
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -42,6 +42,8 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
             reason = f"TRITON_INTERPRET=1 runs its kernels on CPU tensors, got {device}; unset it"
         elif not triton.INTERPRETED and device.type != "cuda":
             reason = f"its kernels need tensors on a GPU, got {device}; use backend='auto'"
+    if name == "cuda" and reason is None and device.type != "cuda":
+        reason = f"its kernels need tensors on a GPU, got {device}; use backend='auto'"
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
     return name
@@ -49,7 +51,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def kernels(name: str):
     """The module that holds the row kernels of a resolved backend."""
-    return {"cpu": native, "triton": triton}.get(name, pytorch)
+    return _MODULES[name]
 
 
 def scale_(tensor: torch.Tensor, scale: torch.Tensor) -> None:
@@ -61,4 +63,4 @@ def scale_(tensor: torch.Tensor, scale: torch.Tensor) -> None:
 
 
 def _why_unavailable(name):
-    return {"torch": pytorch, "cpu": native, "triton": triton}[name].why_unavailable() if name != "cuda" else _LATER
+    return _MODULES[name].why_unavailable()

@@ -1,0 +1,39 @@
+// The row kernels on CUDA: launchers with a plain C interface, no framework.
+//
+// Tiles are float32, bfloat16, float16 or float64; results have the tile's dtype, or bfloat16 or float16 from a float32 tile. All
+// pointers are the device's. A launcher returns nullptr, or what went wrong; the text is the calling thread's until its next call.
+#pragma once
+
+#include "params.h"
+
+#ifdef _WIN32
+#define GRPO_API __declspec(dllexport)
+#else
+#define GRPO_API __attribute__((visibility("default")))
+#endif
+
+namespace grpo_kernels {
+
+// Where a kernel runs and in what shape. Zeros are filled in by a pure function of tile and device.
+struct CudaLaunch {
+  int device;
+  void* stream;  // cudaStream_t
+  int variant;   // 0: chosen; 1: two reads of the tile, any device; 2: a cluster of blocks keeps the row, compute capability 9.0 on
+  int cluster;   // blocks of a cluster, 0: chosen
+  int threads;   // of a block, a multiple of 32; 0: chosen
+};
+
+extern "C" {
+GRPO_API const char* grpo_cuda_statistics(const StatisticsParams* params, const CudaLaunch* launch);
+GRPO_API const char* grpo_cuda_gradient(const GradientParams* params, const CudaLaunch* launch);
+GRPO_API const char* grpo_cuda_policy(const PolicyParams* params, const CudaLaunch* launch);
+
+// Most bytes of shared memory that one block may have, by compute capability (90 is 9.0).
+GRPO_API int grpo_cuda_shared_memory(int capability);
+// Blocks of a cluster that keep a row in shared memory: 1, 2, 4 or 8; 0 where it does not fit or there are no clusters.
+GRPO_API int grpo_cuda_cluster_size(int64_t columns, int element_size, int capability);
+// Threads of a block; `visits` is how often a kernel walks over a row.
+GRPO_API int grpo_cuda_threads(int64_t columns, int element_size, int visits);
+}
+
+}  // namespace grpo_kernels

@@ -1,0 +1,72 @@
+"""Builds the CUDA C++ kernels with nvcc: at install (setup.py loads this file by its path), or later, from an installed package.
+
+Imports nothing but the standard library, so that it runs in an isolated build environment.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+SOURCES = ("row_kernels_cuda.cu", "row_kernels_cuda.cuh", "row_kernels_cuda.h", "element_math.h", "row_math.h", "params.h")
+ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120a")
+LIBRARY = "_cuda.so"
+
+
+class BuildError(Exception):
+    """What is missing, or what the compiler said."""
+
+
+def nvcc() -> str | None:
+    """The compiler under CUDA_HOME, or on the path, or where its installer puts it."""
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home and Path(home, "bin", "nvcc").exists():
+            return str(Path(home, "bin", "nvcc"))
+    return shutil.which("nvcc") or next(map(str, Path("/usr/local").glob("cuda/bin/nvcc")), None)
+
+
+def sources() -> Path:
+    """The folder of the sources: inside an installed package, or beside it in a checkout."""
+    for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
+        if (folder / SOURCES[0]).exists():
+            return folder
+    raise BuildError("the CUDA sources are missing from this installation")
+
+
+def targets(compiler: str) -> list[str]:
+    """The -gencode options: machine code of each architecture that this compiler knows, and PTX of the newest for later ones."""
+    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    chosen = [arch for arch in ARCHITECTURES if f"sm_{arch.rstrip('a')}" in known]
+    plain = max((int(m[1]) for m in (re.fullmatch(r"sm_(\d+)", name) for name in known) if m), default=0)
+    if not chosen:
+        raise BuildError(f"{compiler} knows none of sm_{', sm_'.join(ARCHITECTURES)}")
+    options = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
+    return [*options, f"-gencode=arch=compute_{plain},code=compute_{plain}"]
+
+
+def command(compiler: str, source: Path, target: Path) -> list[str]:
+    threads = min(os.cpu_count() or 1, 8)
+    return [compiler, "-shared", "-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads",
+            str(threads), *targets(compiler), f"-I{source.parent}", str(source), "-o", str(target)]  # fmt: skip
+
+
+def build(target: Path | None = None, folder: Path | None = None) -> str:
+    """Compiles the library to ``target`` (beside this file) and returns the compiler's command.
+
+    Raises BuildError with the reason and the remedy.
+    """
+    compiler = nvcc()
+    if compiler is None:
+        raise BuildError("nvcc was not found; install the CUDA toolkit (12.0 or newer) or set CUDA_HOME to it")
+    target = PACKAGE / LIBRARY if target is None else target
+    source = (sources() if folder is None else folder) / SOURCES[0]
+    unfinished = target.with_suffix(f".{os.getpid()}")
+    line = command(compiler, source, unfinished)
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode:
+        unfinished.unlink(missing_ok=True)
+        raise BuildError(f"nvcc failed:\n{(done.stderr or done.stdout)[-3000:]}")
+    unfinished.replace(target)  # at once: a process that has the old library loaded keeps it
+    return " ".join(line)

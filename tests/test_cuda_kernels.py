@@ -1,0 +1,397 @@
+"""The CUDA kernels on the host, beside what test_row_kernels.py asks of every backend: barriers, launch shapes, alignment, errors."""
+
+import itertools
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cuda_host
+import pytest
+import torch
+from cuda_host import KEPT, TWICE
+from row_kernels import DEVICE, make_tile, new_stats
+from test_row_kernels import Terms, Transform, log_probs
+from tolerance import assert_no_worse_than_torch
+
+from grpo_kernels.row_statistics import finalize
+
+if cuda_host.why_unavailable() or DEVICE != "cpu":
+    pytest.skip(cuda_host.why_unavailable() or "they are tested on the device", allow_module_level=True)
+
+SENTINEL = 12345.0
+PLAIN = Transform()
+ROWS, COLUMNS = 3, 4096 + 37  # several steps of 64 threads, and a rest that is no whole unit
+# Every kernel in every variant: (kernel, launch). Clusters with blocks that have nothing to do among them.
+LAUNCHES = [("gradient", TWICE, 0), ("statistics", TWICE, 0), ("policy", TWICE, 0), *itertools.product(["statistics", "policy"], [KEPT], [1, 2, 4, 8])]
+PAIRS = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16),
+         (torch.float16, torch.float16), (torch.float64, torch.float64)]  # fmt: skip
+each_launch = pytest.mark.parametrize("kernel, variant, cluster", LAUNCHES, ids=lambda x: str(x))
+each_pair = pytest.mark.parametrize("dtype, narrow", PAIRS, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def problem(dtype, columns=COLUMNS, rows=ROWS):
+    """Everything the three kernels are given; row 1 is idle."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    logits, target = make_tile(rows, columns, dtype), torch.randint(0, columns, (rows,))
+    logps, entropy = log_probs(logits.to(acc), target)
+    vector = torch.randn(6, rows, dtype=acc)
+    weights = SimpleNamespace(old=logps + 0.1 * vector[0], ref=logps + 0.1 * vector[1], advantages=vector[2], w_policy=vector[3].abs() + 0.1,
+                              w_kl=vector[4].abs(), w_entropy=None)  # fmt: skip
+    g = vector[5]
+    g[1] = weights.w_policy[1] = weights.w_kl[1] = 0
+    lse = logits.to(acc).logsumexp(1)
+    return SimpleNamespace(logits=logits, target=target, weights=weights, vectors=(lse, logps, entropy, g))
+
+
+def call(kernel, p, tile, out=None, transform=PLAIN, **launch):
+    """Runs a kernel on a tile; returns the vectors it writes."""
+    acc = torch.float64 if tile.dtype == torch.float64 else torch.float32
+    if kernel == "statistics":
+        stats = new_stats(tile.shape[0], tile.dtype)
+        cuda_host.statistics(tile, stats, p.target, transform, probs=True, out=out, **launch)
+        return stats
+    if kernel == "gradient":
+        cuda_host.gradient(tile, p.target, *p.vectors, None, transform, out=out, **launch)
+        return torch.zeros(0)
+    results = torch.full((2, tile.shape[0]), float("nan"), dtype=acc)
+    cuda_host.policy(tile, p.target, p.weights, Terms(), transform, *results, out=out, **launch)
+    return results
+
+
+def expected_of(kernel, p, dtype):
+    """What the kernel writes over the tile, from PyTorch in this dtype."""
+    z = p.logits.to(dtype)
+    if kernel == "statistics":
+        return torch.softmax(z, 1)
+    z = z.detach().requires_grad_()
+    logps, _ = log_probs(z, p.target)
+    if kernel == "gradient":
+        loss = (p.vectors[3].to(dtype) * logps).sum()
+    else:
+        w = {k: v.to(dtype) for k, v in vars(p.weights).items() if v is not None}
+        ratio = (logps - w["old"]).exp()
+        clipped = torch.min(ratio * w["advantages"], ratio.clamp(0.8, 1.28) * w["advantages"])
+        k3 = (w["ref"] - logps).exp() - (w["ref"] - logps) - 1
+        loss = (w["w_policy"] * -clipped + w["w_kl"] * k3).sum()
+    return torch.autograd.grad(loss, z)[0]
+
+
+def framed(values, spare, offset):
+    """The values inside a block of sentinels, `offset` elements from a 16-byte boundary: (tile, frame, its untouched part)."""
+    rows, columns = values.shape
+    stride = columns + spare
+    memory = torch.full(((rows + 2) * stride + offset + 64,), SENTINEL, dtype=values.dtype)
+    start = stride + offset
+    start += -(memory.data_ptr() // values.element_size() + start - offset) % (16 // values.element_size())
+    tile = memory.as_strided((rows, columns), (stride, 1), start)
+    tile.copy_(values)
+    inside = torch.zeros(memory.shape, dtype=torch.bool)
+    inside.as_strided((rows, columns), (stride, 1), start).fill_(True)
+    return tile, memory, ~inside
+
+
+def over(tile, narrow):
+    """The tile's memory in a narrower dtype, rows on rows."""
+    return tile if narrow == tile.dtype else tile.view(narrow)[:, : tile.shape[1]]
+
+
+def even(columns):
+    return columns % 2
+
+
+# ---- barriers
+
+
+@each_launch
+@each_pair
+def test_the_same_bits_whatever_order_the_threads_run_in(kernel, variant, cluster, dtype, narrow):
+    p = problem(dtype)
+    expected = None
+    for seed in range(1, 7):
+        tile = torch.empty(ROWS, COLUMNS + even(COLUMNS), dtype=dtype)[:, :COLUMNS].copy_(p.logits)
+        # the first seeds yield at every access: threads run as far apart as the barriers let them
+        written = call(kernel, p, tile, over(tile, narrow), variant=variant, cluster=cluster, threads=64, seed=seed, yield_one_in=1 if seed < 4 else 50)
+        results = over(tile, narrow).clone(), written
+        expected = results if expected is None else expected
+        assert torch.equal(results[0], expected[0]) and torch.equal(results[1], expected[1])
+    exact = expected_of(kernel, p, torch.float64)
+    assert_no_worse_than_torch(kernel, expected[0], expected_of(kernel, p, narrow), exact, 2.0, 1e-12 if dtype == torch.float64 else 4e-6)
+    assert kernel == "statistics" or (expected[0][1] == 0).all()
+
+
+@pytest.mark.parametrize("columns", [130, 256, 1024, 2048 + 2, 3 * 1024, 4 * 1024, 5 * 1024 + 6, 9 * 1024, 16 * 1024 + 258])
+@pytest.mark.parametrize("offset", [0, 2])
+def test_an_overlay_is_safe_at_every_number_of_steps(columns, offset):
+    """Barriers stand at powers of two only: none of the steps between may overtake."""
+    p = problem(torch.float32, columns, 2)
+    plain = p.logits.clone()
+    call("policy", p, plain, variant=TWICE, threads=64)
+    for kernel, seed in itertools.product(("policy", "gradient"), range(1, 5)):
+        tile, memory, outside = framed(p.logits, spare=6, offset=offset)
+        call(kernel, p, tile, over(tile, torch.bfloat16), variant=TWICE, threads=64, seed=seed, yield_one_in=1 + seed % 3)
+        result = over(tile, torch.bfloat16)
+        if kernel == "policy":
+            assert torch.equal(result, plain.bfloat16())
+        else:
+            torch.testing.assert_close(result.double(), expected_of(kernel, p, torch.float64), rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("variant, cluster", [(TWICE, 0), (KEPT, 2)])
+def test_an_idle_row_becomes_zeros_whatever_it_holds(variant, cluster):
+    """A coefficient handed in as 0 makes zeros of a row of NaN; one that comes of its log-prob is NaN itself."""
+    tile, zero = torch.full((2, 700), float("nan")), torch.zeros(2)
+    weights = SimpleNamespace(old=None, ref=None, advantages=None, w_policy=torch.tensor([0.0, 1.0]), w_kl=None, w_entropy=None)
+    cuda_host.policy(tile, torch.tensor([3, 4]), weights, Terms(kind="linear"), PLAIN, zero.clone(), zero, variant=variant, cluster=cluster)
+    assert (tile[0] == 0).all() and tile[1].isnan().all()
+
+
+@pytest.mark.parametrize("variant, cluster", [(TWICE, 0), (KEPT, 2)])
+def test_the_target_of_a_confident_row_keeps_its_digits(variant, cluster):
+    """Its gradient is 1 - p, which float32 cannot take from p = 1 - 6e-8."""
+    tile, one = torch.zeros(1, 700), torch.ones(1)
+    tile[0, 5] = 23.0
+    exact = 699 / (699 + torch.tensor(23.0, dtype=torch.float64).exp())
+    weights = SimpleNamespace(old=None, ref=None, advantages=None, w_policy=one, w_kl=None, w_entropy=None)
+    cuda_host.policy(tile, torch.tensor([5]), weights, Terms(kind="linear"), PLAIN, one.clone(), one.clone(), variant=variant, cluster=cluster)
+    torch.testing.assert_close(tile[0, 5].double(), exact, rtol=1e-5, atol=0)
+
+
+# ---- launch shapes
+
+
+@each_launch
+def test_launch_shapes_agree(kernel, variant, cluster):
+    p = problem(torch.float32)
+    exact, by_torch = expected_of(kernel, p, torch.float64), expected_of(kernel, p, torch.float32)
+    for threads in (0, 32, 96, 256, 1024):
+        tile = p.logits.clone()
+        written = call(kernel, p, tile, variant=variant, cluster=cluster, threads=threads)
+        assert_no_worse_than_torch(f"{threads}", tile, by_torch, exact, 2.0, 4e-6)
+        logps, entropy = log_probs(p.logits.double(), p.target)
+        if kernel == "policy":
+            torch.testing.assert_close(written.double(), torch.stack([logps, entropy]), rtol=2e-6, atol=2e-6)
+        elif kernel == "statistics":
+            torch.testing.assert_close(finalize(written.double())[0], logps, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("variant, cluster", [(TWICE, 0), (KEPT, 2), (KEPT, 8)])
+@pytest.mark.parametrize("columns", [1, 2, 3, 5, 31, 127, 257, 1023])
+def test_rows_shorter_than_a_step(columns, variant, cluster):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        p = problem(dtype, columns, 2)
+        tile, memory, outside = framed(p.logits, spare=3, offset=1)
+        call("statistics", p, tile, variant=variant, cluster=cluster, threads=64)
+        exact = torch.softmax(p.logits.double(), 1)
+        assert_no_worse_than_torch(f"{columns}", tile, torch.softmax(p.logits, 1), exact, 2.0, 1e-12 if dtype == torch.float64 else 1e-6)
+        assert (memory[outside] == SENTINEL).all()
+
+
+def test_folding_into_statistics_that_are_there_already():
+    p = problem(torch.float32)
+    whole = new_stats(ROWS, torch.float32)
+    cuda_host.statistics(p.logits, whole, p.target, Transform(), variant=TWICE)
+    for probs, variant in ((False, TWICE), (True, KEPT)):
+        stats = new_stats(ROWS, torch.float32)
+        for first, end in itertools.pairwise((0, 1, 1700, 1701, COLUMNS)):
+            block = p.logits[:, first:end].clone()
+            cuda_host.statistics(block, stats, p.target - first, Transform(), probs=probs, variant=variant, cluster=2 if probs else 0, threads=64)
+        for ours, theirs in zip(finalize(stats), finalize(whole), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+
+
+# ---- memory
+
+
+@each_launch
+@each_pair
+def test_nothing_else_is_written_at_any_alignment(kernel, variant, cluster, dtype, narrow):
+    """Pointers off the 16-byte path, odd strides: the same bits, and every sentinel stands."""
+    p = problem(dtype)
+    launch = dict(variant=variant, cluster=cluster, threads=64)
+    results = []
+    for spare, offset in ((3, 0), (8, 1), (5, 3), (1, 2), (16 - COLUMNS % 16, 0)):
+        separate, out_memory, out_outside = framed(torch.zeros(ROWS, COLUMNS, dtype=narrow), spare=spare + 1, offset=offset)
+        tile, memory, outside = framed(p.logits, spare, offset)
+        written = call(kernel, p, tile, separate, **launch)
+        assert torch.equal(tile, p.logits), "a tile whose result goes elsewhere stays"
+        results.append((separate.clone(), written))
+
+        in_place = narrow == dtype or (tile.stride(0) % 2 == 0 and tile.storage_offset() % 2 == 0)
+        if in_place:
+            written = call(kernel, p, tile, over(tile, narrow), **launch)
+            results.append((over(tile, narrow).clone(), written))
+            if narrow != dtype:  # behind the result the second half of the logits stands as it was
+                assert torch.equal(tile[:, COLUMNS // 2 + 1 :], p.logits[:, COLUMNS // 2 + 1 :])
+        assert (memory[outside] == SENTINEL).all() and (out_memory[out_outside] == SENTINEL).all()
+    for result, written in results[1:]:
+        assert torch.equal(result, results[0][0]) and torch.equal(written, results[0][1])
+
+
+def test_statistics_alone_leave_the_tile():
+    p = problem(torch.bfloat16)
+    tile, memory, outside = framed(p.logits, 3, 1)
+    cuda_host.statistics(tile, new_stats(ROWS, torch.bfloat16), p.target, Transform(), threads=64)
+    assert torch.equal(tile, p.logits) and (memory[outside] == SENTINEL).all()
+
+
+def test_rows_and_strides_beyond_32_bits():
+    """Row 1 lies 2^31 elements behind row 0, in memory that is reserved and never touched."""
+    stride = 2**31 + 64
+    reserved = mmap.mmap(-1, 2 * (stride + 256), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    tile = torch.frombuffer(reserved, dtype=torch.bfloat16).as_strided((2, 256), (stride, 1))
+    p = problem(torch.bfloat16, 256, 2)
+    for kernel, variant, cluster in LAUNCHES:
+        tile.copy_(p.logits)
+        call(kernel, p, tile, variant=variant, cluster=cluster, threads=32)
+        torch.testing.assert_close(tile.double(), expected_of(kernel, p, torch.float64), rtol=1e-2, atol=1e-5)
+
+
+# ---- the pure functions
+
+
+def test_shared_memory_and_cluster_size():
+    assert [cuda_host.shared_memory(c) >> 10 for c in (75, 80, 86, 89, 90, 100, 120)] == [48, 163, 99, 99, 227, 227, 99]
+    for capability, element_size in itertools.product((80, 86, 89, 90, 100, 120), (2, 4, 8)):
+        widths = (1, 1000, 32_000, 65_536, 128_256, 151_936, 262_144, 10**7)
+        sizes = [cuda_host.cluster_size(columns, element_size, capability) for columns in widths]
+        assert set(sizes) <= {0, 1, 2, 4, 8}
+        if capability < 90:
+            assert set(sizes) == {0}
+            continue
+        fitting = [s for s in sizes if s]
+        assert fitting == sorted(fitting) and fitting[0] == 1 and sizes[-1] == 0
+        for columns, blocks in zip(widths, sizes, strict=True):
+            assert blocks == 0 or columns * element_size / blocks < cuda_host.shared_memory(capability)
+    assert cuda_host.cluster_size(151_936, 4, 90) == 8 and cuda_host.cluster_size(151_936, 2, 90) == 4
+    assert cuda_host.cluster_size(32_000, 4, 90) == 2 and cuda_host.cluster_size(262_144, 4, 120) == 0
+
+
+def test_threads():
+    for columns, element_size, visits in itertools.product((1, 37, 2048, 32_000, 65_536, 151_936), (2, 4, 8), (1, 2)):
+        threads = cuda_host.threads_of(columns, element_size, visits)
+        assert threads in (128, 256, 512, 1024) and threads <= (512 if element_size == 8 else 1024)
+    assert cuda_host.threads_of(151_936, 4, 2) == 1024, "one row per multiprocessor, so that the second read is cached"
+
+
+def test_the_variant_is_chosen_by_device_and_width():
+    """At 8.0 no cluster is launched; at 9.0 a row that fits is kept, and one that does not is read twice."""
+    p = problem(torch.float32, 700, 2)
+    results = {}
+    for capability in (80, 90):
+        tile = p.logits.clone()
+        call("policy", p, tile, capability=capability)
+        results[capability] = tile
+    kept, twice = p.logits.clone(), p.logits.clone()
+    call("policy", p, kept, variant=KEPT)
+    call("policy", p, twice, variant=TWICE)
+    assert torch.equal(results[80], twice) and torch.equal(results[90], kept)
+
+
+# ---- errors
+
+
+def test_what_is_wrong_is_said():
+    p = problem(torch.float32, 700, 2)
+    for message, launch in (
+        ("does not fit the shared memory of a cluster of", dict(variant=KEPT, capability=80)),
+        ("cluster of 3 blocks", dict(variant=KEPT, cluster=3)),
+        ("cluster of 16 blocks", dict(variant=KEPT, cluster=16)),
+        ("multiple of 32 up to 1024, got 48", dict(threads=48)),
+        ("multiple of 32 up to 1024, got 2048", dict(threads=2048)),
+        ("policy kernel: device 3: invalid device ordinal", dict(device=3)),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call("policy", p, p.logits.clone(), **launch)
+    q = problem(torch.bfloat16, 700, 2)
+    with pytest.raises(RuntimeError, match="no result of dtype 3 from a tile of dtype 1"):
+        call("policy", q, q.logits, torch.empty(2, 700, dtype=torch.float16), variant=TWICE)
+    with pytest.raises(AssertionError, match="out must not be wider than the tile"):
+        call("policy", q, q.logits, torch.empty(2, 700), variant=TWICE)
+    with pytest.raises(AssertionError, match="out's rows must lie on the tile's"):
+        call("policy", p, p.logits, p.logits.view(torch.bfloat16).view(-1)[: 2 * 700].view(2, 700), variant=TWICE)
+    with pytest.raises(AssertionError, match="columns must be adjacent"):
+        call("policy", p, p.logits.T.contiguous().T, variant=TWICE)
+    wide = torch.zeros(1, 500_000)
+    with pytest.raises(RuntimeError, match="a row of 500000 columns does not fit"):
+        cuda_host.policy(wide, torch.tensor([0]), problem(torch.float32, 8, 2).weights.__class__(**dict.fromkeys(
+            ("old", "ref", "advantages", "w_policy", "w_kl", "w_entropy"))), Terms(), Transform(), torch.zeros(1), torch.zeros(1), variant=KEPT)  # fmt: skip
+
+
+FAULTS = {
+    "a block's partial sums are read before they are there": (
+        "  if (lane == 0) scratch->warps[warp] = s;\n  __syncthreads();", "  if (lane == 0) scratch->warps[warp] = s;", (TWICE, 0)),
+    "an overlay overtakes the loads": ("if (overlay && (k & (k - 1)) == 0) __syncthreads();", ";", (TWICE, 0)),
+    "a cluster's partial sums are read before they are there": ("Cluster::sync();", "Cluster::barrier_arrive();", (KEPT, 4)),
+    "a block leaves while its shared memory is read": ("ClusterOf<Mode>::type::barrier_wait();", ";", (KEPT, 4)),
+    "a barrier that some threads do not reach": ("  __syncthreads();\n  return merged", "  if (warp) __syncthreads();\n  return merged", (TWICE, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_kernel_without_its_barrier_is_found_out(fault, tmp_path):
+    """The shim is worth something if the kernels fail in it once a barrier is missing."""
+    before, after, (variant, cluster) = FAULTS[fault]
+    sources = tmp_path / "csrc"
+    shutil.copytree(cuda_host.CSRC, sources)
+    kernels = sources / "row_kernels_cuda.cuh"
+    text = kernels.read_text()
+    assert before in text
+    kernels.write_text(text.replace(before, after))
+    p, results = problem(torch.float32, 4096, 2), []
+    for seed, mine in itertools.product(range(1, 5), (None, sources)):
+        tile = p.logits.clone()
+        try:
+            call("policy", p, tile, over(tile, torch.bfloat16), variant=variant, cluster=cluster, threads=64, seed=seed, yield_one_in=1, sources=mine, flags=("-O1",))
+        except RuntimeError as error:
+            assert mine is not None and "policy kernel: thread" in str(error)
+            return
+        results.append(tile.clone())
+    right, wrong = results[::2], results[1::2]
+    assert all(torch.equal(result, right[0]) for result in right)
+    assert not all(torch.equal(result, right[0]) for result in wrong)
+
+
+# ---- sanitizers
+
+SANITIZED = """
+import itertools, sys
+import torch
+sys.path[:0] = {paths!r}
+import cuda_host
+from cuda_host import KEPT, SANITIZERS, TWICE
+from test_cuda_kernels import PAIRS, Transform, call, framed, over, problem
+
+for dtype, narrow in PAIRS:
+    for columns, (variant, cluster) in itertools.product((37, 300, 1111), ((TWICE, 0), (KEPT, 1), (KEPT, 4))):
+        p = problem(dtype, columns, 2)
+        for transform in (Transform(), Transform(1.3, 5.0, 0.7)):
+            for kernel in ("statistics", "gradient", "policy"):
+                launch = dict(variant=variant, cluster=cluster, threads=64, flags=SANITIZERS)
+                # exactly as long as the tile: one element further is an error
+                call(kernel, p, p.logits.clone(), torch.empty(2, columns, dtype=narrow), transform, **launch)
+                if columns % 2 == 0:
+                    tile = p.logits.clone()
+                    call(kernel, p, tile, over(tile, narrow), transform, **launch)
+print("clean")
+"""
+
+
+def sanitizer_libraries():
+    found = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in ("libasan.so", "libubsan.so")]
+    return found if all(Path(path).is_absolute() for path in found) else None
+
+
+def test_under_address_and_undefined_behaviour_sanitizers():
+    libraries = sanitizer_libraries()
+    if libraries is None:
+        pytest.skip("g++ has no sanitizer libraries")
+    tests = Path(__file__).parent
+    # torch leaks at exit; the fibers' own stacks are told to the sanitizer, its fake ones would not be
+    environment = os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "OMP_NUM_THREADS": "1"}
+    code = SANITIZED.format(paths=[str(tests), str(tests.parent)])
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0 and run.stdout.strip() == "clean", run.stdout[-500:] + run.stderr[-4000:]
