@@ -62,7 +62,7 @@ def grpo_loss_from_logits(
         data_parallel_group=data_parallel_group, workspace_bytes=workspace_bytes, backend=backend,
     )  # fmt: skip
     vocab, accumulate = logits.shape[-1], accumulation_dtype(logits.dtype)
-    backend = backends.resolve(backend, logits.device, logits.dtype)
+    backend = backends.resolve(backend, logits.device, logits.dtype, vocab)
     wait = kept_rows is None and host_may_wait(mask)
     batch = LossBatch(args, mask, config, accumulate, data_parallel_group, wait)
     flags = value_flags(mask, completion_ids, vocab, advantages, temperature, batch.layout)

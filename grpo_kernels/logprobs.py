@@ -85,7 +85,8 @@ class FusedHead:
         a, b, scale = (None, None, 1.0) if lora is None else lora
         scalars = [float(scale), transform.logit_scale, transform.softcap or 0.0, transform.temperature]
         budget = default_budget(weight.device.type) if workspace_bytes is None else int(workspace_bytes)
-        return FusedHead((weight, bias, a, b), scalars, budget, backends.resolve(backend, weight.device, weight.dtype))
+        backend = backends.resolve(backend, weight.device, weight.dtype, weight.shape[0])
+        return FusedHead((weight, bias, a, b), scalars, budget, backend)
 
     def needs(self, hidden):
         """Which of (hidden, weight, bias, lora A, lora B) want a gradient."""

@@ -1,8 +1,10 @@
 """The Triton backend beside what test_row_kernels.py asks of every backend: where results go, launches, choice, compiled code."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +130,38 @@ def test_the_backend_is_chosen_by_device_and_named_ones_are_never_replaced(monke
     monkeypatch.setattr(triton, "kernels", None)
     assert "pip install triton" in available_backends()["triton"]
     assert backends.resolve("auto", gpu, torch.float32) == "torch"
+
+
+def test_a_record_chooses_between_triton_and_cuda(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))  # benchmarks/ is no part of the package
+    from benchmarks.gpu import fastest
+
+    def row(provider, vocab, seconds, rows=100, status="ok", path="policy"):
+        return dict(provider=provider, path=path, shape={"rows": rows, "vocab": vocab}, median=seconds, status=status)
+
+    rows = [row("triton", 32_000, 1.0), row("cuda", 32_000, 2.0), row("triton", 151_936, 2.0), row("cuda", 151_936, 1.0),
+            row("triton", 262_144, 1.0), row("cuda", 999, 1.0, status="wrong"), row("cuda", 32_000, 0.1, path="gradient")]  # fmt: skip
+    content = {"capability": [9, 0], "parts": {"kernels": {"rows": rows}}}
+    path = tmp_path / "fastest.json"
+    path.write_text('{"8.0": {"32000": "triton"}}')
+    assert fastest.write(content, path) and not fastest.write({"capability": [9, 0], "parts": {}}, path)
+    found = json.loads(path.read_text())
+    assert found == {"8.0": {"32000": "triton"}, "9.0": {"32000": "triton", "151936": "cuda"}}
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(backends, "_why_unavailable", lambda name: None)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delenv("GRPO_KERNELS_BACKEND", raising=False)
+    choose = lambda vocab: backends.resolve("auto", gpu, torch.bfloat16, vocab)  # noqa: E731
+    monkeypatch.setattr(backends, "_fastest", {})
+    assert choose(151_936) == "triton", "without a record"
+    monkeypatch.setattr(backends, "_fastest", found)
+    assert [choose(vocab) for vocab in (1000, 32_000, 128_256, 262_144)] == ["triton", "triton", "cuda", "cuda"]
+    monkeypatch.setattr(backends, "_why_unavailable", lambda name: "no" if name == "cuda" else None)
+    assert choose(151_936) == "triton"
+    monkeypatch.setattr(backends, "_why_unavailable", lambda name: "no" if name == "triton" else None)
+    assert choose(32_000) == "cuda"
 
 
 def test_wrong_arguments_are_refused():

@@ -1,6 +1,7 @@
 """Everything a GPU can prove, in one command and under ten minutes: `make gpu`, or `python -m benchmarks.gpu`.
 
     __main__.py   the command line, and the order of the parts
+    fastest.py    the record -> the table behind backend="auto"
     parts.py      a part is a process of its own with a time limit; the one JSON file that all of them end up in
     journal.py    what a part has measured so far, on disk, so that it can be killed, and started again behind what killed it
     context.py    what a part is given; how a failure becomes a row

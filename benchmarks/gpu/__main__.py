@@ -16,6 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
+from . import fastest
 from .journal import Journal
 from .parts import PARTS, ROOT, Record, run_parts
 from .table import table
@@ -67,6 +68,8 @@ def main(argv=None):
         log.unlink(missing_ok=True)
         record = Record(folder / f"{name}.json", facts)
         run_parts(names, options, arguments, record, log, scratch)
+    if options.device == "cuda" and fastest.write(record.content):
+        print(f"backend='auto' now follows {fastest.backends.FASTEST}")
     print(f"\n{record.path}, and what the parts printed: {log}")
     print(table(record.content, names))
     return 1 if any(record.content["parts"][name]["status"] not in ("ok", "skipped") for name in names) else 0

@@ -13,7 +13,10 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+
 from .context import Skipped, row
+from .providers import our_backends
 
 ROOT = Path(__file__).parents[2]
 TESTS = ("tests/test_gpu.py", "tests/test_row_kernels.py", "tests/test_triton.py", "tests/test_parity.py")
@@ -65,27 +68,31 @@ def run_sanitizer(context):
     if context.options.device == "cpu":
         raise Skipped("compute-sanitizer watches GPUs")
     small = [sys.executable, "-m", "benchmarks.gpu.small"]
-    # by itself first: a wrong result is no matter of memory, and the kernels are compiled then
-    seconds, code, lines = _run(small, context.left())
-    status = "ok" if code == 0 else "failed"
-    context.journal.row(_row("small", "all paths", seconds, status, lines[-1] if lines else f"exit status {code}", lines))
     tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        context.journal.row(_row("compute-sanitizer", "all paths", None, "absent", "compute-sanitizer is not on the PATH", []))
-        return
     # the caching allocator hands out parts of large blocks, in which an access past the end is no error
-    for name, options, more in (
-        ("memcheck", ["--report-api-errors", "no"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
-        ("racecheck", [], {}),
-    ):
-        share = context.left() * (0.5 if name == "memcheck" else 1)
-        command = [tool, "--tool", name, *options, "--print-limit", "20", "--error-exitcode", "9", *small]
+    tools = [("memcheck", ["--report-api-errors", "no"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}), ("racecheck", [], {})]
+    runs = [(name, check) for check in tools for name in our_backends(torch.device("cuda")) if name != "torch"]
+    runs += [(name, ("synccheck", [], {})) for name, check in runs if name == "cuda" and check[0] == "racecheck"]
+    for i, (backend, (check, options, more)) in enumerate(runs):
+        more = {**more, "GRPO_KERNELS_BACKEND": backend}
+        share = context.left() / (len(runs) - i)
+        if check == "memcheck":  # by itself first: a wrong result is no matter of memory, and the kernels are compiled then
+            seconds, code, lines = _run(small, share / 2, GRPO_KERNELS_BACKEND=backend)
+            status = "ok" if code == 0 else "failed"
+            message = lines[-1] if lines else f"exit status {code}"
+            context.journal.row(_row(f"small, {backend}", "all paths", seconds, status, message, lines))
+        if tool is None:
+            message = "compute-sanitizer is not on the PATH"
+            context.journal.row(_row(f"{check}, {backend}", "all paths", None, "absent", message, []))
+            continue
+        command = [tool, "--tool", check, *options, "--print-limit", "20", "--error-exitcode", "9", *small]
         seconds, code, lines = _run(command, share, **more)
         said = [line for line in lines if line.startswith("=========")]
         summary = next((line.strip("= ") for line in reversed(said) if "SUMMARY" in line), None)
         clean = summary is not None and code == 0
         message = summary or ("its time was over" if code is None else f"exit status {code} and no summary")
-        context.journal.row(_row(name, "all paths", seconds, "ok" if clean else "failed", message, said[:60] or lines))
+        status = "ok" if clean else "failed"
+        context.journal.row(_row(f"{check}, {backend}", "all paths", seconds, status, message, said[:60] or lines))
 
 
 def _row(provider, path, seconds, status, message, lines):

@@ -1,6 +1,9 @@
 """The backends: each is three row kernels on a tile of logits (`pytorch.py` states the contract), chosen by name."""
 
+import json
+import math
 import os
+from pathlib import Path
 
 import torch
 
@@ -9,6 +12,9 @@ from . import cuda, native, pytorch, triton
 FLOAT32_TILES = ("triton", "cuda")  # take float32 logits and write a 16-bit gradient over them
 _MODULES = {"torch": pytorch, "cpu": native, "triton": triton, "cuda": cuda}
 _NAMES = tuple(_MODULES)
+# {compute capability: {V: the backend whose fused kernel was the fastest}}, written by `make gpu` from what it measured
+FASTEST = Path(__file__).with_name("fastest.json")
+_fastest = json.loads(FASTEST.read_text()) if FASTEST.exists() else {}
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -17,8 +23,10 @@ def available_backends() -> dict[str, str | None]:
     return {name: _why_unavailable(name) for name in _NAMES}
 
 
-def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve(name: str, device: torch.device, dtype: torch.dtype, vocab: int | None = None) -> str:
     """The backend that a call with these tensors uses; ``auto`` follows GRPO_KERNELS_BACKEND, then the device.
+
+    On a GPU that is what `fastest.json` has measured at the nearest vocabulary; without a record Triton, then CUDA C++.
 
     Raises RuntimeError if a backend that was asked for by name cannot be used.
     """
@@ -28,7 +36,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
             raise ValueError(f"GRPO_KERNELS_BACKEND must be one of auto, {', '.join(_NAMES)}, got {name!r}")
     if name == "auto":
         if device.type == "cuda":
-            return "triton" if triton.why_unavailable() is None and not triton.INTERPRETED else "torch"
+            return _on_a_gpu(device, vocab)
         usable = device.type == "cpu" and dtype in _CPU_DTYPES and native.why_unavailable() is None
         return "cpu" if usable else "torch"
     reason = _why_unavailable(name)
@@ -47,6 +55,17 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
     return name
+
+
+def _on_a_gpu(device, vocab):
+    usable = [name for name in ("triton", "cuda") if _why_unavailable(name) is None]
+    if triton.INTERPRETED and "triton" in usable:
+        usable.remove("triton")
+    if _fastest and vocab and len(usable) == 2:
+        measured = _fastest.get(".".join(map(str, torch.cuda.get_device_capability(device))))
+        if measured:
+            return measured[min(measured, key=lambda v: abs(math.log(int(v) / vocab)))]
+    return usable[0] if usable else "torch"
 
 
 def kernels(name: str):
