@@ -1,4 +1,4 @@
-# make demo | test | bench | kernels | kernels-cuda | gpu | lint | clean
+# make demo | test | bench | kernels | gpu | lint | clean
 #
 # A virtual environment is made in .venv on first use; VENV=path takes another one, which is left as it is if it holds the package.
 PYTHON ?= python3
@@ -19,7 +19,7 @@ BENCH_ARGS ?=
 PART ?=
 GPU_ARGS ?=
 
-.PHONY: demo test bench kernels kernels-cuda gpu lint clean
+.PHONY: demo test bench kernels gpu lint clean
 
 demo: $(STAMP)
 	$(BIN)/grpo-kernels train
@@ -31,12 +31,9 @@ bench: $(STAMP)
 	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-json=benchmarks/results/latest.json $(BENCH_ARGS)
 
-# The Triton kernels compiled for three architectures, no GPU needed: registers, spills, width of memory accesses.
+# Triton's and, where nvcc is, the CUDA C++ kernels compiled for three architectures, no GPU needed: registers, spills, accesses.
 kernels: $(STAMP)
 	$(BIN)/python -m benchmarks.compiled
-
-# The same of the CUDA C++ kernels; two minutes of nvcc.
-kernels-cuda: $(STAMP)
 	$(BIN)/python -m benchmarks.compiled_cuda
 
 # With the Python that is given, whose PyTorch knows the GPU: nothing is installed or downloaded.

@@ -33,9 +33,9 @@ from grpo_kernels.backends.pytorch import new_statistics
 from grpo_kernels.coefficients import PolicyRows, PolicyTerms
 from grpo_kernels.config import LogitTransform
 
+from .occupancy import blocks_at_once
+
 ARCHITECTURES = (80, 90, 100)
-# of one multiprocessor: threads, and 32-bit registers, handed out by 256 to a warp
-_THREADS, _REGISTERS, _REGISTER_UNIT = 2048, 65536, 256
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64",
 }  # fmt: skip
@@ -183,12 +183,6 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def programs_at_once(registers: int, warps: int) -> int:
-    """Programs whose threads and registers fit a multiprocessor together."""
-    of_a_warp = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
-    return min(_THREADS // (32 * warps), _REGISTERS // (of_a_warp * warps))
-
-
 def row(name: str, architecture: int) -> dict:
     launch = caught(CASES[name])
     kernel = compiled(launch, architecture)
@@ -203,7 +197,7 @@ def row(name: str, architecture: int) -> dict:
         "spills": len(re.findall(r"\b(?:ld|st)\.local", ptx)) + used["STACK"],
         "local": used["LOCAL"],
         "shared": kernel.metadata.shared,
-        "programs": programs_at_once(used["REG"], warps),
+        "programs": blocks_at_once(used["REG"], warps),
         "load": narrowest(ptx, "ld"),
         "store": narrowest(ptx, "st"),
         "unguarded": (unguarded(ptx) if launch.arguments["OVERLAY"] else 0) + missing_barriers(launch, architecture, ptx),

@@ -36,14 +36,18 @@ def sources() -> Path:
 
 
 def targets(compiler: str) -> list[str]:
-    """The -gencode options: machine code of each architecture that this compiler knows, and PTX of the newest for later ones."""
+    """The -gencode options: machine code of each architecture that this compiler knows, and PTX for those between and after them.
+
+    Machine code of sm_100a runs on 10.0 alone: 10.3 and 11.0 take the PTX of compute_100, whatever comes later that of the newest.
+    """
     known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    chosen = [arch for arch in ARCHITECTURES if f"sm_{arch.rstrip('a')}" in known]
-    plain = max((int(m[1]) for m in (re.fullmatch(r"sm_(\d+)", name) for name in known) if m), default=0)
+    numbers = {int(m[1]) for m in (re.fullmatch(r"sm_(\d+)", name) for name in known) if m}
+    chosen = [arch for arch in ARCHITECTURES if int(arch.rstrip("a")) in numbers]
     if not chosen:
         raise BuildError(f"{compiler} knows none of sm_{', sm_'.join(ARCHITECTURES)}")
+    portable = sorted({max(numbers)} | numbers & {100})
     options = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
-    return [*options, f"-gencode=arch=compute_{plain},code=compute_{plain}"]
+    return options + [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in portable]
 
 
 def command(compiler: str, source: Path, target: Path) -> list[str]:

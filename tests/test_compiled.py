@@ -41,7 +41,7 @@ good = {"spills": 0, "local": 0, "load": 16, "store": 16, "unguarded": 0}
 assert compiled.faults(good) == [] == compiled.faults(good | {"store": 0})
 for bad in ({"spills": 4}, {"unguarded": 1}, {"local": 8}, {"load": 8}, {"store": 4}, {"load": 0}):
     assert len(compiled.faults(good | bad)) == 1, bad
-assert compiled.programs_at_once(64, 32) == 1 and compiled.programs_at_once(32, 32) == 2 and compiled.programs_at_once(33, 8) == 6
+assert compiled.blocks_at_once(64, 32) == 1 and compiled.blocks_at_once(32, 32) == 2 and compiled.blocks_at_once(33, 8) == 6
 
 # an odd row stride cannot be read 16 bytes at a time: it must show
 import torch
@@ -68,3 +68,19 @@ def test_the_judge():
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_ptxas_prints_is_read(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import compiled_cuda
+
+    text = """ptxas info    : Compiling entry function '_Zone' for 'sm_90a'
+ptxas info    : Function properties for _Zone
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 48 registers, used 1 barriers
+ptxas info    : Compiling entry function '_Ztwo' for 'sm_90a'
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 64 registers, 1056 bytes smem"""
+    first, second = compiled_cuda.parsed(text, "90a")
+    assert first == {"kernel": "_Zone", "arch": "sm_90a", "registers": 48, "stack": 0, "spills": 0, "shared": 0}
+    assert second == {"kernel": "_Ztwo", "arch": "sm_90a", "registers": 64, "stack": 16, "spills": 12, "shared": 1056}

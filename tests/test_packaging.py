@@ -69,7 +69,7 @@ def fake_nvcc(folder, fails=False):
     tool.write_text(f"""#!{sys.executable}
 import pathlib, sys
 if "--list-gpu-code" in sys.argv:
-    print("sm_75 sm_80 sm_86 sm_90 sm_100")
+    print("sm_75 sm_80 sm_86 sm_90 sm_100 sm_110")
     sys.exit()
 pathlib.Path({str(folder / "arguments")!r}).write_text(" ".join(sys.argv[1:]))
 if {fails}:
@@ -92,7 +92,7 @@ def test_the_cuda_library_is_built_for_every_architecture_the_compiler_knows(tmp
     made, package, info = installed(tmp_path, "auto", **fake_nvcc(tmp_path / "cuda"))
     assert made.returncode == 0, made.stderr
     arguments = (tmp_path / "cuda" / "arguments").read_text()
-    for wanted in ("code=sm_80", "code=sm_86", "code=sm_90a", "code=sm_100a", "code=compute_100", "-cudart=static", "-shared"):
+    for wanted in ("code=sm_80", "code=sm_86", "code=sm_90a", "code=sm_100a", "code=compute_110", "code=compute_100", "-cudart=static", "-shared"):
         assert wanted in arguments, arguments
     assert "sm_89" not in arguments and "sm_120a" not in arguments and "torch" not in arguments and "cublas" not in arguments
     assert (package / "_cuda.so").exists() and info["cuda"] and info["cuda_error"] is None
