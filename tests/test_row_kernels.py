@@ -4,8 +4,9 @@ A backend that takes float32 logits of 16-bit inputs is tested a second time so 
 the 16-bit dtype over their memory.
 """
 
+import functools
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,28 +14,15 @@ import torch
 from row_kernels import INF, acc, copy_of, each_dtype, each_kernels, make_tile, new_stats
 from tolerance import assert_no_worse_than_torch
 
+from grpo_kernels.coefficients import PolicyTerms
+from grpo_kernels.config import LogitTransform as Transform
 from grpo_kernels.row_statistics import finalize
 
 # Rows and columns: one of each, ragged ends, exactly one block of 4096, several blocks and a rest.
 SHAPES = [(1, 1), (1, 37), (3, 151), (2, 4096), (3, 8192 + 4096 + 77), (40, 65)]
 
 
-@dataclass(frozen=True)
-class Transform:
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-
-@dataclass(frozen=True)
-class Terms:
-    kind: str = "clipped"
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.28
-    delta: float | None = None
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-    use_bias_correction_kl: bool = False
+Terms = functools.partial(PolicyTerms, kind="clipped", epsilon_high=0.28, use_bias_correction_kl=False)
 
 
 TRANSFORMS = [
