@@ -8,9 +8,6 @@
 namespace grpo_kernels {
 namespace {
 
-constexpr int kLargestCluster = 8;     // more need a permission of their own, and not every GPU has them
-constexpr int kPerMultiprocessor = 2;  // blocks that a row's pieces leave room for, so that one computes while another loads
-
 template <class... Args>
 const char* failure(const char* format, Args... args) {
   static thread_local char text[256];
@@ -31,11 +28,6 @@ class OnDevice {
   int before_ = 0;
 };
 
-int bytes_per_block(int64_t columns, int element_size, int blocks) {
-  const int64_t lines = (columns * element_size + 127) / 128;
-  return kScratchBytes + int((lines + blocks - 1) / blocks * 128);
-}
-
 struct Shape {
   bool kept;
   int cluster, threads, shared;
@@ -43,24 +35,23 @@ struct Shape {
 
 // Fills in what the caller left open; returns what is wrong with the rest, or nullptr.
 const char* shape_of(const Tile& tile, int element_size, const CudaLaunch& launch, int visits, int capability, Shape& shape) {
-  shape.cluster = launch.cluster ? launch.cluster : grpo_cuda_cluster_size(tile.columns, element_size, capability);
+  if (tile.rows > INT32_MAX / kLargestCluster || tile.columns > INT32_MAX / 2) {
+    return failure("%lld rows or %lld columns are too many", (long long)tile.rows, (long long)tile.columns);
+  }
+  shape.cluster = launch.cluster ? launch.cluster : cluster_size(tile.columns, element_size, capability);
   shape.kept = launch.variant == 2 || (launch.variant == 0 && visits == 2 && shape.cluster > 0);
   if (!shape.kept) shape.cluster = 1;
-  shape.shared = shape.kept && shape.cluster ? bytes_per_block(tile.columns, element_size, shape.cluster) : kScratchBytes;
   const bool power_of_two = shape.cluster > 0 && (shape.cluster & (shape.cluster - 1)) == 0;
-  if (shape.kept && (capability < 90 || !power_of_two || shape.cluster > kLargestCluster ||
-                     shape.shared > grpo_cuda_shared_memory(capability))) {
+  const bool possible = capability >= 90 && power_of_two && shape.cluster <= kLargestCluster;
+  const int64_t shared = shape.kept && possible ? block_memory(tile.columns, element_size, shape.cluster) : kScratchBytes;
+  if (shape.kept && (!possible || shared > most_shared_memory(capability))) {
     return failure("a row of %lld columns does not fit the shared memory of a cluster of %d blocks at compute capability %d",
                    (long long)tile.columns, shape.cluster, capability);
   }
-  const int64_t share = (tile.columns + shape.cluster - 1) / shape.cluster;
-  shape.threads = launch.threads ? launch.threads : grpo_cuda_threads(share, element_size, shape.kept ? 1 : visits);
-  const int most = element_size == 8 ? 512 : 1024;
-  if (shape.threads < 32 || shape.threads > most || shape.threads % 32) {
-    return failure("threads must be a multiple of 32 up to %d, got %d", most, shape.threads);
-  }
-  if (tile.rows > INT32_MAX / shape.cluster || tile.columns > INT32_MAX / 2) {
-    return failure("%lld rows or %lld columns are too many", (long long)tile.rows, (long long)tile.columns);
+  shape.shared = int(shared);
+  shape.threads = launch.threads ? launch.threads : threads_of(tile.columns, element_size, shape.kept ? 1 : visits, shape.cluster);
+  if (shape.threads < 32 || shape.threads > most_threads(element_size) || shape.threads % 32) {
+    return failure("threads must be a multiple of 32 up to %d, got %d", most_threads(element_size), shape.threads);
   }
   return nullptr;
 }
@@ -142,18 +133,22 @@ const char* run(const char* name, const Params& p, const CudaLaunch& launch, int
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, launch.device);
   CudaLaunch wanted = launch;
   if (!may_keep) wanted.variant = 1;
-  Shape shape;
-  if (const char* wrong = shape_of(p.tile, size_of(p.tile.dtype), wanted, visits, 10 * major + minor, shape)) {
-    return failure("%s kernel: %s", name, wrong);
+  while (true) {
+    Shape shape;
+    if (const char* wrong = shape_of(p.tile, size_of(p.tile.dtype), wanted, visits, 10 * major + minor, shape)) {
+      return failure("%s kernel: %s", name, wrong);
+    }
+    const auto kernel = kernel_for<Of>(p, shape.kept);
+    if (!kernel) {
+      return failure("%s kernel: no result of dtype %d from a tile of dtype %d", name, int(p.out.dtype), int(p.tile.dtype));
+    }
+    const cudaError_t error = start(kernel, p, shape, launch.stream);
+    if (error == cudaSuccess) return nullptr;
+    cudaGetLastError();  // or the next check of anybody would meet it again
+    // A part of a GPU may be too small for a cluster. Two reads give the same bits.
+    if (wanted.variant != 0 || !shape.kept) return failure("%s kernel: %s", name, cudaGetErrorString(error));
+    wanted.variant = 1;
   }
-  const auto kernel = kernel_for<Of>(p, shape.kept);
-  if (!kernel) {
-    return failure("%s kernel: no result of dtype %d from a tile of dtype %d", name, int(p.out.dtype), int(p.tile.dtype));
-  }
-  const cudaError_t error = start(kernel, p, shape, launch.stream);
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // or the next check of anybody would meet it again
-  return failure("%s kernel: %s", name, cudaGetErrorString(error));
 }
 
 }  // namespace
@@ -172,49 +167,16 @@ const char* grpo_cuda_policy(const PolicyParams* params, const CudaLaunch* launc
   return run<PolicyOf>("policy", *params, *launch, 2, true);
 }
 
-// Source: CUDA C++ Programming Guide, technical specifications per compute capability.
-int grpo_cuda_shared_memory(int capability) {
-  switch (capability) {
-    case 80:
-    case 87:
-      return 163 << 10;
-    case 86:
-    case 89:
-    case 120:
-    case 121:
-      return 99 << 10;
-    case 90:
-    case 100:
-    case 101:
-    case 103:
-    case 110:
-      return 227 << 10;
-    default:
-      return 48 << 10;  // every device has these
-  }
-}
+int grpo_cuda_shared_memory(int capability) { return most_shared_memory(capability); }
+
+int64_t grpo_cuda_block_memory(int64_t columns, int element_size, int cluster) { return block_memory(columns, element_size, cluster); }
 
 int grpo_cuda_cluster_size(int64_t columns, int element_size, int capability) {
-  if (capability < 90) return 0;
-  const int limit = grpo_cuda_shared_memory(capability);
-  int fits = 0;
-  for (int blocks = kLargestCluster; blocks >= 1; blocks /= 2) {
-    const int64_t lines = (columns * element_size + 127) / 128;
-    const int64_t bytes = kScratchBytes + (lines + blocks - 1) / blocks * 128;
-    if (bytes > limit) break;
-    if (fits == 0 || bytes <= limit / kPerMultiprocessor) fits = blocks;
-  }
-  return fits;
+  return cluster_size(columns, element_size, capability);
 }
 
-int grpo_cuda_threads(int64_t columns, int element_size, int visits) {
-  // A long row that is read twice gets a whole multiprocessor, so that few rows are in flight and the second read finds its row in
-  // the L2 cache; otherwise several blocks share one, and one's reductions hide behind another's loads. Reasoned, not measured.
-  const int64_t per_step = kUnitBytes / element_size * kInFlight<float, true>;
-  const int most = element_size == 8 ? 512 : visits > 1 && columns >= 65536 ? 1024 : 512;
-  int threads = 128;
-  while (threads < most && threads * per_step < columns) threads *= 2;
-  return threads;
+int grpo_cuda_threads(int64_t columns, int element_size, int visits, int cluster) {
+  return threads_of(columns, element_size, visits, cluster);
 }
 }
 

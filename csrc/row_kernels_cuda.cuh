@@ -6,9 +6,10 @@
 //               L2 cache where the rows in flight fit it, hence the first one goes right to left and the second one back; or
 //               one read and one write (Rows::kept), the row in the shared memory of a cluster's blocks meanwhile
 //
-// A row is cut into units of 16 bytes. Thread t of n has the units t, t + n, t + 2n, ..., the same ones in both visits and at any
-// alignment, so that the bits of a result depend on the launch shape alone. Per element: 2 exp in policy and in statistics with
-// probabilities, 1 elsewhere; 16 bytes are loaded at once wherever the pointers allow it.
+// A row is cut into units of 16 bytes, and these are dealt out to L lanes: lane l has the units l, l + L, l + 2L, ... and folds them
+// from right to left; the lanes' sums are merged in one tree. L depends on the row's length alone. A block has a run of the lanes
+// and a thread one of them after the other, so that a result has the same bits at every launch shape and alignment. Per element: 2 exp in policy and in statistics with probabilities, 1 elsewhere; 16 bytes are loaded at once wherever the pointers
+// allow it.
 //
 // A result of half the width over the tile's own memory: the first step's stores land on columns of that step, those of step k on
 // columns of step k / 2. So all threads must have loaded their part of step k / 2 before anyone stores step k.
@@ -23,6 +24,7 @@
 #include <type_traits>
 
 #include "element_math.h"
+#include "launch_shape.h"
 
 namespace grpo_kernels {
 
@@ -51,12 +53,10 @@ constexpr bool kHasClusters = true;
 constexpr bool kHasClusters = false;  // and kernels that need them are empty
 #endif
 
-constexpr int kUnitBytes = 16;
 // Loads a thread has under way; fewer where the registers are needed for a bias, a softcap or the entropy.
 template <class T, bool Plain>
-constexpr int kInFlight = sizeof(T) == 8 ? 1 : !Plain ? 2 : sizeof(T) == 2 ? 3 : 4;
-constexpr int kMostWarps = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kInFlight = sizeof(T) == 8 ? 1 : (Plain ? 2 : 1) * (sizeof(T) == 2 ? 1 : 2);
+constexpr unsigned kWholeWarp = 0xffffffffu;
 
 template <class T>
 using acc_of = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -110,24 +110,52 @@ template <class T>
 using InputUnit = Unit<T, kUnit<T>>;
 
 template <class V>
-__device__ __forceinline__ bool is_aligned(const V*, const void* p) {
+__device__ __forceinline__ bool is_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0;
 }
 
-// A row's part that one block owns, in and out. `T` is what it holds, `O` what is written.
-template <class T, class O>
-struct Span {
-  const T* in;
+// The units of a row that one block has, in and out: numbered from left to right, unit i is in lane i % mine of them. `T` is what
+// the tile holds, `O` what is written.
+template <class T, class O, Rows Mode>
+struct Share {
+  const T* in;  // the row
   O* out;
-  int first;    // column of the row
-  int columns;  // how many
+  int columns;      // of the row
+  int lanes;        // of the row
+  int first, mine;  // lanes of this block
+  int units;        // of this block
+  int whole;        // its first units that can be moved at once
   bool aligned;
 
-  __device__ __forceinline__ InputUnit<T> whole(int c) const { return load(reinterpret_cast<const InputUnit<T>*>(in + c)); }
+  __device__ __forceinline__ Share(const Tile& tile, const Output& result, int64_t row, int rank, int blocks) : columns(int(tile.columns)) {
+    // row * stride passes 2^31 at 14k rows of 152k
+    in = static_cast<const T*>(tile.data) + row * tile.row_stride;
+    out = result.data ? static_cast<O*>(result.data) + row * result.row_stride
+                      : reinterpret_cast<O*>(static_cast<T*>(tile.data) + row * tile.row_stride);
+    aligned = is_aligned<InputUnit<T>>(in) && is_aligned<Unit<O, kUnit<T>>>(out);
+    const int of_row = (columns + kUnit<T> - 1) / kUnit<T>;
+    lanes = lanes_of(of_row);
+    mine = lanes / blocks;
+    first = rank * mine;
+    units = share_of(of_row, lanes, first, mine);
+    whole = aligned ? share_of(columns / kUnit<T>, lanes, first, mine) : 0;
+  }
 
-  // Up to the end; zeros behind it.
-  __device__ __forceinline__ InputUnit<T> part(int c) const {
-    if (aligned && c + kUnit<T> <= columns) return whole(c);
+  // First column of the k-th unit of this block's lane.
+  __device__ __forceinline__ int column(int lane, int k) const { return (first + lane + k * lanes) * kUnit<T>; }
+
+  // First column of this block's unit i.
+  __device__ __forceinline__ int column(int i) const {
+    if constexpr (Mode == Rows::twice) return i * kUnit<T>;
+    const int k = i >> (31 - __clz(mine));  // a power of two
+    return column(i - k * mine, k);
+  }
+
+  __device__ __forceinline__ InputUnit<T> load_whole(int c) const { return load(reinterpret_cast<const InputUnit<T>*>(in + c)); }
+
+  // Up to the row's end; zeros behind it.
+  __device__ __forceinline__ InputUnit<T> load_part(int c) const {
+    if (aligned && c + kUnit<T> <= columns) return load_whole(c);
     InputUnit<T> unit = {};
 #pragma unroll
     for (int j = 0; j < kUnit<T>; j++) {
@@ -136,8 +164,12 @@ struct Span {
     return unit;
   }
 
-  __device__ __forceinline__ void write(int c, const Unit<O, kUnit<T>>& unit) const {
-    if (aligned && c + kUnit<T> <= columns) return store(reinterpret_cast<Unit<O, kUnit<T>>*>(out + c), unit);
+  __device__ __forceinline__ void store_whole(int c, const Unit<O, kUnit<T>>& unit) const {
+    store(reinterpret_cast<Unit<O, kUnit<T>>*>(out + c), unit);
+  }
+
+  __device__ __forceinline__ void store_part(int c, const Unit<O, kUnit<T>>& unit) const {
+    if (aligned && c + kUnit<T> <= columns) return store_whole(c, unit);
 #pragma unroll
     for (int j = 0; j < kUnit<T>; j++) {
       if (c + j < columns) store(out + c + j, unit.at[j]);
@@ -145,115 +177,100 @@ struct Span {
   }
 };
 
-// The span of this thread's block: the whole row, or for a cluster's block its share, in lines of 128 bytes.
-template <class T, class O>
-__device__ __forceinline__ Span<T, O> span_of(const Tile& tile, const Output& out, int64_t row, int rank, int blocks) {
-  constexpr int line = 128 / int(sizeof(T));
-  const int columns = int(tile.columns);
-  const int share = blocks == 1 ? columns : ((columns + line - 1) / line + blocks - 1) / blocks * line;
-  const int first = rank * share < columns ? rank * share : columns;
-  Span<T, O> s;
-  // row * stride passes 2^31 at 14k rows of 152k
-  s.in = static_cast<const T*>(tile.data) + row * tile.row_stride + first;
-  s.out = out.data ? static_cast<O*>(out.data) + row * out.row_stride + first
-                   : reinterpret_cast<O*>(static_cast<T*>(tile.data) + row * tile.row_stride) + first;
-  s.first = first;
-  s.columns = columns - first < share ? columns - first : share;
-  s.aligned = is_aligned<InputUnit<T>>(nullptr, s.in) && is_aligned<Unit<O, kUnit<T>>>(nullptr, s.out);
-  return s;
-}
-
 // ---- the two visits
 
-// Calls f(unit, column, ragged) for this thread's units of a span, right to left; `ragged` units may reach past its end.
-template <int InFlight, class T, class O, class F>
-__device__ __forceinline__ void read_backward(const Span<T, O>& span, F f) {
-  const int stride = int(blockDim.x) * kUnit<T>, mine = int(threadIdx.x) * kUnit<T>;
-  const int steps = span.aligned ? span.columns / (stride * InFlight) : 0;
-  for (int c = (span.columns - 1) / stride * stride + mine; c >= steps * stride * InFlight; c -= stride) {
-    if (c < span.columns) f(span.part(c), c, true);
+// Calls f(unit, k, ragged) for the units of one lane, right to left; `ragged` units may reach past the row's end, or lie behind it.
+template <int InFlight, class S, class F>
+__device__ __forceinline__ void read_backward(const S& share, int lane, F f) {
+  using Input = decltype(share.load_whole(0));
+  const auto of_lane = [&](int units) { return (units - lane + share.mine - 1) >> (31 - __clz(share.mine)); };
+  const int steps = of_lane(share.whole) / InFlight;
+  Input units[InFlight];
+  for (int step = (of_lane(share.units) + InFlight - 1) / InFlight - 1; step >= steps; step--) {
+#pragma unroll
+    for (int i = 0; i < InFlight; i++) units[i] = share.load_part(share.column(lane, step * InFlight + i));
+#pragma unroll
+    for (int i = InFlight - 1; i >= 0; i--) f(units[i], step * InFlight + i, true);
   }
-  for (int k = steps - 1; k >= 0; k--) {
-    const int c = k * stride * InFlight + mine;
-    InputUnit<T> units[InFlight];
+  for (int step = steps - 1; step >= 0; step--) {
 #pragma unroll
-    for (int i = 0; i < InFlight; i++) units[i] = span.whole(c + i * stride);
+    for (int i = 0; i < InFlight; i++) units[i] = share.load_whole(share.column(lane, step * InFlight + i));
 #pragma unroll
-    for (int i = InFlight - 1; i >= 0; i--) f(units[i], c + i * stride, false);
+    for (int i = InFlight - 1; i >= 0; i--) f(units[i], step * InFlight + i, false);
   }
 }
 
 // Writes f(unit, column) of this thread's units, left to right. `overlay`: what is written covers what others have yet to load.
-template <int InFlight, class T, class O, class Load, class F>
-__device__ __forceinline__ void write_forward(const Span<T, O>& span, bool overlay, Load load_unit, F f) {
-  const int stride = int(blockDim.x) * kUnit<T>, mine = int(threadIdx.x) * kUnit<T>;
-  const int steps = span.aligned ? span.columns / (stride * InFlight) : 0;
+template <int InFlight, class S, class Load, class F>
+__device__ __forceinline__ void write_forward(const S& share, bool overlay, Load load_unit, F f) {
+  using Input = decltype(share.load_whole(0));
+  const int threads = int(blockDim.x), steps = share.whole / (threads * InFlight);
   for (int k = 0; k < steps; k++) {
-    const int c = k * stride * InFlight + mine;
-    InputUnit<T> units[InFlight];
+    const int first = k * threads * InFlight + int(threadIdx.x);
+    Input units[InFlight];
 #pragma unroll
-    for (int i = 0; i < InFlight; i++) units[i] = load_unit(c + i * stride, false);
+    for (int i = 0; i < InFlight; i++) units[i] = load_unit(first + i * threads, false);
     // k / 2 is below the last power of two, so one barrier at each of them is enough
     if (overlay && (k & (k - 1)) == 0) __syncthreads();
 #pragma unroll
     for (int i = 0; i < InFlight; i++) {
-      store(reinterpret_cast<Unit<O, kUnit<T>>*>(span.out + c + i * stride), f(units[i], c + i * stride));
+      const int c = share.column(first + i * threads);
+      share.store_whole(c, f(units[i], c));
     }
   }
-  for (int k = steps * InFlight; k * stride < span.columns; k++) {
-    const int c = k * stride + mine;
-    InputUnit<T> unit = {};
-    if (c < span.columns) unit = load_unit(c, true);
+  for (int k = steps * InFlight; k * threads < share.units; k++) {
+    const int i = k * threads + int(threadIdx.x), c = share.column(i);
+    Input unit = {};
+    if (i < share.units) unit = load_unit(i, true);
     if (overlay && (k & (k - 1)) == 0) __syncthreads();
-    if (c < span.columns) span.write(c, f(unit, c));
+    if (i < share.units) share.store_part(c, f(unit, c));
   }
 }
 
-template <class T, class O>
-__device__ __forceinline__ void write_zeros(const Span<T, O>& span) {
+template <class T, class O, Rows Mode>
+__device__ __forceinline__ void write_zeros(const Share<T, O, Mode>& share) {
   const Unit<O, kUnit<T>> zeros = {};
-  for (int c = int(threadIdx.x) * kUnit<T>; c < span.columns; c += int(blockDim.x) * kUnit<T>) span.write(c, zeros);
+  for (int i = int(threadIdx.x); i < share.units; i += int(blockDim.x)) share.store_part(share.column(i), zeros);
 }
 
 // ---- reductions
 
-// Without the target, which no lane has seen. The maximum first: one exponential instead of one per exchange.
-template <class A>
-__device__ __forceinline__ RowStatistics<A> merged_over_warp(RowStatistics<A> s) {
-  A max = s.max;
+// Of all lanes of a warp, N from each. Without the target, which no lane has seen. The maximum first: it is the same in any order,
+// and one exponential then does for all exchanges.
+template <class A, int N>
+__device__ __forceinline__ RowStatistics<A> merged_over_warp(RowStatistics<A> (&parts)[N]) {
+  A max = parts[0].max;
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) max = std::fmax(max, __shfl_xor_sync(kAllLanes, max, distance));
-  raise_max(s, max);
+  for (int i = 1; i < N; i++) max = std::fmax(max, parts[i].max);
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) max = std::fmax(max, __shfl_xor_sync(kWholeWarp, max, distance));
+  RowStatistics<A> sum;
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    raise_max(parts[i], max);
+    sum.others += parts[i].others;
+    sum.moment += parts[i].moment;
+  }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
-    s.others += __shfl_xor_sync(kAllLanes, s.others, distance);
-    s.moment += __shfl_xor_sync(kAllLanes, s.moment, distance);
+    sum.others += __shfl_xor_sync(kWholeWarp, sum.others, distance);
+    sum.moment += __shfl_xor_sync(kWholeWarp, sum.moment, distance);
   }
-  return s;
+  sum.max = max;
+  return sum;
 }
 
 // In front of a block's shared memory.
 template <class A>
 struct Scratch {
-  RowStatistics<A> warps[kMostWarps];
-  RowStatistics<A> block;
+  RowStatistics<A> lanes[kMostLanes / 32];  // of 32 lanes each
+  RowStatistics<A> row;
 };
-constexpr int kScratchBytes = (int(sizeof(Scratch<double>)) + kUnitBytes - 1) / kUnitBytes * kUnitBytes;
-
-// Of all threads of a block, in all of its threads. Once per kernel: its scratch is not cleared for a second time.
-template <class A>
-__device__ __forceinline__ RowStatistics<A> merged_over_block(RowStatistics<A> s) {
-  Scratch<A>* scratch = reinterpret_cast<Scratch<A>*>(shared_memory());
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
-  s = merged_over_warp(s);
-  if (lane == 0) scratch->warps[warp] = s;
-  __syncthreads();
-  return merged_over_warp(lane < warps ? scratch->warps[lane] : RowStatistics<A>());
-}
+static_assert(sizeof(Scratch<double>) <= kScratchBytes && kScratchBytes % kUnitBytes == 0);
 
 // ---- a row
 
-// Folds the columns of a unit but the target's, and those behind the span's end.
+// Folds the columns of a unit but the target's, and those from `end` on.
 template <class T, bool Plain, class A = acc_of<T>>
 __device__ __forceinline__ void fold_unit(RowStatistics<A>& s, const InputUnit<T>& unit, int column, int end, int target,
                                           const ElementTransform<A, Plain>& transform) {
@@ -278,49 +295,51 @@ struct Row {
   using A = acc_of<T>;
   int rank = 0, blocks = 1;  // of the cluster
   int64_t row;
-  Span<T, O> span;
-  int target;                // column of the row; -1: not in this tile
+  Share<T, O, Mode> share;
+  int target;  // column; -1: not in this tile
   bool overlay;
   ElementTransform<A, Plain> transform;
 
   __device__ __forceinline__ Row(const Tile& tile, const Output& out, const Transform& t, const int64_t* targets)
-      : row(index()), span(span_of<T, O>(tile, out, row, rank, blocks)), transform(t, row) {
+      : row(index()), share(tile, out, row, rank, blocks), transform(t, row) {
     const int64_t c = targets[row];
     target = c >= 0 && c < tile.columns ? int(c) : -1;
     overlay = sizeof(O) < sizeof(T) && out.data == tile.data;
-    whole_row = static_cast<const T*>(tile.data) + row * tile.row_stride;
   }
 
-  // The statistics of the row, in every thread. All loads of the first visit are done when it returns, in all of its blocks.
+  // The statistics of the row, in every thread; once per kernel. All of the row has been loaded when it returns.
   __device__ __forceinline__ RowStatistics<A> statistics() {
-    const A z = target < 0 ? -infinity<A>() : transform(widened(load(whole_row + target)), target);
-    RowStatistics<A> s;
-    const int end = span.first + span.columns;
-    read_backward<kInFlight<T, Plain>>(span, [&](const InputUnit<T>& unit, int c, bool ragged) {
-      if constexpr (Mode == Rows::kept) kept()[c / kUnit<T>] = unit;
-      // without `ragged` the compiler drops the comparisons
-      fold_unit<T, Plain>(s, unit, span.first + c, ragged ? end : span.first + c + kUnit<T>, target, transform);
-    });
-    s = merged_over_block(s);
-    if constexpr (Mode == Rows::kept) s = merged_over_cluster(s);
+    const A z = target < 0 ? -infinity<A>() : transform(widened(load(share.in + target)), target);
+    for (int lane = int(threadIdx.x); lane < share.mine; lane += int(blockDim.x)) {
+      RowStatistics<A> s[1];
+      read_backward<kInFlight<T, Plain>>(share, lane, [&](const InputUnit<T>& unit, int k, bool ragged) {
+        const int c = share.column(lane, k);
+        if (ragged && c >= share.columns) return;
+        if constexpr (Mode == Rows::kept) kept()[lane + k * share.mine] = unit;
+        // without `ragged` the compiler drops the comparisons
+        fold_unit<T, Plain>(s[0], unit, c, ragged ? share.columns : c + kUnit<T>, target, transform);
+      });
+      s[0] = merged_over_warp(s);
+      if (lane % 32 == 0) scratch()->lanes[lane / 32] = s[0];
+    }
+    RowStatistics<A> s = merged_over_lanes();
     add_target(s, z);
     return s;
   }
 
   template <Source From>
   __device__ __forceinline__ void write(const ElementResult<A, Plain, From>& result) const {
+    const auto load_unit = [&](int i, bool ragged) {
+      if constexpr (Mode == Rows::kept) return kept()[i];
+      else return ragged ? share.load_part(share.column(i)) : share.load_whole(share.column(i));
+    };
     const auto f = [&](const InputUnit<T>& unit, int c) {
       Unit<O, kUnit<T>> written;
 #pragma unroll
-      for (int j = 0; j < kUnit<T>; j++) written.at[j] = rounded<O>(result(widened(unit.at[j]), span.first + c + j));
+      for (int j = 0; j < kUnit<T>; j++) written.at[j] = rounded<O>(result(widened(unit.at[j]), c + j));
       return written;
     };
-    if constexpr (Mode == Rows::kept) {
-      write_forward<kInFlight<T, Plain>>(span, false, [&](int c, bool) { return kept()[c / kUnit<T>]; }, f);
-    } else {
-      const auto from_tile = [&](int c, bool ragged) { return ragged ? span.part(c) : span.whole(c); };
-      write_forward<kInFlight<T, Plain>>(span, overlay, from_tile, f);
-    }
+    write_forward<kInFlight<T, Plain>>(share, Mode == Rows::twice && overlay, load_unit, f);
   }
 
   __device__ __forceinline__ bool is_first_thread() const { return rank == 0 && threadIdx.x == 0; }
@@ -331,8 +350,6 @@ struct Row {
   }
 
  private:
-  const T* whole_row;
-
   __device__ __forceinline__ int64_t index() {
     if constexpr (Mode == Rows::kept) {
       rank = int(ClusterOf<Mode>::type::block_rank());
@@ -341,19 +358,36 @@ struct Row {
     return int64_t(blockIdx.x) / blocks;
   }
 
+  __device__ __forceinline__ Scratch<A>* scratch() const { return reinterpret_cast<Scratch<A>*>(shared_memory()); }
+
   __device__ __forceinline__ InputUnit<T>* kept() const {
     return reinterpret_cast<InputUnit<T>*>(shared_memory() + kScratchBytes);
   }
 
-  __device__ __forceinline__ RowStatistics<A> merged_over_cluster(RowStatistics<A> s) const {
-    using Cluster = typename ClusterOf<Mode>::type;
-    RowStatistics<A>* mine = &reinterpret_cast<Scratch<A>*>(shared_memory())->block;
-    if (threadIdx.x == 0) *mine = s;
-    Cluster::sync();
-    const int lane = int(threadIdx.x) % 32;
-    s = lane < blocks ? *Cluster::map_shared_rank(mine, lane) : RowStatistics<A>();
-    Cluster::barrier_arrive();
-    return merged_over_warp(s);
+  // What stands in the scratch of all blocks, in every thread. The first warp of each block reads it.
+  __device__ __forceinline__ RowStatistics<A> merged_over_lanes() const {
+    if constexpr (Mode == Rows::kept) ClusterOf<Mode>::type::sync();
+    else __syncthreads();
+    if (threadIdx.x < 32) {
+      RowStatistics<A> parts[kMostLanes / 32 / 32];
+#pragma unroll
+      for (int i = 0; i < kMostLanes / 32 / 32; i++) {
+        const int lane = (int(threadIdx.x) + 32 * i) * 32, block = lane / share.mine;
+        if (lane < share.lanes) parts[i] = *of_block(&scratch()->lanes[(lane - block * share.mine) / 32], block);
+      }
+      parts[0] = merged_over_warp(parts);
+      if (threadIdx.x == 0) scratch()->row = parts[0];
+    }
+    if constexpr (Mode == Rows::kept) ClusterOf<Mode>::type::barrier_arrive();
+    __syncthreads();
+    return scratch()->row;
+  }
+
+  // The same address in another block of the cluster.
+  template <class X>
+  __device__ __forceinline__ X* of_block(X* mine, int block) const {
+    if constexpr (Mode == Rows::kept) return ClusterOf<Mode>::type::map_shared_rank(mine, block);
+    return mine;
   }
 };
 
@@ -388,7 +422,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1) gradient_kernel(const Grad
   using A = acc_of<T>;
   const Row<T, O, Plain, Rows::twice> row(p.tile, p.out, p.transform, p.target);
   const A g = value<A>(p.g, row.row), g_entropy = value<A>(p.g_entropy, row.row);
-  if (g == A(0) && g_entropy == A(0)) return write_zeros(row.span);
+  if (g == A(0) && g_entropy == A(0)) return write_zeros(row.share);
   row.write(ElementResult<A, Plain, From>::gradient(row.transform, row.target, g, g_entropy, value<A>(p.lse, row.row), A(0),
                                                     value<A>(p.logps, row.row), value<A>(p.entropy, row.row)));
 }
@@ -413,7 +447,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1) policy_kernel(const Policy
                               value<A>(p.w_kl, row.row)};
     const A g = policy_coefficient(p.terms, inputs, result.logps), g_entropy = value<A>(p.w_entropy, row.row);
     if (g == A(0) && g_entropy == A(0)) {
-      write_zeros(row.span);
+      write_zeros(row.share);
     } else {
       row.write(ElementResult<A, Plain, Source::logits>::gradient(row.transform, row.target, g, g_entropy, s.max, result.log_sum,
                                                                   result.logps, result.entropy));

@@ -28,12 +28,11 @@ GRPO_API const char* grpo_cuda_statistics(const StatisticsParams* params, const 
 GRPO_API const char* grpo_cuda_gradient(const GradientParams* params, const CudaLaunch* launch);
 GRPO_API const char* grpo_cuda_policy(const PolicyParams* params, const CudaLaunch* launch);
 
-// Most bytes of shared memory that one block may have, by compute capability (90 is 9.0).
+// Those of launch_shape.h.
 GRPO_API int grpo_cuda_shared_memory(int capability);
-// Blocks of a cluster that keep a row in shared memory: 1, 2, 4 or 8; 0 where it does not fit or there are no clusters.
+GRPO_API int64_t grpo_cuda_block_memory(int64_t columns, int element_size, int cluster);
 GRPO_API int grpo_cuda_cluster_size(int64_t columns, int element_size, int capability);
-// Threads of a block; `visits` is how often a kernel walks over a row.
-GRPO_API int grpo_cuda_threads(int64_t columns, int element_size, int visits);
+GRPO_API int grpo_cuda_threads(int64_t columns, int element_size, int visits, int cluster);
 }
 
 }  // namespace grpo_kernels

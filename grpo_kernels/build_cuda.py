@@ -10,7 +10,8 @@ import subprocess
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-SOURCES = ("row_kernels_cuda.cu", "row_kernels_cuda.cuh", "row_kernels_cuda.h", "element_math.h", "row_math.h", "params.h")
+SOURCES = ("row_kernels_cuda.cu", "row_kernels_cuda.cuh", "row_kernels_cuda.h", "launch_shape.h", "element_math.h", "row_math.h",
+           "params.h")  # fmt: skip
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120a")
 LIBRARY = "_cuda.so"
 
@@ -35,16 +36,26 @@ def sources() -> Path:
     raise BuildError("the CUDA sources are missing from this installation")
 
 
+def _known(compiler: str) -> set[int]:
+    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return {int(m[1]) for m in (re.fullmatch(r"sm_(\d+)", name) for name in known) if m}
+
+
+def architectures(compiler: str) -> list[str]:
+    """Those of ARCHITECTURES that this compiler knows. Raises BuildError where it knows none."""
+    numbers = _known(compiler)
+    chosen = [arch for arch in ARCHITECTURES if int(arch.rstrip("a")) in numbers]
+    if not chosen:
+        raise BuildError(f"{compiler} knows none of sm_{', sm_'.join(ARCHITECTURES)}")
+    return chosen
+
+
 def targets(compiler: str) -> list[str]:
     """The -gencode options: machine code of each architecture that this compiler knows, and PTX for those between and after them.
 
     Machine code of sm_100a runs on 10.0 alone: 10.3 and 11.0 take the PTX of compute_100, whatever comes later that of the newest.
     """
-    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    numbers = {int(m[1]) for m in (re.fullmatch(r"sm_(\d+)", name) for name in known) if m}
-    chosen = [arch for arch in ARCHITECTURES if int(arch.rstrip("a")) in numbers]
-    if not chosen:
-        raise BuildError(f"{compiler} knows none of sm_{', sm_'.join(ARCHITECTURES)}")
+    chosen, numbers = architectures(compiler), _known(compiler)
     portable = sorted({max(numbers)} | numbers & {100})
     options = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
     return options + [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in portable]

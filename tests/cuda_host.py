@@ -46,17 +46,21 @@ def cluster_size(columns, element_size, capability):
     return cuda.loaded(str(built())).grpo_cuda_cluster_size(columns, element_size, capability)
 
 
-def threads_of(columns, element_size, visits):
-    return cuda.loaded(str(built())).grpo_cuda_threads(columns, element_size, visits)
+def block_memory(columns, element_size, cluster):
+    return cuda.loaded(str(built())).grpo_cuda_block_memory(columns, element_size, cluster)
+
+
+def threads_of(columns, element_size, visits, cluster=1):
+    return cuda.loaded(str(built())).grpo_cuda_threads(columns, element_size, visits, cluster)
 
 
 def _on_the_host(name):
     """One of the backend's functions, with the launch and the shim's schedule as further keywords."""
 
-    def call(*args, seed=1, capability=90, yield_one_in=16, flags=(), sources=None, device=0, variant=0, cluster=0, threads=0,
-             **more):  # fmt: skip
+    def call(*args, seed=1, capability=90, yield_one_in=16, largest_cluster=8, flags=(), sources=None, device=0, variant=0, cluster=0,
+             threads=0, **more):  # fmt: skip
         kernels = cuda.Kernels(built(flags, sources), variant=variant, cluster=cluster, threads=threads, device=device)
-        kernels.library.shim_set(seed, capability, yield_one_in)
+        kernels.library.shim_set(seed, capability, yield_one_in, largest_cluster)
         getattr(kernels, name)(*args, **more)
 
     return call

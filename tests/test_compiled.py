@@ -42,6 +42,7 @@ assert compiled.faults(good) == [] == compiled.faults(good | {"store": 0})
 for bad in ({"spills": 4}, {"unguarded": 1}, {"local": 8}, {"load": 8}, {"store": 4}, {"load": 0}):
     assert len(compiled.faults(good | bad)) == 1, bad
 assert compiled.blocks_at_once(64, 32) == 1 and compiled.blocks_at_once(32, 32) == 2 and compiled.blocks_at_once(33, 8) == 6
+assert compiled.blocks_at_once(64, 16, 86048, "90a") == 2 and compiled.blocks_at_once(64, 16, 86048, "120a") == 1
 
 # an odd row stride cannot be read 16 bytes at a time: it must show
 import torch

@@ -42,7 +42,7 @@ def problem(dtype, columns=COLUMNS, rows=ROWS):
     weights = SimpleNamespace(old=logps + 0.1 * vector[0], ref=logps + 0.1 * vector[1], advantages=vector[2], w_policy=vector[3].abs() + 0.1,
                               w_kl=vector[4].abs(), w_entropy=None)  # fmt: skip
     g = vector[5]
-    g[1] = weights.w_policy[1] = weights.w_kl[1] = 0
+    g[1:2] = weights.w_policy[1:2] = weights.w_kl[1:2] = 0
     lse = logits.to(acc).logsumexp(1)
     return SimpleNamespace(logits=logits, target=target, weights=weights, vectors=(lse, logps, entropy, g))
 
@@ -273,8 +273,41 @@ def test_shared_memory_and_cluster_size():
 def test_threads():
     for columns, element_size, visits in itertools.product((1, 37, 2048, 32_000, 65_536, 151_936), (2, 4, 8), (1, 2)):
         threads = cuda_host.threads_of(columns, element_size, visits)
-        assert threads in (128, 256, 512, 1024) and threads <= (512 if element_size == 8 else 1024)
+        assert threads in (32, 64, 128, 256, 512, 1024) and threads <= (512 if element_size == 8 else 1024)
     assert cuda_host.threads_of(151_936, 4, 2) == 1024, "one row per multiprocessor, so that the second read is cached"
+    assert cuda_host.threads_of(151_936, 4, 1, 8) == 512 and cuda_host.threads_of(1000, 4, 1, 8) == 32, "a lane for each"
+
+
+def test_block_memory():
+    """What a block is given holds its share of the row; the blocks' shares are the row."""
+    for columns, element_size, cluster in itertools.product((1, 37, 4133, 32_000, 128_256, 151_936), (2, 4, 8), (1, 2, 4, 8)):
+        bytes = cuda_host.block_memory(columns, element_size, cluster) - cuda_host.block_memory(columns, element_size, 0)
+        row = -(-columns * element_size // 16) * 16
+        assert row <= bytes * cluster and bytes <= row / cluster + 65_536 / cluster and bytes % 16 == 0
+    assert cuda_host.block_memory(151_936, 4, 8) == 4128 + 512 * 16 * 10, "9.3 sweeps of 4096 lanes, each of 16 bytes"
+
+
+@pytest.mark.parametrize("kernel", ["policy", "statistics"])
+@each_pair
+def test_every_launch_shape_gives_the_same_bits(kernel, dtype, narrow):
+    """The number of lanes comes of the row, so neither threads nor blocks change what is added to what."""
+    for columns in (37, 700, 12_288 + 5, 27_001):
+        p, expected = problem(dtype, columns, 2), None
+        for (variant, cluster), threads in itertools.product([(TWICE, 0), *itertools.product([KEPT], [1, 2, 4, 8])], (0, 32, 96, 512)):
+            result = torch.empty(p.logits.shape, dtype=narrow)
+            written = call(kernel, p, p.logits.clone(), result, variant=variant, cluster=cluster, threads=threads, yield_one_in=1000)
+            expected = expected or (result, written)
+            assert torch.equal(result, expected[0]) and torch.equal(written, expected[1]), (columns, variant, cluster, threads)
+
+
+def test_a_device_without_room_for_the_cluster_reads_twice():
+    p = problem(torch.float32, 4096, 2)
+    kept, twice = p.logits.clone(), p.logits.clone()
+    call("policy", p, kept)
+    call("policy", p, twice, largest_cluster=0)
+    assert torch.equal(kept, twice)
+    with pytest.raises(RuntimeError, match="policy kernel: no room for a cluster"):
+        call("policy", p, twice, variant=KEPT, largest_cluster=0)
 
 
 def test_the_variant_is_chosen_by_device_and_width():
@@ -323,11 +356,12 @@ def test_what_is_wrong_is_said():
 
 FAULTS = {
     "a block's partial sums are read before they are there": (
-        "  if (lane == 0) scratch->warps[warp] = s;\n  __syncthreads();", "  if (lane == 0) scratch->warps[warp] = s;", (TWICE, 0)),
+        "else __syncthreads();", "", (TWICE, 0)),
+    "the row's sums are read before they are there": ("    __syncthreads();\n    return scratch()->row;", "    return scratch()->row;", (TWICE, 0)),
     "an overlay overtakes the loads": ("if (overlay && (k & (k - 1)) == 0) __syncthreads();", ";", (TWICE, 0)),
-    "a cluster's partial sums are read before they are there": ("Cluster::sync();", "Cluster::barrier_arrive();", (KEPT, 4)),
+    "a cluster's partial sums are read before they are there": ("::sync();", "::barrier_arrive();", (KEPT, 4)),
     "a block leaves while its shared memory is read": ("ClusterOf<Mode>::type::barrier_wait();", ";", (KEPT, 4)),
-    "a barrier that some threads do not reach": ("  __syncthreads();\n  return merged", "  if (warp) __syncthreads();\n  return merged", (TWICE, 0)),
+    "a barrier that some threads do not reach": ("else __syncthreads();", "else if (threadIdx.x) __syncthreads();", (TWICE, 0)),
 }  # fmt: skip
 
 

@@ -94,7 +94,9 @@ def loaded(path):
     for name in ("statistics", "gradient", "policy"):
         getattr(library, f"grpo_cuda_{name}").restype = ctypes.c_char_p
     library.grpo_cuda_cluster_size.argtypes = ctypes.c_int64, ctypes.c_int, ctypes.c_int
-    library.grpo_cuda_threads.argtypes = ctypes.c_int64, ctypes.c_int, ctypes.c_int
+    library.grpo_cuda_block_memory.argtypes = ctypes.c_int64, ctypes.c_int, ctypes.c_int
+    library.grpo_cuda_block_memory.restype = ctypes.c_int64
+    library.grpo_cuda_threads.argtypes = ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int
     return library
 
 

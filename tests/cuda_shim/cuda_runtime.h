@@ -102,6 +102,8 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin
   return votes;
 }
 
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+
 template <class T>
 T __ldcg(const T* p) {
   shim::check_alignment(p, sizeof(T));

@@ -21,6 +21,7 @@ struct Settings {
   uint64_t seed = 1;
   int capability = 90;
   int yield_one_in = 16;
+  int largest_cluster = 8;
 };
 
 struct Warp {
@@ -290,7 +291,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   const size_t allowed = limit == shared_limits.end() ? 48 << 10 : size_t(limit->second);
   if (config.dynamicSmemBytes > allowed) report("more shared memory than the kernel was allowed");
   if (config.blockDim.x == 0 || config.blockDim.x % 32 || config.blockDim.x > 1024) report("threads of a block");
-  if (blocks > 8 || config.gridDim.x == 0 || config.gridDim.x % blocks) report("grid and cluster do not fit");
+  if (config.numAttrs && int(blocks) > settings.largest_cluster) report("no room for a cluster of this size");
+  if (config.gridDim.x == 0 || config.gridDim.x % blocks) report("grid and cluster do not fit");
   if (config.numAttrs && settings.capability < 90) report("clusters need compute capability 9.0");
   if (!error_text.empty()) return cudaErrorInvalidValue;
   blockDim = config.blockDim;
@@ -335,5 +337,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
 }
 
 extern "C" {
-void shim_set(uint64_t seed, int capability, int yield_one_in) { shim::settings = {seed, capability, yield_one_in}; }
+void shim_set(uint64_t seed, int capability, int yield_one_in, int largest_cluster) {
+  shim::settings = {seed, capability, yield_one_in, largest_cluster};
+}
 }

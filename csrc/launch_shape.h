@@ -1,0 +1,96 @@
+// The shape of a launch of the CUDA row kernels, and how a row is dealt out: pure functions of tile and device, no CUDA in here.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define GRPO_SHAPE __host__ __device__ __forceinline__
+#else
+#define GRPO_SHAPE inline
+#endif
+
+namespace grpo_kernels {
+namespace {
+
+constexpr int kUnitBytes = 16;
+constexpr int kFewestLanes = 256, kMostLanes = 4096;  // of a row: a warp for each block of the largest cluster; four for each thread
+constexpr int kFewestUnits = 6;                       // of a lane in a longer row, or merging costs more than folding
+constexpr int kLargestCluster = 8;                    // more need a permission of their own, and not every GPU has them
+constexpr int kPerMultiprocessor = 2;                 // blocks that a row's pieces leave room for: one computes while another loads
+constexpr int kScratchBytes = (kMostLanes / 32 + 1) * 4 * 8;  // statistics of 32 lanes each, and of the row
+
+// Lanes of a row of so many units.
+GRPO_SHAPE int lanes_of(int64_t units) {
+  int lanes = kFewestLanes;
+  while (lanes < kMostLanes && int64_t(2 * kFewestUnits) * lanes <= units) lanes *= 2;
+  return lanes;
+}
+
+// How many of a row's first `units` are in a block's `mine` lanes from `first` on, of `lanes` in all.
+GRPO_SHAPE int share_of(int units, int lanes, int first, int mine) {
+  const int rest = units % lanes - first;
+  return units / lanes * mine + (rest < 0 ? 0 : rest < mine ? rest : mine);
+}
+
+inline int64_t units_of(int64_t columns, int element_size) { return (columns * element_size + kUnitBytes - 1) / kUnitBytes; }
+
+// Most bytes of shared memory that one block may have, by compute capability (90 is 9.0).
+// Source: CUDA C++ Programming Guide, technical specifications per compute capability.
+inline int most_shared_memory(int capability) {
+  switch (capability) {
+    case 80:
+    case 87:
+      return 163 << 10;
+    case 86:
+    case 89:
+    case 120:
+    case 121:
+      return 99 << 10;
+    case 90:
+    case 100:
+    case 101:
+    case 103:
+    case 110:
+      return 227 << 10;
+    default:
+      return 48 << 10;  // every device has these
+  }
+}
+
+// Bytes of shared memory of a block, `cluster` of which keep a row (the first has most of it); 0: none does.
+inline int64_t block_memory(int64_t columns, int element_size, int cluster) {
+  if (cluster == 0) return kScratchBytes;
+  const int64_t units = units_of(columns, element_size);
+  const int lanes = lanes_of(units);
+  return kScratchBytes + kUnitBytes * int64_t(share_of(int(units), lanes, 0, lanes / cluster));
+}
+
+// Blocks of a cluster that keep a row in shared memory: 1, 2, 4 or 8; 0 where it does not fit or there are no clusters.
+inline int cluster_size(int64_t columns, int element_size, int capability) {
+  if (capability < 90) return 0;
+  const int limit = most_shared_memory(capability);
+  int fits = 0;
+  for (int blocks = kLargestCluster; blocks >= 1; blocks /= 2) {
+    const int64_t bytes = block_memory(columns, element_size, blocks);
+    if (bytes > limit) break;
+    if (fits == 0 || bytes <= limit / kPerMultiprocessor) fits = blocks;
+  }
+  return fits;
+}
+
+inline int most_threads(int element_size) { return element_size == 8 ? 512 : 1024; }
+
+// Threads of a block, `cluster` of which share a row; `visits` is how often a kernel walks over a tile in memory. A long row that is
+// read twice gets a whole multiprocessor, so that few rows are in flight and the second read finds its row in the L2 cache; otherwise
+// several blocks share one, and one's reductions hide behind another's loads. Reasoned, not measured.
+inline int threads_of(int64_t columns, int element_size, int visits, int cluster) {
+  constexpr int in_flight = 4;  // units of a thread
+  const int64_t units = units_of(columns, element_size);
+  const int most = visits > 1 && columns >= 65536 ? most_threads(element_size) : 512, mine = lanes_of(units) / cluster;
+  int threads = 32;
+  while (threads < most && threads < mine && int64_t(threads) * cluster * in_flight < units) threads *= 2;
+  return threads;
+}
+
+}  // namespace
+}  // namespace grpo_kernels
