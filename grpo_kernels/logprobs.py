@@ -7,6 +7,7 @@ import torch
 from . import backends, tiles
 from .arguments import check_logprob_arguments, host_may_wait, value_flags
 from .config import GRPOLossConfig, LogitTransform
+from .diagnostics import NAMES
 from .outputs import LogProbs
 from .plan import default_budget
 from .products import accumulation_dtype, tile_memory
@@ -54,6 +55,21 @@ def linear_logprobs(
         TypeError, ValueError: naming the argument, what was wanted and what came.
         RuntimeError: a named backend cannot be used.
     """
+    return LogProbs(*token_statistics(
+        hidden, weight, token_ids, mask=mask, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+        lora=lora, vocab_parallel_group=vocab_parallel_group, workspace_bytes=workspace_bytes, backend=backend,
+    )[:2])  # fmt: skip
+
+
+def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, lora=None,
+                     vocab_parallel_group=None, workspace_bytes=None, backend="auto", diagnostics=()):  # fmt: skip
+    """`linear_logprobs` with what trainers log beside: ``diagnostics`` names some of ``diagnostics.NAMES``.
+
+    Returns:
+        [logps, entropy, log_sum_sq_probs, mean_logits, is_top1]: [..] each, the last bool, None for a diagnostic that was not
+        asked for. Only the first two have gradients.
+    """
+    wanted = [name in diagnostics for name in NAMES]
     per_token = temperature if isinstance(temperature, torch.Tensor) and temperature.dim() > 0 else None
     if isinstance(temperature, torch.Tensor) and per_token is None:
         temperature = temperature.item()
@@ -67,8 +83,11 @@ def linear_logprobs(
     flags = value_flags(mask, token_ids, weight.shape[0], temperature=per_token)
     live = mask.bool() if any(head.needs(hidden)) else None
     selection = select_rows(mask, flags, weight.shape[0], live=live)
-    logps, entropy = row_logprobs(flatten(hidden, mask, all_rows=not host_may_wait(mask)), head, selection, token_ids, per_token)
-    return LogProbs(selection.scatter(logps, mask), selection.scatter(entropy, mask))
+    rows = flatten(hidden, mask, all_rows=not host_may_wait(mask))
+    logps, entropy, found = row_logprobs(rows, head, selection, token_ids, per_token, wanted=wanted)
+    found = [selection.scatter(x, mask) if want else None for x, want in zip(found.unbind(1), wanted, strict=True)]
+    found[2] = None if found[2] is None else found[2] > 0
+    return [selection.scatter(logps, mask), selection.scatter(entropy, mask), *found]
 
 
 @dataclass(frozen=True)
@@ -105,19 +124,23 @@ class FusedHead:
         return target, temperature
 
 
-def row_logprobs(hidden, head: FusedHead, selection: Selection, token_ids, temperature, entropy_gradient=False):
-    """(logps [N], entropy [N]) of the selected rows; ``entropy_gradient`` says that a gradient of the entropy will come."""
+def row_logprobs(hidden, head: FusedHead, selection: Selection, token_ids, temperature, entropy_gradient=False,
+                 wanted=(False,) * 3):  # fmt: skip
+    """(logps [N], entropy [N], diagnostics [N, 3] or [0, 3]) of the selected rows.
+
+    ``entropy_gradient`` says that a gradient of the entropy will come, ``wanted`` which diagnostics are.
+    """
     target, temperature = head.targets(selection, token_ids, temperature)
     needs = head.needs(hidden)
     if not any(needs):
         tensors = [x if x is None else x.detach() for x in (hidden, *head.tensors)]
-        logps, entropy, _, _ = tiles.score(
-            *tensors, selection.rows, target, temperature, 0, 0, head.scalars, [False] * 5, head.budget, head.backend
+        logps, entropy, _, _, found = tiles.score(
+            *tensors, selection.rows, target, temperature, 0, 0, head.scalars, [False] * 5, head.budget, head.backend, wanted
         )
-        return logps, entropy
+        return logps, entropy, found
     return _RowLogProbs.apply(
         hidden, *head.tensors, selection.rows, target, temperature,
-        head.scalars, selection.live, head.budget, head.backend, needs, entropy_gradient,
+        head.scalars, selection.live, head.budget, head.backend, needs, entropy_gradient, wanted,
     )  # fmt: skip
 
 
@@ -126,12 +149,12 @@ class _RowLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, lora_a, lora_b, rows, target, temperature, scalars, live, budget, backend, needs,
-                entropy_gradient):  # fmt: skip
+                entropy_gradient, wanted):  # fmt: skip
         tensors = (hidden, weight, bias, lora_a, lora_b, rows, target, temperature)
         ctx.set_materialize_grads(False)
         ctx.call = (scalars, needs, budget, backend)
         ctx.live = live
-        ctx.direct = needs[0] and not any(needs[1:]) and not entropy_gradient
+        ctx.direct = needs[0] and not any((*needs[1:], entropy_gradient, *wanted))
         ctx.stash = None
         if ctx.direct:
             ones = torch.ones(live, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
@@ -140,23 +163,24 @@ class _RowLogProbs(torch.autograd.Function):
                 scalars, needs, budget, backend,
             )  # fmt: skip
             ctx.save_for_backward(*tensors, logps, entropy, None, u)
-            return logps, entropy
+            return logps, entropy, logps.new_empty(0, 3)
         stash_rows = tiles.plan_call(live, rows.shape[0] - live, weight, needs, budget, backend).stash_rows
-        logps, entropy, lse, stash = tiles.score(*tensors, stash_rows, live, scalars, needs, budget, backend)
+        logps, entropy, lse, stash, found = tiles.score(*tensors, stash_rows, live, scalars, needs, budget, backend, wanted)
+        ctx.mark_non_differentiable(found)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*tensors, logps, entropy, lse, stash)
         else:
             # not a saved tensor, since the backward overwrites it (a copy, if the graph is retained)
             ctx.save_for_backward(*tensors, logps, entropy, lse, None)
             ctx.stash = stash
-        return logps, entropy
+        return logps, entropy, found
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g, g_entropy):
+    def backward(ctx, g, g_entropy, _):
         *tensors, logps, entropy, lse, kept = ctx.saved_tensors
         hidden, rows = tensors[0], tensors[5]
-        nothing = (None,) * 9
+        nothing = (None,) * 10
         if g is None and g_entropy is None:
             return (None,) * 5 + nothing
         if ctx.direct and g_entropy is None:
@@ -171,7 +195,7 @@ class _RowLogProbs(torch.autograd.Function):
         else:
             ctx.stash = None
         if lse is None:
-            lse = tiles.score(*tensors, 0, 0, scalars, [False] * 5, budget, backend)[2]
+            lse = tiles.score(*tensors, 0, 0, scalars, [False] * 5, budget, backend, [False] * 3)[2]
         g = torch.zeros_like(logps) if g is None else g
         grads = tiles.score_backward(
             *tensors, logps, entropy, lse, empty if stash is None else stash, g, g_entropy, scalars, needs, budget, backend

@@ -102,7 +102,7 @@ def fused_linear_grpo_loss(
     if trains and coefficients_depend_on_their_row_alone(config, on_policy=old_logps is None):
         return _one_pass(rows, head, batch, selection, completion_ids, args.temperature, mask)
 
-    logps, entropy = row_logprobs(rows, head, selection, completion_ids, args.temperature, config.entropy_coef != 0)
+    logps, entropy, _ = row_logprobs(rows, head, selection, completion_ids, args.temperature, config.entropy_coef != 0)
     logps, entropy = selection.scatter(logps, mask), selection.scatter(entropy, mask)
     loss, metrics = batch.objective(logps, entropy)
     return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)

@@ -22,6 +22,7 @@ from .arguments import host_may_wait
 from .backends.pytorch import new_statistics
 from .coefficients import PolicyRows, PolicyTerms
 from .config import LogitTransform
+from .diagnostics import Diagnostics
 from .plan import Plan, Problem, plan
 from .products import (
     Gradients,
@@ -149,16 +150,20 @@ def score(
     needs: Sequence[bool],
     budget: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logps [N], entropy [N], lse [N], stash [stash_rows, >= V]): the stash holds softmax(z) in the inputs' dtype."""
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logps [N], entropy [N], lse [N], stash [stash_rows, >= V], diagnostics [N, 3], or [0, 3] where none are ``wanted``).
+
+    The stash holds softmax(z) in the inputs' dtype.
+    """
     the_plan = plan_call(live, rows.shape[0] - live, weight, needs, budget, backend)
-    call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend)
+    call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend, wanted)
     vocab = weight.shape[0]
     call.score(stash_rows, rows.shape[0], the_plan)
     stash = _tile(stash_rows, vocab, hidden, hidden.dtype, whole=True)
     if stash_rows:
         _stash_tiles(call, stash[:, :vocab], the_plan)
-    return call.logps, call.entropy, call.lse, stash
+    return call.logps, call.entropy, call.lse, stash, call.diagnostics
 
 
 def _stash_tiles(call, stash, the_plan):
@@ -172,17 +177,20 @@ def _stash_tiles(call, stash, the_plan):
         h, t, _ = call.gather(start, end)
         stats = new_statistics(end - start, call.accumulate, stash.device)
         call.head.tile(h, t, the_plan.columns, out=tile)
+        diagnostics = call.diagnose(s)
+        if diagnostics is not None:
+            diagnostics.add(tile, 0, **call.options(s))
         out = None if in_place else stash[s]
         call.kernels.statistics(tile, stats, call.target[s], call.transform, probs=True, out=out, **call.options(s))
-        call.write(s, stats)
+        call.write(s, stats, diagnostics)
         del h, t
 
 
 @score.register_fake
-def _(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, stash_rows, live, scalars, needs, budget, backend):
+def _(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, stash_rows, live, scalars, needs, budget, backend, wanted):
     logps = hidden.new_empty(rows.shape[0], dtype=accumulation_dtype(hidden.dtype))
     stash = hidden.new_empty(stash_rows, _padded(weight.shape[0], hidden.element_size()))
-    return logps, torch.empty_like(logps), torch.empty_like(logps), stash
+    return logps, torch.empty_like(logps), torch.empty_like(logps), stash, logps.new_empty(len(logps) if any(wanted) else 0, 3)
 
 
 @torch.library.custom_op("grpo_kernels::score_backward", mutates_args=("stash",))
@@ -269,7 +277,8 @@ def _(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, logps, en
 class _Call:
     """What the three ops share: the head, the row kernels, the outputs per row, and the gathering of rows."""
 
-    def __init__(self, hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend):
+    def __init__(self, hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend,
+                 wanted=(False,) * 3):  # fmt: skip
         self.accumulate = accumulation_dtype(hidden.dtype)
         self.hidden, self.rows, self.target, self.temperature = hidden, rows, target, temperature
         bias = None if bias is None else bias.to(self.accumulate).contiguous()
@@ -284,6 +293,8 @@ class _Call:
         self.logps, self.entropy, self.lse = (
             torch.empty(n, dtype=self.accumulate, device=hidden.device) for _ in range(3)
         )
+        self.wanted = wanted
+        self.diagnostics = self.logps.new_empty(n if any(wanted) else 0, 3)
 
     def gather(self, start, end):
         """(h [R, D], t = h A^T or None, where): the rows [start, end) of ``rows``, and their place in hidden."""
@@ -305,16 +316,26 @@ class _Call:
         for start, end in blocks(last - first, height):
             s = slice(start + first, end + first)
             h, t, _ = self.gather(s.start, s.stop)
-            stats = new_statistics(h.shape[0], self.accumulate, h.device)
+            stats, diagnostics = new_statistics(h.shape[0], self.accumulate, h.device), self.diagnose(s)
             for left, right in blocks(vocab, the_plan.score_columns):
                 tile = _block(buffer, h.shape[0], right - left, self.hidden)
                 self.head.logits(h, t, left, right, tile)
-                columns = slice(left, right)
-                self.kernels.statistics(tile, stats, self.target[s] - left, self.transform, **self.options(s, columns))
-            self.write(s, stats)
+                options = self.options(s, slice(left, right))
+                if diagnostics is not None:
+                    diagnostics.add(tile, left, **options)
+                self.kernels.statistics(tile, stats, self.target[s] - left, self.transform, **options)
+            self.write(s, stats, diagnostics)
 
-    def write(self, s, stats):
+    def diagnose(self, s):
+        """`Diagnostics` of some rows, or None where none are wanted."""
+        if not any(self.wanted):
+            return None
+        return Diagnostics(self.wanted, self.target[s], self.kernels, self.transform, self.accumulate, self.head.weight.shape[0])
+
+    def write(self, s, stats, diagnostics):
         self.logps[s], self.lse[s], self.entropy[s] = finalize(stats)
+        if diagnostics is not None:
+            self.diagnostics[s] = diagnostics.finish(self.lse[s])
 
 
 def _padded(vocab, element_size):

@@ -150,10 +150,10 @@ def test_opcheck(adapter):
              [0.2, 0.2, 0.0, 1.0, 1.05], True, scalars, needs, budget, "torch"),
             test_utils=checks,
         )  # fmt: skip
-        for stash_rows in (0, 3):
-            score = (*head, rows, target, w + 0.5, stash_rows, 4, scalars, needs, budget, "torch")
+        for stash_rows, wanted in ((0, [False] * 3), (3, [False] * 3), (3, [True, False, True])):
+            score = (*head, rows, target, w + 0.5, stash_rows, 4, scalars, needs, budget, "torch", wanted)
             torch.library.opcheck(ops.score.default, score, test_utils=checks)
-            logps, entropy, lse, stash = ops.score(*score)
+            logps, entropy, lse, stash, _ = ops.score(*score)
             torch.library.opcheck(
                 ops.score_backward.default,
                 (*head, rows, target, w + 0.5, logps, entropy, lse, stash, normal(5), normal(5), scalars, needs, budget, "torch"),

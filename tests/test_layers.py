@@ -21,7 +21,7 @@ FLOORS = (
     ("logprobs",),
     ("reference", "batch"),
     ("tiles",),
-    ("products", "rows"),
+    ("products", "rows", "diagnostics"),
     ("backends",),
     ("coefficients",),
     ("objective", "advantages", "arguments", "row_statistics"),

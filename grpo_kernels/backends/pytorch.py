@@ -25,9 +25,9 @@ def statistics(tile, stats, target, transform, *, bias=None, temperature=None, p
     target [R]: index relative to the tile's first column; outside [0, C) it is not in this tile.
     """
     out = tile if out is None else out
-    for s in _slabs(tile):
+    for s in slabs(tile):
         temp = None if temperature is None else temperature[s]
-        z, _ = _transformed(tile[s], transform, bias, temp, stats.dtype)
+        z, _ = transformed(tile[s], transform, bias, temp, stats.dtype)
         stats[s] = _folded(z, stats[s], target[s])
         if probs:
             _, lse, _ = finalize(stats[s])
@@ -41,7 +41,7 @@ def gradient(tile, target, lse, logps, entropy, g, g_entropy, transform, *, bias
     dz = [ g (onehot - p) - g_entropy p (log p + entropy) ] (1 - (y / softcap)^2) logit_scale / temperature
     """
     out = tile if out is None else out
-    for s in _slabs(tile):
+    for s in slabs(tile):
         temp = None if temperature is None else temperature[s]
         t = transform.temperature if temp is None else temp.unsqueeze(1)
         column, here = _target_column(target[s], tile.shape[1])
@@ -50,7 +50,7 @@ def gradient(tile, target, lse, logps, entropy, g, g_entropy, transform, *, bias
             log_p = p.log().scatter(1, column, torch.where(here, logps[s].unsqueeze(1), p.gather(1, column).log()))
             y = t * (log_p + lse[s].unsqueeze(1))
         else:
-            z, y = _transformed(tile[s], transform, bias, temp, lse.dtype)
+            z, y = transformed(tile[s], transform, bias, temp, lse.dtype)
             log_p = z - lse[s].unsqueeze(1)
             p = log_p.exp()
         rows_g = g[s].unsqueeze(1)
@@ -85,12 +85,12 @@ def new_statistics(rows, dtype, device):
     return stats
 
 
-def _slabs(tile):
+def slabs(tile):
     step = max(1, _SLAB_ELEMENTS // max(1, tile.shape[1]))
     return [slice(start, start + step) for start in range(0, tile.shape[0], step)]
 
 
-def _transformed(tile, transform, bias, temperature, dtype):
+def transformed(tile, transform, bias, temperature, dtype):
     """(z, y): the transformed logits, and the softcapped ones before the temperature."""
     y = tile.to(dtype)
     if bias is not None:

@@ -1,0 +1,86 @@
+"""log sum p^2, mean logit and top-1 beside the log-probs, against full logits; and that they cost nothing when not asked for."""
+
+import pytest
+import torch
+
+from grpo_kernels import linear_logprobs
+from grpo_kernels.diagnostics import NAMES
+from grpo_kernels.logprobs import token_statistics
+
+CASES = {
+    "plain": {},
+    "softcap": {"softcap": 4.0},
+    "bias": {"bias": True},
+    "temperature": {"temperature": True},
+    "negative scale": {"logit_scale": -1.3},
+    "all": {"softcap": 6.0, "bias": True, "temperature": True, "logit_scale": 0.7},
+}
+
+
+def problem(dtype=torch.float64, vocab=611):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 6, 8, dtype=dtype), torch.randn(vocab, 8, dtype=dtype)
+    ids = torch.randint(0, vocab, (3, 6))
+    return hidden, weight, ids, torch.rand(3, 6) > 0.2
+
+
+def full(hidden, weight, options):
+    z = hidden @ weight.T
+    z = options.get("logit_scale", 1.0) * (z if options.get("bias") is None else z + options["bias"])
+    if options.get("softcap"):
+        z = options["softcap"] * torch.tanh(z / options["softcap"])
+    return z if options.get("temperature") is None else z / options["temperature"].unsqueeze(-1)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("trained", ["head", "hidden", "nothing"])
+@pytest.mark.parametrize("workspace_bytes", [1, 10**7])
+def test_equal_full_logits(name, backend, trained, workspace_bytes):
+    """Several blocks of the vocabulary, and the target on its best token for half of the rows."""
+    hidden, weight, ids, mask = problem()
+    options = dict(CASES[name])
+    if options.get("bias"):
+        options["bias"] = torch.randn(weight.shape[0], dtype=torch.float64)
+    if options.get("temperature"):
+        options["temperature"] = 0.5 + torch.rand(ids.shape)
+    z = full(hidden, weight, options)
+    ids[:, ::2] = z.argmax(-1)[:, ::2]
+    weight.requires_grad_(trained == "head")
+    hidden.requires_grad_(trained != "nothing")
+    logps, entropy, squares, mean, top = token_statistics(
+        hidden, weight, ids, mask=mask, backend=backend, workspace_bytes=workspace_bytes, diagnostics=NAMES, **options
+    )
+    log_p = z.log_softmax(-1)
+    zero = lambda x: x.where(mask, torch.zeros((), dtype=x.dtype))  # noqa: E731
+    torch.testing.assert_close(logps.detach(), zero(log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(squares, zero((2 * log_p).logsumexp(-1)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(mean, zero(z.mean(-1)), rtol=1e-9, atol=1e-9)
+    assert torch.equal(top, (z.argmax(-1) == ids) & mask) and 0 < top.sum() < mask.sum()
+    assert not (squares.requires_grad or mean.requires_grad or top.requires_grad)
+    assert logps.requires_grad == (trained != "nothing")
+    if trained != "nothing":
+        plain = linear_logprobs(hidden, weight, ids, mask=mask, backend=backend, workspace_bytes=workspace_bytes, **options)
+        assert torch.equal(plain.logps, logps)
+        inputs = [x for x in (hidden, weight) if x.requires_grad]
+        g = torch.randn(logps.shape, dtype=torch.float64)
+        ours, theirs = (torch.autograd.grad((g * x).sum(), inputs) for x in (logps, plain.logps))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_tie_is_won_by_the_first_token():
+    """As argmax has it: equal logits in one block and in different ones."""
+    hidden, weight = torch.ones(1, 3, 1), torch.zeros(9000, 1)
+    weight[[5, 8000]] = 2.0
+    weight[6] = 2.0
+    top = token_statistics(hidden, weight, torch.tensor([[5, 6, 8000]]), diagnostics=("is_top1",), workspace_bytes=1)[4]
+    assert top.tolist() == [[True, False, False]]
+
+
+def test_what_is_not_finite_is_not_top():
+    hidden, weight = torch.ones(1, 2, 1), torch.zeros(50, 1)
+    hidden[0, 0] = float("nan")
+    top = token_statistics(hidden, weight, torch.tensor([[0, 0]]), diagnostics=("is_top1",))[4]
+    assert top.tolist() == [[False, True]]
+    assert token_statistics(hidden, weight, torch.tensor([[0, 0]]))[2:] == [None, None, None]
