@@ -1,15 +1,30 @@
-"""A fused loss inside a causal LM's own forward.
+"""A fused head inside a causal LM's own forward.
 
-A head that is read from outside (`model.lm_head.weight`) is invisible to DDP and sharded away by FSDP. So the model itself
-learns one keyword: `model(..., fused_lm_head=fn)` runs the body, then calls `fn(hidden, head)` where the logits would have
-been made, and returns what `fn` returns. Every other call, `generate` included, is unchanged.
+A head that is read from outside (`model.lm_head.weight`) is invisible to DDP and sharded away by FSDP and ZeRO-3. So the model
+itself learns one keyword, and makes log-probs where its logits would have been made:
+
+    model(input_ids=ids, labels=labels, fused_lm_head=True)   log-probs and entropy of the labels, `FusedCausalLMOutput`
+    model(input_ids=ids, fused_lm_head=fn)                    whatever fn(hidden, head) returns: a whole loss, for instance
+
+Both run inside the call of the output layer, so that the hooks which gather a sharded layer, and reduce its gradient, fire as
+they do for logits. Every other call, `generate` included, is unchanged.
 """
 
+import contextlib
 import functools
+import sys
 import types
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
+from transformers.utils import ModelOutput
+
+from ..diagnostics import NAMES as DIAGNOSTICS
+from ..logprobs import token_statistics
+
+OUTPUTS = ("log_probs", "entropy", *DIAGNOSTICS)
 
 
 class LMHead(NamedTuple):
@@ -22,34 +37,102 @@ class LMHead(NamedTuple):
     softcap: float | None
 
 
-def fuse_lm_head(model, verify=True):
+@dataclass
+class FusedCausalLMOutput(ModelOutput):
+    """What a fused model returns for labels [B, T]: each per-token field is [B, T - 1] ([B, T] for ``shift_labels``), 0 where the
+    label is -100, and None where it was not asked for. The names are TRL's.
+
+    Attributes:
+        loss: 0-dim; minus the sum of ``log_probs`` over ``num_items_in_batch`` (None: the labels that count), plus the model's
+            router loss by its coefficient where router logits are requested.
+        log_probs: float32, differentiable.
+        entropy: float32, differentiable.
+        log_sum_sq_probs, mean_logits: float32, log sum_v p_v^2 and the mean of the logits, without gradient.
+        is_top1: bool, whether the label is the most likely token.
+        label_mask: bool, where the label is not -100.
+        aux_loss: 0-dim, the load-balancing loss of a mixture of experts, where router logits are requested.
+    """
+
+    loss: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    log_sum_sq_probs: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    label_mask: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "entropy"), head_in_float32=False,
+                 workspace_bytes=None, backend="auto"):  # fmt: skip
     """Teach this instance of a causal LM the keyword ``fused_lm_head``.
 
+    ``model(..., labels=labels, fused_lm_head=True).log_probs`` equals
+    ``(model(...).logits / temperature).log_softmax(-1)[:, :-1].gather(-1, labels[:, 1:])`` where the label is not -100.
     ``model(..., fused_lm_head=fn)`` equals ``fn(model.base_model(...).last_hidden_state, lm_head(model))``.
 
+    The forward then takes, beside its own arguments: ``labels`` [B, T] int64 with -100 where nothing is scored, or
+    ``shift_labels`` [B, T], which are not shifted; ``temperature``, a number or a tensor shaped like the labels given, instead of
+    the one given here; ``num_items_in_batch``, the divisor of the loss. Rows without a label cost nothing.
+
     Args:
-        model: a `transformers` causal LM, before any wrapper (DDP, FSDP, accelerate); under PEFT its base model.
+        model: a `transformers` causal LM, before any wrapper (DDP, FSDP, DeepSpeed, accelerate); under PEFT its base model.
         verify: run four tokens both ways and compare the logits, so that an architecture which treats its logits in a way
             unknown here is refused and not trained wrongly.
+        temperature: what the logits are divided by.
+        outputs: which per-token fields are wanted, of ``OUTPUTS``; log_probs always come.
+        head_in_float32: run the head in float32 and outside of autocast.
+        workspace_bytes, backend: as in `linear_logprobs`.
 
     Returns:
         The same model.
 
     Raises:
         NotImplementedError: the logits of this architecture are not what its head and configuration say.
+        ValueError: there is no such output.
     """
-    original = model.forward.__func__
-    if getattr(original, "fuses_lm_head", False):
-        return model
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown:
+        raise ValueError(f"outputs must be among {', '.join(OUTPUTS)}, got {', '.join(map(str, unknown))}")
+    original = getattr(model.forward, "before_fusing", model.forward)
+    options = {"temperature": temperature, "diagnostics": outputs, "workspace_bytes": workspace_bytes, "backend": backend}
 
-    @functools.wraps(original)
-    def forward(self, *args, fused_lm_head=None, **kwargs):
-        if fused_lm_head is None:
-            return original(self, *args, **kwargs)
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        return fused_lm_head(self.base_model(*args, **given)[0], lm_head(self))
+    @functools.wraps(type(model).forward)  # generate reads the signature
+    def forward(self, *args, fused_lm_head=None, labels=None, shift_labels=None, num_items_in_batch=None, temperature=None,
+                **kwargs):  # fmt: skip
+        if not fused_lm_head:
+            labelled = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch,
+                        "temperature": temperature}  # fmt: skip
+            return original(*args, **kwargs, **{name: value for name, value in labelled.items() if value is not None})
+        body = {"use_cache": False} | {name: value for name, value in kwargs.items() if value is not None}
+        if getattr(self.config.get_text_config(), "output_router_logits", False):
+            body.setdefault("output_router_logits", True)
+        states = self.base_model(*args, **body)
+        aux_loss = _router_loss(self, states, body.get("attention_mask")) if body.get("output_router_logits") else None
+        if callable(fused_lm_head):
+            result = _inside_head(self, states[0], fused_lm_head, head_in_float32)
+            return (result, aux_loss) if kwargs.get("output_router_logits") else result
 
-    forward.fuses_lm_head = True
+        if labels is None and shift_labels is None:
+            raise ValueError("labels or shift_labels must be given with fused_lm_head=True, got neither")
+        target = labels[:, 1:] if shift_labels is None else shift_labels
+        given = options if temperature is None else options | {"temperature": temperature}
+        if shift_labels is None and isinstance(given["temperature"], torch.Tensor) and given["temperature"].dim():
+            given = given | {"temperature": given["temperature"][:, 1:]}
+
+        def score(hidden, head):
+            hidden = hidden if shift_labels is not None else hidden[:, :-1]
+            return _scored(hidden, target.to(hidden.device), head, given, "entropy" in outputs)
+
+        output = _inside_head(self, states[0], score, head_in_float32)
+        count = output.label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        output.loss = -output.log_probs.sum() / count
+        if aux_loss is not None:
+            output.aux_loss = aux_loss
+            output.loss = output.loss + getattr(self.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
+        return output
+
+    forward.before_fusing = original
     model.forward = types.MethodType(forward, model)
     if verify:
         _verify(model)
@@ -57,19 +140,109 @@ def fuse_lm_head(model, verify=True):
 
 
 def lm_head(model) -> LMHead:
-    """The output layer of a causal LM as numbers: adapters on it apart, factors from the model's configuration."""
+    """The output layer of a causal LM as numbers: adapters on it apart, factors from the model's configuration.
+
+    Raises:
+        NotImplementedError: it carries an adapter that is more than ``h W^T + scale (h A^T) B^T``, or quantized weights.
+    """
     layer = model.get_output_embeddings()
     if hasattr(layer, "modules_to_save"):  # PEFT: a trained copy beside the original
         layer = layer.original_module if layer.disable_adapters else layer.modules_to_save[layer.active_adapters[0]]
-    weight, bias, lora = layer.weight, getattr(layer, "bias", None), None
-    if hasattr(layer, "lora_A") and not layer.disable_adapters and not layer.merged:
-        (name,) = layer.active_adapters
-        if isinstance(layer.lora_dropout[name], torch.nn.Dropout):
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    if not weight.is_floating_point():
+        raise NotImplementedError(f"the output layer must hold plain weights, got {type(weight).__name__} of {weight.dtype}")
+    lora = _adapter(layer, weight.dtype)
+    scale, softcap = _factors(model.config.get_text_config())
+    if hasattr(weight, "ds_id"):
+        # ZeRO-3 takes a parameter's memory away after the forward; what the backward needs of it must be held by another name
+        weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)
+    return LMHead(_local(weight), None if bias is None else _local(bias), lora, scale, softcap)
+
+
+def _adapter(layer, dtype):
+    """(A, B, scale) of the active LoRA adapters of a layer, several as one; None where there is none."""
+    if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names:
+        return None
+    for name in names:
+        if isinstance(layer.lora_dropout[name], torch.nn.Dropout) and layer.lora_dropout[name].p > 0 and layer.training:
             raise NotImplementedError("lora_dropout on the output layer must be 0: its logits are never made")
-        lora = (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-    config = model.config.get_text_config()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    return LMHead(weight, bias, lora, float(scale), getattr(config, "final_logit_softcapping", None))
+        if name in getattr(layer, "lora_variant", {}) or layer.lora_B[name].bias is not None:
+            raise NotImplementedError("an adapter on the output layer must be a plain LoRA without lora_bias, DoRA and the like")
+    factors = [(_local(layer.lora_A[name].weight).to(dtype), _local(layer.lora_B[name].weight).to(dtype)) for name in names]
+    if len(names) == 1:
+        return *factors[0], float(layer.scaling[names[0]])
+    scaled = [layer.scaling[name] * b for name, (_, b) in zip(names, factors, strict=True)]
+    return torch.cat([a for a, _ in factors]), torch.cat(scaled, dim=1), 1.0
+
+
+def _factors(config):
+    """(logit_scale, softcap) by the names that architectures give them."""
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale = scale if getattr(config, name, None) is None else scale * getattr(config, name)
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
+    return float(scale), getattr(config, "final_logit_softcapping", None)
+
+
+def _local(tensor):
+    """A tensor-parallel weight gathered: once a call, its gradient cut back to the shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _inside_head(model, hidden, fn, in_float32):
+    """fn(hidden, head) as the output layer's own forward."""
+    layer = model.get_output_embeddings()
+    if layer.weight.is_meta:
+        raise RuntimeError("the output layer's weight is not in memory (a device map sends it to CPU or disk); keep it on a device")
+
+    def run(hidden):
+        head = lm_head(model)
+        hidden = hidden.to(head.weight.device)
+        if not in_float32:
+            return fn(hidden, head)
+        lora = None if head.lora is None else (head.lora[0].float(), head.lora[1].float(), head.lora[2])
+        head = head._replace(weight=head.weight.float(), bias=None if head.bias is None else head.bias.float(), lora=lora)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return fn(hidden.float(), head)
+
+    with _replaced_forward(layer, run):
+        return layer(hidden)
+
+
+@contextlib.contextmanager
+def _replaced_forward(layer, run):
+    own = layer.__dict__.get("forward")
+    layer.forward = run
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
+
+
+def _scored(hidden, labels, head, options, entropy_wanted):
+    mask = labels != -100
+    logps, entropy, *diagnostics = token_statistics(
+        hidden, head.weight, labels.where(mask, 0), mask=mask, bias=head.bias, lora=head.lora, logit_scale=head.logit_scale,
+        softcap=head.softcap, **options,
+    )  # fmt: skip
+    return FusedCausalLMOutput(None, logps, entropy if entropy_wanted else None, *diagnostics, mask)
+
+
+def _router_loss(model, states, attention_mask):
+    """The load-balancing loss as the model's own forward computes it, without its coefficient."""
+    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    experts, chosen = getattr(model, "num_experts", None), getattr(model, "num_experts_per_tok", None)
+    if function is None or experts is None or chosen is None or states.get("router_logits") is None:
+        raise NotImplementedError(f"{type(model).__name__} has no load-balancing loss of router logits; call it without them")
+    return function(states.router_logits, experts, chosen, attention_mask)
 
 
 def _verify(model):

@@ -1,0 +1,410 @@
+"""`integrations.liger` against the class it stands in for: loss, metrics and gradients over the grid of liger's options."""
+
+import ast
+import functools
+import inspect
+import math
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from problems import make_problem, policy_logps
+from tolerance import assert_all_close, assert_no_worse_than_torch
+
+import grpo_kernels.integrations
+from grpo_kernels import GRPOLossConfig, reference
+from grpo_kernels.integrations.liger import LigerFusedLinearGRPOLoss
+
+peer = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
+Theirs = functools.partial(peer.LigerFusedLinearGRPOLoss, compiled=False)
+
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+PAIRS = [(t, level) for t in CLIPPED for level in ("token", "sequence")] + [(t, "token") for t in ("cispo", "sapo", "vespo")]
+LEAVES = ("_input", "lin_weight", "bias")
+B, T, D, V, DRAWS = 4, 12, 16, 307, 36
+
+GRID = dict(
+    beta=[0.0, 0.3, 0.3, -0.1], use_bias_correction_kl=[False, True], delta=[None, 1.1, 2.2], epsilon_low=[0.2, 0.25],
+    epsilon_high=[0.2, 0.28, 1.25], temperature=[1.0, 0.7], chunk_size=[1, 3], sapo_temperature_pos=[1.0, 0.7],
+    sapo_temperature_neg=[1.05, 2.3], vespo_k_pos=[2.0, 1.3], vespo_lambda_pos=[3.0, 1.1], vespo_k_neg=[3.0, 0.4],
+    vespo_lambda_neg=[2.0, 0.9], max_completion_length=[T, 29],
+    bias=[False, True], on_policy=[False, False, True], reference=["logps", "logps", "input", "input and bias", "own"],
+    ratio=[None, "[B, T]", "[B, 1]", "[B]"], num_items=[None, 47, 0.3, torch.tensor(31), torch.tensor(0.5)],
+    mask=[torch.bool, torch.int64, torch.float32], frozen=[(), (), ("lin_weight",), ("_input", "bias")], scale=[1.0, -0.5],
+)  # fmt: skip
+OPTIONS = inspect.signature(LigerFusedLinearGRPOLoss).parameters.keys()
+
+
+@functools.cache
+def draws(loss_type, level):
+    """DRAWS settings in which every value of every option comes up equally often, whatever the seed."""
+    rng = random.Random(f"{loss_type} {level}")
+    decks = {name: (values * DRAWS)[:DRAWS] for name, values in GRID.items()}
+    for deck in decks.values():
+        rng.shuffle(deck)
+    return [dict(zip(decks, hand, strict=True)) for hand in zip(*decks.values(), strict=True)]
+
+
+@functools.cache
+def problem_of(seed, loss_type, level, temperature=1.0, bias=False, on_policy=False, full_mask=False):
+    config = GRPOLossConfig(loss_type=loss_type, importance_sampling_level=level, temperature=temperature,
+                            max_completion_length=T)  # fmt: skip
+    masked = dict(masked=0.0, all_masked_sequence=False) if full_mask else {}
+    return make_problem(seed, B=B, T=T, D=D, V=V, dtype=torch.float32, config=config, bias=bias, on_policy=on_policy,
+                        zero_advantages=seed % 3 == 0, **masked)  # fmt: skip
+
+
+class Call:
+    """One call by liger's names: options of the constructor and tensors of the forward."""
+
+    def __init__(self, seed, loss_type, level, *, full_mask=False, **setting):
+        s = {**draws(loss_type, level)[seed % DRAWS], **setting}
+        self.problem = p = problem_of(seed, loss_type, level, s["temperature"], s["bias"], s["on_policy"], full_mask)
+        self.options = {name: value for name, value in s.items() if name in OPTIONS}
+        self.options.update(loss_type=loss_type, importance_sampling_level=level, use_ref_model=s["reference"] != "own")
+        self.frozen, self.scale = s["frozen"], s["scale"]
+        self.tensors = dict(
+            _input=p.hidden, lin_weight=p.weight, selected_token_ids=p.completion_ids, attention_mask=p.mask.to(s["mask"]),
+            advantages=p.advantages, bias=p.bias, old_per_token_logps=p.old_logps, num_items_in_batch=s["num_items"],
+        )  # fmt: skip
+        g = torch.Generator().manual_seed(seed)
+        if s["reference"] == "logps":
+            self.tensors["ref_per_token_logps"] = p.ref_logps
+        elif s["reference"] != "own":
+            self.tensors["ref_input"] = p.hidden + 0.1 * torch.randn(B, T, D, generator=g)
+            self.tensors["ref_weight"] = p.weight + 0.1 * torch.randn(V, D, generator=g)
+            self.tensors["ref_bias"] = torch.randn(V, generator=g) if s["reference"] == "input and bias" else None
+        if s["ratio"]:
+            ratio = 0.4 + torch.rand(*{"[B, T]": (B, T), "[B, 1]": (B, 1), "[B]": (B,)}[s["ratio"]], generator=g)
+            ratio[1] = 0.0 if s["ratio"] == "[B]" else ratio[1]
+            # liger's vespo adds up what stands at masked positions too; 1 there, as trainers leave it, adds nothing
+            self.tensors["vllm_is_ratio"] = ratio if s["ratio"] != "[B, T]" else ratio.where(p.mask.bool(), 1.0)
+
+    def run(self, which, dtype=torch.float32, **changes):
+        """{"loss", "metric 0", ..., "gradient of _input", ...} of a class called with these options and tensors."""
+        tensors = {n: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x
+                   for n, x in {**self.tensors, **changes}.items()}  # fmt: skip
+        needs = [n for n in LEAVES if tensors[n] is not None and n not in self.frozen]
+        for name in needs:
+            tensors[name] = tensors[name].clone().requires_grad_()
+        loss, metrics = which(**self.options)(**tensors)
+        (loss * self.scale).backward()
+        assert isinstance(metrics, tuple) and len(metrics) == (2 if self.options["beta"] != 0 else 1)
+        for metric in metrics:
+            assert metric.shape == () and not metric.requires_grad
+        out = {f"metric {i}": x for i, x in enumerate(metrics)}
+        return {"loss": loss.detach(), **out, **{f"gradient of {n}": tensors[n].grad for n in needs}}
+
+    def run_reference(self):
+        """Loss and gradients of the specification, in float64."""
+        o, t = self.options, {n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                              for n, x in self.tensors.items()}  # fmt: skip
+        own = {n: o[n] for n in GRPOLossConfig.__dataclass_fields__ if n in o}
+        config = GRPOLossConfig(**{**own, "epsilon": o["epsilon_low"], "beta": o["beta"] if o["use_ref_model"] else 0.0})
+        ref = t.get("ref_per_token_logps")
+        if "ref_input" in t:
+            z = t["ref_input"] @ t["ref_weight"].T + (0.0 if t["ref_bias"] is None else t["ref_bias"])
+            ref = (z / o["temperature"]).log_softmax(-1).gather(-1, t["selected_token_ids"].unsqueeze(-1)).squeeze(-1)
+        ratio, items = t.get("vllm_is_ratio"), t["num_items_in_batch"]
+        leaves = {n: t[n].clone().requires_grad_() for n in LEAVES if t[n] is not None and n not in self.frozen}
+        t.update(leaves)
+        out = reference.grpo_loss(
+            t["_input"], t["lin_weight"], t["selected_token_ids"], t["advantages"], t["attention_mask"], bias=t["bias"],
+            old_logps=t["old_per_token_logps"], ref_logps=ref, num_items=None if items is None else torch.as_tensor(items),
+            importance_sampling_ratio=ratio.unsqueeze(1) if ratio is not None and ratio.dim() == 1 else ratio, config=config,
+        )  # fmt: skip
+        (out.loss * self.scale).backward()
+        return {"loss": out.loss.detach(), **{f"gradient of {n}": x.grad for n, x in leaves.items()}}
+
+    @property
+    def liger_reduces_luspo_rightly(self):
+        """Its mean over B * T positions is right where every term is one number per sequence."""
+        kl = self.options["beta"] != 0 and self.options["use_ref_model"]
+        ratio = self.tensors.get("vllm_is_ratio")
+        per_token = self.options["importance_sampling_level"] == "token" or kl or (ratio is not None and ratio.shape == (B, T))
+        return not per_token or bool(self.tensors["attention_mask"].all())
+
+
+def tensors_of(results):
+    return {name: value for name, value in results.items() if not name.startswith("metric")}
+
+
+def assert_equal(ours, theirs, hint, tolerance=2e-5, slack=0.0):
+    """No element is off by more than ``tolerance`` times the largest; the loss, a sum that cancels, not by more than that of
+    itself or of the largest gradient, and ``slack``."""
+    assert ours.keys() == theirs.keys(), hint
+    sizes = {name: x.abs().max().item() for name, x in theirs.items()}
+    sizes["loss"] = max((size for name, size in sizes.items() if not name.startswith("metric")), default=0.0)
+    for name, truth in theirs.items():
+        assert ours[name].shape == truth.shape, f"{hint} {name}"
+        error, allowed = (ours[name].double() - truth.double()).abs().max().item(), tolerance * sizes[name]
+        assert error <= allowed + slack * (name == "loss"), f"{hint} {name}: {error:.3e} of {sizes[name]:.3e}"
+
+
+@pytest.mark.parametrize("loss_type, level", [pair for pair in PAIRS if pair[0] != "luspo"])
+def test_equals_liger(loss_type, level):
+    clipped, kl = 0, 0
+    for seed in range(DRAWS):
+        call = Call(seed, loss_type, level)
+        ours, theirs = call.run(LigerFusedLinearGRPOLoss), call.run(Theirs)
+        exact = call.run_reference()
+        assert_equal(tensors_of(ours), exact, f"seed {seed}, exact")
+        assert_equal(ours, theirs, f"seed {seed}", slack=2 * abs(theirs["loss"] - exact["loss"]).item())
+        metrics = [value for name, value in theirs.items() if name.startswith("metric")]
+        clipped, kl = clipped + bool(metrics[-1] > 0), kl + bool(len(metrics) == 2 and metrics[0] != 0)
+    assert kl > DRAWS // 3 and (clipped > DRAWS // 3) == (loss_type not in ("sapo", "vespo")), "the metrics must show something"
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_luspo_is_that_of_the_specification_and_ligers_only_where_that_is_right(level):
+    right, wrong = 0, 0
+    for seed in range(DRAWS):
+        for full_mask in (False, True):
+            call = Call(seed, "luspo", level, full_mask=full_mask)
+            ours, theirs = call.run(LigerFusedLinearGRPOLoss), call.run(Theirs)
+            assert_equal(tensors_of(ours), call.run_reference(), f"seed {seed}, exact")
+            if call.liger_reduces_luspo_rightly:
+                right += 1
+                assert_equal(ours, theirs, f"seed {seed}")
+                continue
+            wrong += 1
+            assert_equal({n: ours[n] for n in ours if "metric" in n}, {n: theirs[n] for n in theirs if "metric" in n}, seed)
+            with pytest.raises(AssertionError):  # or liger has been mended
+                assert_equal(ours, theirs, f"seed {seed}", tolerance=2e-4)
+    assert right > DRAWS // 3 and wrong > DRAWS // 3
+
+
+@pytest.mark.parametrize("loss_type, level", [pair for pair in PAIRS if pair[0] != "vespo"])
+def test_the_inputs_reach_below_inside_and_above_the_clip_range_for_both_signs(loss_type, level):
+    reached, all_masked = set(), False
+    for seed in range(DRAWS):
+        call = Call(seed, loss_type, level)
+        p, kept, o = call.problem, call.problem.mask.bool(), call.options
+        all_masked |= bool((~kept).all(1).any())
+        if p.old_logps is None:
+            continue
+        d = (policy_logps(p) - p.old_logps).where(kept, 0.0)
+        if level == "sequence":
+            d = (d.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)).expand(B, T)
+        w, A = d.exp()[kept], p.advantages.unsqueeze(1).expand(B, T)[kept]
+        high = 1 + o["epsilon_high"]
+        bounds = torch.tensor([1 - o["epsilon_low"], high if loss_type != "cispo" else o["epsilon_high"]])
+        assert (w.log().unsqueeze(1) - bounds.log()).abs().min() > 0.01, "rounding must not decide what is clipped"
+        where = (w > 1 - o["epsilon_low"]).int() + (w > high).int()
+        reached |= {(*pair,) for pair in torch.stack([A.sign().int(), where], 1).tolist()}
+    assert all_masked and reached >= {(sign, side) for sign in (-1, 1) for side in (0, 1, 2)}, reached
+
+
+def test_vespo_reads_no_ratio_at_masked_positions():
+    call = Call(0, "vespo", "token", ratio="[B, T]")
+    clean, theirs_clean = call.run(LigerFusedLinearGRPOLoss), call.run(Theirs)
+    kept = call.problem.mask.bool()
+    ratio = call.tensors["vllm_is_ratio"].where(kept, 0.7)
+    ours, theirs = call.run(LigerFusedLinearGRPOLoss, vllm_is_ratio=ratio), call.run(Theirs, vllm_is_ratio=ratio)
+    assert_equal(ours, clean, "", 0.0)
+    assert abs(theirs["loss"] - theirs_clean["loss"]) > 1e-3 * abs(theirs_clean["loss"]), "liger has been mended"
+
+
+@pytest.mark.parametrize("loss_type, level", PAIRS)
+def test_what_stands_at_masked_positions_does_not_matter(loss_type, level):
+    call = Call(1, loss_type, level, ratio="[B, T]", reference="input", on_policy=False)
+    kept, nan = call.problem.mask.bool(), math.nan
+    assert not kept.all()
+    garbage = {n: call.tensors[n].where(kept, nan) for n in ("old_per_token_logps", "vllm_is_ratio")}
+    garbage |= {n: call.tensors[n].where(kept.unsqueeze(-1), nan) for n in ("_input", "ref_input")}
+    garbage["selected_token_ids"] = call.tensors["selected_token_ids"].where(kept, -100)
+    assert_equal(call.run(LigerFusedLinearGRPOLoss, **garbage), call.run(LigerFusedLinearGRPOLoss), "", 0.0)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo", "grpo"])
+@pytest.mark.parametrize("num_items", [None, 53, 0.6, torch.tensor(53)])
+def test_ranks_divide_by_the_mean_of_their_tokens(loss_type, num_items, monkeypatch):
+    """Three ranks of which this one is emulated: liger sees the same torch.distributed as we do."""
+    call = Call(2, loss_type, "token", num_items=num_items)
+    alone, calls = call.run(LigerFusedLinearGRPOLoss), []
+
+    def all_reduce(count, **_):
+        calls.append(count.item())
+        count += 19
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 3)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    ours = call.run(LigerFusedLinearGRPOLoss)
+    assert calls == ([call.problem.kept] if num_items is None and loss_type != "grpo" else [])
+    assert_equal(ours, call.run(Theirs), loss_type)
+    assert (abs(ours["loss"] - alone["loss"]) > 1e-3 * abs(alone["loss"])) == (loss_type != "grpo" and num_items != 0.6)
+
+
+@pytest.mark.parametrize("hidden, weight", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16),
+                                            (torch.bfloat16, torch.bfloat16)])  # fmt: skip
+def test_mixed_dtypes(hidden, weight):
+    """Whatever liger takes: a head of another dtype, int32 ids, old log-probs in bfloat16, advantages in float64."""
+    for loss_type in ("dapo", "cispo"):
+        call = Call(3, loss_type, "token", bias=True, reference="input", temperature=1.0, frozen=(), on_policy=False)
+        t = call.tensors
+        stored = {"_input": t["_input"].to(hidden), "ref_input": t["ref_input"].to(weight), "bias": t["bias"].to(weight),
+                  "lin_weight": t["lin_weight"].to(weight), "ref_weight": t["ref_weight"].to(hidden),
+                  "old_per_token_logps": t["old_per_token_logps"].bfloat16()}  # fmt: skip
+        for name, value in stored.items():
+            t[name] = value.float()
+        exact = call.run_reference()
+        more = dict(selected_token_ids=t["selected_token_ids"].int(), advantages=t["advantages"].double())
+        ours = call.run(LigerFusedLinearGRPOLoss, torch.float64, **stored, **more)
+        theirs = call.run(Theirs, torch.float64, **stored, **more)
+        for name, truth in exact.items():
+            assert ours[name].dtype == theirs[name].dtype, name
+            assert_no_worse_than_torch(f"{loss_type} {name}", ours[name], theirs[name], truth, floor=4e-3)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_float64_and_advantages_per_token_against_the_reference(level):
+    p = make_problem(
+        B=B, T=T, D=D, V=V, per_token_advantages=True, bias=True, config=GRPOLossConfig(importance_sampling_level=level)
+    )
+    call = Call(4, "dapo", level, temperature=1.0, on_policy=False, reference="logps", frozen=())
+    call.tensors = dict(
+        _input=p.hidden, lin_weight=p.weight, selected_token_ids=p.completion_ids, attention_mask=p.mask, bias=p.bias,
+        advantages=p.advantages, old_per_token_logps=p.old_logps, ref_per_token_logps=p.ref_logps, num_items_in_batch=None,
+    )  # fmt: skip
+    ours = call.run(LigerFusedLinearGRPOLoss, torch.float64)
+    assert_all_close(tensors_of(ours), call.run_reference(), 1e-10)
+    kept, o = p.mask.bool(), call.options
+    d = (policy_logps(p) - p.old_logps).where(kept, 0.0)
+    if level == "sequence":
+        d = d.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+    w, A = d.exp().expand(B, T), p.advantages
+    clipped = ((w < 1 - o["epsilon_low"]) & (A < 0)) | ((w > 1 + o["epsilon_high"]) & (A > 0))
+    last = max(name for name in ours if name.startswith("metric"))
+    assert 0 < ours[last] < 1 and ours[last] == clipped[kept].double().mean()
+
+
+def test_the_interface_is_ligers():
+    def shape(function):
+        return [(q.name, q.kind, q.default) for q in inspect.signature(function).parameters.values()]
+
+    assert shape(LigerFusedLinearGRPOLoss.__init__) == shape(peer.LigerFusedLinearGRPOLoss.__init__)
+    assert shape(LigerFusedLinearGRPOLoss.forward) == shape(peer.LigerFusedLinearGRPOLoss.forward)
+    given = {name: value for name, value in draws("dapo", "token")[0].items() if name in OPTIONS}
+    for options in ({}, given, dict(compiled=False, chunk_size=8, use_ref_model=False)):
+        ours, theirs = LigerFusedLinearGRPOLoss(**options), peer.LigerFusedLinearGRPOLoss(**options)
+        assert {n: getattr(ours, n) for n in OPTIONS} == {n: getattr(theirs, n) for n in OPTIONS}
+        assert not list(ours.parameters()) and not ours.state_dict()
+
+
+def test_positional_arguments_and_attributes_assigned_between_calls():
+    call = Call(5, "dapo", "token", reference="input and bias", ratio="[B, 1]")
+    order = inspect.signature(LigerFusedLinearGRPOLoss).parameters, inspect.signature(LigerFusedLinearGRPOLoss.forward).parameters
+    modules = [C(**{**call.options, "temperature": 1.9, "beta": 0.0}) for C in (LigerFusedLinearGRPOLoss, Theirs)]
+    results = []
+    for module in modules:
+        module.temperature, module.beta = 0.8, 0.2
+        loss, metrics = module(*(call.tensors.get(name) for name in list(order[1])[1:]))
+        results.append({"loss": loss, **{f"metric {i}": x for i, x in enumerate(metrics)}})
+    assert_equal(*results, "")
+
+
+def test_no_graph_without_a_gradient_to_take():
+    call = Call(6, "dapo", "token", reference="logps")
+    module = LigerFusedLinearGRPOLoss(**call.options)
+    assert not module(**call.tensors)[0].requires_grad
+    call.tensors["_input"] = call.tensors["_input"].clone().requires_grad_()
+    assert module(**call.tensors)[0].requires_grad
+    with torch.no_grad():
+        assert not module(**call.tensors)[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(loss_type="ppo"), "loss_type.*'ppo'"),
+        (dict(importance_sampling_level="word"), "importance_sampling_level.*'word'"),
+        *(
+            (dict(importance_sampling_level="sequence", loss_type=t), f"importance_sampling_level.*{t}")
+            for t in ("cispo", "sapo", "vespo")
+        ),
+        (dict(loss_type="dr_grpo"), "max_completion_length.*None"),
+        (dict(sapo_temperature_pos=0.0), "sapo_temperature_pos.*0.0"),
+        (dict(sapo_temperature_neg=-1.0), "sapo_temperature_neg.*-1.0"),
+        (dict(delta=0.0), "delta.*0.0"),
+        (dict(temperature=0.0), "temperature.*0.0"),
+        (dict(epsilon_low=-0.1), "epsilon.*-0.1"),
+        (dict(beta=torch.ones(())), "beta.*tensor"),
+    ],
+)
+def test_wrong_options(options, said):
+    with pytest.raises(ValueError, match=said):
+        LigerFusedLinearGRPOLoss(**options)
+    module = LigerFusedLinearGRPOLoss()
+    for name, value in options.items():
+        setattr(module, name, value)
+    call = Call(7, "dapo", "token", reference="logps")
+    with pytest.raises(ValueError, match=said):
+        module(**call.tensors)
+
+
+@pytest.mark.parametrize(
+    "wrong, error, said",
+    [
+        (dict(_input=torch.zeros(B * T, D)), ValueError, r"_input must be \[B, T, D\], got \[48, 16\]"),
+        (dict(_input=torch.zeros(B, T, D, dtype=torch.long)), TypeError, "_input.*int64"),
+        (dict(lin_weight=torch.zeros(D, V)), ValueError, r"lin_weight must be \[V, 16\], got \[16, 307\]"),
+        (dict(lin_weight=None), TypeError, "lin_weight.*NoneType"),
+        (dict(selected_token_ids=torch.zeros(B * T, dtype=torch.long)), ValueError, r"selected_token_ids.*\[4, 12\].*\[48\]"),
+        (dict(selected_token_ids=torch.zeros(B, T)), TypeError, "selected_token_ids.*int64.*float32"),
+        (dict(selected_token_ids=torch.full((B, T), V)), ValueError, "token ids.*V = 307"),
+        (dict(attention_mask=torch.ones(B, T + 1)), ValueError, r"attention_mask.*\[4, 12\].*\[4, 13\]"),
+        (dict(attention_mask=torch.full((B, T), 0.5)), ValueError, "mask.*0 and 1"),
+        (dict(attention_mask=None), TypeError, "attention_mask.*NoneType"),
+        (dict(advantages=torch.zeros(B, 1)), ValueError, r"advantages.*\[4\] or \[4, 12\].*\[4, 1\]"),
+        (dict(advantages=torch.full((B,), math.inf)), ValueError, "advantages must be finite"),
+        (dict(bias=torch.zeros(D)), ValueError, r"bias.*\[307\].*\[16\]"),
+        (dict(old_per_token_logps=torch.zeros(B)), ValueError, r"old_per_token_logps.*\[4, 12\].*\[4\]"),
+        (dict(ref_per_token_logps=torch.zeros(B, 1)), ValueError, r"ref_per_token_logps.*\[4, 12\].*\[4, 1\]"),
+        (dict(ref_per_token_logps=None), ValueError, "ref_per_token_logps or ref_input must be given"),
+        (dict(ref_per_token_logps=None, ref_input=torch.zeros(B, T, 8)), TypeError, "ref_weight.*NoneType"),
+        (dict(ref_per_token_logps=None, ref_input=torch.zeros(B, T, 8), ref_weight=torch.zeros(V, 9)), ValueError, r"ref_weight must be \[V, 8\]"),
+        (dict(ref_per_token_logps=None, ref_input=torch.zeros(T, 8)), ValueError, r"ref_input must be \[4, 12, D\]"),
+        (dict(vllm_is_ratio=torch.zeros(1, T)), ValueError, r"vllm_is_ratio.*\[4, 12\] or \[4, 1\] or \[4\].*\[1, 12\]"),
+        (dict(vllm_is_ratio=1.0), TypeError, "vllm_is_ratio.*float"),
+        (dict(num_items_in_batch=torch.ones(1)), ValueError, r"num_items_in_batch.*0-dim.*\[1\]"),
+        (dict(num_items_in_batch="7"), TypeError, "num_items_in_batch.*str"),
+    ],
+)  # fmt: skip
+def test_wrong_tensors(wrong, error, said):
+    call = Call(8, "dapo", "token", reference="logps", on_policy=False, bias=True)
+    with pytest.raises(error, match=said):
+        LigerFusedLinearGRPOLoss()(**{**call.tensors, **wrong})
+
+
+def test_a_reference_that_is_not_read_is_said_aloud():
+    def call(seed, reference, **options):
+        both = Call(seed, "dapo", "token", reference=reference, ratio=None)
+        if options.pop("twice", False):
+            both.tensors["ref_per_token_logps"] = both.problem.ref_logps
+        both.options.update(options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ours = both.run(LigerFusedLinearGRPOLoss)
+        assert_equal(ours, both.run(Theirs), reference)
+        return [str(w.message) for w in caught]
+
+    assert not call(0, "logps", beta=0.1) and not call(0, "own", beta=0.1) and not call(0, "logps", beta=0.0, use_ref_model=False)
+    with pytest.warns(UserWarning, match="Using ref_per_token_logps"):  # liger's own
+        assert "ref_input" in call(0, "input", beta=0.1, twice=True)[0]
+    for reference_kind in ("logps", "input"):
+        assert "use_ref_model is False" in call(0, reference_kind, beta=0.1, use_ref_model=False)[0]
+    for C, error in ((Theirs, AssertionError), (LigerFusedLinearGRPOLoss, ValueError)):
+        with pytest.raises(error, match="ref_per_token_logps or ref_input"):
+            C(beta=0.0)(**Call(0, "dapo", "token", reference="own").tensors)
+
+
+def test_neither_the_module_nor_its_package_imports_liger():
+    package = Path(grpo_kernels.integrations.__file__)
+    assert not [n for n in ast.walk(ast.parse(package.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    tree = ast.parse(package.with_name("liger.py").read_text())
+    names = [n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(tree)
+             if isinstance(n, (ast.Import, ast.ImportFrom))]  # fmt: skip
+    assert names and not [name for name in names if "liger" in name]

@@ -1,0 +1,394 @@
+"""TRL's own trainers, stock, patched and fused: the same losses, metrics and weights to rounding; and TRL's function not called."""
+
+import math
+import types
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl")
+
+from datasets import Dataset  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+from test_trainer import DATA, TINY, digit_sum, make_tokenizer, one_thread, tiny_model, weights  # noqa: E402, F401
+from transformers import (  # noqa: E402
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
+from trl.kernels import chunked_logprob  # noqa: E402
+from trl.trainer import utils  # noqa: E402
+
+from grpo_kernels.integrations import trl as ours  # noqa: E402
+from grpo_kernels.integrations.trl import FusedGRPOTrainer, FusedLogProbFunction, is_patched, patch_trl, unpatch_trl  # noqa: E402
+
+STOCK = chunked_logprob.ChunkedLogProbFunction
+TIMES = ("time", "runtime", "per_second", "epoch", "flos", "mfu", "tokens_per")
+
+
+@pytest.fixture(autouse=True)
+def unpatched():
+    yield
+    unpatch_trl()
+
+
+@pytest.fixture
+def stock_raises(monkeypatch):
+    """From here on TRL's own chunked function must not run."""
+
+    def refuse(*args):
+        raise AssertionError("TRL's own chunked function was called")
+
+    monkeypatch.setattr(STOCK, "forward", staticmethod(refuse))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def saved(folder, name="llama", **options):
+    """Path of a tiny model with its tokenizer: TRL loads its reference from where the model came from."""
+    path = folder / (name + "".join(f"-{k}-{v}" for k, v in options.items() if not isinstance(v, type)))
+    if not path.exists():
+        tiny_model(**options).save_pretrained(path)
+        make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def grpo(trainer, folder, model, mixin=None, peft=None, evaluate=False, seed=7, **options):
+    """({name: [value of each log]}, weights after training) of a run."""
+    defaults = dict(
+        output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=3,
+        logging_steps=1, per_device_train_batch_size=8, num_generations=4, max_completion_length=6, learning_rate=0.3, optim="sgd", max_grad_norm=0.0,
+        gradient_checkpointing=False, temperature=0.9, seed=seed, epsilon=0.02, lr_scheduler_type="constant",
+        generation_kwargs={"eos_token_id": [1, 3, 4, 5, 6]},
+    )  # fmt: skip
+    kind = trainer if mixin is None else type("Mixed", (mixin, trainer), {})
+    data = Dataset.from_list(DATA)
+    t = kind(
+        model=model, reward_funcs=digit_sum, args=trl.GRPOConfig(**{**defaults, **options}), train_dataset=data, peft_config=peft,
+        eval_dataset=data.select(range(4)) if evaluate else None, processing_class=make_tokenizer(),
+    )  # fmt: skip
+    return finish(t, evaluate)
+
+
+def finish(t, evaluate=False):
+    t.train()
+    if evaluate:
+        t.evaluate()
+    logs = {}
+    for record in t.state.log_history:
+        for name, value in record.items():
+            if not any(part in name for part in TIMES):
+                logs.setdefault(name, []).append(value)
+    return logs, weights(t.accelerator.unwrap_model(t.model))
+
+
+def assert_same(first, second, tolerance=2e-4):
+    """Logs by name and value; weights, which moved, to a small part of their movement."""
+    assert first[0].keys() == second[0].keys()
+    for name, values in first[0].items():
+        for a, b in zip(values, second[0][name], strict=True):
+            assert (a is None) == (b is None) or math.isnan(a or b), name
+            if a is not None and not (math.isnan(a) and math.isnan(b)):
+                assert abs(a - b) <= tolerance * max(1.0, abs(a)), (name, values, second[0][name])
+    assert (first[1] - second[1]).abs().max() <= tolerance
+
+
+class Ratios:
+    """A sampler that differs from the trainer: importance ratios and its own log-probs, as vLLM's come."""
+
+    shape = "token"
+
+    def _compute_loss(self, model, inputs):
+        ids = inputs["completion_ids"]
+        noise = (ids * 7919 % 13).float() / 13 - 0.5
+        ratio = (0.4 * noise).exp().where(inputs["completion_mask"] == 1, 1.0)
+        inputs = {**inputs, "importance_sampling_ratio": ratio if self.shape == "token" else ratio[:, :1]}
+        if inputs.get("old_per_token_logps") is not None:
+            inputs["sampling_per_token_logps"] = (inputs["old_per_token_logps"] + 0.05 * noise).where(ids % 5 != 0, math.nan)
+        self.use_vllm = self.vllm_importance_sampling_correction = True
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self.use_vllm = False
+
+
+class SequenceRatios(Ratios):
+    shape = "sequence"
+
+
+class ToolMask:
+    """Every third token came from a tool."""
+
+    def _compute_loss(self, model, inputs):
+        mask = torch.ones_like(inputs["completion_mask"])
+        mask[:, 2::3] = 0
+        return super()._compute_loss(model, {**inputs, "tool_mask": mask})
+
+
+OFF_POLICY = dict(num_iterations=2, beta=0.05, max_steps=4)
+OPTIONS = {
+    "on-policy": {},
+    "off-policy with KL": OFF_POLICY,
+    "no bias correction": {**OFF_POLICY, "use_bias_correction_kl": False, "loss_type": "grpo"},
+    "gspo": {**OFF_POLICY, "importance_sampling_level": "sequence", "loss_type": "grpo", "epsilon": 1e-3},
+    "cispo": {**OFF_POLICY, "loss_type": "cispo", "epsilon_high": 1.01},
+    "sapo": {**OFF_POLICY, "loss_type": "sapo"},
+    "vespo": {**OFF_POLICY, "loss_type": "vespo"},
+    "bnpo": {**OFF_POLICY, "loss_type": "bnpo", "delta": 1.05},
+    "dr_grpo": {**OFF_POLICY, "loss_type": "dr_grpo"},
+    "luspo": {**OFF_POLICY, "loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "evaluation": dict(evaluate=True, per_device_eval_batch_size=4, max_steps=2, beta=0.05),
+    "accumulation": dict(gradient_accumulation_steps=2, loss_type="grpo", per_device_train_batch_size=4),
+    "shorter last window": dict(gradient_accumulation_steps=4, max_steps=-1, num_train_epochs=1, per_device_train_batch_size=4,
+                                steps_per_generation=1),
+    "several steps per generation": dict(gradient_accumulation_steps=2, steps_per_generation=4, per_device_train_batch_size=4),
+    "entropy bonus": dict(entropy_coef=0.1, loss_type="dapo", gradient_accumulation_steps=2, per_device_train_batch_size=4),
+    "adaptive entropy": dict(use_adaptive_entropy=True, entropy_coef=0.1, entropy_target=3.0, entropy_coef_delta=0.02, loss_type="grpo"),
+    "entropy quantile": {**OFF_POLICY, "top_entropy_quantile": 0.3, "entropy_coef": 0.05},
+    "off-policy mask": {**OFF_POLICY, "off_policy_mask_threshold": 1e-4},
+    "importance ratios": {**OFF_POLICY, "mixin": Ratios, "off_policy_mask_threshold": 0.01},
+    "sequence ratios": {**OFF_POLICY, "mixin": SequenceRatios, "loss_type": "grpo"},
+    "vespo with ratios": {**OFF_POLICY, "mixin": Ratios, "loss_type": "vespo"},
+    "tool tokens": {**OFF_POLICY, "mixin": ToolMask},
+    "all masked": dict(mask_truncated_completions=True, generation_kwargs={"eos_token_id": 1, "suppress_tokens": [1]}, beta=0.05),
+    "lora": {**OFF_POLICY, "peft": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")},
+    "float32 head": dict(cast_lm_head_to_fp32=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_stock_patched_and_fused_runs_are_the_same(name, folder, request):
+    model = saved(folder)
+    stock = grpo(trl.GRPOTrainer, folder, model, **OPTIONS[name])
+    request.getfixturevalue("stock_raises")
+    fused = grpo(FusedGRPOTrainer, folder, model, **OPTIONS[name])
+    patch_trl()
+    patched = grpo(trl.GRPOTrainer, folder, model, **OPTIONS[name])
+    assert_same(stock, fused)
+    assert_same(stock, patched)
+    moved = (stock[1] - weights(tiny_model())).abs().max() if "peft" not in OPTIONS[name] else 1
+    assert moved > 1e-3 or name == "all masked"
+    assert any("loss" in key for key in stock[0]) and any("entropy" in key for key in stock[0])
+
+
+MODELS = {
+    "gemma": dict(config=Gemma2Config, model=Gemma2ForCausalLM, head_dim=8, final_logit_softcapping=5.0, query_pre_attn_scalar=8,
+                  num_key_value_heads=2),
+    "granite": dict(config=GraniteConfig, model=GraniteForCausalLM, logits_scaling=3.0),
+    "cohere": dict(config=Cohere2Config, model=Cohere2ForCausalLM, logit_scale=0.3),
+    "phi": dict(config=PhiConfig, model=PhiForCausalLM),
+    "mixtral": dict(config=MixtralConfig, model=MixtralForCausalLM, num_local_experts=4, num_key_value_heads=2,
+                    router_aux_loss_coef=0.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_architectures(name, folder, request):
+    """Softcap, logit scale, bias, tied heads, and the auxiliary loss of a mixture of experts."""
+    model = saved(folder, name, **MODELS[name])
+    options = dict(max_steps=2, num_iterations=2, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    stock = grpo(trl.GRPOTrainer, folder, model, **options)
+    request.getfixturevalue("stock_raises")
+    assert_same(stock, grpo(FusedGRPOTrainer, folder, model, **options))
+    patch_trl()
+    assert_same(stock, grpo(trl.GRPOTrainer, folder, model, **options))
+    assert ("aux_loss" in stock[0]) == (name == "mixtral")
+
+
+# ---- what stock TRL refuses
+
+
+def test_an_adapter_on_the_head(folder, stock_raises):
+    """Trained: its weights move, and the log-probs of the next step see it."""
+    adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    model = saved(folder)
+    with pytest.raises(ValueError, match="lm_head"):
+        grpo(trl.GRPOTrainer, folder, model, peft=adapter)
+    data = Dataset.from_list(DATA)
+    args = trl.GRPOConfig(
+        output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=3,
+        logging_steps=1, per_device_train_batch_size=8, num_generations=4, max_completion_length=6, learning_rate=1e-2, beta=0.05,
+        num_iterations=2, gradient_checkpointing=False,
+    )  # fmt: skip
+    t = FusedGRPOTrainer(model=model, reward_funcs=digit_sum, args=args, train_dataset=data, peft_config=adapter, processing_class=make_tokenizer())
+    t.train()
+    head = t.accelerator.unwrap_model(t.model).get_output_embeddings()
+    assert head.lora_B["default"].weight.abs().max() > 1e-3 and not head.base_layer.weight.requires_grad
+    ids = torch.randint(2, 32, (2, 7))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    t.model.eval()
+    with torch.no_grad():
+        output = t.model(input_ids=ids, labels=labels, fused_lm_head=True)
+        logps = (t.model(input_ids=ids).logits / t.temperature).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(output.log_probs[:, 2:], logps[:, 2:], rtol=2e-5, atol=2e-5)
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32"):
+        grpo(FusedGRPOTrainer, folder, model, peft=adapter, cast_lm_head_to_fp32=True)
+
+
+class Warmed:
+    def token_temperature(self, inputs):
+        return torch.linspace(0.5, 1.5, inputs["completion_ids"].shape[1]).expand_as(inputs["completion_ids"])
+
+
+class Constant:
+    def token_temperature(self, inputs):
+        return torch.full(inputs["completion_ids"].shape, 0.9)
+
+
+def test_log_probs_at_a_per_token_temperature(folder):
+    model = saved(folder)
+    plain = grpo(FusedGRPOTrainer, folder, model)
+    assert_same(plain, grpo(FusedGRPOTrainer, folder, model, mixin=Constant))
+    warmed = grpo(FusedGRPOTrainer, folder, model, mixin=Warmed)
+    assert (warmed[1] - plain[1]).abs().max() > 1e-3 and warmed[0]["entropy"][0] != plain[0]["entropy"][0]
+
+
+# ---- the other trainers
+
+
+def supervised(folder, model, packed=False):
+    rows = Dataset.from_list([{"prompt": d["prompt"], "completion": d["answer"]} for d in DATA])
+    args = trl.SFTConfig(
+        output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=3,
+        logging_steps=1, per_device_train_batch_size=4, learning_rate=0.3, optim="sgd", gradient_checkpointing=False, packing=packed,
+    )  # fmt: skip
+    return finish(trl.SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=make_tokenizer()))
+
+
+def preferred(folder, model, **options):
+    rows = Dataset.from_list([{"prompt": d["prompt"], "chosen": d["answer"], "rejected": str(i)} for i, d in enumerate(DATA)])
+    args = trl.DPOConfig(
+        output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=3,
+        logging_steps=1, per_device_train_batch_size=4, learning_rate=0.3, optim="sgd", gradient_checkpointing=False, **options,
+    )  # fmt: skip
+    return finish(trl.DPOTrainer(model=model, args=args, train_dataset=rows, processing_class=make_tokenizer()))
+
+
+def leave_one_out(folder, model):
+    args = trl.RLOOConfig(
+        output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=2,
+        logging_steps=1, per_device_train_batch_size=8, num_generations=4, max_completion_length=6, learning_rate=0.3, optim="sgd", beta=0.05,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    data = Dataset.from_list(DATA)
+    return finish(trl.RLOOTrainer(model=model, reward_funcs=digit_sum, args=args, train_dataset=data, processing_class=make_tokenizer()))
+
+
+def unpaired(folder, model):
+    rows = Dataset.from_list([{"prompt": d["prompt"], "completion": d["answer"], "label": i % 2 == 0} for i, d in enumerate(DATA)])
+    args = trl.KTOConfig(
+        output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=2,
+        logging_steps=1, per_device_train_batch_size=4, learning_rate=0.3, optim="sgd", gradient_checkpointing=False,
+    )  # fmt: skip
+    return finish(trl.KTOTrainer(model=model, args=args, train_dataset=rows, processing_class=make_tokenizer()))
+
+
+@pytest.mark.parametrize("run", [supervised, preferred, leave_one_out, unpaired])
+def test_patched_runs_of_the_other_trainers_are_the_same(run, folder, request):
+    model = saved(folder)
+    stock = run(folder, model)
+    request.getfixturevalue("stock_raises")
+    patch_trl()
+    assert_same(stock, run(folder, model))
+
+
+def test_dpo_with_every_output(folder, request):
+    """WPO weights need log sum p^2; the mean logits are logged."""
+    model = saved(folder)
+    stock = preferred(folder, model, use_weighting=True)
+    request.getfixturevalue("stock_raises")
+    patch_trl()
+    assert_same(stock, preferred(folder, model, use_weighting=True))
+    assert any("logits" in name for name in stock[0])
+
+
+# ---- the function
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_five_outputs_and_gradients(softcap, with_bias, autocast, dtype):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(37, 16).to(dtype), torch.randn(611, 16).to(dtype)
+    bias, ids = torch.randn(611).to(dtype) if with_bias else None, torch.randint(0, 611, (37,))
+    ids[::3] = (hidden.float() @ weight.float().T + (bias.float() if with_bias else 0)).argmax(-1)[::3]
+    g, e = torch.randn(37), torch.randn(37)
+    results = []
+    for function in (STOCK, FusedLogProbFunction):
+        inputs = [x if x is None else x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = function.apply(inputs[0], inputs[1], inputs[2], ids, 0.7, 256, softcap, 1.3)
+        (g * out[0] + e * out[1]).sum().backward()
+        results.append([*out[:4], *(x.grad for x in inputs if x is not None)])
+        top = out[4]
+    tolerance = 0.1 if autocast or dtype == torch.bfloat16 else 2e-5
+    for stock, mine in zip(*results, strict=True):
+        assert stock.dtype == mine.dtype and stock.shape == mine.shape
+        assert (stock.float() - mine.float()).abs().max() <= tolerance * stock.float().abs().max()
+    assert top.dtype == torch.bool and 0 < top.sum() < 37
+    assert FusedLogProbFunction.apply(hidden, weight, bias, ids, 1.0, 256, None, 1.0, ("log_probs",))[1:] == (None,) * 4
+
+
+def test_dtypes_that_differ_meet_in_that_of_hidden():
+    hidden, weight, ids = torch.randn(5, 8), torch.randn(50, 8).bfloat16(), torch.randint(0, 50, (5,))
+    stock, mine = (f.apply(hidden, weight, None, ids, 1.0, 64)[0] for f in (STOCK, FusedLogProbFunction))
+    torch.testing.assert_close(mine, stock, rtol=1e-5, atol=1e-5)
+
+
+# ---- patching
+
+
+def test_patching_is_undone_and_twice_is_once():
+    before = utils._ChunkedLogProbFunction, getattr(utils, "_use_triton", None), trl.kernels.ChunkedLogProbFunction
+    assert not is_patched()
+    unpatch_trl()
+    patch_trl()
+    patch_trl()
+    assert is_patched() and trl.kernels.ChunkedLogProbFunction is FusedLogProbFunction
+    unpatch_trl()
+    assert not is_patched()
+    assert before == (utils._ChunkedLogProbFunction, getattr(utils, "_use_triton", None), trl.kernels.ChunkedLogProbFunction)
+
+
+def test_another_function_is_refused(monkeypatch):
+    class Other(STOCK):
+        @staticmethod
+        def forward(ctx, hidden, weight, targets):
+            pass
+
+    monkeypatch.setattr(chunked_logprob, "ChunkedLogProbFunction", Other)
+    monkeypatch.setattr(ours, "_found", ours._arguments())
+    with pytest.raises(RuntimeError, match=f"{trl.__version__}.*not one that grpo_kernels knows"):
+        patch_trl()
+    assert not is_patched()
+
+
+def test_another_loss_is_refused(folder):
+    """A TRL, or a subclass of its trainer, that computes another loss is not trained by ours."""
+
+    class Halved(trl.GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs) * 0.5 + 0.1
+
+    other = types.new_class("Other", (FusedGRPOTrainer, Halved))
+    with pytest.raises(RuntimeError, match="the fused one"):
+        grpo(other, folder, saved(folder))
+
+
+def test_a_trainer_without_the_seam_is_refused(folder, monkeypatch):
+    monkeypatch.delattr(ours.grpo_module, "add_fused_lm_head")
+    with pytest.raises(RuntimeError, match="add_fused_lm_head"):
+        grpo(FusedGRPOTrainer, folder, saved(folder))
