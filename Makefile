@@ -1,6 +1,6 @@
 # make demo | test | bench | kernels | gpu | lint | clean
 #
-# A virtual environment is made in .venv on first use; VENV=path takes another one, which is left as it is if it holds the package.
+# A virtual environment is made in .venv on first use; VENV=path takes another one.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -31,7 +31,7 @@ bench: $(STAMP)
 	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-json=benchmarks/results/latest.json $(BENCH_ARGS)
 
-# Triton's and, where nvcc is, the CUDA C++ kernels compiled for three architectures, no GPU needed: registers, spills, accesses.
+# Triton's kernels and, where nvcc is, those in CUDA C++, compiled for every architecture without a GPU: registers, spills, accesses.
 kernels: $(STAMP)
 	$(BIN)/python -m benchmarks.compiled
 	$(BIN)/python -m benchmarks.compiled_cuda
@@ -54,5 +54,5 @@ $(STAMP): $(SOURCES)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	rm -f grpo_kernels/_native*.so grpo_kernels/_build_info.json
+	rm -f grpo_kernels/_native*.so grpo_kernels/_cuda.so grpo_kernels/_build_info.json
 	test "$(VENV)" != .venv || rm -rf .venv

@@ -67,6 +67,8 @@ class BuildNative(build_ext):
         """The CUDA kernels beside the extension, and their sources in a wheel, so that they can be built later."""
         if BUILD_CUDA == "0":
             info["cuda_error"] = "GRPO_KERNELS_BUILD_CUDA=0 when it was installed"
+            if package.resolve() != build_cuda.PACKAGE.resolve():
+                (package / build_cuda.LIBRARY).unlink(missing_ok=True)  # of an earlier build in the same folder
         elif BUILD_CUDA == "1" or build_cuda.nvcc():
             try:
                 info["cuda"] = build_cuda.build(package / build_cuda.LIBRARY, Path("csrc"))

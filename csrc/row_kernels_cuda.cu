@@ -15,17 +15,22 @@ const char* failure(const char* format, Args... args) {
   return text;
 }
 
+// The caller's device again at the end; where it was that already nothing is set, for that would make a context on it.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
-    cudaGetDevice(&before_);
-    error = device == before_ ? cudaSuccess : cudaSetDevice(device);
+    error = cudaGetDevice(&before_);
+    changed_ = error == cudaSuccess && device != before_;
+    if (changed_) error = cudaSetDevice(device);
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
   cudaError_t error;
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 struct Shape {
@@ -57,10 +62,12 @@ const char* shape_of(const Tile& tile, int element_size, const CudaLaunch& launc
 }
 
 template <class Params>
-cudaError_t start(void (*kernel)(Params), const Params& params, const Shape& shape, void* stream) {
+cudaError_t start(void (*kernel)(Params), const Params& params, const Shape& shape, int capability, void* stream) {
   if (shape.shared > 48 << 10) {
     const void* address = reinterpret_cast<const void*>(kernel);
-    const cudaError_t error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared);
+    // the same limit from every thread: one that asked for its own launch would take away another's
+    const int limit = most_shared_memory(capability);
+    const cudaError_t error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};
@@ -131,22 +138,24 @@ const char* run(const char* name, const Params& p, const CudaLaunch& launch, int
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, launch.device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, launch.device);
+  const int capability = 10 * major + minor;
   CudaLaunch wanted = launch;
   if (!may_keep) wanted.variant = 1;
   while (true) {
     Shape shape;
-    if (const char* wrong = shape_of(p.tile, size_of(p.tile.dtype), wanted, visits, 10 * major + minor, shape)) {
+    if (const char* wrong = shape_of(p.tile, size_of(p.tile.dtype), wanted, visits, capability, shape)) {
       return failure("%s kernel: %s", name, wrong);
     }
     const auto kernel = kernel_for<Of>(p, shape.kept);
     if (!kernel) {
       return failure("%s kernel: no result of dtype %d from a tile of dtype %d", name, int(p.out.dtype), int(p.tile.dtype));
     }
-    const cudaError_t error = start(kernel, p, shape, launch.stream);
+    const cudaError_t error = start(kernel, p, shape, capability, launch.stream);
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();  // or the next check of anybody would meet it again
     // A part of a GPU may be too small for a cluster. Two reads give the same bits.
-    if (wanted.variant != 0 || !shape.kept) return failure("%s kernel: %s", name, cudaGetErrorString(error));
+    const bool no_room = error == cudaErrorInvalidClusterSize || error == cudaErrorLaunchOutOfResources;
+    if (wanted.variant != 0 || !shape.kept || !no_room) return failure("%s kernel: %s", name, cudaGetErrorString(error));
     wanted.variant = 1;
   }
 }
@@ -167,16 +176,18 @@ const char* grpo_cuda_policy(const PolicyParams* params, const CudaLaunch* launc
   return run<PolicyOf>("policy", *params, *launch, 2, true);
 }
 
-int grpo_cuda_shared_memory(int capability) { return most_shared_memory(capability); }
+#ifndef GRPO_SOURCES
+#define GRPO_SOURCES ""
+#endif
+const char* grpo_cuda_sources() { return GRPO_SOURCES; }
 
-int64_t grpo_cuda_block_memory(int64_t columns, int element_size, int cluster) { return block_memory(columns, element_size, cluster); }
-
-int grpo_cuda_cluster_size(int64_t columns, int element_size, int capability) {
-  return cluster_size(columns, element_size, capability);
-}
-
-int grpo_cuda_threads(int64_t columns, int element_size, int visits, int cluster) {
-  return threads_of(columns, element_size, visits, cluster);
+const char* grpo_cuda_probe() {
+  cudaFuncAttributes attributes;
+  const void* kernel = reinterpret_cast<const void*>(gradient_kernel<float, float, true, Source::logits>);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return failure("%s", cudaGetErrorString(error));
 }
 }
 

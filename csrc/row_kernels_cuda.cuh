@@ -127,7 +127,8 @@ struct Share {
   int whole;        // its first units that can be moved at once
   bool aligned;
 
-  __device__ __forceinline__ Share(const Tile& tile, const Output& result, int64_t row, int rank, int blocks) : columns(int(tile.columns)) {
+  __device__ __forceinline__ Share(const Tile& tile, const Output& result, int64_t row, int rank, int blocks)
+      : columns(int(tile.columns)) {
     // row * stride passes 2^31 at 14k rows of 152k
     in = static_cast<const T*>(tile.data) + row * tile.row_stride;
     out = result.data ? static_cast<O*>(result.data) + row * result.row_stride
@@ -309,7 +310,6 @@ struct Row {
 
   // The statistics of the row, in every thread; once per kernel. All of the row has been loaded when it returns.
   __device__ __forceinline__ RowStatistics<A> statistics() {
-    const A z = target < 0 ? -infinity<A>() : transform(widened(load(share.in + target)), target);
     for (int lane = int(threadIdx.x); lane < share.mine; lane += int(blockDim.x)) {
       RowStatistics<A> s[1];
       read_backward<kInFlight<T, Plain>>(share, lane, [&](const InputUnit<T>& unit, int k, bool ragged) {
@@ -322,6 +322,8 @@ struct Row {
       s[0] = merged_over_warp(s);
       if (lane % 32 == 0) scratch()->lanes[lane / 32] = s[0];
     }
+    // after the loop, where the row is in a cache: before it, every row would begin by waiting for this one
+    const A z = target < 0 ? -infinity<A>() : transform(widened(load(share.in + target)), target);
     RowStatistics<A> s = merged_over_lanes();
     add_target(s, z);
     return s;

@@ -28,11 +28,10 @@ GRPO_API const char* grpo_cuda_statistics(const StatisticsParams* params, const 
 GRPO_API const char* grpo_cuda_gradient(const GradientParams* params, const CudaLaunch* launch);
 GRPO_API const char* grpo_cuda_policy(const PolicyParams* params, const CudaLaunch* launch);
 
-// Those of launch_shape.h.
-GRPO_API int grpo_cuda_shared_memory(int capability);
-GRPO_API int64_t grpo_cuda_block_memory(int64_t columns, int element_size, int cluster);
-GRPO_API int grpo_cuda_cluster_size(int64_t columns, int element_size, int capability);
-GRPO_API int grpo_cuda_threads(int64_t columns, int element_size, int visits, int cluster);
+// What the build said the sources were, see build_cuda.py.
+GRPO_API const char* grpo_cuda_sources();
+// Why no kernel can be launched on the current device, or nullptr: a GPU without code for it, a driver too old.
+GRPO_API const char* grpo_cuda_probe();
 }
 
 }  // namespace grpo_kernels

@@ -3,6 +3,7 @@
 Imports nothing but the standard library, so that it runs in an isolated build environment.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -25,7 +26,8 @@ def nvcc() -> str | None:
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home and Path(home, "bin", "nvcc").exists():
             return str(Path(home, "bin", "nvcc"))
-    return shutil.which("nvcc") or next(map(str, Path("/usr/local").glob("cuda/bin/nvcc")), None)
+    usual = Path("/usr/local/cuda/bin/nvcc")
+    return shutil.which("nvcc") or (str(usual) if usual.exists() else None)
 
 
 def sources() -> Path:
@@ -36,8 +38,25 @@ def sources() -> Path:
     raise BuildError("the CUDA sources are missing from this installation")
 
 
+def fingerprint(folder: Path | None = None) -> str:
+    """Of the sources; a library carries that of those it was built from."""
+    folder = sources() if folder is None else folder
+    return hashlib.sha256(b"\0".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
+
+
+def _run(line: list[str]) -> str:
+    """What a command prints. Raises BuildError with what it says where it fails."""
+    try:
+        done = subprocess.run(line, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildError(f"{line[0]} cannot be run: {error}") from error
+    if done.returncode:
+        raise BuildError(f"{line[0]} failed:\n{(done.stderr or done.stdout)[-3000:]}")
+    return done.stdout
+
+
 def _known(compiler: str) -> set[int]:
-    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = _run([compiler, "--list-gpu-code"]).split()
     return {int(m[1]) for m in (re.fullmatch(r"sm_(\d+)", name) for name in known) if m}
 
 
@@ -64,11 +83,12 @@ def targets(compiler: str) -> list[str]:
 def command(compiler: str, source: Path, target: Path) -> list[str]:
     threads = min(os.cpu_count() or 1, 8)
     return [compiler, "-shared", "-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads",
-            str(threads), *targets(compiler), f"-I{source.parent}", str(source), "-o", str(target)]  # fmt: skip
+            str(threads), *targets(compiler), f'-DGRPO_SOURCES="{fingerprint(source.parent)}"', f"-I{source.parent}",
+            str(source), "-o", str(target)]  # fmt: skip
 
 
 def build(target: Path | None = None, folder: Path | None = None) -> str:
-    """Compiles the library to ``target`` (beside this file) and returns the compiler's command.
+    """Compiles the library to ``target`` (beside this file) and returns the compiler's command; a minute to three.
 
     Raises BuildError with the reason and the remedy.
     """
@@ -78,10 +98,14 @@ def build(target: Path | None = None, folder: Path | None = None) -> str:
     target = PACKAGE / LIBRARY if target is None else target
     source = (sources() if folder is None else folder) / SOURCES[0]
     unfinished = target.with_suffix(f".{os.getpid()}")
+    try:
+        unfinished.touch()
+    except OSError as error:
+        raise BuildError(f"{target.parent} cannot be written to: {error}") from error
     line = command(compiler, source, unfinished)
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
+    try:
+        _run(line)
+        unfinished.replace(target)  # at once: a process that has the old library loaded keeps it
+    finally:
         unfinished.unlink(missing_ok=True)
-        raise BuildError(f"nvcc failed:\n{(done.stderr or done.stdout)[-3000:]}")
-    unfinished.replace(target)  # at once: a process that has the old library loaded keeps it
-    return " ".join(line)
+    return " ".join(line).replace(str(unfinished), str(target))

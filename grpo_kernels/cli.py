@@ -43,6 +43,9 @@ def main(argv=None) -> int:
 def doctor(argv):
     from .doctor import main as examine
 
+    if argv in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        return 0
     if argv not in ([], ["--build-cuda"]):
         raise UsageError(f"doctor takes --build-cuda or nothing, got {' '.join(argv)}")
     return examine(argv)

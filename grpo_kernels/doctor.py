@@ -34,6 +34,7 @@ def report() -> str:
 
 def main(argv=()) -> int:
     if list(argv) == ["--build-cuda"]:
+        print("building the CUDA C++ kernels: a minute to three", flush=True)
         try:
             print(build_cuda.build())
         except build_cuda.BuildError as error:
@@ -92,7 +93,9 @@ def _extension():
         facts["built for"] = ", ".join(info.get("isas") or []) or "nothing"
         facts["OpenMP"] = "yes" if info.get("openmp") else "no: one thread; a compiler with -fopenmp brings the others"
         at_install = info.get("cuda_error")
-        facts["CUDA C++"] = "built" if cuda.LIBRARY.exists() else f"not built: {at_install or 'no record why'}; {cuda.BUILD}"
+        wrong = cuda.why_unusable(cuda.LIBRARY) if cuda.LIBRARY.exists() else None
+        built = f"built, but they {wrong}; {cuda.BUILD}" if wrong else "built"
+        facts["CUDA C++"] = built if cuda.LIBRARY.exists() else f"not built: {at_install or 'no record why'}; {cuda.BUILD}"
     else:
         facts["build record"] = "none: the package was not installed by pip from source"
     if reason is None:

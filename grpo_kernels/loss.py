@@ -159,7 +159,7 @@ def _one_pass(hidden, head, batch, selection, completion_ids, temperature, mask)
     logps, entropy, *grads = tiles.one_pass(*arguments)
     logps, entropy = selection.scatter(logps, mask), selection.scatter(entropy, mask)
     loss, metrics = batch.objective(logps, entropy)
-    loss = _WithGradients.apply(loss, needs, *tensors, *grads)
+    loss = _WithGradients.apply(loss, needs, head.backend, *tensors, *grads)
     return GRPOLossOutput(loss, logps, entropy, metrics)
 
 
@@ -172,8 +172,8 @@ class _WithGradients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, loss, needs, hidden, weight, bias, lora_a, lora_b, *grads):
-        ctx.needs = needs
+    def forward(ctx, loss, needs, backend, hidden, weight, bias, lora_a, lora_b, *grads):
+        ctx.needs, ctx.backend = needs, backend
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, lora_a, lora_b)]
         ctx.save_for_backward(loss.isnan(), *grads)
         return loss.clone()
@@ -188,6 +188,6 @@ class _WithGradients(torch.autograd.Function):
             grads = [grad * scale.to(grad.dtype) for grad in grads]
         else:
             for grad in grads:
-                backends.scale_(grad, scale)
+                backends.scale_(grad, scale, ctx.backend)
         done = [grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.needs, strict=True)]
-        return None, None, *done, *(None,) * 5
+        return None, None, None, *done, *(None,) * 5

@@ -1,5 +1,6 @@
 """The CUDA kernels on the host: csrc/row_kernels_cuda.cu compiled by g++ with tests/cuda_shim, behind backends/cuda.py."""
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -38,20 +39,27 @@ def built(flags=(), sources=None):
     return path
 
 
+def _function(name, *arguments, result=ctypes.c_int):
+    """One of csrc/launch_shape.h's."""
+    function = getattr(cuda.loaded(str(built())), name)
+    function.argtypes, function.restype = [ctypes.c_int64, *(ctypes.c_int,) * (len(arguments) - 1)], result
+    return function(*arguments)
+
+
 def shared_memory(capability):
-    return cuda.loaded(str(built())).grpo_cuda_shared_memory(capability)
+    return _function("most_shared_memory", capability)
 
 
 def cluster_size(columns, element_size, capability):
-    return cuda.loaded(str(built())).grpo_cuda_cluster_size(columns, element_size, capability)
+    return _function("cluster_size", columns, element_size, capability)
 
 
 def block_memory(columns, element_size, cluster):
-    return cuda.loaded(str(built())).grpo_cuda_block_memory(columns, element_size, cluster)
+    return _function("block_memory", columns, element_size, cluster, result=ctypes.c_int64)
 
 
 def threads_of(columns, element_size, visits, cluster=1):
-    return cuda.loaded(str(built())).grpo_cuda_threads(columns, element_size, visits, cluster)
+    return _function("threads_of", columns, element_size, visits, cluster)
 
 
 def _on_the_host(name):

@@ -139,4 +139,5 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path, line):
 def test_doctor_runs(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0 and "torch" in out
+    assert run(capsys, "doctor", "--help")[0] == 0
     assert run(capsys, "doctor", "now")[0] == 2

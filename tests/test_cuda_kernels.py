@@ -1,5 +1,6 @@
 """The CUDA kernels on the host, beside what test_row_kernels.py asks of every backend: barriers, launch shapes, alignment, errors."""
 
+import ctypes
 import itertools
 import mmap
 import os
@@ -17,6 +18,8 @@ from row_kernels import DEVICE, make_tile, new_stats
 from test_row_kernels import Terms, Transform, log_probs
 from tolerance import assert_no_worse_than_torch
 
+from grpo_kernels import build_cuda
+from grpo_kernels.backends import cuda
 from grpo_kernels.row_statistics import finalize
 
 if cuda_host.why_unavailable() or DEVICE != "cpu":
@@ -203,6 +206,35 @@ def test_folding_into_statistics_that_are_there_already():
             torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
 
 
+def library():
+    return cuda.loaded(str(cuda_host.built()))
+
+
+def test_the_device_and_stream_of_the_tile(monkeypatch):
+    """And the caller's device is current again."""
+    p = problem(torch.float32, 64, 2)
+    library().shim_launched_in.restype = ctypes.c_void_p
+    monkeypatch.setattr(cuda, "_place", lambda tile: {"device": 1, "stream": 0x5A0})
+    kernels = cuda.Kernels(cuda_host.built())
+    kernels.statistics(p.logits, new_stats(2, torch.float32), p.target, Transform())
+    assert library().shim_launched_on() == 1 and library().shim_launched_in() == 0x5A0 and library().shim_device() == 0
+
+
+def test_a_library_of_other_sources_is_not_used(tmp_path):
+    """One that was left by another version would be handed structs it does not know."""
+    fingerprint = build_cuda.fingerprint()
+    assert cuda.why_unusable(cuda_host.built((f'-DGRPO_SOURCES="{fingerprint}"', "-O1"))) is None
+    assert "from other sources" in cuda.why_unusable(cuda_host.built())
+    nothing = tmp_path / "empty.so"
+    nothing.write_bytes(b"")
+    assert "cannot be loaded" in cuda.why_unusable(nothing)
+    (tmp_path / "csrc").mkdir()
+    for name in build_cuda.SOURCES:
+        shutil.copy(cuda_host.CSRC / name, tmp_path / "csrc")
+    (tmp_path / "csrc" / "params.h").write_text("// other")
+    assert build_cuda.fingerprint(tmp_path / "csrc") != fingerprint
+
+
 # ---- memory
 
 
@@ -231,6 +263,16 @@ def test_nothing_else_is_written_at_any_alignment(kernel, variant, cluster, dtyp
         assert torch.equal(result, results[0][0]) and torch.equal(written, results[0][1])
 
 
+def test_a_target_beyond_32_bits_is_in_no_tile():
+    """Its lower half would be a column."""
+    p, results = problem(torch.float32, 64, 2), []
+    for target in (torch.tensor([-1, -1]), torch.tensor([2**32 + 3, -(2**32) + 5])):
+        stats = new_stats(2, torch.float32)
+        cuda_host.statistics(p.logits, stats, target, Transform())
+        results.append(stats)
+    assert torch.equal(*results) and results[0][:, 3].isneginf().all()
+
+
 def test_statistics_alone_leave_the_tile():
     p = problem(torch.bfloat16)
     tile, memory, outside = framed(p.logits, 3, 1)
@@ -244,9 +286,9 @@ def test_rows_and_strides_beyond_32_bits():
     reserved = mmap.mmap(-1, 2 * (stride + 256), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
     tile = torch.frombuffer(reserved, dtype=torch.bfloat16).as_strided((2, 256), (stride, 1))
     p = problem(torch.bfloat16, 256, 2)
-    for kernel, variant, cluster in LAUNCHES:
+    for (kernel, variant, cluster), out in itertools.product(LAUNCHES, (None, tile)):
         tile.copy_(p.logits)
-        call(kernel, p, tile, variant=variant, cluster=cluster, threads=32)
+        call(kernel, p, tile, out, variant=variant, cluster=cluster, threads=32)
         torch.testing.assert_close(tile.double(), expected_of(kernel, p, torch.float64), rtol=1e-2, atol=1e-5)
 
 
@@ -300,12 +342,29 @@ def test_every_launch_shape_gives_the_same_bits(kernel, dtype, narrow):
             assert torch.equal(result, expected[0]) and torch.equal(written, expected[1]), (columns, variant, cluster, threads)
 
 
+@pytest.mark.parametrize("dtype, columns", [(torch.float32, 98_304 + 5), (torch.bfloat16, 196_608 + 3)])
+def test_the_longest_rows_have_most_lanes(dtype, columns):
+    """4096, as a row of 152k has: each lane of the merging warp takes four warps' sums."""
+    p, results = problem(dtype, columns, 1), []
+    p.logits[0, -4:] += 9.0  # so that what a lost lane held would show
+    exact = expected_of("policy", p, torch.float64)
+    for variant, cluster, threads in ((TWICE, 0, 0), (KEPT, 4, 0), (KEPT, 8, 0), (TWICE, 0, 256)):
+        tile = p.logits.clone()
+        written = call("policy", p, tile, variant=variant, cluster=cluster, threads=threads, yield_one_in=10**6)
+        results.append((tile, written))
+    for tile, written in results:
+        assert torch.equal(tile, results[0][0]) and torch.equal(written, results[0][1])
+    logps, entropy = log_probs(p.logits.double(), p.target)
+    torch.testing.assert_close(results[0][1].double(), torch.stack([logps, entropy]), rtol=1e-5, atol=1e-5)
+    assert_no_worse_than_torch("dz", results[0][0], expected_of("policy", p, dtype), exact, 2.0, 4e-6)
+
+
 def test_a_device_without_room_for_the_cluster_reads_twice():
     p = problem(torch.float32, 4096, 2)
     kept, twice = p.logits.clone(), p.logits.clone()
     call("policy", p, kept)
     call("policy", p, twice, largest_cluster=0)
-    assert torch.equal(kept, twice)
+    assert torch.equal(kept, twice) and not library().shim_error_pending(), "what failed is not left for others to find"
     with pytest.raises(RuntimeError, match="policy kernel: no room for a cluster"):
         call("policy", p, twice, variant=KEPT, largest_cluster=0)
 
@@ -346,6 +405,8 @@ def test_what_is_wrong_is_said():
         call("policy", q, q.logits, torch.empty(2, 700), variant=TWICE)
     with pytest.raises(AssertionError, match="out's rows must lie on the tile's"):
         call("policy", p, p.logits, p.logits.view(torch.bfloat16).view(-1)[: 2 * 700].view(2, 700), variant=TWICE)
+    with pytest.raises(AssertionError, match="begin where the tile does"):
+        call("policy", p, p.logits, p.logits.view(torch.bfloat16)[:, 8 : 8 + 700], variant=TWICE)
     with pytest.raises(AssertionError, match="columns must be adjacent"):
         call("policy", p, p.logits.T.contiguous().T, variant=TWICE)
     wide = torch.zeros(1, 500_000)
@@ -400,13 +461,14 @@ from cuda_host import KEPT, SANITIZERS, TWICE
 from test_cuda_kernels import PAIRS, Transform, call, framed, over, problem
 
 for dtype, narrow in PAIRS:
-    for columns, (variant, cluster) in itertools.product((37, 300, 1111), ((TWICE, 0), (KEPT, 1), (KEPT, 4))):
-        p = problem(dtype, columns, 2)
+    # one row: it is aligned, so that a unit read as a whole behind its end is seen
+    for (columns, rows), (variant, cluster) in itertools.product(((37, 2), (300, 2), (1111, 1)), ((TWICE, 0), (KEPT, 1), (KEPT, 4))):
+        p = problem(dtype, columns, rows)
         for transform in (Transform(), Transform(1.3, 5.0, 0.7)):
             for kernel in ("statistics", "gradient", "policy"):
                 launch = dict(variant=variant, cluster=cluster, threads=64, flags=SANITIZERS)
                 # exactly as long as the tile: one element further is an error
-                call(kernel, p, p.logits.clone(), torch.empty(2, columns, dtype=narrow), transform, **launch)
+                call(kernel, p, p.logits.clone(), torch.empty(rows, columns, dtype=narrow), transform, **launch)
                 if columns % 2 == 0:
                     tile = p.logits.clone()
                     call(kernel, p, tile, over(tile, narrow), transform, **launch)

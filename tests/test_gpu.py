@@ -6,14 +6,11 @@ from problems import make_problem, run
 from tolerance import assert_all_close, assert_close
 
 from grpo_kernels import GRPOLossConfig, backends, fused_linear_grpo_loss, linear_logprobs, products
-from grpo_kernels.backends import triton
 from grpo_kernels.backends.pytorch import new_statistics
 from grpo_kernels.config import LogitTransform
 from grpo_kernels.row_statistics import finalize
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or triton.why_unavailable() is not None or triton.INTERPRETED, reason="needs a GPU and Triton"
-)
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GIB = 2**30
 PATHS = {
     "one pass": GRPOLossConfig(beta=0.05, delta=2.2),
@@ -23,6 +20,14 @@ PATHS = {
     "quantile": GRPOLossConfig(top_entropy_quantile=0.57),
 }
 every_path = pytest.mark.parametrize("config", PATHS.values(), ids=PATHS)
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    reason = backends.available_backends()[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
 
 
 def inputs(rows, depth, vocab, dtype=torch.bfloat16, seed=0):
@@ -53,36 +58,36 @@ def test_products_write_and_add_float32():
 
 
 @pytest.mark.parametrize("vocab", [151_936, 262_144, 128_257])
-def test_large_vocabularies(vocab):
+def test_large_vocabularies(backend, vocab):
     hidden, weight, ids = inputs(257, 128, vocab)
-    out = linear_logprobs(hidden, weight, ids, backend="triton")
+    out = linear_logprobs(hidden, weight, ids, backend=backend)
     rows = torch.tensor([0, 100, 256], device="cuda")
     logps, entropy = exact_logprobs(hidden, weight, ids, rows)
     assert (out.logps[0, rows] - logps).abs().max() < 1e-5 and (out.entropy[0, rows] - entropy).abs().max() < 1e-4
 
 
-def test_a_tile_beyond_two_to_the_31_elements():
+def test_a_tile_beyond_two_to_the_31_elements(backend):
     """Row offsets in 64 bits: 17,000 rows of 131,072 columns in one tile."""
-    rows, vocab = 17_000, 131_072
+    rows, vocab, kernels = 17_000, 131_072, backends.kernels(backend)
     tile = torch.empty(rows, vocab, device="cuda", dtype=torch.bfloat16)
     for part in tile.split(1000):
         part.normal_()
     target = torch.randint(0, vocab, (rows,), device="cuda")
     stats = new_statistics(rows, torch.float32, "cuda")
-    triton.statistics(tile, stats, target, LogitTransform(1.0, None, 1.0))
+    kernels.statistics(tile, stats, target, LogitTransform(1.0, None, 1.0))
     logps, lse, entropy = finalize(stats)
     last = tile[-3:].double()
     assert_close("lse", lse[-3:], last.logsumexp(1), 1e-6)
     g = torch.zeros(rows, device="cuda")
     g[-1] = 1.0
     expected = torch.nn.functional.one_hot(target[-1], vocab) - last[-1].softmax(0)
-    triton.gradient(tile, target, lse, logps, entropy, g, None, LogitTransform(1.0, None, 1.0))
+    kernels.gradient(tile, target, lse, logps, entropy, g, None, LogitTransform(1.0, None, 1.0))
     assert_close("gradient", tile[-1], expected, 1e-2)
     assert not tile[: rows - 1].any()
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_seventy_thousand_rows(level):
+def test_seventy_thousand_rows(backend, level):
     """More rows than a grid's second axis has, and than one tile holds."""
     rows, depth, vocab = 70_000, 64, 4099
     hidden, weight, ids = inputs(rows, depth, vocab)
@@ -90,11 +95,11 @@ def test_seventy_thousand_rows(level):
     advantages, mask = torch.linspace(-1, 1, 70, device="cuda"), torch.ones(70, 1000, device="cuda", dtype=torch.bool)
     config = GRPOLossConfig(importance_sampling_level=level, loss_type="grpo")
     results = []
-    for backend, dtype in (("triton", torch.bfloat16), ("torch", torch.float32)):
+    for name, dtype in ((backend, torch.bfloat16), ("torch", torch.float32)):
         h, w = (x.detach().to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
         with torch.no_grad():
-            old = linear_logprobs(h, w, ids, backend=backend).logps if not results else results[0]["old"]
-        out = fused_linear_grpo_loss(h, w, ids, advantages, mask, old_logps=old, config=config, backend=backend)
+            old = linear_logprobs(h, w, ids, backend=name).logps if not results else results[0]["old"]
+        out = fused_linear_grpo_loss(h, w, ids, advantages, mask, old_logps=old, config=config, backend=name)
         out.loss.backward()
         results.append({"loss": out.loss, "logps": out.logps, "dH": h.grad, "dW": w.grad, "old": old})
     ours, truth = results
@@ -103,19 +108,19 @@ def test_seventy_thousand_rows(level):
 
 
 @every_path
-def test_the_same_call_twice_gives_the_same_bits(config):
+def test_the_same_call_twice_gives_the_same_bits(backend, config):
     p = make_problem(B=6, T=40, D=64, V=5003, dtype=torch.bfloat16, config=config)
     for workspace in (2_000_000, None):
-        first, again = (run(fused_linear_grpo_loss, p, backend="triton", workspace_bytes=workspace).flat() for _ in range(2))
+        first, again = (run(fused_linear_grpo_loss, p, backend=backend, workspace_bytes=workspace).flat() for _ in range(2))
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @every_path
-def test_nothing_synchronises_with_kept_rows(config):
+def test_nothing_synchronises_with_kept_rows(backend, config):
     """The forward, for every path; the backward of one pass. (A two-phase backward reads once which rows have a gradient.)"""
     p = make_problem(B=4, T=16, D=32, V=503, dtype=torch.bfloat16, config=config)
     positional, keywords, _ = p.arguments()
-    keywords |= dict(kept_rows=p.kept_rows(), backend="triton")
+    keywords |= dict(kept_rows=p.kept_rows(), backend=backend)
     fused_linear_grpo_loss(*positional, **keywords).loss.backward()  # compiles, and asks once what the products can do
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -130,13 +135,13 @@ def test_nothing_synchronises_with_kept_rows(config):
 
 @every_path
 @pytest.mark.parametrize("packed_layout", [False, True])
-def test_a_cuda_graph_captures_forward_and_backward(config, packed_layout):
+def test_a_cuda_graph_captures_forward_and_backward(backend, config, packed_layout):
     from problems import packed
 
     p = make_problem(B=4, T=16, D=32, V=503, dtype=torch.bfloat16, config=config)
     p = packed(p) if packed_layout else p
     positional, keywords, leaves = p.arguments()
-    keywords |= dict(kept_rows=p.kept_rows(), backend="triton")
+    keywords |= dict(kept_rows=p.kept_rows(), backend=backend)
 
     def step():
         for leaf in leaves.values():
@@ -171,16 +176,16 @@ def test_a_cuda_graph_captures_forward_and_backward(config, packed_layout):
 
 
 @every_path
-def test_compiled_without_a_graph_break(config):
+def test_compiled_without_a_graph_break(backend, config):
     torch._dynamo.reset()
     p = make_problem(B=4, T=16, D=32, V=503, dtype=torch.bfloat16, config=config)
-    plain = run(fused_linear_grpo_loss, p, backend="triton")
-    compiled = torch.compile(lambda *a, **k: fused_linear_grpo_loss(*a, **k, backend="triton"), fullgraph=True)
+    plain = run(fused_linear_grpo_loss, p, backend=backend)
+    compiled = torch.compile(lambda *a, **k: fused_linear_grpo_loss(*a, **k, backend=backend), fullgraph=True)
     assert_all_close(run(compiled, p).flat(), plain.flat(), 2e-3)
 
 
 @pytest.mark.parametrize("path", ["one pass", "recomputed", "frozen", "log-probs"])
-def test_peak_memory_is_the_documented_one(path):
+def test_peak_memory_is_the_documented_one(backend, path):
     """Beyond the inputs: the gradients that are asked for, the float32 sums behind them, and the workspace.
 
     A quarter of the rows has advantage 0 and is only scored.
@@ -196,9 +201,9 @@ def test_peak_memory_is_the_documented_one(path):
     def call():
         if path == "log-probs":
             with torch.no_grad():
-                return linear_logprobs(hidden, weight, ids, backend="triton")
+                return linear_logprobs(hidden, weight, ids, backend=backend)
         h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(path != "frozen")
-        fused_linear_grpo_loss(h, w, ids, advantages, mask, old_logps=old, config=config, backend="triton").loss.backward()
+        fused_linear_grpo_loss(h, w, ids, advantages, mask, old_logps=old, config=config, backend=backend).loss.backward()
         return h.grad, w.grad
 
     call()
@@ -212,12 +217,14 @@ def test_peak_memory_is_the_documented_one(path):
     assert peak <= documented + 0.05 * GIB, f"{peak / GIB:.2f} GiB, documented {documented / GIB:.2f}"
 
 
-def test_another_device_than_the_current_one():
+def test_another_device_than_the_current_one(backend):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     hidden, weight, ids = (x.to("cuda:1") for x in inputs(8, 16, 301))
-    assert linear_logprobs(hidden, weight, ids, backend="triton").logps.isfinite().all()
+    assert linear_logprobs(hidden, weight, ids, backend=backend).logps.isfinite().all()
 
 
 def test_auto_takes_the_triton_kernels():
+    if backends.available_backends()["triton"] is not None:
+        pytest.skip("needs Triton")
     assert backends.resolve("auto", torch.device("cuda"), torch.bfloat16) == "triton"

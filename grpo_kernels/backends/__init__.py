@@ -73,9 +73,12 @@ def kernels(name: str):
     return _MODULES[name]
 
 
-def scale_(tensor: torch.Tensor, scale: torch.Tensor) -> None:
-    """``tensor *= scale`` in place with a 0-dim scale; a scale of 1 costs nothing, and a GPU is not waited for to learn it."""
-    if tensor.is_cuda and tensor.is_contiguous() and triton.why_unavailable() is None and not triton.INTERPRETED:
+def scale_(tensor: torch.Tensor, scale: torch.Tensor, backend: str) -> None:
+    """``tensor *= scale`` in place with a 0-dim scale; a GPU is not waited for to learn it.
+
+    A scale of 1 costs nothing, but for a GPU's other backends than Triton: who asked for those has no compiler at run time.
+    """
+    if tensor.is_cuda and tensor.is_contiguous() and backend == "triton":
         triton.scale_(tensor, scale)
     elif tensor.is_cuda or scale.item() != 1.0:
         tensor.mul_(scale)

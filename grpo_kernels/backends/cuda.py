@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from .. import build_cuda
+
 LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 BUILD = "`grpo-kernels doctor --build-cuda` builds them where nvcc is installed"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.float16: 3}
@@ -78,10 +80,7 @@ class Kernels:
         self._launch("policy", tile, _Policy(tile=_tile(tile), transform=transform, terms=compiled, out=_output(out), **addresses))
 
     def _launch(self, kernel, tile, params):
-        place = {}
-        if tile.is_cuda:
-            place = {"device": tile.device.index, "stream": torch.cuda.current_stream(tile.device).cuda_stream}
-        launch = _Launch(**place, **self.shape)
+        launch = _Launch(**_place(tile), **self.shape)
         wrong = getattr(self.library, f"grpo_cuda_{kernel}")(ctypes.byref(params), ctypes.byref(launch))
         if wrong:
             raise RuntimeError(wrong.decode())
@@ -91,23 +90,31 @@ class Kernels:
 def loaded(path):
     """The library with the types of its functions."""
     library = ctypes.CDLL(path)
-    for name in ("statistics", "gradient", "policy"):
+    for name in ("statistics", "gradient", "policy", "sources", "probe"):
         getattr(library, f"grpo_cuda_{name}").restype = ctypes.c_char_p
-    library.grpo_cuda_cluster_size.argtypes = ctypes.c_int64, ctypes.c_int, ctypes.c_int
-    library.grpo_cuda_block_memory.argtypes = ctypes.c_int64, ctypes.c_int, ctypes.c_int
-    library.grpo_cuda_block_memory.restype = ctypes.c_int64
-    library.grpo_cuda_threads.argtypes = ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int
     return library
+
+
+def why_unusable(path) -> str | None:
+    """None, or what is wrong with a library: it does not load, or was built from other sources than this package's."""
+    try:
+        library = loaded(str(path))
+    except (OSError, AttributeError) as error:
+        return f"cannot be loaded ({error})"
+    # a struct that has changed since would be read as pointers that are none
+    return None if library.grpo_cuda_sources().decode() == build_cuda.fingerprint() else "were built from other sources than these"
 
 
 @functools.cache
 def _broken():
-    """What loading the library said, or None."""
-    try:
-        loaded(str(LIBRARY))
-    except OSError as error:
-        return str(error)
-    return None
+    return why_unusable(LIBRARY)
+
+
+@functools.cache
+def _refused():
+    """What a GPU says to kernels of this library, or None."""
+    wrong = loaded(str(LIBRARY)).grpo_cuda_probe()
+    return None if wrong is None else wrong.decode()
 
 
 def why_unavailable() -> str | None:
@@ -115,8 +122,10 @@ def why_unavailable() -> str | None:
     if not LIBRARY.exists():
         return f"the CUDA C++ kernels were not built; {BUILD}"
     if _broken():
-        return f"the CUDA C++ kernels cannot be loaded ({_broken()}); {BUILD}"
-    return None if torch.cuda.is_available() else "there is no GPU; use backend='cpu'"
+        return f"the CUDA C++ kernels {_broken()}; {BUILD}"
+    if not torch.cuda.is_available():
+        return "there is no GPU; use backend='cpu'"
+    return None if _refused() is None else f"the CUDA C++ kernels do not run on this GPU and driver ({_refused()}); use 'triton'"
 
 
 @functools.cache
@@ -134,6 +143,13 @@ def gradient(*args, **more):
 
 def policy(*args, **more):
     _kernels().policy(*args, **more)
+
+
+def _place(tile):
+    """Device and stream of a launch."""
+    if not tile.is_cuda:
+        return {}
+    return {"device": tile.device.index, "stream": torch.cuda.current_stream(tile.device).cuda_stream}
 
 
 def _at(tensor):
@@ -154,26 +170,41 @@ def _transform(transform, bias, temperature):
 
 def _check(tile, out, **tensors):
     """An AssertionError names what is wrong with a tensor before a kernel reads past its end; also under ``python -O``."""
-    rows, columns = tile.shape
+    (rows, columns), device = tile.shape, tile.device
     accumulate = torch.float64 if tile.dtype == torch.float64 else torch.float32
-    _require(tile.dtype in _DTYPES, f"tile must be one of {', '.join(map(str, _DTYPES))}, got {tile.dtype}")
-    _require(columns <= 1 or tile.stride(1) == 1, f"tile's columns must be adjacent, got strides {tile.stride()}")
-    _require(rows <= 1 or tile.stride(0) >= columns, f"tile's rows must be apart, got strides {tile.stride()}")
+    if tile.dtype not in _DTYPES:
+        raise AssertionError(f"tile must be one of {', '.join(map(str, _DTYPES))}, got {tile.dtype}")
+    if columns > 1 and tile.stride(1) != 1:
+        raise AssertionError(f"tile's columns must be adjacent, got strides {tile.stride()}")
+    if rows > 1 and tile.stride(0) < columns:
+        raise AssertionError(f"tile's rows must be apart, got strides {tile.stride()}")
     if out is not None:
-        good = out.shape == tile.shape and out.device == tile.device and (columns <= 1 or out.stride(1) == 1)
-        _require(good, f"out must be {tuple(tile.shape)} with adjacent columns on {tile.device}, got {tuple(out.shape)}")
-        _require(out.dtype in (tile.dtype, torch.bfloat16, torch.float16), f"out must not be wider than the tile, got {out.dtype}")
-        if out.data_ptr() == tile.data_ptr():
-            on_rows = out.stride(0) * out.element_size() == tile.stride(0) * tile.element_size()
-            _require(on_rows, f"out's rows must lie on the tile's, got strides {out.stride()} over {tile.stride()}")
-    wanted = {"stats": (rows, 4), "bias": (columns,)}
+        _check_out(tile, out)
     for name, tensor in tensors.items():
-        if tensor is not None:
-            shape, dtype = wanted.get(name, (rows,)), torch.int64 if name == "target" else accumulate
-            good = tensor.shape == shape and tensor.dtype == dtype and tensor.device == tile.device and tensor.is_contiguous()
-            _require(good, f"{name} must be contiguous {shape} {dtype} on {tile.device}, got {tuple(tensor.shape)} {tensor.dtype}")
+        if tensor is None:
+            continue
+        shape = (rows, 4) if name == "stats" else (columns,) if name == "bias" else (rows,)
+        dtype = torch.int64 if name == "target" else accumulate
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+            raise AssertionError(f"{name} must be contiguous {shape} {dtype} on {device}, got {tuple(tensor.shape)} {tensor.dtype}")
 
 
-def _require(holds, message):
-    if not holds:
-        raise AssertionError(message)
+def _check_out(tile, out):
+    rows, columns = tile.shape
+    apart = (columns <= 1 or out.stride(1) == 1) and (rows <= 1 or out.stride(0) >= columns)
+    if out.shape != tile.shape or out.device != tile.device or not apart:
+        raise AssertionError(
+            f"out must be {tuple(tile.shape)} with adjacent columns on {tile.device}, got {tuple(out.shape)} with {out.stride()}"
+        )
+    if out.dtype not in (tile.dtype, torch.bfloat16, torch.float16):
+        raise AssertionError(f"out must not be wider than the tile, got {out.dtype}")
+    if out.data_ptr() == tile.data_ptr():
+        if out.stride(0) * out.element_size() != tile.stride(0) * tile.element_size() and rows > 1:
+            raise AssertionError(f"out's rows must lie on the tile's, got strides {out.stride()} over {tile.stride()}")
+    elif out.data_ptr() < _end(tile) and tile.data_ptr() < _end(out):
+        raise AssertionError("out must begin where the tile does, or be memory of its own")
+
+
+def _end(x):
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr() + (last + 1) * x.element_size() if x.numel() else 0

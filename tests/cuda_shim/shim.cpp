@@ -7,6 +7,7 @@
 
 #include "cuda_runtime.h"
 #include "fiber.h"
+#include "launch_shape.h"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -66,7 +67,9 @@ Thread* current;
 Fiber scheduler;
 void (*kernel_call)(void*);
 void* kernel_closure;
-int device;
+int device, launched_on = -1;
+const void* launched_in;  // the stream
+bool error_pending;
 
 uint64_t random_number() {
   random_state ^= random_state << 13;
@@ -285,13 +288,19 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned from, int line) {
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*call)(void*), void* closure) {
   error_text.clear();
+  launched_on = device;
+  launched_in = config.stream;
   unsigned blocks = 1;
   if (config.numAttrs) blocks = config.attrs[0].val.clusterDim.x;
   const auto limit = shared_limits.find(kernel);
   const size_t allowed = limit == shared_limits.end() ? 48 << 10 : size_t(limit->second);
   if (config.dynamicSmemBytes > allowed) report("more shared memory than the kernel was allowed");
   if (config.blockDim.x == 0 || config.blockDim.x % 32 || config.blockDim.x > 1024) report("threads of a block");
-  if (config.numAttrs && int(blocks) > settings.largest_cluster) report("no room for a cluster of this size");
+  if (config.numAttrs && int(blocks) > settings.largest_cluster) {
+    report("no room for a cluster of this size");
+    error_pending = true;
+    return cudaErrorInvalidClusterSize;
+  }
   if (config.gridDim.x == 0 || config.gridDim.x % blocks) report("grid and cluster do not fit");
   if (config.numAttrs && settings.capability < 90) report("clusters need compute capability 9.0");
   if (!error_text.empty()) return cudaErrorInvalidValue;
@@ -319,11 +328,15 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-  if (device != 0) return cudaErrorInvalidDevice;
+  if (device < 0 || device > 1) return cudaErrorInvalidDevice;
   shim::device = device;
   return cudaSuccess;
 }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetLastError() {
+  shim::error_pending = false;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* kernel) { return kernel ? cudaSuccess : cudaErrorInvalidValue; }
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidDevice ? "invalid device ordinal" : shim::error_text.c_str();
 }
@@ -337,6 +350,18 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
 }
 
 extern "C" {
+int shim_device() { return shim::device; }
+int shim_launched_on() { return shim::launched_on; }
+const void* shim_launched_in() { return shim::launched_in; }
+bool shim_error_pending() { return shim::error_pending; }
+
+int cluster_size(int64_t columns, int size, int capability) { return grpo_kernels::cluster_size(columns, size, capability); }
+int64_t block_memory(int64_t columns, int size, int cluster) { return grpo_kernels::block_memory(columns, size, cluster); }
+int threads_of(int64_t columns, int size, int visits, int cluster) {
+  return grpo_kernels::threads_of(columns, size, visits, cluster);
+}
+int most_shared_memory(int capability) { return grpo_kernels::most_shared_memory(capability); }
+
 void shim_set(uint64_t seed, int capability, int yield_one_in, int largest_cluster) {
   shim::settings = {seed, capability, yield_one_in, largest_cluster};
 }
