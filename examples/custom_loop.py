@@ -52,9 +52,8 @@ def loss_of(batch, config, hidden, head):
     """Called by the model where it would have made its logits."""
     completions, advantages, mask, old, ref = batch
     hidden = hidden[:, -mask.shape[1] - 1 : -1]  # position t predicts token t + 1
-    return fused_linear_grpo_loss(  # 3. loss and gradients
-        hidden, head.weight, completions, advantages, mask, bias=head.bias, lora=head.lora, old_logps=old, ref_logps=ref, config=config
-    )
+    given = dict(bias=head.bias, lora=head.lora, old_logps=old, ref_logps=ref, config=config)
+    return fused_linear_grpo_loss(hidden, head.weight, completions, advantages, mask, **given)  # 3. loss and gradients
 
 
 def main():
