@@ -1,4 +1,4 @@
-# make demo | test | bench | kernels | gpu | lint | clean
+# make demo | test | test-verl | bench | kernels | gpu | lint | clean
 #
 # A virtual environment is made in .venv on first use; VENV=path takes another one.
 PYTHON ?= python3
@@ -7,6 +7,10 @@ TORCH ?= torch==2.13.0
 RUFF ?= ruff==0.17.5
 # Parity tests and benchmarks compare with these. --no-deps: their own requirements would replace torch and transformers.
 PEERS ?= trl==1.16.0 liger-kernel==0.8.5
+
+# What of verl's own forwards runs on a CPU needs these, 300 MB; without them tests/test_verl.py leaves six cases out.
+VERL ?= verl==0.9.1 ray==2.60.0 tensordict==0.10.0 omegaconf==2.4.0 pyvers==0.1.0 msgpack protobuf requests urllib3 certifi \
+	jsonschema jsonschema-specifications referencing rpds-py attrs cloudpickle
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.grpo-kernels
@@ -19,13 +23,17 @@ BENCH_ARGS ?=
 PART ?=
 GPU_ARGS ?=
 
-.PHONY: demo test bench kernels gpu lint clean
+.PHONY: demo test test-verl bench kernels gpu lint clean
 
 demo: $(STAMP)
 	$(BIN)/grpo-kernels train
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal $(TEST_ARGS)
+
+test-verl: $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps $(VERL)
+	$(BIN)/python -m pytest -q tests/test_verl.py $(TEST_ARGS)
 
 bench: $(STAMP)
 	mkdir -p benchmarks/results
