@@ -69,7 +69,8 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
 
     ``model(..., labels=labels, fused_lm_head=True).log_probs`` equals
     ``(model(...).logits / temperature).log_softmax(-1)[:, :-1].gather(-1, labels[:, 1:])`` where the label is not -100.
-    ``model(..., fused_lm_head=fn)`` equals ``fn(model.base_model(...).last_hidden_state, lm_head(model))``.
+    ``model(..., fused_lm_head=fn)`` equals ``fn(model.base_model(...).last_hidden_state, lm_head(model))``. Under FSDP2 and ZeRO-3
+    fn must return a tensor, or a tuple or dict of them: their hooks look no further for what the backward will come through.
 
     The forward then takes, beside its own arguments: ``labels`` [B, T] int64 with -100 where nothing is scored, or
     ``shift_labels`` [B, T], which are not shifted; ``temperature``, a number or a tensor shaped like the labels given, instead of
@@ -94,7 +95,7 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown:
         raise ValueError(f"outputs must be among {', '.join(OUTPUTS)}, got {', '.join(map(str, unknown))}")
-    original = getattr(model.forward, "before_fusing", model.forward)
+    original = getattr(model.forward, "before_fusing", None) or _of_instance(model.forward, model)
     options = {"temperature": temperature, "diagnostics": outputs, "workspace_bytes": workspace_bytes, "backend": backend}
 
     @functools.wraps(type(model).forward)  # generate reads the signature
@@ -103,12 +104,13 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
         if not fused_lm_head:
             labelled = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch,
                         "temperature": temperature}  # fmt: skip
-            return original(*args, **kwargs, **{name: value for name, value in labelled.items() if value is not None})
+            return original(self, *args, **kwargs, **{name: value for name, value in labelled.items() if value is not None})
         body = {"use_cache": False} | {name: value for name, value in kwargs.items() if value is not None}
         if getattr(self.config.get_text_config(), "output_router_logits", False):
             body.setdefault("output_router_logits", True)
         states = self.base_model(*args, **body)
-        aux_loss = _router_loss(self, states, body.get("attention_mask")) if body.get("output_router_logits") else None
+        attention_mask = args[1] if len(args) > 1 else body.get("attention_mask")
+        aux_loss = _router_loss(self, states, attention_mask) if body.get("output_router_logits") else None
         if callable(fused_lm_head):
             result = _inside_head(self, states[0], fused_lm_head, head_in_float32)
             return (result, aux_loss) if kwargs.get("output_router_logits") else result
@@ -139,30 +141,42 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
     return model
 
 
-def lm_head(model) -> LMHead:
+def _of_instance(method, model):
+    """A method as a function of the instance: a deep copy of the model must run itself."""
+    if getattr(method, "__self__", None) is model:
+        return method.__func__
+    return lambda self, *args, **kwargs: method(*args, **kwargs)
+
+
+def lm_head(model, dtype=None) -> LMHead:
     """The output layer of a causal LM as numbers: adapters on it apart, factors from the model's configuration.
+
+    ``dtype`` is what weight, bias and adapter are cast to; None is the weight's.
 
     Raises:
         NotImplementedError: it carries an adapter that is more than ``h W^T + scale (h A^T) B^T``, or quantized weights.
     """
     layer = model.get_output_embeddings()
     if hasattr(layer, "modules_to_save"):  # PEFT: a trained copy beside the original
-        layer = layer.original_module if layer.disable_adapters else layer.modules_to_save[layer.active_adapters[0]]
+        saved = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.modules_to_save]
+        layer = layer.modules_to_save[saved[0]] if saved else layer.original_module
+    elif "base_layer" in layer._modules and layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as PEFT's own forward does
     weight, bias = layer.weight, getattr(layer, "bias", None)
     if not weight.is_floating_point():
         raise NotImplementedError(f"the output layer must hold plain weights, got {type(weight).__name__} of {weight.dtype}")
-    lora = _adapter(layer, weight.dtype)
+    dtype = weight.dtype if dtype is None else dtype
+    lora = _adapter(layer, dtype)
     scale, softcap = _factors(model.config.get_text_config())
-    if hasattr(weight, "ds_id"):
-        # ZeRO-3 takes a parameter's memory away after the forward; what the backward needs of it must be held by another name
-        weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)
-    return LMHead(_local(weight), None if bias is None else _local(bias), lora, scale, softcap)
+    return LMHead(_local(weight).to(dtype), None if bias is None else _local(bias).to(dtype), lora, scale, softcap)
 
 
 def _adapter(layer, dtype):
     """(A, B, scale) of the active LoRA adapters of a layer, several as one; None where there is none."""
-    if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:
+    if "base_layer" not in layer._modules or layer.disable_adapters or layer.merged:
         return None
+    if not hasattr(layer, "lora_A"):
+        raise NotImplementedError(f"an adapter on the output layer must be a plain LoRA, got {type(layer).__module__}")
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if not names:
         return None
@@ -201,12 +215,10 @@ def _inside_head(model, hidden, fn, in_float32):
         raise RuntimeError("the output layer's weight is not in memory (a device map sends it to CPU or disk); keep it on a device")
 
     def run(hidden):
-        head = lm_head(model)
+        head = lm_head(model, torch.float32 if in_float32 else None)
         hidden = hidden.to(head.weight.device)
         if not in_float32:
             return fn(hidden, head)
-        lora = None if head.lora is None else (head.lora[0].float(), head.lora[1].float(), head.lora[2])
-        head = head._replace(weight=head.weight.float(), bias=None if head.bias is None else head.bias.float(), lora=lora)
         with torch.autocast(hidden.device.type, enabled=False):
             return fn(hidden.float(), head)
 
@@ -238,7 +250,9 @@ def _scored(hidden, labels, head, options, entropy_wanted):
 
 def _router_loss(model, states, attention_mask):
     """The load-balancing loss as the model's own forward computes it, without its coefficient."""
-    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    # FSDP2 makes a class of its own in front of the model's
+    modules = [vars(sys.modules[cls.__module__]) for cls in type(model).__mro__]
+    function = next((names["load_balancing_loss_func"] for names in modules if "load_balancing_loss_func" in names), None)
     experts, chosen = getattr(model, "num_experts", None), getattr(model, "num_experts_per_tok", None)
     if function is None or experts is None or chosen is None or states.get("router_logits") is None:
         raise NotImplementedError(f"{type(model).__name__} has no load-balancing loss of router logits; call it without them")
