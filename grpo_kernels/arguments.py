@@ -59,7 +59,7 @@ def check_loss_arguments(
         config=config, temperature=temperature, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     _check_kept_rows(kept_rows, mask)
-    _check_group(data_parallel_group)
+    check_group("data_parallel_group", data_parallel_group)
     return LossArguments(hidden=hidden, weight=weight, bias=bias, lora=lora, **loss)
 
 
@@ -73,7 +73,7 @@ def check_logits_arguments(
     tokens = _token_shape(logits, tensors["cu_seqlens"], dims=3, name="logits")
     loss = _check_per_token(tokens, logits.device, completion_ids, advantages, mask, config=config, **tensors)
     _check_kept_rows(kept_rows, mask)
-    _check_group(data_parallel_group)
+    check_group("data_parallel_group", data_parallel_group)
     return LossArguments(hidden=logits, weight=None, bias=None, lora=None, **loss)
 
 
@@ -108,8 +108,7 @@ def check_head(hidden, weight, bias, lora, vocab_parallel_group):
     if bias is not None:
         _tensor("bias", bias, device, FLOAT_DTYPES)
         _shape("bias", bias, (vocab,))
-    if vocab_parallel_group is not None:
-        raise ValueError("vocab_parallel_group must be None: this version does not shard the vocabulary")
+    check_group("vocab_parallel_group", vocab_parallel_group)
     if lora is not None:
         if not isinstance(lora, (tuple, list)) or len(lora) != 3:
             raise TypeError(f"lora must be a tuple (A [r, D], B [V, r], scale), got {kind(lora)}")
@@ -214,9 +213,9 @@ def _check_kept_rows(kept_rows, mask):
         raise ValueError(f"kept_rows must be 1-D with at most {mask.numel()} indices, got {list(kept_rows.shape)}")
 
 
-def _check_group(group):
+def check_group(name, group):
     if group is not None and not (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
-        raise TypeError(f"data_parallel_group must be a torch.distributed group or None, got {kind(group)}")
+        raise TypeError(f"{name} must be a torch.distributed group or None, got {kind(group)}")
 
 
 def _check_mask(mask, tokens, device):

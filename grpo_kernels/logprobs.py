@@ -1,14 +1,15 @@
 """`linear_logprobs`: log-probs and entropy of given tokens from hidden states, differentiable under any loss, in two phases."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from . import backends, tiles
-from .arguments import check_logprob_arguments, host_may_wait, value_flags
+from .arguments import check_group, check_logprob_arguments, host_may_wait, value_flags
 from .config import GRPOLossConfig, LogitTransform
 from .diagnostics import NAMES
 from .outputs import LogProbs
+from .parallel import VocabShard, refusing_together
 from .plan import default_budget
 from .products import accumulation_dtype, tile_memory
 from .rows import Selection, flatten, select_rows
@@ -43,6 +44,7 @@ def linear_logprobs(
         temperature: a number > 0, or a tensor [..] with one value per token.
         logit_scale, softcap: as in `GRPOLossConfig`.
         lora: (A [r, D], B [V, r], scale), an adapter on the head that is never merged; A and B differentiable.
+        vocab_parallel_group: as in `fused_linear_grpo_loss`.
         workspace_bytes: budget for tiles and stash; None is GRPO_KERNELS_WORKSPACE_MB or 384 MiB (768 on a GPU). Rows whose softmax
             fits it cost 6NVD operations forward and backward, the others 8NVD; a frozen head costs 4NVD.
         backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
@@ -74,15 +76,19 @@ def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, tempera
     if isinstance(temperature, torch.Tensor) and per_token is None:
         temperature = temperature.item()
     config = GRPOLossConfig(temperature=1.0 if per_token is not None else temperature, logit_scale=logit_scale, softcap=softcap)
-    hidden, weight, bias, lora = check_logprob_arguments(
-        hidden, weight, token_ids, mask, bias, per_token, lora, vocab_parallel_group, workspace_bytes, backend, config
-    )
+    check_group("vocab_parallel_group", vocab_parallel_group)
+    with refusing_together(vocab_parallel_group, weight):
+        hidden, weight, bias, lora = check_logprob_arguments(
+            hidden, weight, token_ids, mask, bias, per_token, lora, vocab_parallel_group, workspace_bytes, backend, config
+        )
+        if vocab_parallel_group is not None and any(wanted):
+            raise ValueError("diagnostics must be empty with a vocab_parallel_group")
     if mask is None:
         mask = torch.ones(token_ids.shape, dtype=torch.bool, device=hidden.device)
-    head = FusedHead.of(weight, bias, lora, config.transform, workspace_bytes, backend)
-    flags = value_flags(mask, token_ids, weight.shape[0], temperature=per_token)
+    head = FusedHead.of(hidden, weight, bias, lora, config.transform, workspace_bytes, backend, vocab_parallel_group)
+    flags = value_flags(mask, token_ids, head.vocab, temperature=per_token)
     live = mask.bool() if any(head.needs(hidden)) else None
-    selection = select_rows(mask, flags, weight.shape[0], live=live)
+    selection = select_rows(mask, flags, head.vocab, live=live, shard=head.shard)
     rows = flatten(hidden, mask, all_rows=not host_may_wait(mask))
     logps, entropy, found = row_logprobs(rows, head, selection, token_ids, per_token, wanted=wanted)
     found = [selection.scatter(x, mask) if want else None for x, want in zip(found.unbind(1), wanted, strict=True)]
@@ -98,14 +104,33 @@ class FusedHead:
     scalars: list  # lora scale, logit scale, softcap or 0, temperature
     budget: int
     backend: str
+    shard: VocabShard | None = None
 
     @staticmethod
-    def of(weight, bias, lora, transform: LogitTransform, workspace_bytes, backend):
+    def of(hidden, weight, bias, lora, transform: LogitTransform, workspace_bytes, backend, vocab_parallel_group=None):
         a, b, scale = (None, None, 1.0) if lora is None else lora
         scalars = [float(scale), transform.logit_scale, transform.softcap or 0.0, transform.temperature]
         budget = default_budget(weight.device.type) if workspace_bytes is None else int(workspace_bytes)
         backend = backends.resolve(backend, weight.device, weight.dtype, weight.shape[0])
-        return FusedHead((weight, bias, a, b), scalars, budget, backend)
+        head = FusedHead((weight, bias, a, b), scalars, budget, backend)
+        if vocab_parallel_group is None:
+            return head
+        facts = {
+            "rows of hidden": hidden.shape[:-1].numel(), "depth of hidden": hidden.shape[-1], "dtype": str(weight.dtype),
+            "which tensors need a gradient": str(head.needs(hidden)), "workspace_bytes": budget, "temperature and factors": scalars,
+            "rank of the adapter": 0 if a is None else a.shape[0],
+        }  # fmt: skip
+        return replace(head, shard=VocabShard.of(vocab_parallel_group, weight, facts))
+
+    @property
+    def vocab(self):
+        """All of it, whatever this rank holds."""
+        return self.tensors[0].shape[0] if self.shard is None else self.shard.total
+
+    @property
+    def sharding(self):
+        """(name of the group, rows of each rank), as the ops take them."""
+        return ("", []) if self.shard is None else (self.shard.name, list(self.shard.sizes))
 
     def needs(self, hidden):
         """Which of (hidden, weight, bias, lora A, lora B) want a gradient."""
@@ -119,9 +144,9 @@ class FusedHead:
         target = selection.take(token_ids)
         temperature = None if temperature is None else selection.take(temperature.detach()).to(accumulate)
         if selection.correction is not None:
-            target = target.clamp(0, self.tensors[0].shape[0] - 1)
+            target = target.clamp(0, self.vocab - 1)
             temperature = None if temperature is None else temperature.where(temperature > 0, 1.0)
-        return target, temperature
+        return target if self.shard is None else target - self.shard.offset, temperature
 
 
 def row_logprobs(hidden, head: FusedHead, selection: Selection, token_ids, temperature, entropy_gradient=False,
@@ -135,12 +160,13 @@ def row_logprobs(hidden, head: FusedHead, selection: Selection, token_ids, tempe
     if not any(needs):
         tensors = [x if x is None else x.detach() for x in (hidden, *head.tensors)]
         logps, entropy, _, _, found = tiles.score(
-            *tensors, selection.rows, target, temperature, 0, 0, head.scalars, [False] * 5, head.budget, head.backend, wanted
-        )
+            *tensors, selection.rows, target, temperature, 0, 0, head.scalars, [False] * 5, head.budget, head.backend, wanted,
+            *head.sharding,
+        )  # fmt: skip
         return logps, entropy, found
     return _RowLogProbs.apply(
         hidden, *head.tensors, selection.rows, target, temperature,
-        head.scalars, selection.live, head.budget, head.backend, needs, entropy_gradient, wanted,
+        head.scalars, selection.live, head.budget, head.backend, needs, entropy_gradient, wanted, head.sharding,
     )  # fmt: skip
 
 
@@ -149,10 +175,10 @@ class _RowLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, lora_a, lora_b, rows, target, temperature, scalars, live, budget, backend, needs,
-                entropy_gradient, wanted):  # fmt: skip
+                entropy_gradient, wanted, sharding):  # fmt: skip
         tensors = (hidden, weight, bias, lora_a, lora_b, rows, target, temperature)
         ctx.set_materialize_grads(False)
-        ctx.call = (scalars, needs, budget, backend)
+        ctx.call = (scalars, needs, budget, backend, sharding)
         ctx.live = live
         ctx.direct = needs[0] and not any((*needs[1:], entropy_gradient, *wanted))
         ctx.stash = None
@@ -160,12 +186,14 @@ class _RowLogProbs(torch.autograd.Function):
             ones = torch.ones(live, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
             logps, entropy, u, *_ = tiles.one_pass(
                 *tensors, ones, None, None, None, None, None, live, "linear", [0.2, 0.2, 0.0, 1.0, 1.0], False,
-                scalars, needs, budget, backend,
+                scalars, needs, budget, backend, *sharding,
             )  # fmt: skip
             ctx.save_for_backward(*tensors, logps, entropy, None, u)
             return logps, entropy, logps.new_empty(0, 3)
-        stash_rows = tiles.plan_call(live, rows.shape[0] - live, weight, needs, budget, backend).stash_rows
-        logps, entropy, lse, stash, found = tiles.score(*tensors, stash_rows, live, scalars, needs, budget, backend, wanted)
+        stash_rows = tiles.plan_call(live, rows.shape[0] - live, weight, needs, budget, backend, sharding[1]).stash_rows
+        logps, entropy, lse, stash, found = tiles.score(
+            *tensors, stash_rows, live, scalars, needs, budget, backend, wanted, *sharding
+        )
         ctx.mark_non_differentiable(found)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*tensors, logps, entropy, lse, stash)
@@ -180,13 +208,13 @@ class _RowLogProbs(torch.autograd.Function):
     def backward(ctx, g, g_entropy, _):
         *tensors, logps, entropy, lse, kept = ctx.saved_tensors
         hidden, rows = tensors[0], tensors[5]
-        nothing = (None,) * 10
+        nothing = (None,) * 11
         if g is None and g_entropy is None:
             return (None,) * 5 + nothing
         if ctx.direct and g_entropy is None:
             factor = g.new_zeros(hidden.shape[0]).index_copy(0, rows, g).unsqueeze(1)
             return torch.mul(kept, factor).to(kept.dtype), None, None, None, None, *nothing
-        scalars, needs, budget, backend = ctx.call
+        scalars, needs, budget, backend, sharding = ctx.call
         empty = hidden.new_empty(0, tensors[1].shape[0])
         stash = kept if not ctx.direct and kept is not None else ctx.stash
         retained = graph_is_retained()
@@ -195,11 +223,12 @@ class _RowLogProbs(torch.autograd.Function):
         else:
             ctx.stash = None
         if lse is None:
-            lse = tiles.score(*tensors, 0, 0, scalars, [False] * 5, budget, backend, [False] * 3)[2]
+            lse = tiles.score(*tensors, 0, 0, scalars, [False] * 5, budget, backend, [False] * 3, *sharding)[2]
         g = torch.zeros_like(logps) if g is None else g
         grads = tiles.score_backward(
-            *tensors, logps, entropy, lse, empty if stash is None else stash, g, g_entropy, scalars, needs, budget, backend
-        )
+            *tensors, logps, entropy, lse, empty if stash is None else stash, g, g_entropy, scalars, needs, budget, backend,
+            *sharding,
+        )  # fmt: skip
         if stash is not None and kept is None and not retained:
             tile_memory.give_back(stash)
         return *cast_gradients(grads, tensors, needs), *nothing

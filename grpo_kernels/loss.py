@@ -10,12 +10,13 @@ import inspect
 import torch
 
 from . import backends, tiles
-from .arguments import check_loss_arguments, host_may_wait, value_flags
+from .arguments import check_group, check_loss_arguments, host_may_wait, value_flags
 from .batch import LossBatch
 from .coefficients import row_terms
 from .config import LOSS_FIELDS, GRPOLossConfig
 from .logprobs import FusedHead, graph_is_retained, row_logprobs
 from .outputs import GRPOLossOutput
+from .parallel import refusing_together
 from .products import accumulation_dtype
 from .rows import flatten, select_rows
 
@@ -64,7 +65,9 @@ def fused_linear_grpo_loss(
         config: `GRPOLossConfig`; options and tensors that its loss_type does not use are ignored.
         temperature: [B, T], overrides ``config.temperature`` per token.
         lora: (A [r, D], B [V, r], scale), an adapter on the head, never merged; A and B differentiable.
-        vocab_parallel_group: must be None in this version.
+        vocab_parallel_group: torch.distributed group over which the vocabulary is sharded. weight, bias and lora's B are then
+            this rank's rows of it, in rank order, of any number; everything else is the same on every rank, ids are global, and
+            the gradients of hidden and of lora's A come back summed over the group. Padded rows: a bias of -inf.
         data_parallel_group: torch.distributed group over which the entropy quantile is taken.
         cu_seqlens: [B + 1] int32, packed layout: hidden [N, D], every per-token tensor [N], advantages [B] or [N],
             importance_sampling_ratio [B, 1] or [N].
@@ -85,19 +88,24 @@ def fused_linear_grpo_loss(
 
     Source: ratio, clipping, k3: Shao et al. 2024; the other losses as named in README.md.
     """
-    args = check_loss_arguments(
-        hidden, weight, completion_ids, advantages, mask, bias=bias, old_logps=old_logps, ref_logps=ref_logps,
-        importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
-        config=config, temperature=temperature, lora=lora, vocab_parallel_group=vocab_parallel_group,
-        cu_seqlens=cu_seqlens, kept_rows=kept_rows, workspace_bytes=workspace_bytes, backend=backend,
-        data_parallel_group=data_parallel_group,
-    )  # fmt: skip
-    head = FusedHead.of(args.weight, args.bias, args.lora, config.transform, workspace_bytes, backend)
+    check_group("vocab_parallel_group", vocab_parallel_group)
+    with refusing_together(vocab_parallel_group, weight):
+        args = check_loss_arguments(
+            hidden, weight, completion_ids, advantages, mask, bias=bias, old_logps=old_logps, ref_logps=ref_logps,
+            importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
+            config=config, temperature=temperature, lora=lora, vocab_parallel_group=vocab_parallel_group,
+            cu_seqlens=cu_seqlens, kept_rows=kept_rows, workspace_bytes=workspace_bytes, backend=backend,
+            data_parallel_group=data_parallel_group,
+        )  # fmt: skip
+    head = FusedHead.of(
+        args.hidden, args.weight, args.bias, args.lora, config.transform, workspace_bytes, backend, vocab_parallel_group
+    )
     wait = kept_rows is None and host_may_wait(mask)
     batch = LossBatch(args, mask, config, accumulation_dtype(args.hidden.dtype), data_parallel_group, wait)
-    flags = value_flags(mask, completion_ids, weight.shape[0], advantages, temperature, batch.layout)
+    flags = value_flags(mask, completion_ids, head.vocab, advantages, temperature, batch.layout)
     trains = any(head.needs(args.hidden))
-    selection = select_rows(mask, flags, weight.shape[0], live=batch.live() if trains else None, kept_rows=kept_rows)
+    live = batch.live() if trains else None
+    selection = select_rows(mask, flags, head.vocab, live=live, kept_rows=kept_rows, shard=head.shard)
     rows = flatten(args.hidden, mask, all_rows=kept_rows is None and not wait)
     if trains and coefficients_depend_on_their_row_alone(config, on_policy=old_logps is None):
         return _one_pass(rows, head, batch, selection, completion_ids, args.temperature, mask)
@@ -154,7 +162,7 @@ def _one_pass(hidden, head, batch, selection, completion_ids, temperature, mask)
     numbers = [terms.epsilon_low, terms.epsilon_high, terms.delta or 0.0, terms.sapo_temperature_pos, terms.sapo_temperature_neg]
     arguments = (
         *detached, selection.rows, target, temperature, *batch.row_vectors(selection), selection.live, terms.kind, numbers,
-        terms.use_bias_correction_kl, head.scalars, needs, head.budget, head.backend,
+        terms.use_bias_correction_kl, head.scalars, needs, head.budget, head.backend, *head.sharding,
     )  # fmt: skip
     logps, entropy, *grads = tiles.one_pass(*arguments)
     logps, entropy = selection.scatter(logps, mask), selection.scatter(entropy, mask)

@@ -228,8 +228,8 @@ class Gradients:
     dH = dz W + dt A,  dW = dz^T h,  dbias = sum of dz,  dB = scale dz^T t,  dA = dt^T h.
     """
 
-    def __init__(self, hidden, head, needs, tiles, columns, all_rows, vocabulary_outermost=False):
-        self.head, self.columns = head, columns
+    def __init__(self, hidden, head, needs, tiles, columns, all_rows, vocabulary_outermost=False, shard=None):
+        self.head, self.columns, self.shard, self.arriving = head, columns, shard, None
         hidden_needed, weight, bias, a, b = needs
         vocab, depth = head.weight.shape
         accumulate = accumulation_dtype(hidden.dtype)
@@ -275,8 +275,7 @@ class Gradients:
             dh = torch.mm(dz, self.head.weight, out=self.hidden[rows]) if contiguous else dz @ self.head.weight
             if self.needs_adapter:
                 self._adapter(dz @ self.head.lora_b, h, dh)
-            if not contiguous:
-                self.hidden[rows] = dh
+            self._place(dh, rows, contiguous)
         elif self.lora_a is not None:
             self._adapter(dz @ self.head.lora_b, h, None)
 
@@ -285,10 +284,30 @@ class Gradients:
         if self.needs_adapter or self.lora_a is not None:
             self._adapter(db, h, dh)
         if self.hidden is not None:
-            self.hidden[rows] = dh.to(self.hidden.dtype)
+            self._place(dh.to(self.hidden.dtype), rows, False)
+
+    def _place(self, dh, rows, is_there):
+        """dh into its rows; with a sharded vocabulary once the other ranks' parts have been added, while the next is made."""
+        if self.shard is None:
+            if not is_there:
+                self.hidden[rows] = dh
+            return
+        self._arrive()
+        self.arriving = self.shard.sum_later(dh), dh, None if is_there else rows
+
+    def _arrive(self):
+        if self.arriving is not None:
+            wait, dh, rows = self.arriving
+            wait()
+            if rows is not None:
+                self.hidden[rows] = dh
+            self.arriving = None
 
     def finish(self, like):
         """(dH, dW, dbias, dA, dB) with an empty tensor for each that was not asked for."""
+        self._arrive()
+        if self.shard is not None and self.lora_a is not None:
+            self.shard.sum_now(self.lora_a)
         done = (
             self.hidden,
             None if self.weight is None else self.weight.finish(),

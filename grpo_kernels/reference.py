@@ -34,8 +34,10 @@ def grpo_loss(
     """The GRPO loss through the full [B, T, V] logits; same arguments, results and errors as `fused_linear_grpo_loss`.
 
     Plain autograd all the way: differentiable in hidden, weight, bias and lora, any number of times. ``kept_rows``,
-    ``workspace_bytes`` and ``backend`` are accepted and change nothing.
+    ``workspace_bytes`` and ``backend`` are accepted and change nothing; ``vocab_parallel_group`` must be None.
     """
+    if vocab_parallel_group is not None:
+        raise ValueError("vocab_parallel_group must be None: the reference holds the whole vocabulary")
     args = check_loss_arguments(
         hidden, weight, completion_ids, advantages, mask, bias=bias, old_logps=old_logps, ref_logps=ref_logps,
         importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,

@@ -14,3 +14,19 @@ def finalize(stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     total = others + torch.exp(target - peak)
     lse = peak + total.log()
     return logps, lse, total.log() - weighted / total
+
+
+def merged(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[R, 4] statistics of two sets of columns without a common one -> those of both."""
+    peak = torch.maximum(a[:, 0], b[:, 0])
+    # nothing but -inf so far must not become inf - inf
+    shift = peak.where(peak != -float("inf"), 0.0)
+    others, moment = torch.zeros_like(peak), torch.zeros_like(peak)
+    for own_peak, own_others, own_moment, target in (a.unbind(1), b.unbind(1)):
+        drop = own_peak - shift
+        factor, drop = drop.exp(), drop.where(own_peak != -float("inf"), 0.0)
+        total = own_others + (target - own_peak.where(own_peak != -float("inf"), 0.0)).exp()
+        others = others + own_others * factor
+        moment = moment + ((own_moment + drop * total) * factor).where(factor != 0, 0.0)
+    target = torch.where(b[:, 3] == -float("inf"), a[:, 3], b[:, 3])
+    return torch.stack([peak, others, moment, target], 1)

@@ -28,7 +28,7 @@ class Selection:
         return full if self.correction is None else (full + self.correction).where(mask.bool(), 0.0)
 
 
-def select_rows(mask, flags, vocab, *, live=None, kept_rows=None) -> Selection:
+def select_rows(mask, flags, vocab, *, live=None, kept_rows=None, shard=None) -> Selection:
     """Chooses the rows, and raises what the value checks found.
 
     ``flags`` [5] are the counts of `value_flags`, ``live`` a bool tensor like mask (None: no row needs a gradient). Nothing
@@ -48,6 +48,8 @@ def select_rows(mask, flags, vocab, *, live=None, kept_rows=None) -> Selection:
     kept = mask.reshape(-1).bool()
     live = torch.zeros_like(kept) if live is None else live.reshape(-1) & kept
     n, n_live, *bad = torch.cat([torch.stack([kept.sum(), live.sum()]), flags]).tolist()
+    if shard is not None:
+        shard.agree(mask.device, kept=n, trained=n_live, wrong=sum(bad))
     raise_bad_values(bad, vocab)
     # a stable sort by (live, scored only, masked) instead of nonzero, which would synchronise again
     order = (2 - kept.to(torch.int8) - live.to(torch.int8)).argsort(stable=True)

@@ -20,9 +20,10 @@ from torch import Tensor
 from . import backends
 from .arguments import host_may_wait
 from .backends.pytorch import new_statistics
-from .coefficients import PolicyRows, PolicyTerms
+from .coefficients import PolicyRows, PolicyTerms, coefficient
 from .config import LogitTransform
 from .diagnostics import Diagnostics
+from .parallel import shard_named
 from .plan import Plan, Problem, plan
 from .products import (
     Gradients,
@@ -43,8 +44,9 @@ _ROW_ALIGNMENT = 128
 _COMPACTED_ROWS = 64
 
 
-def plan_call(live, dead, weight, needs, budget, backend, mixed=False) -> Plan:
-    vocab, depth = weight.shape
+def plan_call(live, dead, weight, needs, budget, backend, sizes=(), mixed=False) -> Plan:
+    """``sizes``: the rows of the vocabulary on each rank; all of them cut the rows of hidden alike."""
+    vocab, depth = max(sizes, default=weight.shape[0]), weight.shape[1]
     return plan(
         Problem(
             live=live,
@@ -97,15 +99,17 @@ def one_pass(
     needs: Sequence[bool],
     budget: int,
     backend: str,
+    group: str,
+    sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logps [N], entropy [N], dH, dW, dbias, dA, dB): scores all rows and differentiates the first ``live``."""
-    the_plan = plan_call(live, rows.shape[0] - live, weight, needs, budget, backend)
-    call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend)
+    the_plan, shard = plan_call(live, rows.shape[0] - live, weight, needs, budget, backend, sizes), shard_named(group, sizes)
+    call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend, shard)
     policy_terms = PolicyTerms(kind, *terms[:2], terms[2] or None, *terms[3:], bias_correction)
     vectors = [w_policy, advantages, old, ref, w_kl, w_entropy]
     # before the tiles, so that its buffer and theirs are never in memory together
     call.score(live, rows.shape[0], the_plan)
-    grads = Gradients(hidden, call.head, needs, the_plan.tiles, the_plan.columns, call.all_live)
+    grads = Gradients(hidden, call.head, needs, the_plan.tiles, the_plan.columns, call.all_live, shard=shard)
     if live:
         _policy_tiles(call, grads, the_plan, vectors, policy_terms, live)
     return call.logps, call.entropy, *grads.finish(hidden)
@@ -118,17 +122,32 @@ def _policy_tiles(call, grads, the_plan, vectors, terms, live):
         s, tile = slice(start, end), buffer[: end - start]
         call.head.tile(h, t, the_plan.columns, out=tile)
         rows, out = PolicyRows(*(None if x is None else x[s] for x in vectors)), _over(tile, call.hidden.dtype)
-        call.kernels.policy(
-            tile, call.target[s], rows, terms, call.transform, call.logps[s], call.entropy[s], out=out, **call.options(s)
-        )
+        if call.shard is None:
+            call.kernels.policy(
+                tile, call.target[s], rows, terms, call.transform, call.logps[s], call.entropy[s], out=out, **call.options(s)
+            )
+        else:
+            _sharded_policy(call, tile, s, rows, terms, out)
         grads.add_tile(_operand(tile, out), h, t, where)
         del h, t  # before the next ones are gathered
     tile_memory.give_back(buffer)
 
 
+def _sharded_policy(call, tile, s, rows, terms, out):
+    """The policy kernel in two halves, with the other ranks' statistics between them."""
+    stats = new_statistics(tile.shape[0], call.accumulate, tile.device)
+    call.kernels.statistics(tile, stats, call.target[s], call.transform, **call.options(s))
+    logps, lse, entropy = finalize(call.shard.statistics(stats)[0])
+    call.logps[s], call.entropy[s] = logps, entropy
+    g = coefficient(logps, rows, terms)
+    call.kernels.gradient(
+        tile, call.target[s], lse, logps, entropy, g, rows.w_entropy, call.transform, out=out, **call.options(s)
+    )
+
+
 @one_pass.register_fake
 def _(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, w_policy, advantages, old, ref, w_kl, w_entropy, live,
-      kind, terms, bias_correction, scalars, needs, budget, backend):  # fmt: skip
+      kind, terms, bias_correction, scalars, needs, budget, backend, group, sizes):  # fmt: skip
     logps = hidden.new_empty(rows.shape[0], dtype=accumulation_dtype(hidden.dtype))
     return logps, torch.empty_like(logps), *_fake_gradients(hidden, weight, bias, lora_a, lora_b, needs)
 
@@ -151,13 +170,15 @@ def score(
     budget: int,
     backend: str,
     wanted: Sequence[bool],
+    group: str,
+    sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logps [N], entropy [N], lse [N], stash [stash_rows, >= V], diagnostics [N, 3], or [0, 3] where none are ``wanted``).
 
     The stash holds softmax(z) in the inputs' dtype.
     """
-    the_plan = plan_call(live, rows.shape[0] - live, weight, needs, budget, backend)
-    call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend, wanted)
+    the_plan, shard = plan_call(live, rows.shape[0] - live, weight, needs, budget, backend, sizes), shard_named(group, sizes)
+    call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend, shard, wanted)
     vocab = weight.shape[0]
     call.score(stash_rows, rows.shape[0], the_plan)
     stash = _tile(stash_rows, vocab, hidden, hidden.dtype, whole=True)
@@ -181,13 +202,18 @@ def _stash_tiles(call, stash, the_plan):
         if diagnostics is not None:
             diagnostics.add(tile, 0, **call.options(s))
         out = None if in_place else stash[s]
+        if call.shard is not None:  # the softmax is over all ranks' columns: fold this tile into what the others have
+            call.kernels.statistics(tile, stats, call.target[s], call.transform, **call.options(s))
+            whole, others = call.shard.statistics(stats)
+            stats = new_statistics(end - start, call.accumulate, stash.device) if others is None else others
         call.kernels.statistics(tile, stats, call.target[s], call.transform, probs=True, out=out, **call.options(s))
-        call.write(s, stats, diagnostics)
+        call.write(s, stats if call.shard is None else whole, diagnostics)
         del h, t
 
 
 @score.register_fake
-def _(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, stash_rows, live, scalars, needs, budget, backend, wanted):
+def _(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, stash_rows, live, scalars, needs, budget, backend, wanted,
+      group, sizes):  # fmt: skip
     logps = hidden.new_empty(rows.shape[0], dtype=accumulation_dtype(hidden.dtype))
     stash = hidden.new_empty(stash_rows, _padded(weight.shape[0], hidden.element_size()))
     return logps, torch.empty_like(logps), torch.empty_like(logps), stash, logps.new_empty(len(logps) if any(wanted) else 0, 3)
@@ -214,10 +240,12 @@ def score_backward(
     needs: Sequence[bool],
     budget: int,
     backend: str,
+    group: str,
+    sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dH, dW, dbias, dA, dB) from the gradients g and g_entropy [N] of logps and entropy; overwrites the stash."""
-    vocab = weight.shape[0]
-    kept = _rows_with_gradient(g, g_entropy)
+    vocab, shard = weight.shape[0], shard_named(group, sizes)
+    kept = _rows_with_gradient(g, g_entropy, shard)
     stashed = kept if kept is None else kept[kept < stash.shape[0]]
     stash = _compacted(stash[:, :vocab], stashed)
     k = stash.shape[0]
@@ -227,12 +255,12 @@ def score_backward(
     target, temperature, logps, entropy, lse, g, g_entropy = vectors
     n = rows.shape[0]
 
-    the_plan = plan_call(n, 0, weight, needs, budget, backend, mixed=0 < k < n)
+    the_plan = plan_call(n, 0, weight, needs, budget, backend, sizes, mixed=0 < k < n)
     columns = the_plan.columns if n == k else the_plan.recompute_columns
-    call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, n, scalars, backend)
+    call = _Call(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, n, scalars, backend, shard)
     spans = [blocks_from(k + start, k + end, the_plan.recompute_rows) for start, end in blocks(n - k, the_plan.stripe_rows)]
     stripes = [[(0, k)] * (k > 0) + spans[0], *spans[1:]] if spans else [[(0, k)]]
-    grads = Gradients(hidden, call.head, needs, sum(map(len, stripes)), columns, call.all_live, len(stripes) == 1)
+    grads = Gradients(hidden, call.head, needs, sum(map(len, stripes)), columns, call.all_live, len(stripes) == 1, shard)
     height = max((end - start for stripe in spans for start, end in stripe), default=0)
     buffer = empty(height * _stride(min(columns, vocab), hidden), like=hidden, dtype=call.tile_dtype)
     for stripe in stripes:
@@ -270,7 +298,7 @@ def score_backward(
 
 @score_backward.register_fake
 def _(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, logps, entropy, lse, stash, g, g_entropy, scalars, needs,
-      budget, backend):  # fmt: skip
+      budget, backend, group, sizes):  # fmt: skip
     return _fake_gradients(hidden, weight, bias, lora_a, lora_b, needs)
 
 
@@ -278,7 +306,8 @@ class _Call:
     """What the three ops share: the head, the row kernels, the outputs per row, and the gathering of rows."""
 
     def __init__(self, hidden, weight, bias, lora_a, lora_b, rows, target, temperature, live, scalars, backend,
-                 wanted=(False,) * 3):  # fmt: skip
+                 shard=None, wanted=(False,) * 3):  # fmt: skip
+        self.shard = shard
         self.accumulate = accumulation_dtype(hidden.dtype)
         self.hidden, self.rows, self.target, self.temperature = hidden, rows, target, temperature
         bias = None if bias is None else bias.to(self.accumulate).contiguous()
@@ -324,6 +353,8 @@ class _Call:
                 if diagnostics is not None:
                     diagnostics.add(tile, left, **options)
                 self.kernels.statistics(tile, stats, self.target[s] - left, self.transform, **options)
+            if self.shard is not None:
+                stats, _ = self.shard.statistics(stats)
             self.write(s, stats, diagnostics)
 
     def diagnose(self, s):
@@ -375,13 +406,15 @@ def _operand(tile, out):
     return out.contiguous() if out.device.type == "cpu" else out
 
 
-def _rows_with_gradient(g, g_entropy):
-    """Indices of rows whose gradient is not zero (NaN counts as not zero), or None if that is all of them."""
+def _rows_with_gradient(g, g_entropy, shard):
+    """Indices of rows whose gradient is not zero (NaN counts as not zero), on any rank, or None if that is all of them."""
     if not host_may_wait(g):
         return None
     wanted = g != 0
     if g_entropy is not None:
         wanted = wanted | (g_entropy != 0)
+    if shard is not None:
+        wanted = shard.any(wanted)
     kept = wanted.nonzero().squeeze(1)
     return None if kept.shape[0] == g.shape[0] else kept
 

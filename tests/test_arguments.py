@@ -122,7 +122,6 @@ WRONG_VALUES = [
     (dict(kept_rows=torch.zeros(2, 2, dtype=torch.long)), r"kept_rows.*\[2, 2\]"),
     (dict(cu_seqlens=torch.tensor([0, 12])), r"hidden.*\[N, D\].*\[3, 4, 8\]"),
     (dict(cu_seqlens=torch.tensor(0)), r"cu_seqlens.*\[B \+ 1\].*\[\]"),
-    (dict(vocab_parallel_group="world"), "vocab_parallel_group"),
     (dict(mask=f32(B, T) + 0.5), "mask.*0 and 1.*12"),
     (dict(mask=torch.full((B, T), 2)), "mask.*0 and 1.*12"),
     (dict(mask=torch.full((B, T), -1)), "mask.*0 and 1.*12"),

@@ -147,16 +147,17 @@ def test_opcheck(adapter):
         torch.library.opcheck(
             ops.one_pass.default,
             (*head, rows, target, None, w[:3], advantages[:3], old[:3], ref[:3], w[:3], None, 3, "clipped",
-             [0.2, 0.2, 0.0, 1.0, 1.05], True, scalars, needs, budget, "torch"),
+             [0.2, 0.2, 0.0, 1.0, 1.05], True, scalars, needs, budget, "torch", "", []),
             test_utils=checks,
         )  # fmt: skip
         for stash_rows, wanted in ((0, [False] * 3), (3, [False] * 3), (3, [True, False, True])):
-            score = (*head, rows, target, w + 0.5, stash_rows, 4, scalars, needs, budget, "torch", wanted)
+            score = (*head, rows, target, w + 0.5, stash_rows, 4, scalars, needs, budget, "torch", wanted, "", [])
             torch.library.opcheck(ops.score.default, score, test_utils=checks)
             logps, entropy, lse, stash, _ = ops.score(*score)
             torch.library.opcheck(
                 ops.score_backward.default,
-                (*head, rows, target, w + 0.5, logps, entropy, lse, stash, normal(5), normal(5), scalars, needs, budget, "torch"),
+                (*head, rows, target, w + 0.5, logps, entropy, lse, stash, normal(5), normal(5), scalars, needs, budget, "torch", "",
+                 []),
                 test_utils=checks,
             )  # fmt: skip
 

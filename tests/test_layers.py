@@ -24,8 +24,9 @@ FLOORS = (
     ("products", "rows", "diagnostics"),
     ("backends",),
     ("coefficients",),
-    ("objective", "advantages", "arguments", "row_statistics"),
-    ("plan", "parallel", "config", "outputs", "build_cuda"),
+    ("objective", "advantages", "arguments"),
+    ("parallel",),
+    ("plan", "config", "outputs", "build_cuda", "row_statistics"),
 )
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPTIONAL = {"peft", "trl", "liger_kernel", "verl", "datasets", "triton", "yaml", "matplotlib", "cut_cross_entropy", "quack"}

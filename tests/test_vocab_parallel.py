@@ -1,0 +1,245 @@
+"""A vocabulary sharded over two and four gloo processes: everything equals one process, bits repeat, and no rank waits for ever."""
+
+import datetime
+import math
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from problems import Problem, make_problem, run
+
+from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs
+from grpo_kernels.parallel import counted, reduce_metrics
+from grpo_kernels.row_statistics import finalize, merged
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+V = 53
+SHARDS = {2: (20, 33), 4: (7, 1, 30, 15)}
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+
+
+def problems():
+    """name -> (problem, workspace_bytes): all losses at both levels, and every option of the head."""
+    for loss in LOSSES:
+        for level in ("token", "sequence"):
+            config = GRPOLossConfig(loss_type=loss, importance_sampling_level=level, beta=0.05, max_completion_length=9, epsilon_high=1.3)
+            yield f"{loss} {level}", make_problem(V=V, config=config, bias=True), 2**20
+    small = 4000  # several tiles, and rows that do not fit the stash
+    yield "tiles", make_problem(B=6, V=V, lora=True, bias=True, banned=3), small
+    yield "on-policy", make_problem(V=V, on_policy=True), small
+    yield "temperature", make_problem(V=V, temperature=True, config=GRPOLossConfig(softcap=5.0, logit_scale=0.7)), small
+    yield "entropy", make_problem(V=V, config=GRPOLossConfig(entropy_coef=0.1)), 2**20
+    yield "stash", make_problem(B=6, V=V, lora=True, config=GRPOLossConfig(loss_type="vespo", softcap=6.0)), 2**20
+    yield "recomputed", make_problem(B=6, V=V, lora=True, config=GRPOLossConfig(loss_type="vespo", entropy_coef=0.1, softcap=6.0)), small
+    yield "quantile", make_problem(V=V, config=GRPOLossConfig(top_entropy_quantile=0.4)), 2**20
+    nothing = make_problem(V=V, bias=True)
+    nothing.mask[:] = False
+    yield "all masked", nothing, 2**20
+
+
+def sharded(p: Problem, rank, world) -> Problem:
+    """The same call with this rank's rows of the vocabulary."""
+    sizes = SHARDS[world]
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    parts = {name: None if getattr(p, name) is None else getattr(p, name)[own] for name in ("weight", "bias", "lora_b")}
+    return Problem(**{**vars(p), **parts}), own
+
+
+def together(rank, world, folder, scenario):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world,
+                            timeout=datetime.timedelta(seconds=60))  # fmt: skip
+    try:
+        torch.save(scenario(rank, world), f"{folder}/{rank}")
+        dist.barrier()  # gloo aborts the process if the other side is gone before its threads are
+    except Exception:
+        torch.save(traceback.format_exc(), f"{folder}/{rank}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(tmp_path, world, scenario):
+    """What each rank's scenario returned."""
+    mp.spawn(together, (world, str(tmp_path), scenario), nprocs=world)
+    return [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(world)]
+
+
+def compared(rank, world):
+    """[(name, quantity, error, scale)] of what differs from one process by more than rounding."""
+    wrong = []
+    for name, p, budget in problems():
+        for backend in ("torch", "cpu"):
+            alone = run(fused_linear_grpo_loss, p, backend=backend, workspace_bytes=budget)
+            q, own = sharded(p, rank, world)
+            ours, again = (run(fused_linear_grpo_loss, q, backend=backend, workspace_bytes=budget, vocab_parallel_group=dist.group.WORLD)
+                           for _ in range(2))  # fmt: skip
+            for quantity, x in ours.flat().items():
+                truth = alone.flat()[quantity]
+                truth = truth[own] if quantity.split()[-1] in ("weight", "bias", "lora_b") else truth
+                error, scale = (x - truth).abs().max() if x.numel() else torch.zeros(()), max(1e-3, float(truth.abs().max()))
+                if not error <= 1e-9 * scale or not torch.equal(x, again.flat()[quantity]):
+                    wrong.append((name, backend, quantity, float(error), scale))
+    return wrong
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_everything_equals_one_process(world, tmp_path):
+    assert spawn(tmp_path, world, compared) == [[]] * world
+
+
+def half_precision(rank, world):
+    """bf16: no worse than one process, against float64."""
+    found = []
+    for config in (GRPOLossConfig(), GRPOLossConfig(loss_type="vespo")):
+        p = make_problem(B=6, T=9, D=32, V=V, dtype=torch.bfloat16, config=config)
+        truth, alone = run(fused_linear_grpo_loss, p, dtype=torch.float64), run(fused_linear_grpo_loss, p)
+        q, own = sharded(p, rank, world)
+        ours = run(fused_linear_grpo_loss, q, vocab_parallel_group=dist.group.WORLD)
+        for name, x in ours.gradients.items():
+            exact, plain = truth.gradients[name], alone.gradients[name]
+            exact, plain = (exact[own], plain[own]) if name == "weight" else (exact, plain)
+            found.append((name, float((x.double() - exact).norm() / exact.norm()), float((plain.double() - exact).norm() / exact.norm())))
+    return found
+
+
+def test_bf16_is_as_exact_as_one_process(tmp_path):
+    for found in spawn(tmp_path, 2, half_precision):
+        for name, ours, alone in found:
+            assert ours <= 2 * alone + 1e-3, (name, ours, alone)
+
+
+def log_probs(rank, world):
+    """Differentiable outputs, a frozen head, no gradient at all; bytes counted."""
+    p = make_problem(B=4, T=6, D=16, V=V, bias=True, lora=True, all_masked_sequence=False)
+    q, own = sharded(p, rank, world)
+    results = {}
+    for name, needs in (("all", ("hidden", "weight", "bias", "lora_a", "lora_b")), ("frozen", ("hidden",)), ("none", ())):
+        outputs = []
+        for problem, group in ((p, None), (q, dist.group.WORLD)):
+            positional, keywords, leaves = problem.arguments(needs=needs)
+            with counted() as bytes:
+                out = linear_logprobs(positional[0], positional[1], positional[2], mask=positional[4], bias=keywords["bias"],
+                                      lora=keywords["lora"], vocab_parallel_group=group)  # fmt: skip
+                if needs:
+                    (out.logps * torch.linspace(-1, 1, 6) + (0.1 * out.entropy if name == "all" else 0)).sum().backward()
+            gradients = [leaves[n].grad for n in needs]
+            outputs.append([out.logps.detach(), out.entropy.detach(), *gradients])
+        for i, n in enumerate(needs):
+            outputs[0][2 + i] = outputs[0][2 + i][own] if n in ("weight", "bias", "lora_b") else outputs[0][2 + i]
+        error = max(float((a - b).abs().max()) for a, b in zip(*outputs, strict=True))
+        results[name] = error, bytes, p.kept
+    return results
+
+
+def test_log_probs_and_the_bytes_of_the_formula(tmp_path):
+    for results in spawn(tmp_path, 2, log_probs):
+        for name, (error, bytes, kept) in results.items():
+            assert error < 1e-10, name
+            assert bytes["statistics"] == 32 * kept
+            trained = kept  # no weight of the loss is zero
+            assert bytes.get("dH", 0) == (0 if name == "none" else trained * 16 * 8), name
+            assert ("dA" in bytes) == (name == "all")
+            assert bytes.get("rows", 0) == (kept if name == "all" else 0)
+            assert bytes["sizes"] < 200
+
+
+def one_pass_bytes(rank, world):
+    p = make_problem(B=6, V=V, zero_advantages=True)
+    q, _ = sharded(p, rank, world)
+    with counted() as bytes:
+        run(fused_linear_grpo_loss, q, vocab_parallel_group=dist.group.WORLD, workspace_bytes=3000)
+    live = int((p.mask.bool() & (p.advantages != 0).unsqueeze(1)).sum())
+    return bytes, p.kept, live
+
+
+def test_one_pass_exchanges_statistics_once_and_dh_of_what_trains(tmp_path):
+    for bytes, kept, live in spawn(tmp_path, 2, one_pass_bytes):
+        assert bytes["statistics"] == 32 * kept and bytes["dH"] == live * 16 * 8 and live < kept
+
+
+def refused(rank, world):
+    """Errors of each kind, and afterwards a call that works: nobody is left behind in a collective."""
+    p = make_problem(V=V)
+    q, _ = sharded(p, rank, world)
+    messages = []
+
+    def attempt(problem, **more):
+        try:
+            run(fused_linear_grpo_loss, problem, vocab_parallel_group=dist.group.WORLD, **more)
+            messages.append("no error")
+        except (TypeError, ValueError, RuntimeError) as error:
+            messages.append(f"{type(error).__name__}: {error}")
+
+    attempt(q, backend="gpu" if rank == 1 else "auto")  # one rank's own mistake
+    bad = Problem(**vars(q))
+    bad.completion_ids = torch.full_like(bad.completion_ids, V)  # everybody's, found in the data
+    attempt(bad)
+    other = Problem(**vars(q))
+    other.mask = torch.zeros_like(q.mask) if rank == 0 else q.mask  # what must be the same is not
+    attempt(other)
+    attempt(q, workspace_bytes=10**6 + rank)
+    attempt(q)
+    return messages
+
+
+def test_a_rank_that_raises_leaves_nobody_waiting(tmp_path):
+    first, second = spawn(tmp_path, 2, refused)
+    assert first[0].startswith("RuntimeError") and "rank 1 " in first[0] and second[0].startswith("ValueError") and "backend" in second[0]
+    for messages in (first, second):
+        assert "token ids must be in" in messages[1]
+        assert "must be the same on all ranks" in messages[2] and "kept: rank 0: 0, rank 1:" in messages[2]
+        assert "workspace_bytes must be the same" in messages[3] and "rank 1: 1000001" in messages[3]
+        assert messages[4] == "no error"
+
+
+def averaged(rank, world):
+    """Two ranks of two sequences, one of which keeps nothing on rank 1."""
+    mask = torch.ones(2, 4) if rank == 0 else torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]])
+    first = {"kl": torch.tensor(1.0 + rank), "clip_ratio/low_min": torch.tensor(0.2 + rank), "clip_ratio/high_max": torch.tensor(0.2 + rank)}
+    second = {"kl": torch.tensor(1.0 if rank == 0 else math.nan)}
+    with counted() as bytes:
+        results = reduce_metrics(first, mask), reduce_metrics(second, mask * (rank == 0)), reduce_metrics(second, mask * 0)
+    return [{k: float(v) for k, v in r.items()} for r in results], bytes
+
+
+def test_metrics_of_all_ranks_count_tokens(tmp_path):
+    for (first, second, third), bytes in spawn(tmp_path, 2, averaged):
+        assert first["kl"] == pytest.approx((8 * 1 + 1 * 2) / 9)
+        assert first["clip_ratio/low_min"] == pytest.approx(0.2) and first["clip_ratio/high_max"] == pytest.approx(1.2)
+        assert second == {"kl": 1.0} and third == {"kl": 0.0} and set(bytes) == {"metrics"}
+
+
+def test_merged_statistics():
+    """Of parts of a row, in any number, as of the whole; parts of -inf and a part without the target among them."""
+    torch.manual_seed(0)
+    z = torch.randn(5, 40, dtype=torch.float64) * 5
+    z[:, 10:20] = -math.inf
+    z[4] = -math.inf
+    z[4, 3] = 1.0
+    target = torch.tensor([0, 25, 39, 12, 3])
+
+    def statistics(first, end):
+        part = z[:, first:end]
+        peak = part.amax(1)
+        x = (part - peak.masked_fill(peak.isinf(), 0.0).unsqueeze(1)).exp()
+        inside = (target >= first) & (target < end)
+        column = (target - first).clamp(0, end - first - 1).unsqueeze(1)
+        at = torch.where(inside, part.gather(1, column).squeeze(1), -math.inf)
+        others = x.sum(1) - torch.where(inside, x.gather(1, column).squeeze(1), 0.0)
+        moment = (x * (part - peak.unsqueeze(1))).where(x != 0, 0.0).sum(1)
+        return torch.stack([peak, others, moment, at], 1)
+
+    parts = [statistics(a, b) for a, b in ((0, 10), (10, 20), (20, 21), (21, 40))]
+    whole = statistics(0, 40)
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        out = parts[order[0]]
+        for i in order[1:]:
+            out = merged(out, parts[i])
+        for a, b in zip(finalize(out), finalize(whole), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
+    poisoned = parts[0].clone()
+    poisoned[0, 0] = math.nan
+    assert merged(poisoned, parts[3])[0, :3].isnan().all()
