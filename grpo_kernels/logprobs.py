@@ -9,7 +9,7 @@ from .arguments import check_group, check_logprob_arguments, host_may_wait, valu
 from .config import GRPOLossConfig, LogitTransform
 from .diagnostics import NAMES
 from .outputs import LogProbs
-from .parallel import VocabShard, refusing_together
+from .parallel import VocabShard, gathered_sequence, of_dtensors, refusing_together
 from .plan import default_budget
 from .products import accumulation_dtype, tile_memory
 from .rows import Selection, flatten, select_rows
@@ -27,6 +27,7 @@ def linear_logprobs(
     softcap: float | None = None,
     lora: tuple | None = None,
     vocab_parallel_group=None,
+    sequence_parallel: bool = False,
     workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> LogProbs:
@@ -44,7 +45,7 @@ def linear_logprobs(
         temperature: a number > 0, or a tensor [..] with one value per token.
         logit_scale, softcap: as in `GRPOLossConfig`.
         lora: (A [r, D], B [V, r], scale), an adapter on the head that is never merged; A and B differentiable.
-        vocab_parallel_group: as in `fused_linear_grpo_loss`.
+        vocab_parallel_group, sequence_parallel: as in `fused_linear_grpo_loss`.
         workspace_bytes: budget for tiles and stash; None is GRPO_KERNELS_WORKSPACE_MB or 384 MiB (768 on a GPU). Rows whose softmax
             fits it cost 6NVD operations forward and backward, the others 8NVD; a frozen head costs 4NVD.
         backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
@@ -59,12 +60,14 @@ def linear_logprobs(
     """
     return LogProbs(*token_statistics(
         hidden, weight, token_ids, mask=mask, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-        lora=lora, vocab_parallel_group=vocab_parallel_group, workspace_bytes=workspace_bytes, backend=backend,
+        lora=lora, vocab_parallel_group=vocab_parallel_group, sequence_parallel=sequence_parallel, workspace_bytes=workspace_bytes,
+        backend=backend,
     )[:2])  # fmt: skip
 
 
 def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, lora=None,
-                     vocab_parallel_group=None, workspace_bytes=None, backend="auto", diagnostics=()):  # fmt: skip
+                     vocab_parallel_group=None, sequence_parallel=False, workspace_bytes=None, backend="auto",
+                     diagnostics=()):  # fmt: skip
     """`linear_logprobs` with what trainers log beside: ``diagnostics`` names some of ``diagnostics.NAMES``.
 
     Returns:
@@ -77,6 +80,8 @@ def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, tempera
         temperature = temperature.item()
     config = GRPOLossConfig(temperature=1.0 if per_token is not None else temperature, logit_scale=logit_scale, softcap=softcap)
     check_group("vocab_parallel_group", vocab_parallel_group)
+    hidden, weight, bias, lora, vocab_parallel_group = of_dtensors(hidden, weight, bias, lora, vocab_parallel_group)
+    hidden = gathered_sequence(hidden, vocab_parallel_group) if sequence_parallel else hidden
     with refusing_together(vocab_parallel_group, weight):
         hidden, weight, bias, lora = check_logprob_arguments(
             hidden, weight, token_ids, mask, bias, per_token, lora, vocab_parallel_group, workspace_bytes, backend, config
@@ -85,7 +90,8 @@ def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, tempera
             raise ValueError("diagnostics must be empty with a vocab_parallel_group")
     if mask is None:
         mask = torch.ones(token_ids.shape, dtype=torch.bool, device=hidden.device)
-    head = FusedHead.of(hidden, weight, bias, lora, config.transform, workspace_bytes, backend, vocab_parallel_group)
+    head = FusedHead.of(hidden, weight, bias, lora, config.transform, workspace_bytes, backend, vocab_parallel_group,
+                        not sequence_parallel)  # fmt: skip
     flags = value_flags(mask, token_ids, head.vocab, temperature=per_token)
     live = mask.bool() if any(head.needs(hidden)) else None
     selection = select_rows(mask, flags, head.vocab, live=live, shard=head.shard)
@@ -107,7 +113,8 @@ class FusedHead:
     shard: VocabShard | None = None
 
     @staticmethod
-    def of(hidden, weight, bias, lora, transform: LogitTransform, workspace_bytes, backend, vocab_parallel_group=None):
+    def of(hidden, weight, bias, lora, transform: LogitTransform, workspace_bytes, backend, vocab_parallel_group=None,
+           sums_hidden=True):  # fmt: skip
         a, b, scale = (None, None, 1.0) if lora is None else lora
         scalars = [float(scale), transform.logit_scale, transform.softcap or 0.0, transform.temperature]
         budget = default_budget(weight.device.type) if workspace_bytes is None else int(workspace_bytes)
@@ -118,9 +125,9 @@ class FusedHead:
         facts = {
             "rows of hidden": hidden.shape[:-1].numel(), "depth of hidden": hidden.shape[-1], "dtype": str(weight.dtype),
             "which tensors need a gradient": str(head.needs(hidden)), "workspace_bytes": budget, "temperature and factors": scalars,
-            "rank of the adapter": 0 if a is None else a.shape[0],
+            "rank of the adapter": 0 if a is None else a.shape[0], "sequence_parallel": int(not sums_hidden),
         }  # fmt: skip
-        return replace(head, shard=VocabShard.of(vocab_parallel_group, weight, facts))
+        return replace(head, shard=VocabShard.of(vocab_parallel_group, weight, facts, sums_hidden))
 
     @property
     def vocab(self):
@@ -130,7 +137,7 @@ class FusedHead:
     @property
     def sharding(self):
         """(name of the group, rows of each rank), as the ops take them."""
-        return ("", []) if self.shard is None else (self.shard.name, list(self.shard.sizes))
+        return ("", []) if self.shard is None else self.shard.op_arguments
 
     def needs(self, hidden):
         """Which of (hidden, weight, bias, lora A, lora B) want a gradient."""

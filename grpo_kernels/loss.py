@@ -16,7 +16,7 @@ from .coefficients import row_terms
 from .config import LOSS_FIELDS, GRPOLossConfig
 from .logprobs import FusedHead, graph_is_retained, row_logprobs
 from .outputs import GRPOLossOutput
-from .parallel import refusing_together
+from .parallel import gathered_sequence, of_dtensors, refusing_together
 from .products import accumulation_dtype
 from .rows import flatten, select_rows
 
@@ -38,6 +38,7 @@ def fused_linear_grpo_loss(
     temperature: torch.Tensor | None = None,
     lora: tuple | None = None,
     vocab_parallel_group=None,
+    sequence_parallel: bool = False,
     data_parallel_group=None,
     cu_seqlens: torch.Tensor | None = None,
     kept_rows: torch.Tensor | None = None,
@@ -67,7 +68,10 @@ def fused_linear_grpo_loss(
         lora: (A [r, D], B [V, r], scale), an adapter on the head, never merged; A and B differentiable.
         vocab_parallel_group: torch.distributed group over which the vocabulary is sharded. weight, bias and lora's B are then
             this rank's rows of it, in rank order, of any number; everything else is the same on every rank, ids are global, and
-            the gradients of hidden and of lora's A come back summed over the group. Padded rows: a bias of -inf.
+            the gradients of hidden and of lora's A come back summed over the group. Padded rows: a bias of -inf. A weight that
+            is a DTensor in Shard(0) brings its own group, and nothing of it is gathered.
+        sequence_parallel: hidden is sharded over that group along its first dimension, in rank order: it is gathered here, and
+            its gradient reduce-scattered.
         data_parallel_group: torch.distributed group over which the entropy quantile is taken.
         cu_seqlens: [B + 1] int32, packed layout: hidden [N, D], every per-token tensor [N], advantages [B] or [N],
             importance_sampling_ratio [B, 1] or [N].
@@ -89,6 +93,8 @@ def fused_linear_grpo_loss(
     Source: ratio, clipping, k3: Shao et al. 2024; the other losses as named in README.md.
     """
     check_group("vocab_parallel_group", vocab_parallel_group)
+    hidden, weight, bias, lora, vocab_parallel_group = of_dtensors(hidden, weight, bias, lora, vocab_parallel_group)
+    hidden = gathered_sequence(hidden, vocab_parallel_group) if sequence_parallel else hidden
     with refusing_together(vocab_parallel_group, weight):
         args = check_loss_arguments(
             hidden, weight, completion_ids, advantages, mask, bias=bias, old_logps=old_logps, ref_logps=ref_logps,
@@ -98,8 +104,9 @@ def fused_linear_grpo_loss(
             data_parallel_group=data_parallel_group,
         )  # fmt: skip
     head = FusedHead.of(
-        args.hidden, args.weight, args.bias, args.lora, config.transform, workspace_bytes, backend, vocab_parallel_group
-    )
+        args.hidden, args.weight, args.bias, args.lora, config.transform, workspace_bytes, backend, vocab_parallel_group,
+        not sequence_parallel,
+    )  # fmt: skip
     wait = kept_rows is None and host_may_wait(mask)
     batch = LossBatch(args, mask, config, accumulation_dtype(args.hidden.dtype), data_parallel_group, wait)
     flags = value_flags(mask, completion_ids, head.vocab, advantages, temperature, batch.layout)

@@ -7,7 +7,9 @@ For N kept rows, T of them with a gradient, of depth D and element size e, on ea
 
     sizes and counts     2 exchanges a call of some 100 bytes
     statistics           16 N bytes given and 16 N P received (32 and 32 P for float64)
-    dH                   T D e bytes into an all-reduce, and r D a more for an adapter (a = 4, or 8 for float64)
+    dH                   T D e bytes into an all-reduce, and r D a more for an adapter (a = 4, or 8 for float64); with
+                         ``sequence_parallel`` M D e into a reduce-scatter instead, and M D e / P into the gathering of hidden, of
+                         all M rows
     rows with a gradient N bytes into an all-reduce in a two-phase backward
 
 `counted()` counts what really goes through. How many collectives there are depends on shapes that all ranks share, never on one
@@ -21,10 +23,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
 
 from .row_statistics import merged
 
 _counters = []
+_PARTIAL = "partial:"
 
 
 @contextlib.contextmanager
@@ -58,6 +62,7 @@ class VocabShard:
     name: str  # of the group: ops take strings
     rank: int
     sizes: tuple[int, ...]  # rows of each rank
+    sums_hidden: bool = True  # False: dH stays this rank's part, a reduce-scatter will sum it
 
     @property
     def group(self):
@@ -76,8 +81,13 @@ class VocabShard:
         """What all ranks plan with: tiles, and so collectives, must be the same on each."""
         return max(self.sizes)
 
+    @property
+    def op_arguments(self):
+        """(group, sizes) as the ops take them, and `shard_named` reads them."""
+        return (self.name if self.sums_hidden else _PARTIAL + self.name), list(self.sizes)
+
     @staticmethod
-    def of(group, weight, facts):
+    def of(group, weight, facts, sums_hidden=True):
         """Exchanges the sizes. ``facts``: name -> int that must be the same on all ranks.
 
         Raises ValueError on every rank, naming what differs.
@@ -90,7 +100,7 @@ class VocabShard:
                 numbers = isinstance(facts[name], int)
                 shown = ", ".join(f"rank {rank}: {v}" for rank, v in enumerate(values)) if numbers else "others"
                 raise ValueError(f"{name} must be the same on all ranks of vocab_parallel_group, got {shown}")
-        return VocabShard(group.group_name, dist.get_rank(group), tuple(row[0] for row in everywhere))
+        return VocabShard(group.group_name, dist.get_rank(group), tuple(row[0] for row in everywhere), sums_hidden)
 
     def agree(self, device, **counts):
         """Raises ValueError on every rank if a count that a rank has found in its data differs between them."""
@@ -108,6 +118,8 @@ class VocabShard:
 
     def sum_later(self, x):
         """Starts adding x up over the ranks, in place; the returned function waits for it."""
+        if not self.sums_hidden:
+            return lambda: None
         _count("dH", x)
         work = dist.all_reduce(x, group=self.group, async_op=True)
         return work.wait
@@ -125,8 +137,76 @@ class VocabShard:
 
 
 def shard_named(name: str, sizes) -> VocabShard | None:
-    """The shard that an op was told of by its group's name and all ranks' sizes; None for no name."""
-    return VocabShard(name, dist.get_rank(_group_of(name)), tuple(sizes)) if name else None
+    """The shard that an op was told of by `op_arguments`; None for no name."""
+    if not name:
+        return None
+    sums_hidden = not name.startswith(_PARTIAL)
+    name = name.removeprefix(_PARTIAL)
+    return VocabShard(name, dist.get_rank(_group_of(name)), tuple(sizes), sums_hidden)
+
+
+class _GatheredSequence(torch.autograd.Function):
+    """[N / P, D] of each rank -> [N, D]; backward, the ranks' parts of the gradient summed and cut back."""
+
+    @staticmethod
+    def forward(ctx, hidden, group):
+        ctx.group = group
+        return _gathered(hidden, group, "hidden").flatten(0, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dh):
+        own = dh.new_empty(dh.shape[0] // dist.get_world_size(ctx.group), *dh.shape[1:])
+        _count("dH", dh)
+        dist.reduce_scatter_tensor(own, dh.contiguous(), group=ctx.group)
+        return own, None
+
+
+def gathered_sequence(hidden, group):
+    """Hidden states sharded along their first dimension, in rank order, as all of them; for the loss with ``sums_hidden`` off."""
+    if group is None:
+        raise ValueError("vocab_parallel_group must be given with sequence_parallel, got None")
+    lengths = [row[0] for row in _exchanged([hidden.shape[0]], hidden.device, group)]
+    if len(set(lengths)) > 1:
+        shown = ", ".join(f"rank {rank}: {n}" for rank, n in enumerate(lengths))
+        raise ValueError(f"hidden must have the same first dimension on all ranks with sequence_parallel, got {shown}")
+    return _GatheredSequence.apply(hidden, group)
+
+
+def of_dtensors(hidden, weight, bias, lora, group):
+    """(hidden, weight, bias, lora, group) with DTensors as this rank's part: a weight in Shard(0) is a vocabulary-parallel head.
+
+    Nothing is gathered; the gradients come back as DTensors. Raises TypeError and ValueError for any other layout.
+    """
+    tensors = {"hidden": hidden, "weight": weight, "bias": bias, "lora A": None, "lora B": None}
+    if isinstance(lora, (tuple, list)) and len(lora) == 3:
+        tensors |= {"lora A": lora[0], "lora B": lora[1]}
+    if not any(isinstance(x, DTensor) for x in tensors.values()):
+        return hidden, weight, bias, lora, group
+    if not isinstance(weight, DTensor):
+        raise TypeError("weight must be a DTensor where hidden, bias or lora is one")
+    sharded = [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
+    if len(sharded) > 1 or any(not weight.placements[i].is_shard(0) for i in sharded):
+        raise ValueError(f"weight must be sharded by rows over one dimension of its mesh, Shard(0), got {weight.placements}")
+    if sharded:
+        own = weight.device_mesh.get_group(sharded[0])
+        if group is not None and group is not own:
+            raise ValueError("vocab_parallel_group must be None or the group of the weight's mesh dimension")
+        group = own
+
+    def part(name, like_weight):
+        x = tensors[name]
+        if not isinstance(x, DTensor):
+            return x
+        wanted = weight.placements if like_weight else (Replicate(),) * x.device_mesh.ndim
+        if tuple(x.placements) != tuple(wanted):
+            raise ValueError(f"{name} must be laid out as {wanted}, got {x.placements}")
+        return x.to_local()
+
+    parts = {name: part(name, name in ("weight", "bias", "lora B")) for name in tensors}
+    if tensors["lora A"] is not None:
+        lora = (parts["lora A"], parts["lora B"], lora[2])
+    return parts["hidden"], parts["weight"], parts["bias"], lora, group
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ def grpo_loss(
     temperature=None,
     lora=None,
     vocab_parallel_group=None,
+    sequence_parallel=False,
     data_parallel_group=None,
     cu_seqlens=None,
     kept_rows=None,
@@ -36,7 +37,7 @@ def grpo_loss(
     Plain autograd all the way: differentiable in hidden, weight, bias and lora, any number of times. ``kept_rows``,
     ``workspace_bytes`` and ``backend`` are accepted and change nothing; ``vocab_parallel_group`` must be None.
     """
-    if vocab_parallel_group is not None:
+    if vocab_parallel_group is not None or sequence_parallel:
         raise ValueError("vocab_parallel_group must be None: the reference holds the whole vocabulary")
     args = check_loss_arguments(
         hidden, weight, completion_ids, advantages, mask, bias=bias, old_logps=old_logps, ref_logps=ref_logps,

@@ -146,6 +146,66 @@ def test_log_probs_and_the_bytes_of_the_formula(tmp_path):
             assert bytes["sizes"] < 200
 
 
+def sequence_parallel(rank, world):
+    """Hidden states sharded by sequences: the loss of all, the gradient of one's own; packed ones by tokens."""
+    found = []
+    for config, budget in ((GRPOLossConfig(), 3000), (GRPOLossConfig(loss_type="vespo", entropy_coef=0.1), 3000), (GRPOLossConfig(loss_type="vespo"), 2**20)):
+        p = make_problem(B=4, V=V, config=config, lora=True)
+        truth = run(fused_linear_grpo_loss, p)
+        q, own = sharded(p, rank, world)
+        positional, keywords, leaves = q.arguments()
+        part = leaves["hidden"].detach()[2 * rank : 2 * rank + 2].clone().requires_grad_()
+        with counted() as bytes:
+            out = fused_linear_grpo_loss(part, *positional[1:], **keywords, vocab_parallel_group=dist.group.WORLD, sequence_parallel=True,
+                                         workspace_bytes=budget)  # fmt: skip
+            out.loss.backward()
+        errors = [(out.loss - truth.loss).abs(), (part.grad - truth.gradients["hidden"][2 * rank : 2 * rank + 2]).abs().max()]
+        errors += [(leaves["weight"].grad - truth.gradients["weight"][own]).abs().max(), (leaves["lora_a"].grad - truth.gradients["lora_a"]).abs().max()]
+        rows = p.mask.numel()
+        found.append((float(max(errors)), bytes["dH"] == rows * 16 * 8, bytes["hidden"] == rows * 16 * 8 // world))
+    return found
+
+
+def test_sequence_parallel_hidden_states(tmp_path):
+    for found in spawn(tmp_path, 2, sequence_parallel):
+        for error, scattered, gathered in found:
+            assert error < 1e-10 and scattered and gathered
+
+
+def dtensors(rank, world):
+    """A weight in Shard(0) brings its group; every gradient is a DTensor of the same layout. Other layouts are refused."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    p = make_problem(V=V, bias=True)
+    truth = run(fused_linear_grpo_loss, p)
+    positional, keywords, _ = p.arguments()
+    hidden, weight = (x.detach() for x in positional[:2])
+    hidden = distribute_tensor(hidden, mesh, [Replicate()]).requires_grad_()
+    weight = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    bias = distribute_tensor(keywords["bias"].detach(), mesh, [Shard(0)]).requires_grad_()
+    out = fused_linear_grpo_loss(hidden, weight, *positional[2:], **{**keywords, "bias": bias})
+    out.loss.backward()
+    errors = [(out.loss - truth.loss).abs()]
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        assert isinstance(x.grad, DTensor) and x.grad.placements == x.placements
+        errors.append((x.grad.full_tensor() - truth.gradients[name]).abs().max())
+    messages = []
+    for other in (distribute_tensor(positional[1].detach(), mesh, [Shard(1)]), positional[1]):
+        try:
+            fused_linear_grpo_loss(hidden, other, *positional[2:], **keywords)
+        except (TypeError, ValueError) as error:
+            messages.append(str(error))
+    return float(max(errors)), messages
+
+
+def test_dtensor_weights(tmp_path):
+    for error, messages in spawn(tmp_path, 2, dtensors):
+        assert error < 1e-10
+        assert "Shard(0)" in messages[0] and "weight must be a DTensor" in messages[1]
+
+
 def one_pass_bytes(rank, world):
     p = make_problem(B=6, V=V, zero_advantages=True)
     q, _ = sharded(p, rank, world)
