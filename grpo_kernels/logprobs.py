@@ -67,8 +67,10 @@ def linear_logprobs(
 
 def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, lora=None,
                      vocab_parallel_group=None, sequence_parallel=False, workspace_bytes=None, backend="auto",
-                     diagnostics=()):  # fmt: skip
+                     diagnostics=(), sums_hidden=True):  # fmt: skip
     """`linear_logprobs` with what trainers log beside: ``diagnostics`` names some of ``diagnostics.NAMES``.
+
+    ``sums_hidden`` False leaves the gradient of hidden this rank's part of a sum over the vocab_parallel_group.
 
     Returns:
         [logps, entropy, log_sum_sq_probs, mean_logits, is_top1]: [..] each, the last bool, None for a diagnostic that was not
@@ -91,7 +93,7 @@ def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, tempera
     if mask is None:
         mask = torch.ones(token_ids.shape, dtype=torch.bool, device=hidden.device)
     head = FusedHead.of(hidden, weight, bias, lora, config.transform, workspace_bytes, backend, vocab_parallel_group,
-                        not sequence_parallel)  # fmt: skip
+                        sums_hidden and not sequence_parallel)  # fmt: skip
     flags = value_flags(mask, token_ids, head.vocab, temperature=per_token)
     live = mask.bool() if any(head.needs(hidden)) else None
     selection = select_rows(mask, flags, head.vocab, live=live, shard=head.shard)

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
@@ -78,7 +79,8 @@ def trainer(folder, model=None, rewards=digit_sum, data=DATA, **options):
 
 
 def weights(model):
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([p.detach().double().flatten() for p in whole])
 
 
 def next_micro_batches(t):

@@ -12,7 +12,7 @@ import torch
 from problems import DEVICE
 from tolerance import assert_close, assert_no_worse_than_torch
 
-import grpo_kernels
+from grpo_kernels import logprobs
 from grpo_kernels.integrations.verl import install_verl_backend, linear_cross_entropy, uninstall_verl_backend
 
 V, D = 37, 16
@@ -150,17 +150,17 @@ def test_errors_name_the_argument(changes, error, words):
         linear_cross_entropy(**{**dict(hidden=hidden, weight=weight, labels=labels), **changes})
 
 
-def test_a_process_group_reaches_linear_logprobs(monkeypatch):
-    asked = {}
+def test_a_process_group_reaches_the_kernel(monkeypatch):
+    """What it does there is tested on two ranks, in test_vocab_parallel.py."""
+    asked, group = {}, object()
 
     def spy(*arguments, **options):
         asked.update(options)
-        return grpo_kernels.linear_logprobs(*arguments, **{**options, "vocab_parallel_group": None})
+        return logprobs.token_statistics(*arguments, **{**options, "vocab_parallel_group": None})
 
-    monkeypatch.setattr("grpo_kernels.integrations.verl.linear_logprobs", spy)
-    group = object()
-    linear_cross_entropy(*problem(), 1.0, "none", group)
-    assert asked["vocab_parallel_group"] is group
+    monkeypatch.setattr("grpo_kernels.integrations.verl.token_statistics", spy)
+    linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.long), 1.0, "none", group)
+    assert asked["vocab_parallel_group"] is group and asked["sums_hidden"] is False
 
 
 class TheirFunction(torch.autograd.Function):
@@ -372,7 +372,7 @@ def test_a_worker_installs_it_while_it_imports_verl(verl_kernel, tmp_path):
         "import verl, verl.utils.kernel.linear_cross_entropy as k, grpo_kernels.integrations.verl as ours; "
         "print(k.linear_cross_entropy is ours.linear_cross_entropy)"
     )
-    folders = (tmp_path, Path(grpo_kernels.__file__).parents[1], Path(verl_kernel.__file__).parents[3])
+    folders = (tmp_path, Path(logprobs.__file__).parents[1], Path(verl_kernel.__file__).parents[3])
     environment = {"PYTHONPATH": ":".join(map(str, folders)), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     environment["VERL_USE_EXTERNAL_MODULES"] = "my_plugin"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

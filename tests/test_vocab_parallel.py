@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from problems import Problem, make_problem, run
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs
+from grpo_kernels.integrations.verl import linear_cross_entropy
 from grpo_kernels.parallel import counted, reduce_metrics
 from grpo_kernels.row_statistics import finalize, merged
 
@@ -170,6 +171,28 @@ def test_sequence_parallel_hidden_states(tmp_path):
     for found in spawn(tmp_path, 2, sequence_parallel):
         for error, scattered, gathered in found:
             assert error < 1e-10 and scattered and gathered
+
+
+def verl_call(rank, world):
+    """As Megatron calls it: hidden's gradient is left for its own reduction to add up."""
+    p = make_problem(V=V)
+    truth, (q, own) = linear_logprobs, sharded(p, rank, world)
+    results = []
+    for function, problem, group in ((truth, p, None), (linear_cross_entropy, q, dist.group.WORLD)):
+        positional, _, leaves = problem.arguments()
+        if group is None:
+            logps, entropy = (x.flatten() for x in function(*positional[:3]))
+        else:
+            logps, entropy = function(*positional[:3], 1.0, "none", group)
+        (logps.sum() + entropy.square().sum()).backward()
+        results.append([logps.detach(), entropy.detach(), leaves["hidden"].grad, leaves["weight"].grad])
+    results[0][3] = results[0][3][own]
+    dist.all_reduce(results[1][2])
+    return max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
+
+
+def test_verls_function_over_a_sharded_vocabulary(tmp_path):
+    assert max(spawn(tmp_path, 2, verl_call)) < 1e-10
 
 
 def dtensors(rank, world):

@@ -173,17 +173,19 @@ def lm_head(model, dtype=None) -> LMHead:
 
 def _adapter(layer, dtype):
     """(A, B, scale) of the active LoRA adapters of a layer, several as one; None where there is none."""
+    # PEFT's layers keep what they adapt as base_layer; a tied head with trained token rows has them in its weight already
     if "base_layer" not in layer._modules or layer.disable_adapters or layer.merged:
         return None
     if not hasattr(layer, "lora_A"):
-        raise NotImplementedError(f"an adapter on the output layer must be a plain LoRA, got {type(layer).__module__}")
+        raise NotImplementedError(f"an adapter on the output layer must be a plain LoRA, got {type(layer).__name__}")
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if not names:
         return None
     for name in names:
         if isinstance(layer.lora_dropout[name], torch.nn.Dropout) and layer.lora_dropout[name].p > 0 and layer.training:
             raise NotImplementedError("lora_dropout on the output layer must be 0: its logits are never made")
-        if name in getattr(layer, "lora_variant", {}) or layer.lora_B[name].bias is not None:
+        plain = isinstance(layer.lora_A, torch.nn.ModuleDict)  # not AdaLoRA's parameters
+        if not plain or name in getattr(layer, "lora_variant", {}) or layer.lora_B[name].bias is not None:
             raise NotImplementedError("an adapter on the output layer must be a plain LoRA without lora_bias, DoRA and the like")
     factors = [(_local(layer.lora_A[name].weight).to(dtype), _local(layer.lora_B[name].weight).to(dtype)) for name in names]
     if len(names) == 1:
@@ -208,6 +210,7 @@ def _local(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+@torch.compiler.disable  # Dynamo loses a module's forward that is replaced under way; the backbone is compiled nevertheless
 def _inside_head(model, hidden, fn, in_float32):
     """fn(hidden, head) as the output layer's own forward."""
     layer = model.get_output_embeddings()

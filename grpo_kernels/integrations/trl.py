@@ -5,13 +5,15 @@ is `trl.GRPOTrainer` with the loss itself inside the model's forward: one pass w
 
 How the fused trainer stays TRL's: it hands the loss function through TRL's own forward call, then lets TRL's own `_compute_loss`
 run on the detached log-probs that came of it. That makes TRL's metrics, drives its entropy controller and yields TRL's value of
-the loss, which must agree with the fused one: a TRL that computes another loss is an error, never a silent difference.
+the loss, which must agree with the fused one. On-policy that value is close to 0 whatever the loss, so the first micro-batches
+compare the gradients with respect to log-probs and entropies, too.
 
 Source: interfaces of TRL 1.15 and 1.16 (trl/trainer/utils.py: add_fused_lm_head; trl/kernels/chunked_logprob.py).
 """
 
+import collections
 import contextlib
-import functools
+import dataclasses
 import inspect
 import math
 import sys
@@ -21,7 +23,8 @@ import torch
 from ..config import GRPOLossConfig
 from ..logprobs import token_statistics
 from ..loss import fused_linear_grpo_loss
-from .transformers import FusedCausalLMOutput, fuse_lm_head
+from ..objective import objective
+from .transformers import FusedCausalLMOutput, LMHead, fuse_lm_head
 
 try:
     import trl
@@ -35,6 +38,8 @@ _ARGUMENTS = ("ctx", "hidden", "weight", "bias", "targets", "temperature", "chun
               "outputs")  # fmt: skip
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _AGREEMENT = 1e-3  # of two sums of the same float32 terms, relative to max(1, |loss|)
+_COMPARED = 8  # micro-batches of each kind whose gradients are compared
+_GRADIENT_AGREEMENT = 1e-2  # relative; one token of 32k on the other side of a clip bound is half of it
 
 
 def _unknown(what):
@@ -42,6 +47,10 @@ def _unknown(what):
         f"this TRL ({trl.__version__}) is not one that grpo_kernels knows: {what}; known are 1.15 and 1.16. Upgrade grpo_kernels, "
         "or install trl==1.16.0"
     )
+
+
+def _another_loss(what):
+    return _unknown(f"{what}. If a subclass changes the loss, use patch_trl() with trl.GRPOTrainer instead")
 
 
 # ---- the patch
@@ -130,6 +139,8 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
 
     Raises:
         RuntimeError: at construction, if this TRL is not one that is known; in training, if its loss is not the fused one.
+        ValueError: at construction, an option of the loss has a value it cannot have.
+        NotImplementedError: at construction, an adapter on the output layer that is not a plain LoRA.
     """
 
     def __init__(self, *args, **kwargs):
@@ -146,7 +157,8 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
             raise _unknown("GRPOTrainer does not call add_fused_lm_head")
         if self.args.cast_lm_head_to_fp32 and hasattr(fused[0].get_output_embeddings(), "lora_A"):
             raise ValueError("cast_lm_head_to_fp32 must be False with a LoRA adapter on the output layer")
-        self._pass = None
+        self._pass, self._compared = None, collections.Counter()
+        _FusedPass(self, {}).config(LMHead(None, None, None, 1.0, None))  # raises now what the first loss would raise
 
     def token_temperature(self, inputs) -> torch.Tensor | None:
         """The temperature of each completion token, [B, C], or None for ``args.temperature``; to be overridden.
@@ -159,24 +171,20 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
     def _compute_loss(self, model, inputs):
         self._pass = _FusedPass(self, inputs)
         try:
-            theirs = super()._compute_loss(model, inputs)
+            self._pass.compare(super()._compute_loss(model, inputs))
             ours = self._pass.loss
         finally:
             self._pass = None
         if ours is None:
             raise _unknown("GRPOTrainer._compute_loss does not call _get_per_token_logps_and_entropies")
-        expected, value = torch.stack([theirs.detach().float(), ours.detach().float()]).tolist()
-        if abs(expected - value) > _AGREEMENT * max(1.0, abs(expected)) and math.isfinite(expected) and math.isfinite(value):
-            raise _unknown(
-                f"its loss of these log-probs is {expected}, the fused one {value}. If a subclass changes the loss, use "
-                "patch_trl() with trl.GRPOTrainer instead"
-            )
         return ours
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        if self._pass is None:
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        return super()._get_per_token_logps_and_entropies(self._pass.instead_of(model), *args, **kwargs)
+        if self._pass is not None:
+            model = self._pass.instead_of(model)
+        elif not torch.is_grad_enabled():
+            model = _Scorer(self.temperature, model)
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
 
 class _NoLayer:
@@ -196,45 +204,116 @@ def _standing_in(module, names):
         vars(module).update(before)
 
 
-class _FusedPass:
-    """One micro-batch: stands in for the model in TRL's forward call, and keeps the loss that came of it."""
+class _StandIn:
+    """Called by TRL in the model's place. Takes per-token results where the head made them: FSDP2 under bf16 returns them from
+    the wrapped forward as bfloat16, an error of up to 3 % in the ratio of a token with log-prob -8."""
+
+    model = None
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
+class _Scorer(_StandIn):
+    """For log-probs without gradient: of the old policy and of the reference."""
+
+    def __init__(self, temperature, model):
+        self.temperature, self.model = temperature, model
+
+    def __call__(self, *args, labels, fused_lm_head, **kwargs):
+        scored = []
+
+        def score(hidden, head):
+            target = labels[:, 1:].to(hidden.device)  # prompt learning puts more positions before them
+            mask = target != -100
+            scored[:] = *token_statistics(
+                hidden[:, -target.shape[1] - 1 : -1], head.weight, target.where(mask, 0), mask=mask, bias=head.bias, lora=head.lora,
+                temperature=self.temperature, logit_scale=head.logit_scale, softcap=head.softcap,
+            )[:2], mask  # fmt: skip
+            return scored[0]
+
+        output = self.model(*args, **kwargs, fused_lm_head=score)
+        aux_loss = output[1] if kwargs.get("output_router_logits") else None
+        return FusedCausalLMOutput(None, scored[0], scored[1], label_mask=scored[2], aux_loss=aux_loss)
+
+
+class _FusedPass(_StandIn):
+    """One micro-batch of `_compute_loss`: keeps the loss that came of TRL's forward call."""
 
     def __init__(self, trainer, inputs):
-        self.trainer, self.inputs, self.model, self.loss = trainer, inputs, None, None
+        self.trainer, self.inputs, self.loss = trainer, inputs, None
 
     def instead_of(self, model):
         self.model = model
         return self
 
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
     def __call__(self, *args, labels, fused_lm_head, **kwargs):
         if self.loss is not None:
             raise _unknown("its loss runs the model more than once")
-        trainer, inputs = self.trainer, self.inputs
-        length = inputs["completion_ids"].shape[1]
-        output = self.model(*args, **kwargs, fused_lm_head=functools.partial(self._fused, length))
-        output, aux_loss = output if kwargs.get("output_router_logits") else (output, None)
-        # the divisor of the other losses holds the accumulation already
-        self.loss = output.loss if self._divides_by_items() else output.loss / self._accumulated()
+        trainer, length = self.trainer, self.inputs["completion_ids"].shape[1]
+        output = self.model(*args, **kwargs, fused_lm_head=self._fused)
+        loss, aux_loss = output if kwargs.get("output_router_logits") else (output, None)
+        self.loss = loss + (self.value - loss.detach())  # a difference where the wrapper rounded it
         if aux_loss is not None and trainer.aux_loss_enabled:
             self.loss = self.loss + trainer.router_aux_loss_coef * aux_loss / self._accumulated()
-        mask = labels[:, 1:] != -100
-        columns = mask.shape[1] - length
-        full = [torch.nn.functional.pad(x.detach(), (columns, 0)) for x in (output.logps, output.entropy)]
-        return FusedCausalLMOutput(None, *full, label_mask=mask, aux_loss=None if aux_loss is None else aux_loss.detach())
+        columns = labels.shape[1] - 1 - length
+        full = [torch.nn.functional.pad(x, (columns, 0)) for x in self.seen]
+        return FusedCausalLMOutput(
+            None, *full, label_mask=labels[:, 1:] != -100, aux_loss=None if aux_loss is None else aux_loss.detach()
+        )
 
-    def _fused(self, length, hidden, head):
+    def _fused(self, hidden, head):
         inputs, device = self.inputs, hidden.device
-        given = {name: None if x is None else x.to(device) for name, x in self._tensors().items()}
-        num_items = self._normalizer() if self._divides_by_items() else None
         mask = inputs["completion_mask"] if "tool_mask" not in inputs else inputs["completion_mask"] * inputs["tool_mask"]
-        return fused_linear_grpo_loss(
-            hidden[:, -length - 1 : -1], head.weight, inputs["completion_ids"].to(device), inputs["advantages"].to(device),
-            mask.to(device), bias=head.bias, lora=head.lora, config=self._config(head), data_parallel_group=self._group(),
-            num_items=num_items, **given,
+        advantages, mask = inputs["advantages"].to(device), mask.to(device)
+        given = {name: None if x is None else x.to(device) for name, x in self._tensors().items()}
+        temperature = self.trainer.token_temperature(inputs)
+        config, divisor = self.config(head), self._accumulated()
+        if self._divides_by_items():  # the divisor holds the accumulation already; the bonus does not know of it
+            given["num_items"] = self._normalizer()
+            config, divisor = dataclasses.replace(config, entropy_coef=config.entropy_coef / divisor), 1.0
+        given.update(config=config, data_parallel_group=self._group())
+        ids = inputs["completion_ids"].to(device)
+        output = fused_linear_grpo_loss(
+            hidden[:, -ids.shape[1] - 1 : -1], head.weight, ids, advantages, mask, bias=head.bias, lora=head.lora,
+            temperature=None if temperature is None else temperature.to(device), **given,
         )  # fmt: skip
+        loss = output.loss / divisor
+        # a ratio of 1 where nothing counts: TRL multiplies by 0 there, which makes an overflowed one NaN
+        old = given["old_logps"]
+        logps = output.logps if old is None else output.logps.where(mask > 0, old.to(output.logps.dtype))
+        self.value, self.seen = loss.detach(), [logps.detach(), output.entropy.detach()]
+        self._prepare_comparison(lambda *seen: objective(*seen, advantages, mask, **given)[0] / divisor, given)
+        return loss
+
+    def _prepare_comparison(self, same_loss, given):
+        # decided by what is alike on all ranks: an entropy quantile is taken over them
+        kind = (*(name for name, x in given.items() if x is not None), given["config"].entropy_coef != 0)
+        self.same_loss = None
+        if torch.is_grad_enabled() and self.trainer._compared[kind] < _COMPARED:
+            self.trainer._compared[kind] += 1
+            self.same_loss, self.seen = same_loss, [x.requires_grad_() for x in self.seen]
+
+    def compare(self, theirs):
+        """Raises where TRL's loss of these log-probs, or its gradient, is not the fused one's."""
+        if self.loss is None:
+            return
+        expected, value = torch.stack([theirs.detach().float(), self.loss.detach().float()]).tolist()
+        if math.isfinite(expected) and not abs(expected - value) <= _AGREEMENT * max(1.0, abs(expected)):
+            raise _another_loss(f"its loss of these log-probs is {expected}, the fused one {value}")
+        if self.same_loss is None:
+            return
+        ours = self.same_loss(*self.seen)
+        for name, a, b in zip(("log-probs", "entropies"), self._gradient(theirs), self._gradient(ours), strict=True):
+            gap, size = torch.stack([(a - b).norm(), b.norm()]).tolist()
+            # a gradient of rounding errors alone, as that of a KL between equal policies, is no difference
+            if gap > _GRADIENT_AGREEMENT * size + 1e-6 / (len(a) * self._accumulated()):
+                raise _another_loss(f"its gradient in the {name} differs from the fused one, of norm {size:.3g}, by {gap:.3g}")
+
+    def _gradient(self, loss):
+        if not loss.requires_grad:
+            return [torch.zeros_like(x) for x in self.seen]
+        return torch.autograd.grad(loss, self.seen, allow_unused=True, materialize_grads=True)
 
     def _tensors(self):
         trainer, inputs = self.trainer, self.inputs
@@ -244,17 +323,14 @@ class _FusedPass:
             "ref_logps": inputs.get("ref_per_token_logps"),
             "sampling_logps": inputs.get("sampling_per_token_logps"),
             "importance_sampling_ratio": inputs.get("importance_sampling_ratio") if corrects else None,
-            "temperature": trainer.token_temperature(inputs),
         }
 
-    def _config(self, head):
+    def config(self, head):
         trainer, args = self.trainer, self.trainer.args
         entropy_coef = 0.0
         if trainer._entropy_bonus_enabled:
             allowed = not trainer.use_adaptive_entropy or trainer._last_world_entropy <= args.entropy_target
             entropy_coef = trainer.entropy_coef if allowed else 0.0
-        if self._divides_by_items():  # the divisor holds the accumulation; the bonus does not know of it
-            entropy_coef = entropy_coef / self._accumulated()
         return GRPOLossConfig(
             loss_type=trainer.loss_type,
             importance_sampling_level=trainer.importance_sampling_level,

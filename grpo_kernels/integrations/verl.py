@@ -1,4 +1,4 @@
-"""verl's fused kernel, made by `linear_logprobs`.
+"""verl's fused kernel, on ours.
 
 verl (read and run: 0.9.1) reaches its Triton kernel through one name, ``verl.utils.kernel.linear_cross_entropy``: the forwards
 that it gives to Hugging Face models import it at each call, its Megatron files once, at their top. `install_verl_backend` puts
@@ -21,7 +21,7 @@ import sys
 import torch
 
 from ..arguments import kind
-from ..logprobs import linear_logprobs
+from ..logprobs import token_statistics
 
 _theirs = None  # verl's own function while ours stands in its place
 
@@ -46,7 +46,8 @@ def linear_cross_entropy(
             Megatron's hidden [T, 1, D] goes with labels [1, T].
         temperature: a number > 0.
         reduction: ``none``, ``sum`` or ``mean``, of the log-probs alone: verl never reduces the entropy.
-        dist_process_group: the group over which the vocabulary is sharded; `linear_logprobs` has the say on it.
+        dist_process_group: the group over which the vocabulary is sharded: labels are global, hidden is the same on every rank,
+            and its gradient stays this rank's part of the sum, as verl's does: Megatron's gathering of hidden adds them up.
 
     Returns:
         (log-probs, entropy): [N] each, the log-probs 0-dim if reduced (a mean over no rows is 0). float32, or float64 for
@@ -59,11 +60,13 @@ def linear_cross_entropy(
     """
     reduction = _checked_reduction(reduction)
     hidden, labels = _rows(hidden, labels)
-    out = linear_logprobs(hidden, weight, labels, temperature=temperature, vocab_parallel_group=dist_process_group)
+    logps, entropy, *_ = token_statistics(
+        hidden, weight, labels, temperature=temperature, vocab_parallel_group=dist_process_group, sums_hidden=False
+    )
     if reduction == "none":
-        return out.logps, out.entropy
-    total = out.logps.sum()
-    return (total if reduction == "sum" else total / max(labels.numel(), 1)), out.entropy
+        return logps, entropy
+    total = logps.sum()
+    return (total if reduction == "sum" else total / max(labels.numel(), 1)), entropy
 
 
 def install_verl_backend() -> None:
