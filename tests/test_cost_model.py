@@ -1,0 +1,78 @@
+"""The arithmetic of benchmarks/cost_model.py against real calls: products counted, bytes through collectives counted, docs up to date."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from problems import make_problem, run
+from test_vocab_parallel import SHARDS, V, sharded, spawn
+from test_work import operations as counted_operations
+
+from benchmarks.cost_model import Model, Step, handed_to_collectives, operations, sent, tables
+from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss
+from grpo_kernels.parallel import counted
+
+D = 16
+
+
+def counts(p):
+    kept = p.mask.bool()
+    return int(kept.sum()), int((kept & (p.advantages != 0).unsqueeze(1)).sum())
+
+
+@pytest.mark.parametrize("budget", [3000, 2**20])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operations_are_those_of_the_products(budget, frozen):
+    p = make_problem(B=6, V=V, D=D)
+    needs = ("hidden",) if frozen else ("hidden", "weight")
+    total = counted_operations(lambda: run(fused_linear_grpo_loss, p, needs=needs, workspace_bytes=budget))
+    kept, trained = counts(p)
+    assert total == operations(Model("", D, V), Step(kept, trained, trains_head=not frozen))
+
+
+def test_recomputed_rows_pay_twice():
+    p = make_problem(B=6, V=V, D=D, config=GRPOLossConfig(loss_type="vespo"), zero_advantages=False)
+    kept, trained = counts(p)
+    totals = [counted_operations(lambda b=b: run(fused_linear_grpo_loss, p, workspace_bytes=b)) for b in (1, 2**20)]
+    assert totals == [operations(Model("", D, V), Step(kept, trained, recomputed=rows)) for rows in (trained, 0)]
+
+
+def communicated(rank, world):
+    results = []
+    for config, two in ((GRPOLossConfig(), False), (GRPOLossConfig(loss_type="vespo"), True)):
+        p = make_problem(B=6, V=V, D=D, config=config)
+        q, _ = sharded(p, rank, world)
+        with counted() as bytes:
+            flops = counted_operations(
+                lambda q=q: run(fused_linear_grpo_loss, q, vocab_parallel_group=dist.group.WORLD, workspace_bytes=3000)
+            )
+        results.append((dict(bytes), flops, *counts(p), two))
+    return results
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("world", [2, 4])
+def test_bytes_are_those_that_went_through(world, tmp_path):
+    for rank, results in enumerate(spawn(tmp_path, world, communicated)):
+        for bytes, flops, kept, trained, two in results:
+            step = Step(kept, trained, recomputed=trained if two else 0, two_phases=two)
+            handed = {name: n for name, n in bytes.items() if name != "sizes"}
+            expected = handed_to_collectives(Model("", D, V), step, 8, 8)
+            assert handed == expected
+            assert bytes["sizes"] < 250
+            assert flops == operations(Model("", D, SHARDS[world][rank]), step)
+
+
+def test_rings():
+    """Of P ranks: an all-gather of the statistics, an all-reduce of dH, FSDP's gather and reduce-scatter of its part of the head."""
+    out = sent(Model("", 10, 80), Step(6, 4), tensor=4, sharded=2)
+    assert out == {"statistics": 16 * 6 * 3, "dH": 2 * 3 / 4 * 4 * 10 * 2, "head gathered": 200.0, "dW reduced": 200.0}
+    assert sent(Model("", 10, 80), Step(6, 4), 1, 1) == dict.fromkeys(out, 0)
+    assert sent(Model("", 10, 80), Step(6, 0, trains_head=False), 2, 2)["dW reduced"] == 0
+
+
+def test_the_tables_in_the_docs_are_these():
+    text = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
+    assert tables() in text
+    assert re.search(r"8B.*8 x 1", text)
