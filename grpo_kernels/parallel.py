@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
+from .arguments import host_may_wait
 from .row_statistics import merged
 
 _counters = []
@@ -92,6 +93,8 @@ class VocabShard:
 
         Raises ValueError on every rank, naming what differs.
         """
+        if not host_may_wait(weight):
+            raise RuntimeError("vocab_parallel_group cannot be used under torch.compile or while a CUDA graph is captured")
         digest = {name: value if isinstance(value, int) else _digest(value) for name, value in facts.items()}
         everywhere = _exchanged([weight.shape[0], *digest.values()], weight.device, group)
         for i, name in enumerate(digest, 1):

@@ -23,9 +23,8 @@ FLOORS = (
     ("tiles",),
     ("products", "rows", "diagnostics"),
     ("backends",),
-    ("coefficients",),
+    ("coefficients", "parallel"),
     ("objective", "advantages", "arguments"),
-    ("parallel",),
     ("plan", "config", "outputs", "build_cuda", "row_statistics"),
 )
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
