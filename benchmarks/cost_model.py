@@ -33,7 +33,7 @@ LAYOUTS = ((1, 8), (8, 1), (8, 8))  # P, F
 
 @dataclass(frozen=True)
 class Step:
-    """N kept tokens of a replica, T of them trained; ``recomputed`` rows (two phases without a stash) pay for their logits twice."""
+    """N kept tokens of a replica, T of them trained; ``recomputed`` rows (no stash in two phases) pay for their logits twice."""
 
     kept: int
     trained: int
