@@ -59,7 +59,7 @@ def loss_of(batch, config, hidden, head):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="path of a causal LM; a tiny random one without")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=60, help="at least 1")
     parser.add_argument("--group", type=int, default=16, help="completions of a prompt")
     parser.add_argument("--length", type=int, default=12)
     parser.add_argument("--beta", type=float, default=0.01)

@@ -16,7 +16,7 @@ from test_trainer import one_thread, tiny_model  # noqa: F401
 from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss
-from grpo_kernels.integrations.transformers import OUTPUTS, fuse_lm_head, lm_head
+from grpo_kernels.integrations.transformers import OUTPUTS, fuse_lm_head, is_fused, lm_head
 
 GEMMA = dict(head_dim=8, num_key_value_heads=2, query_pre_attn_scalar=8)
 MOE = dict(output_router_logits=True, router_aux_loss_coef=0.3, num_key_value_heads=2)
@@ -635,3 +635,54 @@ def test_two_processes_have_the_gradients_of_one(parallel, wrapper, loss, kept):
 @pytest.mark.parametrize("wrapper, loss, kept", ZERO3_CASES)
 def test_zero3_has_the_gradients_of_one_process(zero3, wrapper, loss, kept):
     check_ranks(zero3, wrapper, loss, kept)
+
+
+# ---- what a user gets wrong ----
+
+
+def test_mistakes_are_named():
+    model, (ids, _, labels) = build(), batch()
+    for options, error, words in (
+        (dict(outputs="entropy"), ValueError, "outputs must be a tuple.*'entropy'"),
+        (dict(outputs=("logits",)), ValueError, "outputs.*logits"),
+        (dict(backend="trition"), ValueError, "backend.*trition"),
+        (dict(temperature=0.0), ValueError, "temperature"),
+    ):
+        with pytest.raises(error, match=words):
+            fuse_lm_head(model, **options)
+    for other in (torch.nn.Linear(2, 3), model.base_model, "a/path"):
+        with pytest.raises(TypeError, match="model must be a transformers causal LM"):
+            fuse_lm_head(other)
+    assert not is_fused(model) and is_fused(fuse_lm_head(model))
+    for given, error, words in (
+        (dict(), ValueError, "labels or shift_labels.*neither"),
+        (dict(labels=labels, shift_labels=labels), ValueError, "labels or shift_labels.*both"),
+        (dict(labels=labels[:, 1:]), ValueError, r"labels must be \[B, T\]"),
+        (dict(labels=labels[0]), ValueError, r"labels must be \[B, T\]"),
+        (dict(labels=labels.float()), TypeError, "labels must be int64"),
+    ):
+        with pytest.raises(error, match=words):
+            model(input_ids=ids, fused_lm_head=True, **given)
+    narrow = model(input_ids=ids, labels=labels.int(), fused_lm_head=True).log_probs
+    assert torch.equal(narrow, model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs)
+
+
+def test_a_refused_model_is_left_as_it_was():
+    class Odd(hf.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 1.5
+            return output
+
+    model = Odd(build().config)
+    with pytest.raises(NotImplementedError):
+        fuse_lm_head(model)
+    assert not is_fused(model) and "forward" not in vars(model)
+
+
+def test_a_peft_model_is_fused_inside():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build(), peft.LoraConfig(target_modules=["lm_head"]))
+    assert fuse_lm_head(model) is model and is_fused(model) and is_fused(model.get_base_model())
+    ids, _, labels = batch()
+    assert model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs.shape == (ids.shape[0], ids.shape[1] - 1)

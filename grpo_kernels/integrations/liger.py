@@ -161,6 +161,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             return logps
         _check("ref_input", hidden, FLOAT_DTYPES, (*ids.shape, "D"))
         _check("ref_weight", weight, FLOAT_DTYPES, ("V", hidden.shape[-1]))
+        if bias is not None:
+            _check("ref_bias", bias, FLOAT_DTYPES, (weight.shape[0],))
         with torch.no_grad():
             weight = weight.to(hidden.dtype)
             return linear_logprobs(hidden, weight, ids, mask=mask, bias=bias, temperature=self.temperature).logps

@@ -10,7 +10,6 @@ Both run inside the call of the output layer, so that the hooks which gather a s
 they do for logits. Every other call, `generate` included, is unchanged.
 """
 
-import contextlib
 import functools
 import sys
 import types
@@ -19,8 +18,11 @@ from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..arguments import check_options, kind
+from ..config import GRPOLossConfig
 from ..diagnostics import NAMES as DIAGNOSTICS
 from ..logprobs import token_statistics
 
@@ -77,7 +79,7 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
     the one given here; ``num_items_in_batch``, the divisor of the loss. Rows without a label cost nothing.
 
     Args:
-        model: a `transformers` causal LM, before any wrapper (DDP, FSDP, DeepSpeed, accelerate); under PEFT its base model.
+        model: a `transformers` causal LM, or one under PEFT or DDP; before FSDP, DeepSpeed and accelerate wrap it.
         verify: run four tokens both ways and compare the logits, so that an architecture which treats its logits in a way
             unknown here is refused and not trained wrongly.
         temperature: what the logits are divided by.
@@ -86,15 +88,15 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
         workspace_bytes, backend: as in `linear_logprobs`.
 
     Returns:
-        The same model.
+        The same model. Its forward returns `FusedCausalLMOutput` with ``fused_lm_head=True``. Fused again it has new options.
 
     Raises:
-        NotImplementedError: the logits of this architecture are not what its head and configuration say.
-        ValueError: there is no such output.
+        NotImplementedError: the logits of this architecture are not what its head and configuration say; it is left as it was.
+        TypeError: not a causal LM, or one that is wrapped otherwise. ValueError: an option is not legal.
     """
-    unknown = [name for name in outputs if name not in OUTPUTS]
-    if unknown:
-        raise ValueError(f"outputs must be among {', '.join(OUTPUTS)}, got {', '.join(map(str, unknown))}")
+    given, model = model, _causal_lm(model)
+    _check_options(temperature, outputs, workspace_bytes, backend)
+    before = model.__dict__.get("forward")
     original = getattr(model.forward, "before_fusing", None) or _of_instance(model.forward, model)
     options = {"temperature": temperature, "diagnostics": outputs, "workspace_bytes": workspace_bytes, "backend": backend}
 
@@ -115,9 +117,7 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
             result = _inside_head(self, states[0], fused_lm_head, head_in_float32)
             return (result, aux_loss) if kwargs.get("output_router_logits") else result
 
-        if labels is None and shift_labels is None:
-            raise ValueError("labels or shift_labels must be given with fused_lm_head=True, got neither")
-        target = labels[:, 1:] if shift_labels is None else shift_labels
+        target = _targets(labels, shift_labels, states[0])
         given = options if temperature is None else options | {"temperature": temperature}
         if shift_labels is None and isinstance(given["temperature"], torch.Tensor) and given["temperature"].dim():
             given = given | {"temperature": given["temperature"][:, 1:]}
@@ -136,9 +136,49 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
 
     forward.before_fusing = original
     model.forward = types.MethodType(forward, model)
-    if verify:
-        _verify(model)
-    return model
+    try:
+        if verify:
+            _verify(model)
+    except BaseException:
+        _restore_forward(model, before)
+        raise
+    return given
+
+
+def is_fused(model) -> bool:
+    """Whether this causal LM's forward is the one that `fuse_lm_head` gave it."""
+    return hasattr(_causal_lm(model).forward, "before_fusing")
+
+
+def _causal_lm(model):
+    """The causal LM inside DDP's and PEFT's wrappers, which hand keywords through."""
+    found = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+    found = found.get_base_model() if hasattr(found, "get_base_model") else found
+    if not isinstance(found, PreTrainedModel) or found.get_output_embeddings() is None:
+        raise TypeError(f"model must be a transformers causal LM (PEFT's or DDP's around it at most), got {type(found).__name__}")
+    return found
+
+
+def _check_options(temperature, outputs, workspace_bytes, backend):
+    names = [outputs] if isinstance(outputs, str) else list(outputs)
+    unknown = [name for name in names if name not in OUTPUTS]
+    if unknown or isinstance(outputs, str):
+        raise ValueError(f"outputs must be a tuple of {', '.join(OUTPUTS)}, got {outputs!r}")
+    config = GRPOLossConfig() if isinstance(temperature, torch.Tensor) else GRPOLossConfig(temperature=temperature)
+    check_options(config, workspace_bytes, backend)
+
+
+def _targets(labels, shift_labels, states):
+    """What each position is to predict: [B, T - 1], or [B, T] where the labels come shifted."""
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    if (labels is None) == (shift_labels is None):
+        found = "neither" if given is None else "both"
+        raise ValueError(f"labels or shift_labels must be given with fused_lm_head=True, got {found}")
+    if not isinstance(given, torch.Tensor) or given.is_floating_point() or given.dtype == torch.bool:
+        raise TypeError(f"{name} must be int64, got {kind(given)}")
+    if given.shape != states.shape[:2]:
+        raise ValueError(f"{name} must be [B, T] = {list(states.shape[:2])} as the hidden states are, got {list(given.shape)}")
+    return given.long()[:, 1:] if shift_labels is None else given.long()
 
 
 def _of_instance(method, model):
@@ -183,7 +223,7 @@ def _adapter(layer, dtype):
         return None
     for name in names:
         if isinstance(layer.lora_dropout[name], torch.nn.Dropout) and layer.lora_dropout[name].p > 0 and layer.training:
-            raise NotImplementedError("lora_dropout on the output layer must be 0: its logits are never made")
+            raise NotImplementedError("lora_dropout must be 0 on the output layer: set LoraConfig(lora_dropout=0.0)")
         plain = isinstance(layer.lora_A, torch.nn.ModuleDict)  # not AdaLoRA's parameters
         if not plain or name in getattr(layer, "lora_variant", {}) or layer.lora_B[name].bias is not None:
             raise NotImplementedError("an adapter on the output layer must be a plain LoRA without lora_bias, DoRA and the like")
@@ -225,21 +265,20 @@ def _inside_head(model, hidden, fn, in_float32):
         with torch.autocast(hidden.device.type, enabled=False):
             return fn(hidden.float(), head)
 
-    with _replaced_forward(layer, run):
-        return layer(hidden)
-
-
-@contextlib.contextmanager
-def _replaced_forward(layer, run):
     own = layer.__dict__.get("forward")
     layer.forward = run
     try:
-        yield
+        return layer(hidden)
     finally:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own
+        _restore_forward(layer, own)
+
+
+def _restore_forward(module, own):
+    """``own``: the forward of this instance, or None where it is its class's."""
+    if own is None:
+        del module.forward
+    else:
+        module.forward = own
 
 
 def _scored(hidden, labels, head, options, entropy_wanted):
@@ -267,7 +306,7 @@ def _verify(model):
     model.eval()
     try:
         with torch.no_grad():
-            ids = torch.arange(4, device=model.device).unsqueeze(0)
+            ids = torch.arange(4, device=model.device).unsqueeze(0) % model.get_output_embeddings().weight.shape[0]
             theirs = model(input_ids=ids, use_cache=False).logits.float()
             ours = model(input_ids=ids, use_cache=False, fused_lm_head=_full_logits).float()
     finally:

@@ -20,11 +20,12 @@ import sys
 
 import torch
 
+from ..arguments import kind
 from ..config import GRPOLossConfig
 from ..logprobs import token_statistics
 from ..loss import fused_linear_grpo_loss
 from ..objective import objective
-from .transformers import FusedCausalLMOutput, LMHead, fuse_lm_head
+from .transformers import FusedCausalLMOutput, LMHead, fuse_lm_head, lm_head
 
 try:
     import trl
@@ -101,7 +102,7 @@ def patch_trl() -> None:
     if _places:
         return
     if _found != _ARGUMENTS:
-        raise _unknown(f"ChunkedLogProbFunction takes {_found}")
+        raise _unknown(f"ChunkedLogProbFunction {'is missing' if _found is None else f'takes {_found}'}")
     original, places = kernel_module.ChunkedLogProbFunction, []
     for module in [m for name, m in sys.modules.items() if m is not None and (name == "trl" or name.startswith("trl."))]:
         places += [(module, name, original) for name, value in vars(module).items() if value is original]
@@ -121,7 +122,7 @@ def unpatch_trl() -> None:
 
 def is_patched() -> bool:
     """Whether TRL's trainers use the fused function now."""
-    return utils_module._ChunkedLogProbFunction is FusedLogProbFunction
+    return getattr(utils_module, "_ChunkedLogProbFunction", None) is FusedLogProbFunction
 
 
 def _any_device(device):
@@ -155,8 +156,10 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
             super().__init__(*args, **kwargs)
         if not fused:
             raise _unknown("GRPOTrainer does not call add_fused_lm_head")
+        _refuse_what_training_would(fused[0])
         if self.args.cast_lm_head_to_fp32 and hasattr(fused[0].get_output_embeddings(), "lora_A"):
             raise ValueError("cast_lm_head_to_fp32 must be False with a LoRA adapter on the output layer")
+        _refuse_what_training_would(fused[0])
         self._pass, self._compared = None, collections.Counter()
         _FusedPass(self, {}).config(LMHead(None, None, None, 1.0, None))  # raises now what the first loss would raise
 
@@ -185,6 +188,17 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
         elif not torch.is_grad_enabled():
             model = _Scorer(self.temperature, model)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+
+def _refuse_what_training_would(model):
+    """An adapter whose dropout, off so far, would be on."""
+    layer = model.get_output_embeddings()
+    was = layer.training
+    try:
+        layer.train()
+        lm_head(model)
+    finally:
+        layer.train(was)
 
 
 class _NoLayer:
@@ -268,6 +282,8 @@ class _FusedPass(_StandIn):
         advantages, mask = inputs["advantages"].to(device), mask.to(device)
         given = {name: None if x is None else x.to(device) for name, x in self._tensors().items()}
         temperature = self.trainer.token_temperature(inputs)
+        if temperature is not None and not isinstance(temperature, torch.Tensor):
+            raise TypeError(f"token_temperature must return a tensor [B, C] or None, got {kind(temperature)}")
         config, divisor = self.config(head), self._accumulated()
         if self._divides_by_items():  # the divisor holds the accumulation already; the bonus does not know of it
             given["num_items"] = self._normalizer()
