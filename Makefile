@@ -36,8 +36,7 @@ test-verl: $(STAMP)
 	$(BIN)/python -m pytest -q tests/test_verl.py $(TEST_ARGS)
 
 bench: $(STAMP)
-	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-json=benchmarks/results/latest.json $(BENCH_ARGS)
+	$(BIN)/grpo-kernels bench --json benchmarks/results/latest.json $(BENCH_ARGS)
 
 # Triton's kernels and, where nvcc is, those in CUDA C++, compiled for every architecture without a GPU: registers, spills, accesses.
 kernels: $(STAMP)

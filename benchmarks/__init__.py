@@ -1,14 +1,12 @@
-"""Time, memory and error of the fused loss beside bare matrix products, full logits and other libraries.
+"""What is kept beside `grpo-kernels bench`, whose harness is the package's own `grpo_kernels/bench/`.
 
-    problem.py    shapes and workloads -> tensors, and the truth they are held against
-    providers.py  who computes the loss; another library is one function here
-    check.py      errors of a result against the truth; nothing is timed before it passed
-    record.py     one row of the JSON: what ran, on what, how long
-    report.py     rows -> the table of ratios; --check holds them against the limits
-    memory.py     peak memory, one fresh process per point
-    test_loss.py  the timings, as a pytest-benchmark suite
+    test_loss.py     the quick set as a pytest-benchmark suite, checked first; conftest.py has its options
+    limits.py        what a record of a quiet machine must show; --check holds it against that
+    compiled.py, compiled_cuda.py, occupancy.py     the compiled kernels, without a GPU
+    gpu/             everything a GPU can prove, `make gpu`
+    results/         records
 
-    python -m pytest benchmarks --benchmark-only --rows benchmarks/results/cpu-loss.json
-    python -m benchmarks.report --check benchmarks/results/cpu-loss.json
-    python -m benchmarks.memory --json benchmarks/results/cpu-memory.json
+    grpo-kernels bench --json benchmarks/results/cpu.json --scaling
+    python -m benchmarks.limits benchmarks/results/cpu.json
+    python -m pytest benchmarks --benchmark-only
 """

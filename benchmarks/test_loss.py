@@ -1,20 +1,10 @@
-"""The timings: every provider on every workload, checked first, one call per timing.
+"""The quick set: every provider on every workload, checked first, one call per timing.
 
-No input is reused from a cache: the head and a tile of logits are 270 MB and more each, and between two calls of a provider
-all the others run.
+`grpo-kernels bench --quick` is the same with rounds interleaved, ratios and memory; this is for pytest-benchmark's own comparisons.
 """
 
-import pytest
 
-from . import record
-
-
-def test_loss(benchmark, bench_session, timing):
-    workload, provider = timing
-    call = bench_session.call(workload, provider)
-    if call is None:
-        pytest.skip(f"{provider} has no {workload}")
+def test_loss(benchmark, calls, workload, provider):
+    call = calls.make(workload, provider)
     benchmark.group = workload
-    needed = bench_session.details[timing]["peak_bytes"]
-    benchmark.pedantic(call, setup=lambda: record.touch_free_memory(needed), rounds=1, iterations=1)
-    bench_session.times.setdefault(timing, []).append(benchmark.stats.stats.data[0])
+    benchmark.pedantic(call, rounds=3, iterations=1, warmup_rounds=1)

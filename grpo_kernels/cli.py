@@ -1,4 +1,4 @@
-"""`grpo-kernels train | doctor`: the command line.
+"""`grpo-kernels train | bench | doctor`: the command line.
 
 `train` has one flag per field of `GRPOConfig`, generated from the dataclass; a YAML file sets the same names, and flags win
 over it. Everything heavy is imported by the command that needs it.
@@ -11,10 +11,12 @@ from . import __version__
 
 USAGE = """\
 usage: grpo-kernels train [--config FILE.yaml] [--model PATH --data FILE.jsonl --reward pkg.mod:fn ...] [--OPTION VALUE ...]
+       grpo-kernels bench [--quick] [--shapes NAME,...] [--providers NAME,...] [--json FILE] [--plot DIR] ...
        grpo-kernels doctor [--build-cuda]
        grpo-kernels --version
 
 train    trains a causal LM on rewards; without --model and --data, the built-in demo. `train --help` lists the options.
+bench    time, memory and error on this machine, beside bare matrix products and other libraries. `bench --help` explains.
 doctor   versions, devices, and which backends are usable here and why not; --build-cuda first builds the CUDA C++ kernels.
 """
 
@@ -51,6 +53,16 @@ def doctor(argv):
     return examine(argv)
 
 
+def bench(argv):
+    from .bench.command import main as measure
+    from .bench.plot import NoMatplotlib
+
+    try:
+        return measure(argv)
+    except (ValueError, NoMatplotlib) as error:
+        raise UsageError(error) from error
+
+
 def train(argv):
     from .trainer import GRPOTrainer, demo
     from .trainer.arguments import parse, read_jsonl
@@ -80,7 +92,7 @@ def _suggest(name, known):
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-COMMANDS = {"train": train, "doctor": doctor}
+COMMANDS = {"train": train, "bench": bench, "doctor": doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

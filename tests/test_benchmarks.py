@@ -1,18 +1,33 @@
-"""The benchmark keeps running: a vocabulary of a thousand, one round, in seconds. Its figures mean nothing here."""
+"""`grpo-kernels bench` on a vocabulary of a thousand, in seconds: its figures mean nothing here, but for the memory column."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+from grpo_kernels import cli
+from grpo_kernels.bench import clock as clocks
+from grpo_kernels.bench import measure, memory, providers, record, scaling, table, workloads
+from grpo_kernels.bench.problem import checked_part, make_problem, truth
+from grpo_kernels.bench.progress import Progress
+from grpo_kernels.bench.providers import PROVIDERS, Provider
+from grpo_kernels.bench.shapes import TINY, Shape, parse
+from grpo_kernels.bench.workloads import WORKLOADS
 
 ROOT = Path(__file__).parent.parent
+KEYS = {"provider", "path", "shape", "median", "spread", "peak_bytes", "error", "versions", "commit"}
 # with every core spoken for, two threads wait for each other far longer than they compute
 # and benchmarks cannot be run by a worker of pytest-xdist, which they would take themselves for
 OUTER = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 ENVIRONMENT = {**OUTER, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak mark is a file of Linux")
+pytestmark = pytest.mark.unpoisoned
 
 
 def python(*arguments):
@@ -21,25 +36,230 @@ def python(*arguments):
     return done.stdout
 
 
-def test_the_loss_benchmark_writes_a_row_for_every_provider_and_workload(tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    file = tmp_path / "rows.json"
-    providers = "products,grpo_kernels,full_logits"
-    options = ("--tiny", "--rounds=2", f"--providers={providers}", f"--rows={file}")
-    table = python("-m", "pytest", "benchmarks", "-q", "--benchmark-only", *options)
-    assert "x products" in table
+@linux
+def test_the_command_from_end_to_end(tmp_path, capsys):
+    file, pictures = tmp_path / "rows.json", tmp_path / "pictures"
+    options = ("bench", "--tiny", "--quick", "--rounds", "2", "--workloads", "dense,realistic", "--providers", "grpo_kernels,full_logits,quack")
+    out = python("-m", "grpo_kernels", *options, "--json", str(file), "--plot", str(pictures))
     rows = json.loads(file.read_text())
-    assert {(r["provider"], r["path"]) for r in rows} == {
-        (p, w) for p in providers.split(",") for w in ("dense", "half", "frozen", "logprobs", "sequence")
-    }
-    keys = {"provider", "path", "shape", "median", "spread", "peak_bytes", "error", "versions", "commit"}
-    assert all(keys <= r.keys() and r["median"] > 0 and r["rounds"] == 2 for r in rows)
-    assert all(r["error"] is not None for r in rows if r["provider"] != "products")
+    assert [(r["path"], r["provider"]) for r in rows] == [
+        (w, p) for w in ("dense", "realistic") for p in ("products", "grpo_kernels", "full_logits", "quack")
+    ]
+    assert all(r.keys() >= KEYS and r["shape"]["vocab"] == 1009 for r in rows)
+    for r in rows:
+        if r["provider"] == "quack":
+            assert r["status"] == "absent" and r["note"] in out
+        else:
+            assert r["status"] == "ok" and r["median"] > 0 and r["ratio"] > 0 and r["rounds"] == 2 and r["peak_bytes"] is not None
+            assert (r["error"] is None) == (r["provider"] == "products")
+    assert {f.name for f in pictures.iterdir()} == {"time.svg", "memory.svg", "error.svg"}
+    assert all(f.stat().st_size < 100_000 for f in pictures.iterdir())
+    assert cli.main(["bench", "--from", str(file), "--plot", str(tmp_path / "again")]) == 0
+    again = capsys.readouterr().out
+    assert [line for line in again.splitlines() if line.startswith("  grpo_kernels")] == [
+        line for line in out.splitlines() if line.startswith("  grpo_kernels")
+    ]
+    assert (tmp_path / "again" / "time.svg").read_bytes() == (pictures / "time.svg").read_bytes()
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak mark is a file of Linux")
-def test_the_memory_benchmark_measures_its_process():
-    shape = {"sequences": 8, "length": 16, "depth": 32, "vocab": 1009, "dtype": "bfloat16"}
-    printed = python("-m", "benchmarks.memory", "--point", json.dumps(["grpo_kernels", "dense", shape]))
-    row = json.loads(printed.splitlines()[-1])
-    assert row["peak_bytes"] >= 0 and row["gradient_bytes"] == 2 * 128 * 32 + 6 * 1009 * 32
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--workloads", "dens"], ["'dens'", "did you mean dense"]),
+        (["--providers", "ligr,trl"], ["'ligr'", "liger"]),
+        (["--shapes", "qwen2.5-0.6b"], ["'qwen2.5-0.6b'", "qwen2.5-0.5b"]),
+        (["--shapes", "100x8x64"], ["multiples of 64", "100x8x64"]),
+        (["--tokens", "100"], ["multiple of 64"]),
+        (["--rounds", "0"], ["--rounds", "at least 1"]),
+        (["--fit-memory", "-2"], ["--fit-memory", "-2"]),
+        (["--from", "nowhere.json"], ["nowhere.json"]),
+        (["--only"], ["--only", "--scaling"]),
+    ],
+)
+def test_what_is_wrong_is_named(capsys, argv, words):
+    assert cli.main(["bench", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert not out and len(err) < 700 and all(word in err for word in words), err
+
+
+def test_shapes_by_name_and_by_numbers():
+    assert parse("Qwen3-8B", 1024) == Shape(length=128, depth=4096, vocab=151_936)
+    assert parse("64x16x101", 1024).fields() == {"tokens": 64, "depth": 16, "vocab": 101, "dtype": "bfloat16"}
+    assert all(workloads.WORKLOADS[w].laid_out(parse(f"{n}x16x101", 0)).tokens == n for w in WORKLOADS for n in (64, 192, 512, 8192))
+
+
+def found(*extra, workload="dense"):
+    chosen = [PROVIDERS["products"], *extra]
+    rows = measure.measure(TINY, WORKLOADS[workload], chosen, clocks.Cpu(), measure.Effort(2, memory=False), Progress(quiet=True))
+    return {r["provider"]: r for r in rows}
+
+
+def test_who_raises_or_is_wrong_is_shown_and_not_timed():
+    calls = []
+
+    def twice(p):
+        right = PROVIDERS["full_logits"].make(p)
+
+        def run():
+            calls.append(p)
+            result = right()
+            return replace(result, d_weight=2 * result.d_weight)
+
+        return run
+
+    def raises(p):
+        raise MemoryError("too much")
+
+    rows = found(PROVIDERS["full_logits"], Provider("twice", twice), Provider("raises", raises))
+    assert rows["full_logits"]["status"] == "ok" and rows["full_logits"]["ratio"] > 0
+    assert rows["twice"]["status"] == "wrong" and "d_weight" in rows["twice"]["note"] and len(calls) == 1
+    assert rows["raises"]["status"] == "out of memory" and "too much" in rows["raises"]["note"]
+    text = "\n".join(table.table(list(rows.values())))
+    assert "wrong: twice: error of d_weight" in text and "too much" in text
+
+
+def test_the_exit_status_is_about_ours(monkeypatch, capsys):
+    def wrong(p):
+        right = providers.ours()(p)
+        return lambda: replace(right(), d_hidden=None)
+
+    monkeypatch.setitem(PROVIDERS, "grpo_kernels", Provider("grpo_kernels", wrong))
+    monkeypatch.setattr(memory, "in_fresh_processes", lambda *a: {"peak_bytes": 1})
+    options = ["bench", "--tiny", "--rounds", "1", "--workloads", "dense", "--providers"]
+    assert cli.main([*options, "grpo_kernels"]) == 1 and "wrong" in capsys.readouterr().out
+    monkeypatch.setitem(PROVIDERS, "liger", Provider("liger", wrong))
+    assert cli.main([*options, "liger"]) == 0 and "wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_every_workload_is_computed_right_by_ours_and_by_plain_pytorch(workload):
+    rows = found(PROVIDERS["grpo_kernels"], PROVIDERS["grpo_kernels-torch"], PROVIDERS["full_logits"], workload=workload)
+    assert all(r["status"] == "ok" for r in rows.values()), [r["note"] for r in rows.values()]
+
+
+def test_ratios_are_taken_inside_of_a_round():
+    assert record.ratios({0: 2.0, 1: 9.0, 5: 1.0}, {0: 1.0, 1: 3.0, 2: 7.0}) == [2.0, 3.0]
+    r = record.row("x", "dense", TINY, [1.0, 2.0, 3.0, 4.0], ratios=[2.0, 3.0, 4.0])
+    assert (r["median"], r["spread"], r["ratio"], r["ratio_spread"], r["ratio_range"]) == (2.5, 1.5, 3.0, 1.0, [2.0, 4.0])
+
+
+def test_rounds_interleave_and_rotate():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = measure.rounds(calls, clocks.Cpu(), measure.Effort(3), Progress(quiet=True), "", {})
+    assert [order[0], order[3]] == ["a", "b"] and sorted(order[:3]) == sorted(order[3:6]) == ["a", "b", "c"]
+    assert all(set(t) == {0, 1, 2} for t in times.values())
+    late = measure.rounds(calls, clocks.Cpu(), measure.Effort(3, until=0.0), Progress(quiet=True), "", {})
+    assert all(set(t) == {0} for t in late.values()), "at least one round, whatever the time"
+
+
+def test_the_realistic_batch_has_its_documented_moments():
+    g = torch.Generator().manual_seed(0)
+    rates = workloads.pass_rates(4000, g)
+    assert abs(rates.mean() - 1 / 2) < 0.01 and abs(rates.var() - 1 / 8) < 0.005  # of Beta(1/2, 1/2)
+    lengths = workloads.log_normal(4000, 0.3, 0.7, g)
+    assert abs(lengths.median() - 0.3) < 0.01 and abs(lengths.log().std() - 0.7) < 0.02
+    mask, advantages = workloads.draw_batch(WORKLOADS["realistic"], 8 * 2000, 64, g)
+    groups = advantages.view(-1, 8)
+    zero = (groups == 0).all(1).float().mean().item()
+    exact = math.gamma(8.5) / math.gamma(9) / math.gamma(0.5) * 2  # E[p^8 + (1 - p)^8]
+    assert abs(exact - 0.393) < 1e-3 and abs(zero - exact) < 0.03
+    assert groups.sum(1).abs().max() < 1e-3
+    prompt = mask.float().argmax(1).view(-1, 8)
+    assert (prompt == prompt[:, :1]).all(), "a prompt is shared by its group"
+    assert 0.25 < mask.float().mean() < 0.45
+
+
+def test_logits_look_like_a_trained_models():
+    p = make_problem(Shape(length=64, depth=256, vocab=8192), WORKLOADS["logprobs"])
+    exact = truth(p)
+    low, high = exact.entropy.flatten().quantile(torch.tensor([0.5, 0.85], dtype=torch.float64)).tolist()
+    assert low < 0.1 and high > 0.67
+    assert exact.logps.mean() > -1.2
+    flat = truth(make_problem(Shape(length=8, depth=256, vocab=8192), WORKLOADS["flat"])).entropy
+    assert flat.min() > 1 and flat.median() > 4
+
+
+def test_the_ratios_reach_both_sides_of_the_clip_range():
+    p = make_problem(Shape(length=64, depth=64, vocab=1009), WORKLOADS["dense"])
+    ratio = (truth(p).logps - p.old_logps).exp()
+    for sign in (1, -1):
+        own = ratio[p.advantages * sign > 0]
+        assert (own < 0.8).any() and ((own > 0.8) & (own < 1.2)).any() and (own > 1.2).any()
+    part = checked_part(p)
+    assert part.shape.tokens == 256 and part.mask.shape == (8, 32)
+
+
+def test_exponents_and_what_fits_on_made_up_data():
+    assert scaling.slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    assert scaling.slope([1, 2, 4], [5, 5, 5]) == pytest.approx(0)
+    assert scaling.slope([1], [5]) is None and scaling.slope([], []) is None
+    points = [{"shape": {"tokens": n}, "peak_bytes": n * 2**20} for n in (1024, 2048, 4096)]
+    assert scaling.largest("x", points, 3)["largest"] == 3072
+    assert scaling.largest("x", points, 8)["largest"] == 8192 and "line" in scaling.largest("x", points, 8)["note"]
+    assert scaling.largest("x", points, 0.5)["largest"] is None
+    flat = [{"shape": {"tokens": n}, "peak_bytes": 2**20} for n in (1024, 2048)]
+    assert "does not grow" in scaling.largest("x", flat, 8)["note"]
+
+
+INDEPENDENT = """
+import ctypes, json, sys, torch
+from grpo_kernels import fused_linear_grpo_loss
+from grpo_kernels.bench.problem import make_problem
+from grpo_kernels.bench.shapes import TINY, Shape
+from grpo_kernels.bench.workloads import WORKLOADS
+
+def loss(p):
+    h, w = p.hidden.requires_grad_(), p.weight.requires_grad_()
+    if sys.argv[1] == "full_logits":
+        lp = (h @ w.T).float().log_softmax(-1).gather(-1, p.ids.unsqueeze(-1)).squeeze(-1)
+        ratio, A = (lp - p.old_logps).exp(), p.advantages.unsqueeze(1)
+        (-torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A).sum() / p.mask.sum()).backward()
+    else:
+        fused_linear_grpo_loss(h, w, p.ids, p.advantages, p.mask, old_logps=p.old_logps, config=p.config).loss.backward()
+
+def status(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+loss(make_problem(TINY, WORKLOADS["dense"]))
+p = make_problem(Shape(**json.loads(sys.argv[2])), WORKLOADS["dense"])
+ctypes.CDLL(None).malloc_trim(0)  # what the making of the data left with malloc
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+loss(p)
+print(status("VmHWM") - before)
+"""
+
+
+@linux
+@pytest.mark.parametrize("provider", ["grpo_kernels", "full_logits"])
+def test_the_memory_column_agrees_with_an_independent_measurement(provider, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shape = Shape(length=64, depth=256, vocab=65_536)
+    column = memory.in_fresh_process(provider, "dense", shape)["peak_bytes"]
+    fields = json.dumps({"sequences": 8, "length": 64, "depth": 256, "vocab": 65_536})
+    independent = int(python("-c", INDEPENDENT, provider, fields).split()[-1])
+    assert column == pytest.approx(independent, rel=0.10), (column / 2**20, independent / 2**20)
+
+
+@linux
+def test_a_point_that_fails_says_why():
+    with pytest.raises(memory.PointError, match="quack"):
+        memory.in_fresh_process("quack", "dense", TINY)
+
+
+def test_the_quick_set_under_pytest_benchmark():
+    pytest.importorskip("pytest_benchmark")
+    options = ("--tiny", "--workloads=dense,logprobs", "--providers=products,grpo_kernels,full_logits")
+    assert "6 passed" in python("-m", "pytest", "benchmarks", "-q", "--benchmark-only", *options)
+
+
+def test_the_limits_are_held_against_a_record():
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import limits
+
+    shape = Shape()
+    ours = record.row("grpo_kernels", "dense", shape, [0.5], ratios=[1.05])
+    full = record.row("full_logits", "dense", shape, [0.8], ratios=[1.7])
+    products = record.row("products", "dense", shape, [0.48], ratios=[1.0])
+    assert [holds for holds, _ in limits.verdicts([products, ours, full])] == [True, False]

@@ -33,5 +33,7 @@ def test_trl_learns_the_same_stock_and_fused():
 
 def test_the_step_benchmark_runs():
     pytest.importorskip("trl")
-    out = run("-m", "benchmarks.trl_step", "--tiny", "--lengths", "16", "--rounds", "1")
-    assert [line.split()[0] for line in out.splitlines()[1:]] == ["stock", "patched", "fused"]
+    lines = run("-m", "grpo_kernels", "bench", "--step", "--only", "--tiny", "--rounds", "1").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("one optimiser step"))
+    names = ["model", "thin trainer", "trl stock", "trl patched", "trl fused"]
+    assert all(line.startswith(name) for name, line in zip(names, lines[first + 1 :], strict=False)), lines

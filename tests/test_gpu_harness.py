@@ -67,7 +67,7 @@ def base():
     import torch
 
     from benchmarks.gpu.inputs import make_base
-    from benchmarks.problem import Shape
+    from grpo_kernels.bench.shapes import Shape
 
     return make_base(Shape(8, 4, 16, 101), torch.device("cpu"))
 
@@ -81,8 +81,8 @@ def verdicts(c):
 def test_who_is_wrong_is_recorded_and_not_timed(tmp_path, base):
     from benchmarks.gpu.inputs import PATHS
     from benchmarks.gpu.measure import measure
-    from benchmarks.gpu.peers import full_logits
     from benchmarks.gpu.providers import Provider
+    from grpo_kernels.bench.peers import full_logits
 
     calls = []
 
@@ -113,8 +113,8 @@ def test_a_process_goes_on_behind_what_ended_the_last_one(tmp_path, base):
     from benchmarks.gpu.inputs import PATHS
     from benchmarks.gpu.journal import key_of
     from benchmarks.gpu.measure import measure, shape_of
-    from benchmarks.gpu.peers import full_logits
     from benchmarks.gpu.providers import Provider
+    from grpo_kernels.bench.peers import full_logits
 
     providers = [Provider("right", full_logits), Provider("deadly", lambda p: pytest.fail("it was run again"))]
     first = context(tmp_path)

@@ -7,11 +7,10 @@
     context.py    what a part is given; how a failure becomes a row
     programs.py   parts `build`, `test`, `sanitizer`: other programs
     small.py      every public path once, at small odd shapes, for compute-sanitizer
-    device.py     clocks, peak memory, what the device is
-    inputs.py     paths -> tensors made on the device, and their truth in float64
+    device.py     what the device is
+    inputs.py     paths -> tensors made on the device
     products.py   the floor: bare matrix products
     providers.py  who computes the loss: ours, and the list of everybody
-    peers.py      plain PyTorch, and each other library from its installed package
     measure.py    one path: check everybody, then time them round by round
     paths.py      parts `paths` and `shapes`
     kernels.py    part `kernels`: row kernels alone, against the bandwidth of a copy

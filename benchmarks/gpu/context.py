@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from ..record import spread
+from grpo_kernels.bench.peers import Absent
+from grpo_kernels.bench.record import spread
+
 from .journal import RESTART, Journal, key_of
 
+__all__ = ["Absent", "Context", "Skipped", "Wrong", "row"]
 _LONGEST = 300
-
-
-class Absent(Exception):
-    """A provider cannot do this here; the message says why."""
 
 
 class Wrong(Exception):

@@ -1,7 +1,7 @@
 """Paths through the library -> tensors on the device, and the truth that everybody is held against.
 
-The same distributions as ``benchmarks/problem.py``, drawn on the device: at 8192 x 4096 x 151,936 a CPU takes minutes. The head,
-the hidden states and the tokens are shared by all paths of a shape.
+Logits are noise of standard deviation 1 to 4, ratios those of ``grpo_kernels.bench.workloads``, drawn on the device: at
+8192 x 4096 x 151,936 a CPU takes minutes. The head, the hidden states and the tokens are shared by all paths of a shape.
 """
 
 import math
@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from grpo_kernels import GRPOLossConfig, backends, reference, tiles
-
-from ..problem import Problem, Result, Shape, Workload, _log_ratios
+from grpo_kernels import GRPOLossConfig, backends, tiles
+from grpo_kernels.bench.problem import Problem
+from grpo_kernels.bench.problem import truth as exact
+from grpo_kernels.bench.shapes import Shape
+from grpo_kernels.bench.workloads import Workload, draw_log_ratios
 
 SAMPLE = 256  # rows whose log-probs are known in float64
 CHECKED = 512  # tokens of the copy on which gradients are checked
@@ -61,18 +63,6 @@ class Base:
     exact_entropy: torch.Tensor  # [S] float64
 
 
-@dataclass(frozen=True)
-class DeviceProblem(Problem):
-    workload: Path
-    ref_logps: torch.Tensor | None = None
-    workspace: int | None = None  # bytes; None is the library's default
-
-
-@dataclass
-class Scored(Result):
-    entropy: torch.Tensor | None = None  # [B, T]
-
-
 @torch.no_grad()
 def make_base(shape: Shape, device, seed=0) -> Base:
     g = torch.Generator(device).manual_seed(seed)
@@ -111,25 +101,25 @@ def exact_scores(hidden, weight, ids):
     return torch.cat(logps), torch.cat(entropy)
 
 
-def make_problem(base: Base, path: Path, seed=1) -> DeviceProblem:
+def make_problem(base: Base, path: Path, seed=1) -> Problem:
     g = torch.Generator().manual_seed(seed)
     B, T = base.ids.shape
     sequence = torch.arange(B)
     advantages = (0.5 + torch.rand(B, generator=g)) * torch.where(sequence % 4 < 2, 1.0, -1.0)
     # spread over the batch, as groups without a winner are
     advantages[((sequence + 1) * path.idle + 0.5).floor() > (sequence * path.idle + 0.5).floor()] = 0.0
-    old = base.logps - _log_ratios(path.level, advantages, T, g).to(base.logps.device)
+    old = base.logps - draw_log_ratios(path.level, advantages, T, g).to(base.logps.device)
     ref = base.logps - 0.1 * torch.randn(B, T, generator=g).to(base.logps.device) if path.beta else None
     config = GRPOLossConfig(loss_type="dapo", importance_sampling_level=path.level, beta=path.beta)
     device = base.logps.device
     mask = torch.ones(B, T, dtype=torch.bool, device=device)
-    problem = DeviceProblem(
+    problem = Problem(
         base.shape, path, config, base.hidden, base.weight, base.ids, advantages.to(device), mask, old, ref_logps=ref
     )
     return replace(problem, workspace=stash_workspace(problem)) if path.stash else problem
 
 
-def smaller(problem: DeviceProblem, tokens=CHECKED) -> DeviceProblem:
+def smaller(problem: Problem, tokens=CHECKED) -> Problem:
     """The first tokens of every sequence, the same head."""
     p, length = problem, max(1, min(problem.shape.length, tokens // problem.shape.sequences))
     cut = lambda x: None if x is None else x[:, :length].contiguous()  # noqa: E731
@@ -139,7 +129,7 @@ def smaller(problem: DeviceProblem, tokens=CHECKED) -> DeviceProblem:
     )  # fmt: skip
 
 
-def stash_workspace(p: DeviceProblem) -> int:
+def stash_workspace(p: Problem) -> int:
     """The smallest budget, in steps of a tenth, whose plan stashes every row."""
     backend = backends.resolve("auto", p.hidden.device, p.hidden.dtype)
     budget = p.kept * p.shape.vocab * p.weight.element_size()
@@ -151,26 +141,6 @@ def stash_workspace(p: DeviceProblem) -> int:
     raise AssertionError(f"no plan stashes {p.kept} rows within {budget} bytes")
 
 
-def truth(p: DeviceProblem, sequences=8) -> Scored:
-    """The tested reference in float64, some sequences at a time: with num_items fixed, dapo is a sum over sequences."""
-    path, device = p.workload, p.hidden.device
-    weight = p.weight.double().requires_grad_(path.gradients and path.trains_head)
-    zeros = lambda *size: torch.zeros(size, dtype=torch.float64, device=device)  # noqa: E731
-    result = Scored(zeros(), zeros(*p.mask.shape), entropy=zeros(*p.mask.shape))
-    if path.gradients:
-        result.d_hidden = zeros(*p.hidden.shape)
-    for start in range(0, p.shape.sequences, sequences):
-        s = slice(start, start + sequences)
-        hidden = p.hidden[s].double().requires_grad_(path.gradients)
-        with torch.set_grad_enabled(path.gradients):
-            out = reference.grpo_loss(
-                hidden, weight, p.ids[s], p.advantages[s].double(), p.mask[s], old_logps=p.old_logps[s].double(),
-                ref_logps=None if p.ref_logps is None else p.ref_logps[s].double(), num_items=p.kept, config=p.config,
-            )  # fmt: skip
-        if path.gradients:
-            out.loss.backward()
-            result.d_hidden[s] = hidden.grad
-        result.loss += out.loss.detach()
-        result.logps[s], result.entropy[s] = out.logps, out.entropy
-    result.d_weight = weight.grad
-    return result
+def truth(p: Problem):
+    """Eight sequences at a time: some 512 tokens are checked, whatever their number."""
+    return exact(p, sequences=8)

@@ -9,9 +9,9 @@ import gc
 import statistics
 import time
 
+from grpo_kernels.bench.check import accept, errors, worst
 from grpo_kernels.plan import default_budget
 
-from ..check import accept, errors
 from . import products
 from .context import Wrong, row
 from .device import Timed
@@ -72,7 +72,7 @@ def measure(context, base, path, providers, until):
         timed = row(name, path.name, shape, seconds, peer=about[name]["peer"])
         context.journal.row(timed | {
             "peak_bytes": peaks.get(name),
-            "error": _worst(errors_found, path.gradients),
+            "error": worst(errors_found, path.gradients),
             "errors": errors_found,
             "ratio": timed["median"] / floor if floor else None,
             "products": needed,
@@ -116,16 +116,12 @@ def _passed_over(context, about):
 
 
 def _checked(name, result, exact, problem):
-    found = errors(result, exact)
-    if "loss" in found:
-        # relative to the advantages, whose signed mean it nearly is: where they cancel, rounded log-probs are all that is left
-        scale = max(exact.loss.abs().item(), problem.advantages.abs().mean().item())
-        found["loss"] = (result.loss.double() - exact.loss).abs().item() / scale
+    found = errors(result, exact, problem.advantages.abs().mean().item())
     try:
         accept(name, found, problem.workload.gradients)
     except AssertionError as error:
         raise Wrong(str(error)) from error
-    return {k: v for k, v in found.items() if k != "logps_max"}
+    return {k: v for k, v in found.items() if not k.startswith("logps")}
 
 
 def _scores(name, result, base):
@@ -140,12 +136,5 @@ def _scores(name, result, base):
     return found
 
 
-def _worst(found, gradients):
-    """The worst relative error of loss and gradients, or of the log-probs where there are no gradients."""
-    if not gradients:
-        return found.get("logps_max")
-    return max((error for quantity, error in found.items() if not quantity.endswith("_max")), default=None)
-
-
 def shape_of(shape):
-    return {"tokens": shape.tokens, "depth": shape.depth, "vocab": shape.vocab, "dtype": shape.dtype}
+    return shape.fields()

@@ -4,7 +4,8 @@ import gc
 import time
 from dataclasses import replace
 
-from ..problem import Shape, tiny
+from grpo_kernels.bench.shapes import TINY, Shape
+
 from .context import row
 from .inputs import PATHS, make_base
 from .measure import measure, shape_of
@@ -16,7 +17,7 @@ TINY_SHAPES = ((16, 1009), (48, 511))
 
 def main_shape(options) -> Shape:
     if options.tiny:
-        return tiny()
+        return TINY
     return Shape(options.sequences, options.tokens // options.sequences, options.depth, options.vocab)
 
 

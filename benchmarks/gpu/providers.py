@@ -1,52 +1,37 @@
-"""Who computes the loss: a function problem -> a call without arguments that returns a `Scored`.
+"""Who computes the loss: a function problem -> a call without arguments that returns a `Result`.
 
 What is made in the function is not timed; everything the call does is.
 """
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import torch
 
-import grpo_kernels
 from grpo_kernels import backends
+from grpo_kernels.bench import peers
+from grpo_kernels.bench.problem import Problem, Result
+from grpo_kernels.bench.providers import ours as make_ours
 from grpo_kernels.plan import default_budget
 
-from . import peers
 from .context import Absent
-from .inputs import DeviceProblem, Scored
 
 
 @dataclass(frozen=True)
 class Provider:
     name: str
-    make: Callable[[DeviceProblem], Callable[[], Scored]]
+    make: Callable[[Problem], Callable[[], Result]]
     peer: bool = True  # another library: what goes wrong in it is its own
     settings: dict = field(default_factory=dict)
 
 
 def ours(backend, workspace_bytes=None, suffix=""):
+    of = make_ours(backend)
+
     def make(p):
-        size = p.workspace if workspace_bytes is None else workspace_bytes
-        options = {"workspace_bytes": size, "backend": backend}
-
-        def logprobs():
-            with torch.no_grad():
-                out = grpo_kernels.linear_logprobs(p.hidden, p.weight, p.ids, mask=p.mask, **options)
-            return Scored(logps=out.logps, entropy=out.entropy)
-
-        def loss():
-            hidden, weight = p.leaves()
-            out = grpo_kernels.fused_linear_grpo_loss(
-                hidden, weight, p.ids, p.advantages, p.mask, old_logps=p.old_logps, ref_logps=p.ref_logps, config=p.config,
-                **options,
-            )  # fmt: skip
-            out.loss.backward()
-            return Scored(out.loss.detach(), out.logps, hidden.grad, weight.grad, out.entropy)
-
-        return loss if p.workload.gradients else logprobs
+        return of(p if workspace_bytes is None else replace(p, workspace=workspace_bytes))
 
     return Provider(f"ours-{backend}{suffix}", make, peer=False, settings={"workspace_bytes": workspace_bytes})
 
@@ -101,8 +86,11 @@ def everybody(device):
         Provider("full-logits-compiled", lambda p: peers.full_logits(p, compiled=True)),
         Provider("trl", peers.trl, settings=peers.TRL_SETTINGS),
         Provider("liger", peers.liger, settings={"compiled": False, "chunk_rows": peers.LIGER_ROWS}),
+        Provider("liger-logits", peers.liger_from_logits),
         Provider("liger-scaled-ce", peers.liger_scaled_cross_entropy),
         Provider("verl", peers.verl),
+        Provider("verl-torch", peers.verl_torch),
         Provider("cut-cross-entropy", peers.cut_cross_entropy, settings={"filter_eps": "default"}),
+        Provider("torch-lce", peers.torch_linear_cross_entropy),
         *(ours(name) for name in others if name == "torch"),
     ]

@@ -13,19 +13,23 @@ import types
 
 import torch
 
-import grpo_kernels
+from ..objective import objective
+from .problem import Result
 
-from .context import Absent
-from .inputs import Scored
+
+class Absent(Exception):
+    """A provider cannot do this here; the message says why."""
+
 
 _TRL_COLUMNS = 32768  # TRL 1.16's trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 TRL_SETTINGS = {"rows": "kept only", "columns": _TRL_COLUMNS}
-LIGER_ROWS = 1024  # of a chunk; a sequence each by default, which would be more and smaller products
+# of a chunk of Liger's; by default a sequence each, which on a GPU would be more and smaller products
+LIGER_ROWS, LIGER_CPU_ROWS = 1024, 128
 
 
 def full_logits(p, compiled=False):
     """The head's product in the inputs' dtype, log-probs in float32; the entropy only where it is asked for."""
-    function = _scores if not p.workload.gradients else _log_probs
+    function = _scores if not p.workload.gradients or _needs_entropy(p) else _log_probs
     if compiled:
         function = _compiled(function)
 
@@ -78,10 +82,11 @@ def liger(p):
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
     if not p.workload.gradients:
         raise Absent("it has no log-probs of its own")
-    c = p.config
+    _refuse_entropy(p)
+    c, rows = p.config, LIGER_ROWS if p.hidden.is_cuda else LIGER_CPU_ROWS
     # compiled=True hands torch.compile a new function in every call
     fused = LigerFusedLinearGRPOLoss(
-        beta=c.beta, compiled=False, use_ref_model=c.beta != 0, chunk_size=max(1, LIGER_ROWS // p.shape.length),
+        beta=c.beta, compiled=False, use_ref_model=c.beta != 0, chunk_size=max(1, rows // p.shape.length),
         epsilon_low=c.epsilon, epsilon_high=c.upper_epsilon, loss_type=c.loss_type,
         importance_sampling_level=c.importance_sampling_level, use_bias_correction_kl=c.use_bias_correction_kl,
     )  # fmt: skip
@@ -92,7 +97,33 @@ def liger(p):
             hidden, weight, p.ids, p.mask, p.advantages, ref_per_token_logps=p.ref_logps, old_per_token_logps=p.old_logps
         )
         loss.backward()
-        return Scored(loss.detach(), None, hidden.grad, weight.grad)
+        return Result(loss.detach(), None, hidden.grad, weight.grad)
+
+    return run
+
+
+def liger_from_logits(p):
+    """Its Triton kernel on logits that plain PyTorch has made."""
+    with _absent_unless_imported():
+        from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+    if not p.hidden.is_cuda:
+        raise Absent("its kernels need a GPU")
+    if not p.workload.gradients:
+        raise Absent("it has no log-probs of its own")
+    _refuse_entropy(p)
+    c = p.config
+
+    def run():
+        hidden, weight = p.leaves()
+        # it drops the last position of every sequence, as the logits of a whole model have one too many
+        logits = torch.nn.functional.pad(hidden, (0, 0, 0, 1)) @ weight.T
+        loss, _ = triton_grpo_loss(
+            logits, p.old_logps, p.ref_logps, p.ids, p.advantages, p.mask, temperature=1.0, beta=c.beta, eps_low=c.epsilon,
+            eps_high=c.upper_epsilon, loss_type=c.loss_type, importance_sampling_level=c.importance_sampling_level, reduce=True,
+            use_bias_correction_kl=c.use_bias_correction_kl,
+        )  # fmt: skip
+        loss.backward()
+        return Result(loss.detach(), None, hidden.grad, weight.grad)
 
     return run
 
@@ -120,12 +151,17 @@ def verl(p):
     return _with_objective(p, lambda hidden, weight, ids: linear_cross_entropy(hidden, weight, ids, 1.0, "none"))
 
 
+def verl_torch(p):
+    """verl's chunked loop in PyTorch, without kernels."""
+    fused = _verl_function("verl.utils.experimental.torch_functional", "FusedLinearForPPO")()
+    return _with_objective(p, lambda hidden, weight, ids: fused(hidden, weight, ids, 1.0))
+
+
 @functools.cache
-def _verl_function():
-    name = "verl.utils.kernel.linear_cross_entropy"
+def _verl_function(name="verl.utils.kernel.linear_cross_entropy", function="linear_cross_entropy"):
     with _absent_unless_imported():
         try:
-            return importlib.import_module(name).linear_cross_entropy
+            return getattr(importlib.import_module(name), function)
         except ImportError:
             # verl's own __init__ wants ray, tensordict and more, none of which the kernels use: bare packages in their place
             found = importlib.util.find_spec("verl")
@@ -134,11 +170,11 @@ def _verl_function():
             for module in [m for m in sys.modules if m == "verl" or m.startswith("verl.")]:
                 del sys.modules[module]
             folder = found.submodule_search_locations[0]
-            for package, path in (("verl", ""), ("verl.utils", "/utils"), ("verl.plugin", "/plugin")):
+            for package in ("verl", "verl.utils", "verl.plugin", "verl.utils.experimental"):
                 bare = types.ModuleType(package)
-                bare.__path__ = [folder + path]
+                bare.__path__ = [folder + package.removeprefix("verl").replace(".", "/")]
                 sys.modules[package] = bare
-            return importlib.import_module(name).linear_cross_entropy
+            return getattr(importlib.import_module(name), function)
 
 
 def cut_cross_entropy(p):
@@ -146,11 +182,41 @@ def cut_cross_entropy(p):
         from cut_cross_entropy import linear_cross_entropy
     if not p.hidden.is_cuda:
         raise Absent("its kernels need a GPU")
+    _refuse_entropy(p)
 
     def scores(hidden, weight, ids):
         return -linear_cross_entropy(hidden, weight, ids, reduction="none").float(), None
 
     return _with_objective(p, scores)
+
+
+def torch_linear_cross_entropy(p, chunked=False):
+    """torch 2.13's own, per token; without its options it is the full logits and a cross-entropy in their dtype."""
+    function = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    if function is None:
+        raise Absent(f"torch {torch.__version__} has no linear_cross_entropy")
+    _refuse_entropy(p)
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+
+    def scores(hidden, weight, ids):
+        return -function(hidden, weight, ids, reduction="none", options=options).float(), None
+
+    return _with_objective(p, scores)
+
+
+def quack(p):
+    with _absent_unless_imported():
+        importlib.import_module("quack")
+    raise Absent("its fused linear cross-entropy returns a mean or a sum, whose tokens cannot be weighted by their advantages")
+
+
+def _needs_entropy(p):
+    return p.config.top_entropy_quantile < 1
+
+
+def _refuse_entropy(p):
+    if _needs_entropy(p):
+        raise Absent("it has no entropy to choose tokens by")
 
 
 @contextlib.contextmanager
@@ -172,13 +238,13 @@ def _with_objective(p, scores):
             logps = logps.view(shape)
             entropy = None if entropy is None else entropy.view(shape)
         if not p.workload.gradients:
-            return Scored(logps=logps, entropy=entropy)
-        loss, _ = grpo_kernels.objective(
+            return Result(logps=logps, entropy=entropy)
+        loss, _ = objective(
             logps, torch.zeros_like(logps) if entropy is None else entropy, p.advantages, p.mask, old_logps=p.old_logps,
             ref_logps=p.ref_logps, config=p.config,
         )  # fmt: skip
         loss.backward()
-        return Scored(
+        return Result(
             loss.detach(), logps.detach(), hidden.grad, weight.grad, None if entropy is None else entropy.detach()
         )
 

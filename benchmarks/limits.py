@@ -1,0 +1,75 @@
+"""A record of `grpo-kernels bench` against what the library promises on a quiet machine of two cores; exit status 1 if it misses.
+
+    python -m benchmarks.limits benchmarks/results/cpu.json
+
+Time at 1024 tokens, D 896, V 151,936, bf16. Memory of ours beyond the gradients (float32 and final dW, dH): within the workspace
+and 256 MiB; and from 4096 tokens on the process may grow with them by their hidden states and gradient only.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+from grpo_kernels.bench.providers import FULL, LIGER, OURS, PRODUCTS, TRL
+
+ALLOWANCE = 256 * 2**20
+SHAPE = {"tokens": 1024, "depth": 896, "vocab": 151_936, "dtype": "bfloat16"}
+# at most this many times the bare products, and at least this many times faster than the others
+LIMITS = {
+    "dense": (1.10, {FULL: 1.8, TRL: 5, LIGER: 6}),
+    "realistic": (1.20, {FULL: 4, TRL: 5, LIGER: 10}),
+    "frozen": (1.10, {FULL: 1.6, TRL: 4}),
+    "logprobs": (1.10, {FULL: 1.3}),
+    "sequence": (1.20, {FULL: 1.6}),
+}
+
+
+def verdicts(rows):
+    """(holds, sentence) for every limit whose rows are there."""
+    good = [r for r in rows if r["status"] == "ok"]
+    timed = {(r["path"], r["provider"]): r for r in good if r["shape"] == SHAPE and "kind" not in r}
+    for workload, (ceiling, faster) in LIMITS.items():
+        ours = timed.get((workload, OURS))
+        if ours is None:
+            continue
+        if (workload, PRODUCTS) in timed:
+            yield ours["ratio"] <= ceiling, f"{workload}: {ours['ratio']:.2f} x the products that remain, at most {ceiling:.2f}"
+        for name, factor in faster.items():
+            if other := timed.get((workload, name)):
+                gain = other["median"] / ours["median"]
+                yield gain >= factor, f"{workload}: {gain:.2f} x faster than {name}, at least {factor:g}"
+    yield from _memory([r for r in good if r["provider"] == OURS and r["peak_bytes"] and "gradient_bytes" in r])
+
+
+def _memory(ours):
+    for r in ours:
+        excess, allowed = r["peak_bytes"] - r["gradient_bytes"], r["workspace_bytes"] + ALLOWANCE
+        what = f"{r['path']}, {r['shape']['tokens']} tokens x {r['shape']['vocab']}"
+        yield excess <= allowed, f"{what}: {_mib(excess)} MiB beyond the gradients, at most {_mib(allowed)}"
+    # the smallest count may do without the float32 sum behind dW
+    head = (SHAPE["depth"], SHAPE["vocab"])
+    points = [r for r in ours if r.get("kind") == "scaling" and (r["shape"]["depth"], r["shape"]["vocab"]) == head]
+    for a, b in itertools.pairwise([r for r in points if r["shape"]["tokens"] >= 4096]):
+        allowed = (b["shape"]["tokens"] - a["shape"]["tokens"]) * 2 * a["shape"]["depth"] * 2 + ALLOWANCE // 8
+        grown = b["peak_bytes"] + b["data_bytes"] - a["peak_bytes"] - a["data_bytes"]
+        what = f"{a['shape']['tokens']} to {b['shape']['tokens']} tokens"
+        yield grown <= allowed, f"{what}: the process grows by {_mib(grown)} MiB, at most {_mib(allowed)}"
+
+
+def _mib(size):
+    return f"{size / 2**20:.0f}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    found = list(verdicts(json.loads(parser.parse_args(argv).file.read_text())))
+    for holds, sentence in found:
+        print("ok  " if holds else "MISS", sentence)
+    return 0 if found and all(holds for holds, _ in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

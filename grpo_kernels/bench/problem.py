@@ -1,0 +1,173 @@
+"""Shape and workload -> seeded tensors as workloads.py describes them, and the truth of their loss.
+
+Hidden states are noise plus a multiple of the head's rows of the tokens that shall be likely: rows of a random head are nearly
+orthogonal, so that those tokens' logits rise by that multiple and the others stay. The token of a row is one of the likely ones
+with their probability, any other otherwise.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from .. import reference
+from ..config import GRPOLossConfig
+from .shapes import Shape
+from .workloads import FORK_TOKENS, FORKS, LIKELY, ODDS, Workload, draw_batch, draw_log_ratios
+
+_ROWS = 128  # a step of 128 rows of a large vocabulary is above malloc's largest threshold: its memory goes back at once
+_CHECKED = 256  # tokens: with a head of 152k x 4096 float64 takes 15 GiB for them
+
+
+@dataclass(frozen=True)
+class Problem:
+    shape: Shape
+    workload: Workload
+    config: GRPOLossConfig
+    hidden: torch.Tensor  # [B, T, D]
+    weight: torch.Tensor  # [V, D]
+    ids: torch.Tensor  # [B, T]
+    advantages: torch.Tensor  # [B]
+    mask: torch.Tensor  # [B, T] bool
+    old_logps: torch.Tensor | None  # [B, T] float32
+    ref_logps: torch.Tensor | None = None
+    workspace: int | None = None  # bytes; None is the library's default
+
+    def leaves(self):
+        """Fresh (hidden, weight) on the same memory, requiring the gradients that the workload wants."""
+        w = self.workload
+        return self.hidden.detach().requires_grad_(w.gradients), self.weight.detach().requires_grad_(w.gradients and w.trains_head)
+
+    @property
+    def kept(self):
+        return int(self.mask.sum())
+
+    @property
+    def live(self):
+        """Kept tokens of sequences whose advantage is not 0, without those that the entropy leaves out."""
+        live = int((self.mask & (self.advantages != 0).unsqueeze(1)).sum())
+        return live if self.config.top_entropy_quantile == 1 else min(live, math.ceil(self.config.top_entropy_quantile * self.kept))
+
+
+def make_problem(shape: Shape, workload: Workload, seed=0, device="cpu") -> Problem:
+    """Drawn on the CPU, whatever the device, so that the same numbers are measured everywhere."""
+    g = torch.Generator().manual_seed(seed)
+    shape = workload.laid_out(shape)
+    B, T, D, V = shape.sequences, shape.length, shape.depth, shape.vocab
+    dtype = getattr(torch, shape.dtype)
+    weight = torch.empty(V, D, dtype=dtype).normal_(generator=g).mul_(D**-0.5)
+    hidden, ids = _flat(B * T, D, V, g) if workload.flat else _peaked(B * T, weight, g)
+    hidden, weight, ids = hidden.to(dtype).to(device), weight.to(device), ids.to(device)
+    mask, advantages = draw_batch(workload, B, T, g)
+    old = None
+    if workload.off_policy:
+        # rounded as the dtype rounds it: the bands of the ratios leave room for that
+        log_ratios = draw_log_ratios(workload.level, advantages, T, g)
+        old = _logps(hidden, weight, ids).view(B, T) - log_ratios.to(device)
+    hidden, ids, advantages, mask = hidden.view(B, T, D), ids.view(B, T), advantages.to(device), mask.to(device)
+    return Problem(shape, workload, workload.config(), hidden, weight, ids, advantages, mask, old)
+
+
+def _flat(N, D, V, g):
+    spread = 1 + 3 * torch.rand(N, 1, generator=g)
+    return torch.randn(N, D, generator=g) * spread, torch.randint(V, (N,), generator=g)
+
+
+def _peaked(N, weight, g):
+    """(hidden [N, D], ids [N])."""
+    V, D = weight.shape
+    uniform = lambda *size: torch.rand(size, generator=g)  # noqa: E731
+    spread = 1 + uniform(N, 1)
+    hidden = torch.randn(N, D, generator=g) * spread
+    kind = uniform(N)
+    fork, likely = kind < FORKS, (kind >= FORKS) & (kind < FORKS + LIKELY)
+    low, high = (
+        torch.where(fork, ODDS["fork"][i], torch.where(likely, ODDS["likely"][i], ODDS["certain"][i])).float() for i in (0, 1)
+    )
+    odds = low + (high - low) * uniform(N)
+    candidates = torch.randint(V, (N, FORK_TOKENS), generator=g)
+    used = torch.ones(N, FORK_TOKENS)
+    used[~fork, 1:] = 0.0
+    # sum over exp of normal logits: ln V + variance / 2
+    height = math.log(V) + spread.squeeze(1).square() / 2 + odds - used.sum(1).log()
+    for j in range(FORK_TOKENS):
+        direction = weight[candidates[:, j]].float()
+        own = (hidden * direction).sum(1)  # of the noise: taken out, so that the odds are the ones drawn
+        norm = direction.square().sum(1)
+        hidden += direction * (used[:, j] * (height - own) / norm).unsqueeze(1)
+    chosen = candidates.gather(1, (uniform(N) * used.sum(1)).long().unsqueeze(1)).squeeze(1)
+    return hidden, torch.where(uniform(N) < odds.sigmoid(), chosen, torch.randint(V, (N,), generator=g))
+
+
+@torch.no_grad()
+def _logps(hidden, weight, ids):
+    """Log-probs [N] float32, of logits in the inputs' dtype."""
+    found = []
+    for h, token in zip(hidden.split(_ROWS), ids.split(_ROWS), strict=True):
+        z = (h @ weight.T).float()
+        found.append(z.gather(1, token.unsqueeze(1)).squeeze(1) - z.logsumexp(-1))
+    return torch.cat(found)
+
+
+def checked_part(problem: Problem) -> Problem:
+    """A copy of some hundred tokens under the same head, spread evenly over every sequence: what float64 can be asked for."""
+    p = problem
+    length = max(1, _CHECKED // p.shape.sequences)
+    if length >= p.shape.length:
+        return p
+    at = torch.linspace(0, p.shape.length - 1, length).long().to(p.mask.device)
+    cut = lambda x: None if x is None else x[:, at].contiguous()  # noqa: E731
+    return replace(
+        p, shape=replace(p.shape, length=length), hidden=cut(p.hidden), ids=cut(p.ids), mask=cut(p.mask),
+        old_logps=cut(p.old_logps), ref_logps=cut(p.ref_logps),
+    )  # fmt: skip
+
+
+@dataclass
+class Result:
+    """What a provider computed; None is what the workload does not ask for, or the provider does not return."""
+
+    loss: torch.Tensor | None = None
+    logps: torch.Tensor | None = None  # [B, T]
+    d_hidden: torch.Tensor | None = None  # [B, T, D]
+    d_weight: torch.Tensor | None = None  # [V, D]
+    entropy: torch.Tensor | None = None  # [B, T]
+
+
+def truth(p: Problem, sequences=None) -> Result:
+    """The tested reference in float64, some sequences at a time: with num_items fixed, dapo is a sum over sequences.
+
+    Not so a quantile of the entropy, which is one of the whole batch.
+    """
+    w, device = p.workload, p.hidden.device
+    if p.config.top_entropy_quantile < 1:
+        sequences = p.shape.sequences
+    sequences = sequences or max(1, _CHECKED // p.shape.length)
+    weight = p.weight.double().requires_grad_(w.gradients and w.trains_head)
+    zeros = lambda *size: torch.zeros(size, dtype=torch.float64, device=device)  # noqa: E731
+    result = Result(zeros(), zeros(*p.mask.shape), entropy=zeros(*p.mask.shape))
+    if w.gradients:
+        result.d_hidden = zeros(*p.hidden.shape)
+    for start in range(0, p.shape.sequences, sequences):
+        s = slice(start, start + sequences)
+        part = lambda x: None if x is None else x[s].double()  # noqa: E731, B023
+        hidden = p.hidden[s].double().requires_grad_(w.gradients)
+        with torch.set_grad_enabled(w.gradients):
+            out = reference.grpo_loss(
+                hidden, weight, p.ids[s], part(p.advantages), p.mask[s], old_logps=part(p.old_logps), ref_logps=part(p.ref_logps),
+                num_items=p.kept, config=p.config,
+            )  # fmt: skip
+        if w.gradients:
+            out.loss.backward()
+            result.d_hidden[s] = hidden.grad
+        result.loss += out.loss.detach()
+        result.logps[s], result.entropy[s] = out.logps, out.entropy
+    result.d_weight = weight.grad
+    return result
+
+
+def truth_bytes(p: Problem) -> int:
+    """What `truth` takes at most: weight, its gradient and one more, logits and what autograd keeps of them."""
+    rows = p.shape.tokens if p.config.top_entropy_quantile < 1 else min(p.shape.tokens, max(_CHECKED, p.shape.length))
+    heads = 1 if not p.workload.gradients else 2 if rows == p.shape.tokens else 3
+    return 8 * p.shape.vocab * (heads * p.shape.depth + 6 * rows)

@@ -1,0 +1,122 @@
+"""Who computes the loss: a function problem -> a call without arguments that returns a `Result`.
+
+What is made in the function (preallocated outputs, flattened views) is not timed; everything the call does is. A provider that
+cannot run, or not this workload, raises `Absent` with the reason.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import backends
+from ..logprobs import linear_logprobs
+from ..loss import fused_linear_grpo_loss
+from . import peers
+from .peers import Absent
+from .problem import Problem, Result
+
+PRODUCT_ROWS = 512
+_OWN = "grpo_kernels"
+
+
+@dataclass(frozen=True)
+class Provider:
+    name: str
+    make: Callable[[Problem], Callable[[], Result]]
+    about: str = ""
+    quick: bool = False  # in a quick run unless others are asked for
+    logits: int = 0  # bytes of every logit of the call that are in memory together
+    settings: dict = field(default_factory=dict)
+    note: str | None = None  # what it was asked to do where that is not obvious
+
+    @property
+    def ours(self):
+        return self.name.startswith(_OWN)
+
+
+def ours(backend="auto"):
+    def make(p):
+        try:
+            resolved = backends.resolve(backend, p.hidden.device, p.hidden.dtype, p.shape.vocab)
+        except RuntimeError as reason:
+            raise Absent(str(reason)) from reason
+        options = {"workspace_bytes": p.workspace, "backend": resolved}
+
+        def logprobs():
+            with torch.no_grad():
+                out = linear_logprobs(p.hidden, p.weight, p.ids, mask=p.mask, **options)
+            return Result(logps=out.logps, entropy=out.entropy)
+
+        def loss():
+            hidden, weight = p.leaves()
+            out = fused_linear_grpo_loss(
+                hidden, weight, p.ids, p.advantages, p.mask, old_logps=p.old_logps, ref_logps=p.ref_logps, config=p.config,
+                **options,
+            )  # fmt: skip
+            out.loss.backward()
+            return Result(out.loss.detach(), out.logps, hidden.grad, weight.grad, out.entropy)
+
+        return loss if p.workload.gradients else logprobs
+
+    return make
+
+
+def _products(p: Problem):
+    """The floor: nothing but the products that are needed, on outputs that exist already, dW overwritten per chunk.
+
+    Rows that need no gradient are only multiplied by the head, masked ones not at all. A fused call can be below it: oneDNN
+    is faster on 1024 rows than on twice 512, and dz^T h faster from a transposed copy than from a transposed view.
+    """
+    kept = p.mask.flatten().nonzero().squeeze(1)
+    rows = p.hidden.flatten(0, 1)[kept]
+    live = p.live if p.workload.gradients else 0
+    z = rows.new_empty(min(PRODUCT_ROWS, rows.shape[0]), p.shape.vocab)
+    dh, dw = torch.empty_like(rows), torch.empty_like(p.weight)
+
+    def run():
+        for start in range(0, rows.shape[0], PRODUCT_ROWS):
+            h = rows[start : start + PRODUCT_ROWS]
+            tile = torch.mm(h, p.weight.T, out=z[: h.shape[0]])
+            n = min(max(live - start, 0), h.shape[0])
+            if n:
+                torch.mm(tile[:n], p.weight, out=dh[start : start + n])
+                if p.workload.trains_head:
+                    torch.mm(tile[:n].T, h[:n], out=dw)
+        return Result()
+
+    return run
+
+
+PRODUCTS, OURS, FULL, TRL, LIGER = "products", _OWN, "full_logits", "trl", "liger"
+_SCORES_ONLY = "asked for log-probs per token, under our objective in PyTorch"
+PROVIDERS = {
+    p.name: p
+    for p in (
+        Provider(PRODUCTS, _products, "the matrix products alone: the floor", quick=True, settings={"rows": PRODUCT_ROWS}),
+        Provider(OURS, ours(), "this library, backend='auto'", quick=True),
+        *(Provider(f"{_OWN}-{name}", ours(name), f"this library, backend={name!r}") for name in backends.available_backends()),
+        Provider(FULL, peers.full_logits, "plain PyTorch through all logits", quick=True, logits=14),
+        Provider("full_logits-compiled", lambda p: peers.full_logits(p, compiled=True), "the same under torch.compile", logits=14),
+        Provider(TRL, peers.trl, "TRL's chunked log-probs", quick=True, settings=peers.TRL_SETTINGS, note=_SCORES_ONLY),
+        Provider(LIGER, peers.liger, "LigerFusedLinearGRPOLoss", quick=True,
+                 settings={"compiled": False, "chunk_rows": {"cuda": peers.LIGER_ROWS, "cpu": peers.LIGER_CPU_ROWS}}),
+        Provider("liger-logits", peers.liger_from_logits, "Liger's Triton loss on full logits", logits=8),
+        Provider("liger-scaled-ce", peers.liger_scaled_cross_entropy, "Liger's scaled cross-entropy", note=_SCORES_ONLY),
+        Provider("verl", peers.verl, "verl's Triton kernel", note=_SCORES_ONLY),
+        Provider("verl-torch", peers.verl_torch, "verl's chunks in PyTorch", note=_SCORES_ONLY),
+        Provider("cce", peers.cut_cross_entropy, "Apple's cut cross-entropy", note=_SCORES_ONLY,
+                 settings={"filter_eps": "default"}),
+        Provider("torch-lce", peers.torch_linear_cross_entropy, "torch's own linear_cross_entropy", logits=14,
+                 note=f"{_SCORES_ONLY}; options=None, its reference path"),
+        Provider("torch-lce-chunked", lambda p: peers.torch_linear_cross_entropy(p, chunked=True), "the same, with its chunking",
+                 logits=14, note=_SCORES_ONLY),
+        Provider("quack", peers.quack, "quack's linear cross-entropy"),
+    )
+}  # fmt: skip
+
+
+def default_names(quick, device, dtype=torch.bfloat16):
+    """All of them, our backends only where they are not what "auto" takes; a quick run has a few."""
+    resolved = backends.resolve("auto", device, dtype)
+    return [name for name, p in PROVIDERS.items() if (p.quick or not quick) and name != f"{_OWN}-{resolved}"]

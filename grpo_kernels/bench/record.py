@@ -1,0 +1,105 @@
+"""One row of the JSON: who, what, on which shape, how long, how much memory, how far from the truth, on what."""
+
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+
+PACKAGES = (
+    "torch", "triton", "transformers", "trl", "liger-kernel", "nvidia-cutlass-dsl", "verl", "cut-cross-entropy",
+    "quack-kernels", "numpy",
+)  # fmt: skip
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def row(provider, path, shape, times=(), *, status="ok", note=None, ratios=(), **more) -> dict:
+    """``median`` and ``spread`` (the interquartile range) in seconds; ``ratio`` to the bare products, likewise, over the rounds."""
+    return {
+        "provider": provider,
+        "path": path,
+        "shape": shape if shape is None or isinstance(shape, dict) else shape.fields(),
+        "status": status,
+        "note": note,
+        "median": statistics.median(times) if times else None,
+        "spread": spread(times),
+        "rounds": len(times),
+        "times": [round(t, 6) for t in times],
+        "ratio": statistics.median(ratios) if ratios else None,
+        "ratio_spread": spread(ratios),
+        "ratio_range": [min(ratios), max(ratios)] if ratios else None,
+        "peak_bytes": None,
+        "error": None,
+        **more,
+        **environment(),
+    }
+
+
+def ratios(times, floor):
+    """Per round: ``times`` over those of the floor in the same round. Both are {round: seconds}."""
+    return [times[i] / floor[i] for i in times if i in floor]
+
+
+def spread(times):
+    if len(times) < 2:
+        return None
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return high - low
+
+
+def environment() -> dict:
+    on_gpu = torch.cuda.is_available()
+    known = {name: found for name in PACKAGES if (found := installed(name))}
+    return {
+        "versions": {"grpo-kernels": __version__, **known, "python": platform.python_version()},
+        "commit": commit(),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+@functools.cache
+def commit():
+    """The short hash of the source tree, with + behind it if files were changed since; None outside of a checkout."""
+    run = lambda *a: subprocess.run(["git", *a], cwd=_PACKAGE, capture_output=True, text=True)  # noqa: E731
+    try:
+        top = run("rev-parse", "--show-toplevel")
+        # an environment inside of somebody's repository is no checkout of this one
+        if top.returncode or Path(top.stdout.strip(), _PACKAGE.name).resolve() != _PACKAGE:
+            return None
+        head, changed = run("rev-parse", "--short", "HEAD"), run("status", "--porcelain", "--", ".", "../csrc")
+    except OSError:
+        return None
+    return None if head.returncode else head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def write(path, rows):
+    """A JSON array, one row per line."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+
+
+def installed(name):
+    """The version of a distribution, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
