@@ -10,7 +10,7 @@ from . import memory, record
 
 VARIANTS = ("model", "thin trainer", "trl stock", "trl patched", "trl fused")
 MODEL = VARIANTS[0]
-LENGTHS = (64, 256)
+LENGTHS = (64, 256, 512)
 PROCESS = {"own": "grpo_kernels.bench.step_process", "trl": "grpo_kernels.bench.step_trl"}
 
 
