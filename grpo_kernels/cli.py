@@ -65,7 +65,7 @@ def bench(argv):
 
 def train(argv):
     from .trainer import GRPOTrainer, demo
-    from .trainer.arguments import parse, read_jsonl
+    from .trainer.arguments import leave_together, parse, read_jsonl
     from .trainer.rewards import load_reward
 
     try:
@@ -78,13 +78,16 @@ def train(argv):
         raise UsageError(error) from error
     if run.is_demo:
         demo.run(args)
-        return
-    trainer = GRPOTrainer(run.model, rewards, args, data, eval_dataset=evaluation)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
-    if evaluation:
-        print({name: round(value, 4) for name, value in trainer.evaluate().items()})
-    print(f"model: {args.output_dir}")
+    else:
+        trainer = GRPOTrainer(run.model, rewards, args, data, eval_dataset=evaluation)
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model(args.output_dir)
+        metrics = trainer.evaluate() if evaluation else None
+        if args.process_index == 0:
+            if evaluation:
+                print({name: round(value, 4) for name, value in metrics.items()})
+            print(f"model: {args.output_dir}")
+    leave_together(args)
 
 
 def _suggest(name, known):

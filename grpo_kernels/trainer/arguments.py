@@ -5,6 +5,7 @@ import difflib
 import json
 from dataclasses import dataclass, field
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -57,6 +58,15 @@ def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
     if run.is_demo and (run.reward or run.eval_data):
         raise ValueError("--reward and --eval_data need --model and --data; the demo brings its own")
     return run, args
+
+
+def leave_together(args):
+    """The end of a run on several processes: one that is gone before the others are done would make them fail."""
+    if args.world_size > 1:
+        torch.distributed.barrier()
+        # gloo's destructor joins threads that may be waiting for the interpreter it holds: one run in ten hung
+        if args.device.type != "cpu":
+            torch.distributed.destroy_process_group()
 
 
 def read_yaml(path) -> dict:

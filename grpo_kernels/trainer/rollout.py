@@ -74,8 +74,11 @@ def sampling_config(args, model, tokenizer) -> GenerationConfig:
 
 
 @torch.no_grad()
-def sample(model, prompt_ids: list[list[int]], config: GenerationConfig) -> Completions:
-    """One completion per row of ``prompt_ids``, sampled in eval mode; the model's mode is restored."""
+def sample(model, prompt_ids: list[list[int]], config: GenerationConfig, synced_gpus=False) -> Completions:
+    """One completion per row of ``prompt_ids``, sampled in eval mode; the model's mode is restored.
+
+    With ``synced_gpus`` all processes run the model equally often, as a sharded one needs.
+    """
     width = max(map(len, prompt_ids))
     pads = [width - len(ids) for ids in prompt_ids]
     ids = torch.tensor([[config.pad_token_id] * n + row for n, row in zip(pads, prompt_ids, strict=True)])
@@ -84,7 +87,7 @@ def sample(model, prompt_ids: list[list[int]], config: GenerationConfig) -> Comp
     training = model.training
     model.eval()
     try:
-        full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config)
+        full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=synced_gpus)
     finally:
         model.train(training)
     mask, terminated = completion_mask(full[:, width:], config.eos_token_id)
@@ -95,6 +98,24 @@ def completion_mask(completion_ids, eos_ids) -> tuple[torch.Tensor, torch.Tensor
     """[B, T] ids -> (True up to and including the first EOS [B, T], whether there is one [B])."""
     is_eos = torch.isin(completion_ids, torch.tensor(eos_ids or [-1], device=completion_ids.device))
     return (is_eos.cumsum(1) - is_eos.long()) == 0, is_eos.any(1)
+
+
+def joined(batches: list[dict], pad_token_id) -> dict:
+    """Batches of a rollout as one, their prompts padded on the left and what is per token of the completion on the right."""
+    P = max(batch["input_ids"].shape[1] - batch["mask"].shape[1] for batch in batches)
+    T = max(batch["mask"].shape[1] for batch in batches)
+    whole = {}
+    for name in batches[0]:
+        fill = (pad_token_id or 0) if name == "input_ids" else 0
+        parts = []
+        for batch in batches:
+            x, t = batch[name], batch["mask"].shape[1]
+            if x.dim() > 1:
+                left = P + t - x.shape[1] if name in ("input_ids", "attention_mask") else 0
+                x = torch.nn.functional.pad(x, (left, T - t), value=fill)
+            parts.append(x)
+        whole[name] = torch.cat(parts)
+    return whole
 
 
 def length_metrics(drawn: Completions) -> dict[str, torch.Tensor]:

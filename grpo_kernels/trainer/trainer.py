@@ -13,8 +13,13 @@
 
 A run is a function of its arguments: the n-th rollout takes the n-th stretch of prompts and its own random numbers, both
 computed from seed and n. A checkpoint holds a rollout that is still being trained on, so a resumed run continues bit by bit.
+
+On several processes (DDP, FSDP2, DeepSpeed; examples/accelerate) each samples and trains on its share of a rollout. Which
+completions a step takes, their advantages, the loss and the logged metrics are those of one process with the whole batch;
+only the dice are rolled by each process for itself. Groups may straddle processes.
 """
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -23,6 +28,7 @@ import os
 from collections import defaultdict
 
 import torch
+from accelerate.utils import DistributedType, fsdp2_prepare_model, gather_object
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
@@ -32,7 +38,7 @@ from ..logprobs import linear_logprobs
 from ..loss import fused_linear_grpo_loss
 from .config import GRPOConfig
 from .rewards import reward_metrics, reward_names, score
-from .rollout import length_metrics, sample, sampling_config, seeded, tokenize
+from .rollout import joined, length_metrics, sample, sampling_config, seeded, tokenize
 
 
 class GRPOTrainer(Trainer):
@@ -111,7 +117,13 @@ class GRPOTrainer(Trainer):
             model=model, args=args, data_collator=list, train_dataset=train_dataset, eval_dataset=eval_dataset,
             processing_class=processing_class, callbacks=callbacks,
         )  # fmt: skip
-        self.ref_model = reference and self.accelerator.prepare_model(reference, evaluation_mode=True)
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("fsdp_version must be 2, got 1: set it in the accelerate config or in fsdp_config")
+        if reference is not None and self.accelerator.is_fsdp2:  # prepare_model would leave it whole, and on the CPU
+            reference = fsdp2_prepare_model(self.accelerator, reference)
+        elif reference is not None:
+            reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        self.ref_model = reference
 
     # ---- 1. rollout ----
 
@@ -145,15 +157,14 @@ class GRPOTrainer(Trainer):
         """Tensors of this process's share of rollout ``index``, one row per completion."""
         args, rank = self.args, self.args.process_index
         groups = args.generation_batch_size // args.num_generations
-        prompts = [self._nth_row(index * groups + i) for i in range(groups)]
-        share = args.generation_batch_size // args.world_size
-        mine = slice(rank * share, (rank + 1) * share)
-        rows = [row for row in prompts for _ in range(args.num_generations)][mine]
+        layout = self._layout()
+        rows = [self._nth_row(index * groups + i // args.num_generations) for i in layout[rank].tolist()]
         with seeded(args.seed, "rollout", index, rank):
             batch, rewards = self._sample_and_score(rows, "train")
-        rewards = self.accelerator.gather(rewards)
+        layout, gathered = layout.to(rewards.device), self.accelerator.gather(rewards)
+        rewards = torch.empty_like(gathered).index_copy(0, layout.flatten(), gathered)
         group_ids = torch.arange(groups, device=rewards.device).repeat_interleave(args.num_generations)
-        batch["advantages"] = self._advantages(rewards, group_ids, "train")[mine]
+        batch["advantages"] = self._advantages(rewards, group_ids, "train")[layout[rank]]
         if args.steps_per_rollout > 1:
             # in training mode, dropout included, as the loss will be; its draws must not depend on what a checkpoint forgets
             self.model.train()
@@ -161,6 +172,12 @@ class GRPOTrainer(Trainer):
                 batch["old_logps"] = self._logps(self.model, batch)
         self.state.num_input_tokens_seen += self.accelerator.reduce(batch["attention_mask"].sum(), "sum").item()
         return batch
+
+    def _layout(self):
+        """[processes, share] completions of a rollout by number. A step takes one stretch of them, however many processes."""
+        args = self.args
+        numbers = torch.arange(args.generation_batch_size).view(-1, args.world_size, args.per_device_train_batch_size)
+        return numbers.transpose(0, 1).flatten(1)
 
     def _nth_row(self, n):
         """Row ``n`` of the endless stream of prompts: epoch after epoch, each in an order of its own."""
@@ -173,13 +190,15 @@ class GRPOTrainer(Trainer):
             position = self._order[1][position]
         return self.train_dataset[position]
 
-    def _sample_and_score(self, rows, mode):
+    def _sample_and_score(self, rows, mode, counts=True):
         """Sample one completion per row; returns the model's inputs for them and their rewards [B, K]."""
         prompts = [row["prompt"] for row in rows]
         tokenizer = self.processing_class
         prompt_ids = tokenize(tokenizer, prompts, self.args.chat_template_kwargs)
         causal_lm = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
-        drawn = sample(causal_lm, prompt_ids, sampling_config(self.args, causal_lm, tokenizer))
+        # a sharded model is gathered in every forward, so all processes sample until the last one has done
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        drawn = sample(causal_lm, prompt_ids, sampling_config(self.args, causal_lm, tokenizer), synced_gpus=sharded)
         completion_ids = [
             ids[kept].tolist() for ids, kept in zip(drawn.input_ids[:, -drawn.mask.shape[1] :], drawn.mask, strict=True)
         ]
@@ -192,8 +211,10 @@ class GRPOTrainer(Trainer):
         columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
         if self.args.remove_unused_columns:
             columns = {}
-        rewards = score(self.reward_funcs, prompts, completions, completion_ids, columns).to(drawn.mask.device)
-        self._record(length_metrics(drawn), mode)
+        with self._raising_together():
+            rewards = score(self.reward_funcs, prompts, completions, completion_ids, columns).to(drawn.mask.device)
+        for name, value in length_metrics(drawn).items():
+            self._record({name: value}, mode, counts * (drawn.terminated.sum() if "terminated" in name else len(rows)))
         batch = {"input_ids": drawn.input_ids, "attention_mask": drawn.attention_mask, "mask": drawn.mask}
         if self.args.beta != 0:
             batch["ref_logps"] = self._reference_logps(batch)
@@ -201,12 +222,28 @@ class GRPOTrainer(Trainer):
 
     # ---- 2. and 3. reward and advantage ----
 
+    @contextlib.contextmanager
+    def _raising_together(self):
+        """Where one process raises, all of them do, naming it, instead of waiting for it in the next collective."""
+        error = None
+        try:
+            yield
+        except Exception as raised:
+            if self.args.world_size == 1:
+                raise
+            error = raised
+        if self.args.world_size > 1:
+            said = error and f"rank {self.args.process_index} raised {type(error).__name__}: {error}"
+            errors = [text for text in gather_object([said]) if text]
+            if errors:
+                raise RuntimeError("; ".join(errors)) from error
+
     def _advantages(self, rewards, group_ids, mode):
-        """[B, K] rewards of whole groups -> [B] advantages."""
+        """[B, K] rewards of whole groups, the same on all processes -> [B] advantages."""
         args, weights = self.args, None
         if args.reward_weights is not None:
             weights = torch.tensor(args.reward_weights, device=rewards.device)
-        self._record(reward_metrics(rewards, group_ids, weights, reward_names(self.reward_funcs)), mode)
+        self._record(reward_metrics(rewards, group_ids, weights, reward_names(self.reward_funcs)), mode, len(rewards))
         return group_advantages(
             rewards, group_ids, scale_rewards=args.scale_rewards, weights=weights,
             aggregation=args.multi_objective_aggregation,
@@ -216,18 +253,33 @@ class GRPOTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one micro-batch, made inside the wrapped model's forward."""
-        mask = inputs["mask"]
+        mask, made = inputs["mask"], []
 
         def loss(hidden, head):
-            return fused_linear_grpo_loss(
+            output = fused_linear_grpo_loss(
                 _predicting(hidden, mask), head.weight, inputs["input_ids"][:, -mask.shape[1] :], inputs["advantages"], mask,
                 bias=head.bias, lora=head.lora, old_logps=inputs.get("old_logps"), ref_logps=inputs.get("ref_logps"),
                 num_items=inputs.get("num_items"), data_parallel_group=self._data_parallel_group, config=self.loss_config,
             )  # fmt: skip
+            made.append(output)
+            return output.loss
 
-        output = model(**self._model_inputs(inputs), fused_lm_head=loss)
-        self._record(output.metrics, "train" if model.training else "eval")
-        return (output.loss, output) if return_outputs else output.loss
+        loss = model(**self._model_inputs(inputs), fused_lm_head=loss)
+        (output,) = made
+        loss = loss + (output.loss.detach() - loss.detach())  # FSDP2 under bf16 rounds what a forward returns, log-probs too
+        metrics = output.metrics if model.training else output.metrics | {"loss": loss.detach()}
+        for name, value in metrics.items():
+            self._record({name: value}, "train" if model.training else "eval", self._weight(name, inputs))
+        return (loss, output) if return_outputs else loss
+
+    def _weight(self, name, inputs):
+        """What a metric of a micro-batch is a mean over: kept tokens, or sequences."""
+        config, tokens, sequences = self.loss_config, inputs["mask"].sum(), inputs.get("sequences", len(inputs["mask"]))
+        if name in ("loss", "policy_loss"):
+            return sequences if "num_items" in inputs or config.loss_type in ("grpo", "sapo", "luspo", "dr_grpo") else tokens
+        if name in ("entropy", "kl") or not (config.sequence_level or config.loss_type == "vespo"):
+            return tokens
+        return sequences
 
     @torch.no_grad()
     def _logps(self, model, batch):
@@ -238,13 +290,14 @@ class GRPOTrainer(Trainer):
             mask = part["mask"]
 
             def logps(hidden, head, part=part, mask=mask):
-                return linear_logprobs(
+                parts.append(linear_logprobs(
                     _predicting(hidden, mask), head.weight, part["input_ids"][:, -mask.shape[1] :], mask=mask, bias=head.bias,
                     lora=head.lora, temperature=config.temperature, logit_scale=config.logit_scale, softcap=config.softcap,
-                ).logps  # fmt: skip
+                ).logps)  # fmt: skip
+                return parts[-1]
 
             with self.compute_loss_context_manager():
-                parts.append(model(**self._model_inputs(part), fused_lm_head=logps))
+                model(**self._model_inputs(part), fused_lm_head=logps)
         return torch.cat(parts)
 
     def _reference_logps(self, batch):
@@ -272,20 +325,28 @@ class GRPOTrainer(Trainer):
         args = self.args
         _check_dataset("eval_dataset", dataset, needed=True)
         repeats = args.num_generations_eval or args.num_generations
-        at_once = max(args.per_device_eval_batch_size // repeats, 1) * args.world_size
+        each = max(args.per_device_eval_batch_size // repeats, 1)
         training = self.model.training
         self.model.eval()
-        for first in range(0, len(dataset), at_once):
-            # every process takes part in every round, if need be with a prompt that another one has already had
-            mine = range(first + args.process_index, first + at_once, args.world_size)
-            rows = [dataset[i] for i in mine if i < len(dataset)] or [dataset[first]]
-            rows = [row for row in rows for _ in range(repeats)]
+        for first in range(0, len(dataset), each * args.world_size):
+            numbers = range(first, min(first + each * args.world_size, len(dataset)))
+            mine = numbers[each * args.process_index :][:each]
+            # every process takes part in every round, if need be with a prompt of another one that does not count
+            rows = [dataset[i] for i in mine or [first] for _ in range(repeats)]
             with seeded(args.seed, "eval", first, args.process_index), torch.no_grad():
-                batch, rewards = self._sample_and_score(rows, "eval")
-                group_ids = torch.arange(len(rows) // repeats, device=rewards.device).repeat_interleave(repeats)
-                batch["advantages"] = self._advantages(rewards, group_ids, "eval")
+                batch, rewards = self._sample_and_score(rows, "eval", counts=bool(mine))
+                everywhere = rewards.new_zeros(each * repeats, rewards.shape[1])
+                everywhere[: len(rewards)] = rewards
+                rewards = self.accelerator.gather(everywhere)[: len(numbers) * repeats]
+                group_ids = torch.arange(len(numbers), device=rewards.device).repeat_interleave(repeats)
+                advantages = self._advantages(rewards, group_ids, "eval")
+                own = advantages[each * repeats * args.process_index :][: len(rows)]
+                batch["advantages"] = own if mine else advantages.new_zeros(len(rows))
+                batch["sequences"] = len(mine) * repeats
+                if not mine:
+                    batch["mask"] = torch.zeros_like(batch["mask"])
                 with self.compute_loss_context_manager():
-                    self._record({"loss": self.compute_loss(self.model, batch)}, "eval")
+                    self.compute_loss(self.model, batch)
         self.model.train(training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._mean_metrics("eval").items()}
         self.log(metrics)
@@ -297,41 +358,77 @@ class GRPOTrainer(Trainer):
             logs |= self._mean_metrics("train") | {"num_tokens": self.state.num_input_tokens_seen}
         super().log(logs, start_time)
 
-    def _record(self, metrics, mode):
+    def _record(self, metrics, mode, weight):
         for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
+            self._metrics[mode][name].append((value.float(), torch.as_tensor(weight, device=value.device).float()))
 
     def _mean_metrics(self, mode):
-        """Means since the last call, over the processes too; a reward that was never scorable has none."""
+        """Of all that was recorded since the last call, on all processes: means by weight, minima and maxima by name.
+
+        One collective, of the same size on every process. What had no weight anywhere, or was nan, has no entry.
+        """
         recorded, self._metrics[mode] = self._metrics[mode], defaultdict(list)
         if not recorded:
             return {}
-        names = sorted(recorded)
-        means = torch.stack([torch.stack(recorded[name]).float().nanmean() for name in names])
-        means = self.accelerator.reduce(means, reduction="mean").tolist()
-        return {name: mean for name, mean in zip(names, means, strict=True) if not math.isnan(mean)}
+        rows = []
+        for _, pairs in sorted(recorded.items()):
+            values, weights = (torch.stack(x) for x in zip(*pairs, strict=True))
+            counts = (weights > 0) & ~values.isnan()
+            weights, values = weights.where(counts, 0.0), values.where(counts, 0.0)
+            low, high = values.masked_fill(~counts, math.inf).amin(), values.masked_fill(~counts, -math.inf).amax()
+            rows.append(torch.stack([(values * weights).sum(), weights.sum(), low, high]))
+        everywhere = self.accelerator.gather(torch.stack(rows).unsqueeze(0))  # [processes, metrics, 4]
+        sums, low, high = everywhere[..., :2].sum(0), everywhere[..., 2].amin(0), everywhere[..., 3].amax(0)
+        metrics = {}
+        figures = torch.stack([*sums.unbind(1), low, high], dim=1).tolist()
+        for name, (total, weight, lowest, highest) in zip(sorted(recorded), figures, strict=True):
+            if weight > 0:
+                kind = next((word for word in ("min", "max") if name.endswith(f"_{word}") or f"/{word}_" in name), "mean")
+                metrics[name] = {"mean": total / weight, "min": lowest, "max": highest}[kind]
+        return metrics
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.state.global_step % self.args.steps_per_rollout:
             os.makedirs(output_dir, exist_ok=True)
-            torch.save({"index": self._rollout_index, "rollout": self._rollout}, self._rollout_file(output_dir))
+            rows = self._layout()[self.args.process_index]
+            saved = {"index": self._rollout_index, "rollout": self._rollout, "rows": rows, "processes": self.args.world_size}
+            torch.save(saved, _rollout_file(output_dir, self.args.process_index))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not self.state.global_step % self.args.steps_per_rollout:
             return
-        if not os.path.isfile(self._rollout_file(checkpoint)):
-            raise FileNotFoundError(
-                f"{self._rollout_file(checkpoint)}: step {self.state.global_step} is amid a rollout, without which the run "
-                "cannot go on as it was; resume from a checkpoint that holds it, or from a step divisible by "
-                f"{self.args.steps_per_rollout}"
-            )
-        saved = torch.load(self._rollout_file(checkpoint), map_location=self.args.device, weights_only=True)
-        self._rollout, self._rollout_index = saved["rollout"], saved["index"]
 
-    def _rollout_file(self, folder):
-        return os.path.join(folder, f"rollout_{self.args.process_index}.pt")
+        def load(rank):
+            path = _rollout_file(checkpoint, rank)
+            if not os.path.isfile(path):
+                raise FileNotFoundError(
+                    f"{path}: step {self.state.global_step} is amid a rollout, without which the run cannot go on as it was; "
+                    f"resume from a checkpoint that holds it, or from a step divisible by {self.args.steps_per_rollout}"
+                )
+            return torch.load(path, map_location="cpu", weights_only=True)  # "cpu:0", a rank's device, is not known to it
+
+        processes, rank = load(0)["processes"], self.args.process_index
+        if processes == self.args.world_size:
+            saved = load(rank)
+            self._rollout, self._rollout_index = self._prepare_inputs(saved["rollout"]), saved["index"]
+            return
+        parts = [load(i) for i in range(processes)]
+        rows = torch.cat([part["rows"] for part in parts])
+        if len(rows) != self.args.generation_batch_size:
+            raise ValueError(
+                f"generation_batch_size must be that of the checkpoint, which is amid a rollout of {len(rows)} completions, "
+                f"got {self.args.generation_batch_size}"
+            )
+        whole = joined([part["rollout"] for part in parts], self.processing_class.pad_token_id)
+        own = rows.argsort()[self._layout()[rank]]
+        self._rollout_index = parts[0]["index"]
+        self._rollout = self._prepare_inputs({name: x[own] for name, x in whole.items()})
+
+
+def _rollout_file(folder, rank):
+    return os.path.join(folder, f"rollout_{rank}.pt")
 
 
 def _predicting(hidden, mask):
