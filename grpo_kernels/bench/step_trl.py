@@ -18,6 +18,7 @@ def trl_trainer(variant, layers, folder):
         model=model, reward_funcs=no_reward, args=GRPOConfig(**options(folder)),
         train_dataset=Dataset.from_list([{"prompt": "a"}] * SEQUENCES), processing_class=tokenizer,
     )  # fmt: skip
+    trainer.model.gradient_checkpointing_enable()  # as train() does by TRL's default, and as the other variants do
     return trainer, lambda inputs: trainer._compute_loss(trainer.model, inputs)
 
 
