@@ -4,24 +4,21 @@ them, and a rank that raises ends the run on both.
 The dice are each process's own, so completions are given here, by rollout and row; everything after them is the trainer's.
 """
 
-import datetime
 import functools
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import state
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
+from ranks import join, launch
 from test_trainer import DATA, config, tiny_model, weights
 from test_trainer import trainer as plain_trainer
 from torch.distributed.tensor import DTensor
@@ -147,10 +144,7 @@ def use_fsdp():
 
 
 def work(rank, folder, port):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), OMP_NUM_THREADS="1")  # fmt: skip
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SECONDS / 2))
+    join(rank, port, RANKS, SECONDS)
 
     def keep(name, result):
         torch.save(result, folder / f"{name}-{rank}")
@@ -184,22 +178,9 @@ SAMPLE = module.sample
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where both ranks left their results."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("needs gloo")
     path = tmp_path_factory.mktemp("ranks")
     torch.save(outcome(path / "one", **SAVED), path / "saved by one")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    processes = mp.spawn(work, (path, port), nprocs=RANKS, join=False)
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, "the ranks wait for each other"
-    finally:
-        for process in processes.processes:
-            if process.is_alive():
-                process.kill()
+    launch(work, path, RANKS, SECONDS)
     return path
 
 

@@ -1,16 +1,12 @@
 """TRL's trainer on two ranks under DDP and FSDP2: stock, patched and fused runs are the same, and gradients are those of one
 process with the joined batch, however many tokens each rank keeps."""
 
-import datetime
 import itertools
 import os
-import socket
-import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tolerance import assert_close
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +17,7 @@ trl = pytest.importorskip("trl")
 
 from accelerate import state  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from ranks import join, launch  # noqa: E402
 from test_trainer import DATA, digit_sum, make_tokenizer, tiny_model, weights  # noqa: E402
 from test_trl import OFF_POLICY, STOCK, assert_same, grpo, saved  # noqa: E402
 
@@ -135,10 +132,7 @@ def of_all_kinds(run):
 
 
 def work(rank, folder, port):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), OMP_NUM_THREADS="1")  # fmt: skip
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SECONDS / 2))
+    join(rank, port, RANKS, SECONDS)
     model = saved(folder)
     for loss, kept, wrapper in itertools.product(LOSSES, KEPT, WRAPPERS):
         inputs = part_of(joined(KEPT[kept]), rank)
@@ -157,22 +151,9 @@ def work(rank, folder, port):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where both ranks left their results."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("needs gloo")
     path = tmp_path_factory.mktemp("ranks")
     saved(path)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    processes = mp.spawn(work, (path, port), nprocs=RANKS, join=False)
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, "the ranks wait for each other"
-    finally:
-        for process in processes.processes:
-            if process.is_alive():
-                process.kill()
+    launch(work, path, RANKS, SECONDS)
     return path
 
 
