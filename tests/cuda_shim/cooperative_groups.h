@@ -20,6 +20,4 @@ struct cluster_group {
   }
 };
 
-inline cluster_group this_cluster() { return {}; }
-
 }  // namespace cooperative_groups

@@ -89,17 +89,8 @@ inline unsigned lane() { return threadIdx.x % 32; }
 inline void __syncthreads(int line = __builtin_LINE()) { shim::block_barrier(line); }
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int from, int = 32, int line = __builtin_LINE()) {
-  return shim::shuffle(mask, value, unsigned(from) % 32, line);
-}
-template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance, int = 32, int line = __builtin_LINE()) {
   return shim::shuffle(mask, value, shim::lane() ^ unsigned(distance), line);
-}
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, int distance, int = 32, int line = __builtin_LINE()) {
-  const unsigned from = shim::lane() + unsigned(distance);
-  return shim::shuffle(mask, value, from < 32 ? from : shim::lane(), line);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   unsigned votes = 0;
