@@ -1,4 +1,4 @@
-# make demo | test | test-verl | bench | kernels | gpu | lint | clean
+# make demo | test | test-verl | soak | bench | kernels | gpu | lint | clean
 #
 # A virtual environment is made in .venv on first use; VENV=path takes another one.
 PYTHON ?= python3
@@ -19,11 +19,12 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 BUILD_CUDA ?= 0
 TEST_ARGS ?=
 BENCH_ARGS ?=
+SOAK_ARGS ?=
 # make gpu PART=paths,kernels GPU_ARGS="--minutes 20"; its parts are listed in benchmarks/gpu/parts.py
 PART ?=
 GPU_ARGS ?=
 
-.PHONY: demo test test-verl bench kernels gpu lint clean
+.PHONY: demo test test-verl soak bench kernels gpu lint clean
 
 demo: $(STAMP)
 	$(BIN)/grpo-kernels train
@@ -34,6 +35,10 @@ test: $(STAMP)
 test-verl: $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps $(VERL)
 	$(BIN)/python -m pytest -q tests/test_verl.py $(TEST_ARGS)
+
+# The long ones: memory over a thousand steps, kills, drift, the planner, fuzzing. SOAK_ARGS="kill --seed 3" runs one.
+soak: $(STAMP)
+	$(BIN)/python -m benchmarks.soak $(SOAK_ARGS)
 
 bench: $(STAMP)
 	$(BIN)/grpo-kernels bench --json benchmarks/results/latest.json $(BENCH_ARGS)

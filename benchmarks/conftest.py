@@ -3,13 +3,14 @@
 import gc
 
 import pytest
+import torch
 
 from grpo_kernels.bench import clock as clocks
-from grpo_kernels.bench.check import accept, errors
 from grpo_kernels.bench.command import QUICK_TOKENS, QUICK_WORKLOADS
+from grpo_kernels.bench.measure import checked, find_truth
 from grpo_kernels.bench.peers import Absent
-from grpo_kernels.bench.problem import checked_part, make_problem, truth
-from grpo_kernels.bench.providers import PRODUCTS, PROVIDERS, default_names
+from grpo_kernels.bench.problem import make_problem
+from grpo_kernels.bench.providers import PROVIDERS, default_names
 from grpo_kernels.bench.shapes import TINY, Shape
 from grpo_kernels.bench.workloads import WORKLOADS
 
@@ -37,24 +38,27 @@ class Calls:
     def __init__(self, option):
         self.clock = clocks.here()
         self.shape = TINY if option.tiny else Shape().of(QUICK_TOKENS)
-        self.workload = self.problem = self.part = self.truth = None
+        self.workload, self.problem, self.shared = None, None, []
 
     def make(self, workload, name):
         """Skips the test where the provider cannot; raises where it is wrong."""
         if self.workload != workload:
-            self.problem = self.part = self.truth = None
             gc.collect()
             self.workload, self.problem = workload, make_problem(self.shape, WORKLOADS[workload], device=self.clock.device)
-            self.part = checked_part(self.problem)
-            self.truth = truth(self.part)
-        provider = PROVIDERS[name]
+            self.known, why = find_truth(self.problem, self.clock, self.shared)
+            if self.known is None:
+                pytest.skip(why)
         try:
-            if name != PRODUCTS:
-                found = errors(provider.make(self.part)(), self.truth, self.part.advantages.abs().mean().item())
-                accept(name, found, WORKLOADS[workload].gradients)
-            return provider.make(self.problem)
+            call = checked(PROVIDERS[name], self.problem, self.known, {})
         except Absent as why:
             pytest.skip(f"{name}: {why}")
+
+        def to_its_end():
+            call()
+            if self.clock.device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return to_its_end
 
 
 @pytest.fixture(scope="session")

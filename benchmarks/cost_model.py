@@ -11,9 +11,12 @@ and each part once more over F ranks that hold different tokens (FSDP). D depth,
 
 from dataclasses import dataclass
 
+from grpo_kernels.plan import DEFAULT_GPU_WORKSPACE_BYTES, Problem, peak_bytes, plan
+
 ELEMENT = 2  # bf16
 FLOAT32 = 4
 STATISTICS = 4  # float32 numbers a row
+REFUSALS, COUNTS = 16 * 8, 3 * 8  # the exchanges before the first tile
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,23 @@ def bytes_moved(model: Model, step: Step, tile_rows: int, ranks: int = 1) -> int
 
 def handed_to_collectives(model: Model, step: Step, element: int = ELEMENT, accumulate: int = FLOAT32) -> dict:
     """Bytes that one rank of a vocabulary-parallel head hands to each kind of collective, as `parallel.counted` counts them."""
-    handed = {"statistics": STATISTICS * accumulate * step.kept}
+    handed = {"sizes": REFUSALS + COUNTS, "statistics": STATISTICS * accumulate * step.kept}
     if step.trained:
         handed["dH"] = step.trained * model.depth * element
     if step.two_phases:
         handed["rows"] = step.kept
+    return handed
+
+
+def handed_to_data_parallel(tokens: int, means: int, quantile: bool, accumulate: int = FLOAT32) -> dict:
+    """Bytes that one rank hands to the collectives over its ``data_parallel_group``: ``tokens`` is B T of the longest rank, masked
+    ones too; ``means`` how many counts bnpo and the entropy bonus take: one each in two phases, two in one pass.
+    """
+    handed = {"sizes": REFUSALS}
+    if means:
+        handed["means"] = means * accumulate
+    if quantile:
+        handed["quantile"] = accumulate + 8 + tokens * accumulate  # a count, a length, the entropies
     return handed
 
 
@@ -89,25 +104,34 @@ def sent(model: Model, step: Step, tensor: int, sharded: int) -> dict:
     }
 
 
+def problem(model: Model, step: Step, workspace: int = DEFAULT_GPU_WORKSPACE_BYTES, ranks: int = 1) -> Problem:
+    """What a GPU's rank asks of plan.py."""
+    return Problem(
+        live=step.trained, dead=step.kept - step.trained, vocab=-(-model.vocab // ranks), depth=model.depth, element_size=ELEMENT,
+        tile_size=FLOAT32, needs_weight=step.trains_head, budget=workspace, sums_directly=True,
+    )  # fmt: skip
+
+
 def memory(model: Model, step: Step, workspace: int, ranks: int = 1) -> int:
-    """Peak of one pass beyond weights and activations: dH, dW with its float32 sum, workspace. Full logits: N V / P elements."""
-    shard = -(-model.vocab // ranks) * model.depth
-    return step.kept * model.depth * ELEMENT + shard * FLOAT32 + workspace
+    """Peak beyond weights and activations, by plan.py: dH, dW with its float32 sum, workspace. Full logits: N V / P elements."""
+    return peak_bytes(problem(model, step, workspace, ranks), step.kept, two_phases=step.two_phases)
 
 
-def tables(step: Step = Step(8192, 6144), tile_rows: int = 1280, workspace: int = 768 * 2**20) -> str:
+def tables(step: Step = Step(8192, 6144), workspace: int = DEFAULT_GPU_WORKSPACE_BYTES) -> str:
     """The tables of docs/scaling.md."""
     gib, mib = 2**30, 2**20
     lines = [
-        "| model | TP x FSDP | TFLOP | GiB moved | sent: statistics | dH | head gathered | dW reduced | peak | logits in bf16 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | TP x FSDP | rows of a tile | TFLOP | GiB moved | sent: statistics | dH | head gathered | dW reduced | peak "
+        "| logits in bf16 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model in MODELS:
         for tensor, sharded in LAYOUTS:
             out = sent(model, step, tensor, sharded)
+            tile_rows = plan(problem(model, step, workspace, tensor)).tile_rows
             logits = step.kept * -(-model.vocab // tensor) * ELEMENT
             cells = [
-                model.name, f"{tensor} x {sharded}", f"{operations(model, step, tensor) / 1e12:.1f}",
+                model.name, f"{tensor} x {sharded}", str(tile_rows), f"{operations(model, step, tensor) / 1e12:.1f}",
                 f"{bytes_moved(model, step, tile_rows, tensor) / gib:.1f}", *(f"{size / mib:.1f} MiB" for size in out.values()),
                 f"{memory(model, step, workspace, tensor) / gib:.2f} GiB", f"{logits / gib:.2f} GiB",
             ]  # fmt: skip

@@ -277,7 +277,7 @@ void gradient_row(T* row, int64_t columns, int64_t target, const RowTransform<T>
   using A = acc_t<T>;
   using V = vec_t<T>;
   if (d.g == 0 && (!d.has_entropy || d.g_entropy == 0)) {
-    std::memset(static_cast<void*>(row), 0, columns * sizeof(T));
+    if (columns > 0) std::memset(static_cast<void*>(row), 0, columns * sizeof(T));  // an empty tile has no address
     return;
   }
   const bool has_target = target >= 0 && target < columns;

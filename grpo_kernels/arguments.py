@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from .config import GRPOLossConfig
+from .config import GRPOLossConfig, QuantileOnly
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
@@ -59,7 +59,7 @@ def check_loss_arguments(
         config=config, temperature=temperature, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     _check_kept_rows(kept_rows, mask)
-    check_group("data_parallel_group", data_parallel_group)
+    _check_data_parallel_group(data_parallel_group)
     return LossArguments(hidden=hidden, weight=weight, bias=bias, lora=lora, **loss)
 
 
@@ -73,7 +73,7 @@ def check_logits_arguments(
     tokens = _token_shape(logits, tensors["cu_seqlens"], dims=3, name="logits")
     loss = _check_per_token(tokens, logits.device, completion_ids, advantages, mask, config=config, **tensors)
     _check_kept_rows(kept_rows, mask)
-    check_group("data_parallel_group", data_parallel_group)
+    _check_data_parallel_group(data_parallel_group)
     return LossArguments(hidden=logits, weight=None, bias=None, lora=None, **loss)
 
 
@@ -102,7 +102,8 @@ def check_head(hidden, weight, bias, lora, vocab_parallel_group):
     if hidden.dim() < 1:
         raise ValueError("hidden must be [..., D], got a 0-dim tensor")
     depth = hidden.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != depth or weight.shape[0] < 1 or depth < 1:
+    fewest = 1 if vocab_parallel_group is None else 0  # a rank may hold none of the vocabulary's rows
+    if weight.dim() != 2 or weight.shape[1] != depth or weight.shape[0] < fewest or depth < 1:
         raise ValueError(f"weight must be [V, D = {depth}] with V, D >= 1, got {list(weight.shape)}")
     vocab = weight.shape[0]
     if bias is not None:
@@ -218,6 +219,10 @@ def check_group(name, group):
         raise TypeError(f"{name} must be a torch.distributed group or None, got {kind(group)}")
 
 
+def _check_data_parallel_group(group):
+    check_group("data_parallel_group", group.group if isinstance(group, QuantileOnly) else group)
+
+
 def _check_mask(mask, tokens, device):
     if not isinstance(mask, torch.Tensor) or mask.is_complex():
         raise TypeError(f"mask must be a bool or 0/1 tensor, got {kind(mask)}")
@@ -254,7 +259,7 @@ def host_may_wait(like) -> bool:
     """False under torch.compile and while a CUDA graph is captured: nothing may synchronise with the host then."""
     if torch.compiler.is_compiling():
         return False
-    return not (like.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not (getattr(like, "is_cuda", False) and torch.cuda.is_current_stream_capturing())
 
 
 def value_flags(mask, token_ids, vocab, advantages=None, temperature=None, layout=None) -> torch.Tensor:

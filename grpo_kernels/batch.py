@@ -2,11 +2,11 @@
 
 from .arguments import PackedLayout
 from .coefficients import known_zero, on_policy_coefficients
-from .objective import objective, prepare, token_weights
+from .objective import objective, prepare, token_count, token_weights
 
 
 class LossBatch:
-    """Made once per call from its checked arguments."""
+    """Made once per call from its checked arguments; only `objective` and `row_vectors` have collectives."""
 
     def __init__(self, args, mask, config, dtype, data_parallel_group, wait=True):
         self.config, self.args = config, args
@@ -21,11 +21,11 @@ class LossBatch:
             "sampling_logps": pad(args.sampling_logps),
         }
         self.prepared = prepare(*self.inputs, dtype, **self.tensors, config=config)
-        self.weights = token_weights(self.prepared.mask, config, args.num_items)
 
     def live(self):
         """Tokens that may get a gradient, in the layout of the caller."""
-        return self.layout.unpad((self.prepared.mask > 0) & ~known_zero(self.prepared, self.weights, self.config))
+        weights = token_weights(self.prepared.mask, self.config, self.args.num_items)
+        return self.layout.unpad((self.prepared.mask > 0) & ~known_zero(self.prepared, weights, self.config))
 
     def objective(self, logps, entropy):
         return objective(
@@ -35,7 +35,8 @@ class LossBatch:
 
     def row_vectors(self, selection):
         """(w_policy, advantages, old, ref, w_kl, w_entropy) of the live rows, None where the loss has no such part."""
-        t, u, config = self.prepared, self.weights, self.config
+        t, config = self.prepared, self.config
+        u = token_weights(t.mask, config, self.args.num_items, self.group)
         vectors = dict.fromkeys(("w_policy", "advantages", "old", "ref", "w_kl", "w_entropy"))
         if t.old is None:
             vectors["w_policy"] = on_policy_coefficients(t, u, config)
@@ -45,5 +46,5 @@ class LossBatch:
         if t.ref is not None:
             vectors["ref"], vectors["w_kl"] = t.ref, config.beta * u
         if config.entropy_coef != 0:
-            vectors["w_entropy"] = -config.entropy_coef * t.mask / t.mask.sum().clamp(min=1)
+            vectors["w_entropy"] = -config.entropy_coef * t.mask / token_count(t.mask, self.group)
         return [None if x is None else selection.take(self.layout.unpad(x), live_only=True) for x in vectors.values()]

@@ -111,6 +111,13 @@ LOSS_FIELDS = tuple(field.name for field in dataclasses.fields(GRPOLossConfig))
 
 
 @dataclass(frozen=True)
+class QuantileOnly:
+    """A data_parallel_group for the entropy quantile alone: means stay those of this rank's tokens, as in TRL."""
+
+    group: object
+
+
+@dataclass(frozen=True)
 class LogitTransform:
     """What stands between the head's product and the softmax: scale, then softcap, then temperature."""
 

@@ -10,7 +10,9 @@ from .arguments import check_logits_arguments, host_may_wait, raise_bad_values, 
 from .backends.pytorch import new_statistics
 from .batch import LossBatch
 from .config import GRPOLossConfig, LogitTransform
+from .objective import group_in_use
 from .outputs import GRPOLossOutput
+from .parallel import refusing_together
 from .products import accumulation_dtype
 from .row_statistics import finalize
 
@@ -55,25 +57,26 @@ def grpo_loss_from_logits(
     Raises:
         TypeError, ValueError, RuntimeError: as `fused_linear_grpo_loss`.
     """
-    args = check_logits_arguments(
-        logits, completion_ids, advantages, mask, old_logps=old_logps, ref_logps=ref_logps,
-        importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
-        config=config, temperature=temperature, cu_seqlens=cu_seqlens, kept_rows=kept_rows,
-        data_parallel_group=data_parallel_group, workspace_bytes=workspace_bytes, backend=backend,
-    )  # fmt: skip
-    vocab, accumulate = logits.shape[-1], accumulation_dtype(logits.dtype)
-    backend = backends.resolve(backend, logits.device, logits.dtype, vocab)
-    wait = kept_rows is None and host_may_wait(mask)
-    batch = LossBatch(args, mask, config, accumulate, data_parallel_group, wait)
-    flags = value_flags(mask, completion_ids, vocab, advantages, temperature, batch.layout)
-    correction = None
-    if wait:
-        raise_bad_values(flags.tolist(), vocab)
-    else:
-        correction = torch.zeros((), dtype=accumulate, device=logits.device).masked_fill(flags.sum() > 0, float("nan"))
+    wait = kept_rows is None and host_may_wait(logits)
+    with refusing_together(group_in_use(config, data_parallel_group) if wait else None, logits, "data_parallel_group"):
+        args = check_logits_arguments(
+            logits, completion_ids, advantages, mask, old_logps=old_logps, ref_logps=ref_logps,
+            importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
+            config=config, temperature=temperature, cu_seqlens=cu_seqlens, kept_rows=kept_rows,
+            data_parallel_group=data_parallel_group, workspace_bytes=workspace_bytes, backend=backend,
+        )  # fmt: skip
+        vocab, accumulate = logits.shape[-1], accumulation_dtype(logits.dtype)
+        backend = backends.resolve(backend, logits.device, logits.dtype, vocab)
+        batch = LossBatch(args, mask, config, accumulate, data_parallel_group, wait)
+        flags = value_flags(mask, completion_ids, vocab, advantages, temperature, batch.layout)
+        correction = None
+        if wait:
+            raise_bad_values(flags.tolist(), vocab)
+        else:
+            correction = torch.zeros((), dtype=accumulate, device=logits.device).masked_fill(flags.sum() > 0, float("nan"))
+        if not isinstance(inplace_backward, bool):
+            raise TypeError(f"inplace_backward must be True or False, got {type(inplace_backward).__name__}")
 
-    if not isinstance(inplace_backward, bool):
-        raise TypeError(f"inplace_backward must be True or False, got {type(inplace_backward).__name__}")
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
     inplace_backward = inplace_backward and not overlaps
 

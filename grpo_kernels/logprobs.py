@@ -9,7 +9,7 @@ from .arguments import check_group, check_logprob_arguments, host_may_wait, valu
 from .config import GRPOLossConfig, LogitTransform
 from .diagnostics import NAMES
 from .outputs import LogProbs
-from .parallel import VocabShard, gathered_sequence, of_dtensors, refusing_together
+from .parallel import VocabShard, gathered_sequence, group_of, of_dtensors, refusing_together
 from .plan import default_budget
 from .products import accumulation_dtype, tile_memory
 from .rows import Selection, flatten, select_rows
@@ -78,22 +78,24 @@ def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, tempera
     """
     wanted = [name in diagnostics for name in NAMES]
     per_token = temperature if isinstance(temperature, torch.Tensor) and temperature.dim() > 0 else None
-    if isinstance(temperature, torch.Tensor) and per_token is None:
-        temperature = temperature.item()
-    config = GRPOLossConfig(temperature=1.0 if per_token is not None else temperature, logit_scale=logit_scale, softcap=softcap)
     check_group("vocab_parallel_group", vocab_parallel_group)
-    hidden, weight, bias, lora, vocab_parallel_group = of_dtensors(hidden, weight, bias, lora, vocab_parallel_group)
+    vocab_parallel_group = group_of(weight, vocab_parallel_group)
     hidden = gathered_sequence(hidden, vocab_parallel_group) if sequence_parallel else hidden
-    with refusing_together(vocab_parallel_group, weight):
+    with refusing_together(vocab_parallel_group, hidden) as meeting:
+        hidden, weight, bias, lora = of_dtensors(hidden, weight, bias, lora, vocab_parallel_group)
+        if isinstance(temperature, torch.Tensor) and per_token is None:
+            temperature = temperature.item()
+        config = GRPOLossConfig(temperature=1.0 if per_token is not None else temperature, logit_scale=logit_scale, softcap=softcap)
         hidden, weight, bias, lora = check_logprob_arguments(
             hidden, weight, token_ids, mask, bias, per_token, lora, vocab_parallel_group, workspace_bytes, backend, config
         )
         if vocab_parallel_group is not None and any(wanted):
             raise ValueError("diagnostics must be empty with a vocab_parallel_group")
+        head = FusedHead.of(hidden, weight, bias, lora, config.transform, workspace_bytes, backend, meeting)
+        meeting.facts["which tensors are given"] = given_names(mask=mask, bias=bias, temperature=per_token)
+    head = head.sharded(meeting, sums_hidden and not sequence_parallel)
     if mask is None:
         mask = torch.ones(token_ids.shape, dtype=torch.bool, device=hidden.device)
-    head = FusedHead.of(hidden, weight, bias, lora, config.transform, workspace_bytes, backend, vocab_parallel_group,
-                        sums_hidden and not sequence_parallel)  # fmt: skip
     flags = value_flags(mask, token_ids, head.vocab, temperature=per_token)
     live = mask.bool() if any(head.needs(hidden)) else None
     selection = select_rows(mask, flags, head.vocab, live=live, shard=head.shard)
@@ -115,21 +117,28 @@ class FusedHead:
     shard: VocabShard | None = None
 
     @staticmethod
-    def of(hidden, weight, bias, lora, transform: LogitTransform, workspace_bytes, backend, vocab_parallel_group=None,
-           sums_hidden=True):  # fmt: skip
+    def of(hidden, weight, bias, lora, transform: LogitTransform, workspace_bytes, backend, meeting):
+        """Brings to the `Meeting` what must be the same on all ranks, and this rank's rows; `sharded` comes after it."""
         a, b, scale = (None, None, 1.0) if lora is None else lora
         scalars = [float(scale), transform.logit_scale, transform.softcap or 0.0, transform.temperature]
         budget = default_budget(weight.device.type) if workspace_bytes is None else int(workspace_bytes)
         backend = backends.resolve(backend, weight.device, weight.dtype, weight.shape[0])
         head = FusedHead((weight, bias, a, b), scalars, budget, backend)
-        if vocab_parallel_group is None:
+        if meeting.group is None:
             return head
-        facts = {
+        if not host_may_wait(weight):
+            raise RuntimeError("vocab_parallel_group cannot be used under torch.compile or while a CUDA graph is captured")
+        meeting.own_rows = weight.shape[0]
+        meeting.facts = {
             "rows of hidden": hidden.shape[:-1].numel(), "depth of hidden": hidden.shape[-1], "dtype": str(weight.dtype),
             "which tensors need a gradient": str(head.needs(hidden)), "workspace_bytes": budget, "temperature and factors": scalars,
-            "rank of the adapter": 0 if a is None else a.shape[0], "sequence_parallel": int(not sums_hidden),
+            "rank of the adapter": 0 if a is None else a.shape[0],
         }  # fmt: skip
-        return replace(head, shard=VocabShard.of(vocab_parallel_group, weight, facts, sums_hidden))
+        return head
+
+    def sharded(self, meeting, sums_hidden):
+        """With the other ranks' rows, once the `Meeting` is over; itself where there is no group."""
+        return self if meeting.group is None else replace(self, shard=VocabShard.of(meeting, sums_hidden))
 
     @property
     def vocab(self):
@@ -156,6 +165,11 @@ class FusedHead:
             target = target.clamp(0, self.vocab - 1)
             temperature = None if temperature is None else temperature.where(temperature > 0, 1.0)
         return target if self.shard is None else target - self.shard.offset, temperature
+
+
+def given_names(**tensors):
+    """The names of what is given."""
+    return [name for name, x in tensors.items() if x is not None]
 
 
 def row_logprobs(hidden, head: FusedHead, selection: Selection, token_ids, temperature, entropy_gradient=False,

@@ -14,9 +14,10 @@ from .arguments import check_group, check_loss_arguments, host_may_wait, value_f
 from .batch import LossBatch
 from .coefficients import row_terms
 from .config import LOSS_FIELDS, GRPOLossConfig
-from .logprobs import FusedHead, graph_is_retained, row_logprobs
+from .logprobs import FusedHead, given_names, graph_is_retained, row_logprobs
+from .objective import group_in_use
 from .outputs import GRPOLossOutput
-from .parallel import gathered_sequence, of_dtensors, refusing_together
+from .parallel import gathered_sequence, group_of, of_dtensors, refusing_together
 from .products import accumulation_dtype
 from .rows import flatten, select_rows
 
@@ -72,7 +73,8 @@ def fused_linear_grpo_loss(
             is a DTensor in Shard(0) brings its own group, and nothing of it is gathered.
         sequence_parallel: hidden is sharded over that group along its first dimension, in rank order: it is gathered here, and
             its gradient reduce-scattered.
-        data_parallel_group: torch.distributed group over which the entropy quantile is taken.
+        data_parallel_group: torch.distributed group over which the entropy quantile is taken, and bnpo and the entropy bonus
+            are means: the mean of the ranks' losses is then that of all their tokens. All ranks of it must call.
         cu_seqlens: [B + 1] int32, packed layout: hidden [N, D], every per-token tensor [N], advantages [B] or [N],
             importance_sampling_ratio [B, 1] or [N].
         kept_rows: [N] int64, ascending indices into the flattened tokens, equal to mask's nonzero. With it the forward does
@@ -93,26 +95,38 @@ def fused_linear_grpo_loss(
     Source: ratio, clipping, k3: Shao et al. 2024; the other losses as named in README.md.
     """
     check_group("vocab_parallel_group", vocab_parallel_group)
-    hidden, weight, bias, lora, vocab_parallel_group = of_dtensors(hidden, weight, bias, lora, vocab_parallel_group)
-    hidden = gathered_sequence(hidden, vocab_parallel_group) if sequence_parallel else hidden
-    with refusing_together(vocab_parallel_group, weight):
-        args = check_loss_arguments(
-            hidden, weight, completion_ids, advantages, mask, bias=bias, old_logps=old_logps, ref_logps=ref_logps,
-            importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
-            config=config, temperature=temperature, lora=lora, vocab_parallel_group=vocab_parallel_group,
-            cu_seqlens=cu_seqlens, kept_rows=kept_rows, workspace_bytes=workspace_bytes, backend=backend,
-            data_parallel_group=data_parallel_group,
-        )  # fmt: skip
-    head = FusedHead.of(
-        args.hidden, args.weight, args.bias, args.lora, config.transform, workspace_bytes, backend, vocab_parallel_group,
-        not sequence_parallel,
-    )  # fmt: skip
-    wait = kept_rows is None and host_may_wait(mask)
-    batch = LossBatch(args, mask, config, accumulation_dtype(args.hidden.dtype), data_parallel_group, wait)
-    flags = value_flags(mask, completion_ids, head.vocab, advantages, temperature, batch.layout)
-    trains = any(head.needs(args.hidden))
-    live = batch.live() if trains else None
-    selection = select_rows(mask, flags, head.vocab, live=live, kept_rows=kept_rows, shard=head.shard)
+    vocab_parallel_group = group_of(weight, vocab_parallel_group)
+    wait = kept_rows is None and host_may_wait(hidden)
+    with refusing_together(group_in_use(config, data_parallel_group) if wait else None, hidden, "data_parallel_group"):
+        hidden = gathered_sequence(hidden, vocab_parallel_group) if sequence_parallel else hidden
+        with refusing_together(vocab_parallel_group, hidden) as meeting:
+            hidden, weight, bias, lora = of_dtensors(hidden, weight, bias, lora, vocab_parallel_group)
+            args = check_loss_arguments(
+                hidden, weight, completion_ids, advantages, mask, bias=bias, old_logps=old_logps, ref_logps=ref_logps,
+                importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
+                config=config, temperature=temperature, lora=lora, vocab_parallel_group=vocab_parallel_group,
+                cu_seqlens=cu_seqlens, kept_rows=kept_rows, workspace_bytes=workspace_bytes, backend=backend,
+                data_parallel_group=data_parallel_group,
+            )  # fmt: skip
+            head = FusedHead.of(
+                args.hidden, args.weight, args.bias, args.lora, config.transform, workspace_bytes, backend, meeting
+            )
+            if meeting.group is not None:
+                given = given_names(
+                    bias=bias, old_logps=old_logps, ref_logps=ref_logps, importance_sampling_ratio=importance_sampling_ratio,
+                    sampling_logps=sampling_logps, num_items=num_items, temperature=temperature, cu_seqlens=cu_seqlens,
+                )  # fmt: skip
+                meeting.facts |= {
+                    "config": repr(config), "which tensors are given": given, "shape of advantages": list(advantages.shape),
+                    "length of kept_rows": -1 if kept_rows is None else kept_rows.numel(),
+                    "sequence_parallel": int(sequence_parallel),
+                }  # fmt: skip
+            batch = LossBatch(args, mask, config, accumulation_dtype(args.hidden.dtype), data_parallel_group, wait)
+        head = head.sharded(meeting, not sequence_parallel)
+        flags = value_flags(mask, completion_ids, head.vocab, advantages, temperature, batch.layout)
+        trains = any(head.needs(args.hidden))
+        live = batch.live() if trains else None
+        selection = select_rows(mask, flags, head.vocab, live=live, kept_rows=kept_rows, shard=head.shard)
     rows = flatten(args.hidden, mask, all_rows=kept_rows is None and not wait)
     if trains and coefficients_depend_on_their_row_alone(config, on_policy=old_logps is None):
         return _one_pass(rows, head, batch, selection, completion_ids, args.temperature, mask)

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import GRPOLossConfig
+from .config import GRPOLossConfig, QuantileOnly
+from .traffic import count as count_bytes
 
+OVER_SEQUENCES = ("grpo", "sapo", "luspo", "dr_grpo")
 EXP_BOUND = 80.0
 _FLOAT32_EXP_BOUND = 88.0
 _LOG_RATIO_BOUND = 20.0
@@ -46,7 +48,8 @@ def objective(
         importance_sampling_ratio: [B, T] or [B, 1] trainer / sampler correction.
         sampling_logps: [B, T], may hold nan; for the off-policy mask, falls back to ``old_logps``.
         num_items: divisor of dapo, cispo and vespo: a number, or a 0-dim tensor (clamped to >= 1); None = kept tokens.
-        data_parallel_group: torch.distributed group over which the entropy quantile is taken.
+        data_parallel_group: torch.distributed group over which the entropy quantile is taken, and bnpo and the entropy bonus
+            are means: the mean of the ranks' losses is then that of all their tokens. None, and `QuantileOnly`: as TRL's.
         config: the options.
 
     Returns:
@@ -77,19 +80,20 @@ def objective(
         s = s * _off_policy_mask(A, logps.detach(), old if t.sampling is None else t.sampling, m, config)
     active = m
     if config.top_entropy_quantile < 1.0:
-        active = m * _entropy_mask(entropy.detach(), m, config.top_entropy_quantile, data_parallel_group)
+        group = data_parallel_group.group if isinstance(data_parallel_group, QuantileOnly) else data_parallel_group
+        active = m * _entropy_mask(entropy.detach(), m, config.top_entropy_quantile, group)
         s = s * active
     if t.rho is not None and config.loss_type != "vespo":
         s = s * t.rho
 
-    u = token_weights(m, config, num_items)
+    u = token_weights(m, config, num_items, data_parallel_group)
     # where u is 0, so is the term: a masked token must not turn 0 * inf into NaN
     policy_loss = (u * s).where(m > 0, 0.0).sum()
     if t.ref is not None:
         policy_loss = policy_loss + config.beta * (u * k3).where(m > 0, 0.0).sum()
     loss = policy_loss
     if config.entropy_coef != 0:
-        loss = loss - config.entropy_coef * (entropy * active).sum() / active.sum().clamp(min=1)
+        loss = loss - config.entropy_coef * (entropy * active).sum() / token_count(active, data_parallel_group)
 
     with torch.no_grad():
         metrics = {"policy_loss": policy_loss.detach(), "entropy": _token_mean(entropy, m)}
@@ -135,7 +139,7 @@ def prepare(advantages, mask, dtype, old_logps, ref_logps, importance_sampling_r
     )
 
 
-def token_weights(m, config, num_items=None):
+def token_weights(m, config, num_items=None, data_parallel_group=None):
     """u: [B, T] mask times normaliser, so that every reduction is ``(u * l).sum()``."""
     sequences = max(m.shape[0], 1)
     if config.loss_type in ("grpo", "sapo"):
@@ -143,7 +147,7 @@ def token_weights(m, config, num_items=None):
     if config.loss_type == "luspo":
         return m / sequences
     if config.loss_type == "bnpo":
-        return m / m.sum().clamp(min=1)
+        return m / token_count(m, data_parallel_group)
     if config.loss_type == "dr_grpo":
         return m / (sequences * config.max_completion_length)
     if num_items is None:
@@ -151,6 +155,27 @@ def token_weights(m, config, num_items=None):
     elif isinstance(num_items, torch.Tensor):
         num_items = num_items.detach().to(m).clamp(min=1)
     return m / num_items
+
+
+def token_count(m, data_parallel_group=None):
+    """0-dim: the tokens that a mean is over, at least 1; with a group, the ranks' share of all its tokens."""
+    count = m.sum()
+    if data_parallel_group is None or isinstance(data_parallel_group, QuantileOnly):
+        return count.clamp(min=1)
+    count_bytes("means", count)
+    torch.distributed.all_reduce(count, group=data_parallel_group)
+    return count.clamp(min=1) / torch.distributed.get_world_size(data_parallel_group)
+
+
+def group_in_use(config, data_parallel_group):
+    """The group where the loss has collectives over it, else None."""
+    if data_parallel_group is None or not isinstance(config, GRPOLossConfig):
+        return None
+    only_quantile = isinstance(data_parallel_group, QuantileOnly)
+    means = config.loss_type == "bnpo" or config.entropy_coef != 0
+    if config.top_entropy_quantile == 1 and (only_quantile or not means):
+        return None
+    return data_parallel_group.group if only_quantile else data_parallel_group
 
 
 def sum_per_sequence(x):
@@ -220,6 +245,7 @@ def _entropy_mask(entropy, m, quantile, group):
     count = m.sum()
     if group is not None:
         values = _gather_ragged(values, group)
+        count_bytes("quantile", count)
         torch.distributed.all_reduce(count, group=group)
     if values.numel() == 0:
         return torch.zeros_like(m)
@@ -236,15 +262,28 @@ def _gather_ragged(values, group):
     """All ranks' values, padded with inf to the longest rank; the same two collectives whatever a rank holds."""
     world = torch.distributed.get_world_size(group)
     length = torch.full((), values.numel(), device=values.device)
+    count_bytes("quantile", length)
     torch.distributed.all_reduce(length, op=torch.distributed.ReduceOp.MAX, group=group)
     padded = values.new_full((int(length),), float("inf"))
     padded[: values.numel()] = values
     gathered = [torch.empty_like(padded) for _ in range(world)]
+    count_bytes("quantile", padded)
     torch.distributed.all_gather(gathered, padded, group=group)
     return torch.cat(gathered)
 
 
 # Metrics
+
+
+def metric_weight(name, config, tokens, sequences, shares=False, per_sequence=True):
+    """What a metric of a part of a batch counts for in the whole: ``tokens``, ``sequences``, or 1.
+
+    ``shares``: the parts' losses, divided by a part of a common count, average to the whole's. ``per_sequence``: so are advantages.
+    """
+    if name in ("loss", "policy_loss", "aux_loss"):
+        return sequences if config.loss_type in OVER_SEQUENCES else 1 if shares else tokens
+    over_tokens = name in ("entropy", "kl") or not (per_sequence and (config.sequence_level or config.loss_type == "vespo"))
+    return tokens if over_tokens else sequences
 
 
 def _token_mean(x, m):

@@ -5,15 +5,16 @@ Per tile of rows the ranks exchange their statistics, 16 bytes a row each, and m
 log-probs bit by bit; each then makes the gradient of its own columns, and the parts of dH are added up while the next tile is made.
 For N kept rows, T of them with a gradient, of depth D and element size e, on each of P ranks:
 
-    sizes and counts     2 exchanges a call of some 100 bytes
+    sizes and counts     2 exchanges, 128 and 24 bytes; with ``kept_rows`` only the first, with ``sequence_parallel`` 128 more
     statistics           16 N bytes given and 16 N P received (32 and 32 P for float64)
     dH                   T D e bytes into an all-reduce, and r D a more for an adapter (a = 4, or 8 for float64); with
                          ``sequence_parallel`` M D e into a reduce-scatter instead, and M D e / P into the gathering of hidden, of
                          all M rows
     rows with a gradient N bytes into an all-reduce in a two-phase backward
 
-`counted()` counts what really goes through. How many collectives there are depends on shapes that all ranks share, never on one
-rank's data, and the first exchange carries each rank's shapes and refusals, so that a rank which raises makes all of them raise.
+`traffic.counted()` counts what really goes through. How many collectives there are depends on shapes that all ranks share, never
+on one rank's data, and the first exchange carries each rank's shapes, options and refusals, so that a rank which raises makes all
+of them raise. It has the same size whatever a rank has to say.
 """
 
 import contextlib
@@ -25,33 +26,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
-from .arguments import host_may_wait
+from .config import GRPOLossConfig
+from .objective import metric_weight
 from .row_statistics import merged
+from .traffic import count
 
-_counters = []
 _PARTIAL = "partial:"
-
-
-@contextlib.contextmanager
-def counted():
-    """A dict that fills with bytes handed to each kind of collective while the block runs, in this process."""
-    counter = {}
-    _counters.append(counter)
-    try:
-        yield counter
-    finally:
-        _counters.remove(counter)
-
-
-def _count(kind, tensor):
-    for counter in _counters:
-        counter[kind] = counter.get(kind, 0) + tensor.numel() * tensor.element_size()
+_OF_THE_KEEPING = ("_min", "_max", "phi_seq_mean")  # metrics of ranks that keep a token
+_NUMBERS = 16  # in an exchange before the first tile
 
 
 def _gathered(x, group, kind):
     """[P, *x.shape], in rank order."""
-    _count(kind, x)
-    out = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    count(kind, x)
+    out = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
     dist.all_gather(out, x.contiguous(), group=group)
     return torch.stack(out)
 
@@ -88,22 +76,14 @@ class VocabShard:
         return (self.name if self.sums_hidden else _PARTIAL + self.name), list(self.sizes)
 
     @staticmethod
-    def of(group, weight, facts, sums_hidden=True):
-        """Exchanges the sizes. ``facts``: name -> int that must be the same on all ranks.
-
-        Raises ValueError on every rank, naming what differs.
-        """
-        if not host_may_wait(weight):
-            raise RuntimeError("vocab_parallel_group cannot be used under torch.compile or while a CUDA graph is captured")
-        digest = {name: value if isinstance(value, int) else _digest(value) for name, value in facts.items()}
-        everywhere = _exchanged([weight.shape[0], *digest.values()], weight.device, group)
-        for i, name in enumerate(digest, 1):
-            values = [row[i] for row in everywhere]
-            if len(set(values)) > 1:
-                numbers = isinstance(facts[name], int)
-                shown = ", ".join(f"rank {rank}: {v}" for rank, v in enumerate(values)) if numbers else "others"
-                raise ValueError(f"{name} must be the same on all ranks of vocab_parallel_group, got {shown}")
-        return VocabShard(group.group_name, dist.get_rank(group), tuple(row[0] for row in everywhere), sums_hidden)
+    def of(meeting, sums_hidden=True):
+        """Of the rows that each rank has brought to a `Meeting`; None without a group."""
+        group, sizes = meeting.group, tuple(meeting.sizes)
+        if group is None:
+            return None
+        if not sum(sizes):
+            raise ValueError("weight must have at least one row on some rank of vocab_parallel_group, got none")
+        return VocabShard(group.group_name, dist.get_rank(group), sizes, sums_hidden)
 
     def agree(self, device, **counts):
         """Raises ValueError on every rank if a count that a rank has found in its data differs between them."""
@@ -123,18 +103,18 @@ class VocabShard:
         """Starts adding x up over the ranks, in place; the returned function waits for it."""
         if not self.sums_hidden:
             return lambda: None
-        _count("dH", x)
+        count("dH", x)
         work = dist.all_reduce(x, group=self.group, async_op=True)
         return work.wait
 
     def sum_now(self, x):
-        _count("dA", x)
+        count("dA", x)
         dist.all_reduce(x, group=self.group)
 
     def any(self, wanted):
         """Where some rank wants a row, all do."""
         flags = wanted.to(torch.uint8)
-        _count("rows", flags)
+        count("rows", flags)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
         return flags.bool()
 
@@ -160,7 +140,7 @@ class _GatheredSequence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dh):
         own = dh.new_empty(dh.shape[0] // dist.get_world_size(ctx.group), *dh.shape[1:])
-        _count("dH", dh)
+        count("dH", dh)
         dist.reduce_scatter_tensor(own, dh.contiguous(), group=ctx.group)
         return own, None
 
@@ -169,33 +149,43 @@ def gathered_sequence(hidden, group):
     """Hidden states sharded along their first dimension, in rank order, as all of them; for the loss with ``sums_hidden`` off."""
     if group is None:
         raise ValueError("vocab_parallel_group must be given with sequence_parallel, got None")
-    lengths = [row[0] for row in _exchanged([hidden.shape[0]], hidden.device, group)]
-    if len(set(lengths)) > 1:
-        shown = ", ".join(f"rank {rank}: {n}" for rank, n in enumerate(lengths))
-        raise ValueError(f"hidden must have the same first dimension on all ranks with sequence_parallel, got {shown}")
+    with refusing_together(group, hidden) as meeting:
+        if not isinstance(hidden, torch.Tensor) or isinstance(hidden, DTensor) or hidden.dim() < 1:
+            raise TypeError(f"hidden must be a tensor [.., D] with sequence_parallel, got {type(hidden).__name__}")
+        meeting.facts = {
+            "first dimension of hidden": hidden.shape[0], "shape of hidden": list(hidden.shape), "dtype": str(hidden.dtype),
+            "sequence_parallel": 1, "which tensors need a gradient": torch.is_grad_enabled() and hidden.requires_grad,
+        }  # fmt: skip
     return _GatheredSequence.apply(hidden, group)
 
 
-def of_dtensors(hidden, weight, bias, lora, group):
-    """(hidden, weight, bias, lora, group) with DTensors as this rank's part: a weight in Shard(0) is a vocabulary-parallel head.
+def group_of(weight, group):
+    """The group over which the vocabulary is sharded: that of a sharded weight's mesh dimension, or the given one."""
+    sharded = [i for i, p in enumerate(weight.placements) if not p.is_replicate()] if isinstance(weight, DTensor) else []
+    if not sharded:
+        return group
+    own = weight.device_mesh.get_group(sharded[0])
+    if group is not None and dist.get_process_group_ranks(group) != dist.get_process_group_ranks(own):
+        raise ValueError("vocab_parallel_group must be None or the group of the weight's mesh dimension")
+    return own
 
-    Nothing is gathered; the gradients come back as DTensors. Raises TypeError and ValueError for any other layout.
+
+def of_dtensors(hidden, weight, bias, lora, group):
+    """(hidden, weight, bias, lora) with DTensors as this rank's part: a weight in Shard(0) is a vocabulary-parallel head.
+
+    ``group`` is that of `group_of`. Nothing is gathered; the gradients come back as DTensors. Raises TypeError and ValueError for
+    any other layout.
     """
     tensors = {"hidden": hidden, "weight": weight, "bias": bias, "lora A": None, "lora B": None}
     if isinstance(lora, (tuple, list)) and len(lora) == 3:
         tensors |= {"lora A": lora[0], "lora B": lora[1]}
     if not any(isinstance(x, DTensor) for x in tensors.values()):
-        return hidden, weight, bias, lora, group
+        return hidden, weight, bias, lora
     if not isinstance(weight, DTensor):
         raise TypeError("weight must be a DTensor where hidden, bias or lora is one")
     sharded = [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
     if len(sharded) > 1 or any(not weight.placements[i].is_shard(0) for i in sharded):
         raise ValueError(f"weight must be sharded by rows over one dimension of its mesh, Shard(0), got {weight.placements}")
-    if sharded:
-        own = weight.device_mesh.get_group(sharded[0])
-        if group is not None and group is not own:
-            raise ValueError("vocab_parallel_group must be None or the group of the weight's mesh dimension")
-        group = own
 
     def part(name, like_weight):
         x = tensors[name]
@@ -209,24 +199,53 @@ def of_dtensors(hidden, weight, bias, lora, group):
     parts = {name: part(name, name in ("weight", "bias", "lora B")) for name in tensors}
     if tensors["lora A"] is not None:
         lora = (parts["lora A"], parts["lora B"], lora[2])
-    return parts["hidden"], parts["weight"], parts["bias"], lora, group
+    return parts["hidden"], parts["weight"], parts["bias"], lora
+
+
+class Meeting:
+    """What the ranks of a group tell each other once in a call."""
+
+    def __init__(self, group=None):
+        self.group = group
+        self.own_rows = 0  # of the vocabulary
+        self.facts = {}  # name -> what must be the same on all ranks
+        self.sizes = ()  # afterwards: each rank's ``own_rows``
+
+    def numbers(self):
+        values = [value if isinstance(value, int) else _digest(value) for value in self.facts.values()]
+        return [0, self.own_rows, *values, *[0] * (_NUMBERS - 2 - len(values))]
+
+    def compare(self, everywhere, name_of_group):
+        """Raises on every rank if one has refused its arguments or brings another fact."""
+        refused = [rank for rank, row in enumerate(everywhere) if row[0]]
+        if refused:
+            raise RuntimeError(f"rank {', '.join(map(str, refused))} of {name_of_group} refused its arguments; the error is there")
+        self.sizes = [row[1] for row in everywhere]
+        for i, name in enumerate(self.facts, 2):
+            values = [row[i] for row in everywhere]
+            if len(set(values)) > 1:
+                number = isinstance(self.facts[name], int)
+                shown = ", ".join(f"rank {rank}: {v}" for rank, v in enumerate(values)) if number else "others"
+                raise ValueError(f"{name} must be the same on all ranks of {name_of_group}, got {shown}")
 
 
 @contextlib.contextmanager
-def refusing_together(group, like):
-    """A rank whose arguments are refused inside the block tells the others, which then raise too instead of waiting for it."""
+def refusing_together(group, like, name="vocab_parallel_group"):
+    """A rank whose arguments are refused inside the block tells the others, which then raise too instead of waiting for it.
+
+    Yields a `Meeting`: the facts that the block gives it are compared at its end. No collective of the group may stand inside.
+    """
+    meeting = Meeting(group)
     if group is None:
-        yield
+        yield meeting
         return
-    device = getattr(like, "device", torch.device("cpu"))
+    device = like.device if isinstance(like, torch.Tensor) else torch.device("cpu")
     try:
-        yield
-    except (TypeError, ValueError, RuntimeError):
-        _exchanged([1], device, group)
+        yield meeting
+    except Exception:
+        _exchanged([1] + [0] * (_NUMBERS - 1), device, group)
         raise
-    refused = [rank for rank, (flag,) in enumerate(_exchanged([0], device, group)) if flag]
-    if refused:
-        raise RuntimeError(f"rank {', '.join(map(str, refused))} of vocab_parallel_group refused its arguments; the error is there")
+    meeting.compare(_exchanged(meeting.numbers(), device, group), name)
 
 
 def _exchanged(numbers, device, group):
@@ -242,27 +261,36 @@ def _group_of(name):
     return dist.distributed_c10d._resolve_process_group(name)
 
 
-def reduce_metrics(metrics: dict, mask: torch.Tensor, group=None) -> dict:
-    """The metrics of all ranks' batches together, by their kept tokens; minima and maxima by theirs. One all-reduce and one gather.
+def reduce_metrics(metrics: dict, mask: torch.Tensor, config: GRPOLossConfig, *, sequences: int | None = None, shares=True,
+                   per_token_advantages=False, group=None) -> dict:  # fmt: skip
+    """The metrics of all ranks' batches together: means by what they are means of, minima and maxima by theirs. One gather.
 
     Args:
         metrics: name -> 0-dim tensor, the same names on every rank.
-        mask: [B, T] of this rank; a rank that keeps nothing has no say.
+        mask: [B, T] of this rank, or [N] packed.
+        config: the loss's options.
+        sequences: B; None is mask's first dimension.
+        shares: the losses were given ``num_items`` (dapo, cispo, vespo) or a ``data_parallel_group`` (bnpo), so that their mean
+            over the ranks is that of the whole batch. False: each was divided by its own tokens.
+        per_token_advantages: advantages are not [B].
         group: torch.distributed group; None is the default one.
 
     Returns:
-        name -> 0-dim tensor, the same on every rank; 0 where no rank keeps a token.
+        name -> 0-dim tensor, the same on every rank; 0 where no rank keeps a token. A rank that keeps none has no say in vespo's
+        phi, in minima and in maxima.
     """
     names = sorted(metrics)
-    count = mask.sum().to(torch.float64)
-    own = torch.stack([count, *(metrics[name].detach().to(torch.float64) for name in names)])
-    rows = _gathered(own, group, "metrics")
-    counts, values = rows[:, 0], rows[:, 1:]
-    heard = counts > 0
-    total = counts.sum()
-    mean = (values * counts.unsqueeze(1)).where(heard.unsqueeze(1), 0.0).sum(0) / total.clamp(min=1)
-    low = values.masked_fill(~heard.unsqueeze(1), float("inf")).amin(0)
-    high = values.masked_fill(~heard.unsqueeze(1), -float("inf")).amax(0)
-    kinds = {"_min": low, "_max": high}
+    tokens = mask.sum().to(torch.float64)
+    sequences = len(mask) if sequences is None else sequences
+    weights = {name: metric_weight(name, config, tokens, sequences, shares, not per_token_advantages) for name in names}
+    weights |= {name: weight * (tokens > 0) for name, weight in weights.items() if name.endswith(_OF_THE_KEEPING)}
+    weights = torch.stack([torch.as_tensor(weights[name], device=mask.device).double() for name in names])
+    values = torch.stack([metrics[name].detach().to(torch.float64) for name in names])
+    values = values.where((weights > 0) & ((tokens > 0) | ~values.isnan()), 0.0)
+    rows = _gathered(torch.cat([tokens.unsqueeze(0), weights, values]), group, "metrics")
+    total, (weights, values) = rows[:, 0].sum(), rows[:, 1:].unflatten(1, (2, len(names))).unbind(1)
+    mean = (values * weights).sum(0) / weights.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+    low, high = (values.masked_fill(weights == 0, end) for end in (float("inf"), -float("inf")))
+    kinds = {"_min": low.amin(0), "_max": high.amax(0)}
     chosen = {name: kinds.get(name[-4:], mean)[i] for i, name in enumerate(names)}
     return {name: value.where(total > 0, 0.0).to(metrics[name].dtype) for name, value in chosen.items()}

@@ -84,13 +84,37 @@ def plan(problem: Problem) -> Plan:
     return _gpu_plan(problem) if problem.sums_directly else _cpu_plan(problem)
 
 
+def peak_bytes(problem: Problem, tokens: int, needs_hidden=True, two_phases=False) -> int:
+    """The formula above, an upper bound: ``tokens`` rows of hidden, of which the problem's live ones are computed."""
+    p, the_plan = problem, plan(problem)
+    e, accumulate = p.element_size, max(p.element_size, 4)
+    several = p.live - the_plan.stash_rows > the_plan.stripe_rows if two_phases else the_plan.tiles > 1
+    weight_bytes = p.vocab * p.depth * (accumulate if several else e) if p.needs_weight else 0
+    return tokens * p.depth * e * needs_hidden + weight_bytes + min(max(p.budget, _minimum(p)), _whole_bytes(p))
+
+
+def _minimum(p):
+    return 2 * p.vocab * p.tile_size + 2 * _MIN_COLUMNS * (p.depth + 64) * max(p.element_size, 4)
+
+
+def _row_bytes(p, columns):
+    """Of a row in a tile: its logits, its hidden state gathered and the gradient of that, and its part of a block's scratch."""
+    return p.vocab * p.tile_size + p.depth * p.element_size * 2 + (columns * p.element_size if p.needs_weight else 0)
+
+
+def _whole_bytes(p):
+    """Of all rows, live and dead, in one tile."""
+    columns = p.vocab if p.sums_directly else _block_columns(p)
+    return (p.live + p.dead) * _row_bytes(p, columns) + (columns * p.depth * p.element_size if p.needs_weight else 0)
+
+
 def _cpu_plan(p):
     e, z = p.element_size, p.tile_size
     columns = _block_columns(p)
     score_columns = min(p.vocab, _SCORE_COLUMNS, max(_MIN_COLUMNS, p.budget // (4 * z)))
     score_rows = min(_SCORE_ROWS, max(1, p.budget // (score_columns * z + p.depth * e)))
 
-    row_bytes = p.vocab * z + p.depth * e * 2 + (columns * e if p.needs_weight else 0)
+    row_bytes = _row_bytes(p, columns)
     block_bytes = columns * p.depth * e if p.needs_weight else 0
     fit = max(1, (p.budget - block_bytes) // row_bytes)
     tiles = max(1, -(-p.live // fit))

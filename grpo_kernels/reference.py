@@ -4,8 +4,9 @@ import torch
 
 from .arguments import PackedLayout, check_loss_arguments, check_values
 from .config import GRPOLossConfig
-from .objective import objective
+from .objective import group_in_use, objective
 from .outputs import GRPOLossOutput
+from .parallel import refusing_together
 
 
 def grpo_loss(
@@ -39,14 +40,15 @@ def grpo_loss(
     """
     if vocab_parallel_group is not None or sequence_parallel:
         raise ValueError("vocab_parallel_group must be None: the reference holds the whole vocabulary")
-    args = check_loss_arguments(
-        hidden, weight, completion_ids, advantages, mask, bias=bias, old_logps=old_logps, ref_logps=ref_logps,
-        importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
-        config=config, temperature=temperature, lora=lora, vocab_parallel_group=vocab_parallel_group,
-        cu_seqlens=cu_seqlens, kept_rows=kept_rows, workspace_bytes=workspace_bytes, backend=backend,
-        data_parallel_group=data_parallel_group,
-    )  # fmt: skip
-    check_values(mask, completion_ids, weight.shape[0], advantages, temperature, cu_seqlens)
+    with refusing_together(group_in_use(config, data_parallel_group), hidden, "data_parallel_group"):
+        args = check_loss_arguments(
+            hidden, weight, completion_ids, advantages, mask, bias=bias, old_logps=old_logps, ref_logps=ref_logps,
+            importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
+            config=config, temperature=temperature, lora=lora, vocab_parallel_group=vocab_parallel_group,
+            cu_seqlens=cu_seqlens, kept_rows=kept_rows, workspace_bytes=workspace_bytes, backend=backend,
+            data_parallel_group=data_parallel_group,
+        )  # fmt: skip
+        check_values(mask, completion_ids, weight.shape[0], advantages, temperature, cu_seqlens)
 
     rows = args.hidden.where(mask.bool().unsqueeze(-1), 0.0)
     z = hidden_to_logits(rows, args.weight, args.bias, args.lora)

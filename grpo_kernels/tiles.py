@@ -302,6 +302,12 @@ def _(hidden, weight, bias, lora_a, lora_b, rows, target, temperature, logps, en
     return _fake_gradients(hidden, weight, bias, lora_a, lora_b, needs)
 
 
+class _NoColumns:
+    """The row kernels of a rank that holds no row of the vocabulary: nothing to do."""
+
+    statistics = gradient = staticmethod(lambda *args, **options: None)
+
+
 class _Call:
     """What the three ops share: the head, the row kernels, the outputs per row, and the gathering of rows."""
 
@@ -313,7 +319,7 @@ class _Call:
         bias = None if bias is None else bias.to(self.accumulate).contiguous()
         self.head = Head(weight, bias, lora_a, lora_b, scalars[0])
         self.transform = LogitTransform(scalars[1], scalars[2] or None, scalars[3])
-        self.kernels = backends.kernels(backend)
+        self.kernels = backends.kernels(backend) if weight.shape[0] else _NoColumns
         self.tile_dtype = tile_dtype(weight, backend)
         n = rows.shape[0]
         self.all_live = live == n == hidden.shape[0]

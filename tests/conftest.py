@@ -53,6 +53,15 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "unpoisoned: run with torch.empty as in production")
 
 
+@pytest.fixture
+def one_thread():
+    """For tiny matrices: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

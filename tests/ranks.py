@@ -3,6 +3,7 @@
 import datetime
 import os
 import socket
+import sys
 import time
 
 import pytest
@@ -17,6 +18,13 @@ def join(rank, port, ranks, seconds):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), OMP_NUM_THREADS="1")  # fmt: skip
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds / 2))
+
+
+def leave():
+    """Last thing in each process: all of them end together, and without gloo's destructors, which now and then abort in their threads."""
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def launch(work, folder, ranks, seconds):

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_kernels import __version__, cli
-from grpo_kernels.trainer.arguments import parse, read_jsonl
+from grpo_kernels.trainer.arguments import parse, read_data, read_jsonl
 from grpo_kernels.trainer.demo import DEFAULTS, make_tokenizer
 
 REWARDS = """
@@ -123,6 +123,66 @@ def test_what_is_wrong_is_named(folder, capsys, argv, words):
     assert code == 2 and not out and len(err) < 500
     for word in words:
         assert word in err
+
+
+def test_data_from_parquet_and_from_disk(folder, capsys):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"prompt": f"{i}+1=", "level": "easy"} for i in range(4)])
+    rows.to_parquet(folder / "data.parquet")
+    rows.save_to_disk(folder / "disk")
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(folder / "splits")
+    datasets.DatasetDict({"test": rows}).save_to_disk(folder / "unnamed")
+    assert [len(read_data(str(folder / name))) for name in ("data.parquet", "disk", "splits", "data.jsonl")] == [4, 4, 4, 4]
+    assert read_data(str(folder / "data.parquet"))[3]["prompt"] == "3+1="
+    rows.rename_column("prompt", "question").to_parquet(folder / "bad.parquet")
+    (folder / "broken.parquet").write_bytes(b"PAR1 nonsense")
+    for name, word in (("bad.parquet", "prompt"), ("broken.parquet", "broken.parquet"), ("unnamed", "train"), ("model", "model")):
+        capsys.readouterr()
+        code, _, err = run(capsys, "train", "--model", "model", "--data", name, "--reward", "house_rewards:short", *QUICK)
+        assert code == 2 and word in err.splitlines()[-1] and len(err.splitlines()[-1]) < 500, err
+    code, _, err = run(capsys, "train", "--model", "model", "--data", "data.parquet", "--reward", "house_rewards:short", "--output_dir", "out",
+                       "--report_to", "none", "--logging_steps", "1", *QUICK)  # fmt: skip
+    assert code == 0, err
+    assert json.loads((folder / "out" / "trainer_state.json").read_text())["global_step"] == 2
+    code, out, _ = run(capsys, "plot", "out")
+    assert code == 0 and out.strip() == "out/training.png" and (folder / "out" / "training.png").exists()
+    assert run(capsys, "plot")[0] == run(capsys, "plot", "nowhere")[0] == 2 and run(capsys, "plot", "--help")[0] == 0
+
+
+def test_a_dry_run_checks_everything_and_trains_nothing(folder, capsys):
+    options = ("--model", "model", "--data", "data.jsonl", "--output_dir", "out", "--report_to", "none", "--dry-run", *QUICK)
+    code, out, err = run(capsys, "train", *options, "--reward", "house_rewards:short")
+    assert code == 0, err
+    for word in ("LlamaForCausalLM", "vocabulary 32", "4 prompts", "['level']", "short", "2 prompts x 2 completions", "MiB", "FLOP", "2 steps"):
+        assert word in out, out
+    assert not (folder / "out" / "model.safetensors").exists()
+    code, _, err = run(capsys, "train", *options, "--reward", "house_rewards:long")
+    assert code == 2 and "'long'" in err
+    code, out, _ = run(capsys, "train", "--dry-run", "--model", "model", "--data", "data.jsonl", "--reward", "house_rewards:short", "--use_peft",
+                       "--lora_target_modules", "q_proj", "lm_head", *QUICK)  # fmt: skip
+    assert code == 0 and "an adapter on it" in out and "frozen" in out
+    assert run(capsys, "train", "--dry-run")[0] == 0
+
+
+def test_adapters_and_rounded_weights_by_flag(folder, capsys):
+    pytest.importorskip("peft")
+    options = ("train", "--model", "model", "--data", "data.jsonl", "--reward", "house_rewards:short", "--output_dir", "out", "--report_to", "none")
+    code, _, err = run(capsys, *options, "--use_peft", "--lora_r", "2", "--lora_target_modules", "all-linear", *QUICK)
+    assert code == 0, err
+    assert json.loads((folder / "out" / "adapter_config.json").read_text())["r"] == 2 and not (folder / "out" / "model.safetensors").exists()
+    code, _, err = run(capsys, *options, "--load_in_4bit", *QUICK)
+    assert code == 2 and "--use_peft" in err
+
+
+def test_a_ruined_checkpoint_is_a_message(folder, capsys):
+    options = ("train", "--model", "model", "--data", "data.jsonl", "--reward", "house_rewards:short", "--output_dir", "out", "--report_to", "none",
+               "--save_steps", "1", *QUICK)  # fmt: skip
+    assert run(capsys, *options)[0] == 0
+    (folder / "out" / "checkpoint-2" / "complete.json").unlink()
+    code, _, err = run(capsys, *options, "--resume_from_checkpoint", "out/checkpoint-2")
+    assert code == 2 and "out/checkpoint-1" in err
+    code, out, err = run(capsys, *options, "--resume_from_checkpoint", "last")
+    assert code == 0 and "passed over" in out, err
 
 
 @pytest.mark.parametrize("line", ["[1]", '{"question": "x"}', '{"prompt": ""}', '{"prompt": 3}', "{}"])

@@ -9,9 +9,20 @@ from problems import make_problem, run
 from test_vocab_parallel import SHARDS, V, sharded, spawn
 from test_work import operations as counted_operations
 
-from benchmarks.cost_model import Model, Step, handed_to_collectives, operations, sent, tables
+from benchmarks.cost_model import (
+    Model,
+    Step,
+    handed_to_collectives,
+    handed_to_data_parallel,
+    memory,
+    operations,
+    problem,
+    sent,
+    tables,
+)
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss
-from grpo_kernels.parallel import counted
+from grpo_kernels.plan import peak_bytes, plan
+from grpo_kernels.traffic import counted
 
 D = 16
 
@@ -48,19 +59,23 @@ def communicated(rank, world):
                 lambda q=q: run(fused_linear_grpo_loss, q, vocab_parallel_group=dist.group.WORLD, workspace_bytes=3000)
             )
         results.append((dict(bytes), flops, *counts(p), two))
-    return results
+    across = []
+    for options, means, quantile in ((dict(loss_type="bnpo"), 2, False), (dict(entropy_coef=0.1, top_entropy_quantile=0.5), 1, True)):
+        p = make_problem(B=6, V=V, D=D, config=GRPOLossConfig(**options))
+        with counted() as bytes:
+            run(fused_linear_grpo_loss, p, data_parallel_group=dist.group.WORLD)
+        across.append((dict(bytes), handed_to_data_parallel(p.mask.numel(), means, quantile, 8)))
+    return results, across
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("world", [2, 4])
 def test_bytes_are_those_that_went_through(world, tmp_path):
-    for rank, results in enumerate(spawn(tmp_path, world, communicated)):
+    for rank, (results, across) in enumerate(spawn(tmp_path, world, communicated)):
+        assert all(bytes == expected for bytes, expected in across), across
         for bytes, flops, kept, trained, two in results:
             step = Step(kept, trained, recomputed=trained if two else 0, two_phases=two)
-            handed = {name: n for name, n in bytes.items() if name != "sizes"}
-            expected = handed_to_collectives(Model("", D, V), step, 8, 8)
-            assert handed == expected
-            assert bytes["sizes"] < 250
+            assert bytes == handed_to_collectives(Model("", D, V), step, 8, 8)
             assert flops == operations(Model("", D, SHARDS[world][rank]), step)
 
 
@@ -70,6 +85,14 @@ def test_rings():
     assert out == {"statistics": 16 * 6 * 3, "dH": 2 * 3 / 4 * 4 * 10 * 2, "head gathered": 200.0, "dW reduced": 200.0}
     assert sent(Model("", 10, 80), Step(6, 4), 1, 1) == dict.fromkeys(out, 0)
     assert sent(Model("", 10, 80), Step(6, 0, trains_head=False), 2, 2)["dW reduced"] == 0
+
+
+def test_tiles_and_peak_are_those_of_the_plan():
+    model, step, workspace = Model("", 4096, 151_936), Step(8192, 6144), 768 * 2**20
+    for ranks, rows in ((1, 1280), (8, 6144)):
+        asked = problem(model, step, workspace, ranks)
+        assert plan(asked).tile_rows == rows and memory(model, step, workspace, ranks) == peak_bytes(asked, step.kept)
+        assert re.search(rf"8B.*\| {ranks} x . \| {rows} \|", tables(step, workspace))
 
 
 def test_the_tables_in_the_docs_are_these():

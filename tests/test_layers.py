@@ -25,10 +25,10 @@ FLOORS = (
     ("backends",),
     ("coefficients", "parallel"),
     ("objective", "advantages", "arguments"),
-    ("plan", "config", "outputs", "build_cuda", "row_statistics"),
+    ("plan", "config", "outputs", "build_cuda", "row_statistics", "traffic"),
 )
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-OPTIONAL = {"peft", "trl", "liger_kernel", "verl", "datasets", "triton", "yaml", "matplotlib", "tqdm", "cut_cross_entropy", "quack"}
+OPTIONAL = {"peft", "trl", "liger_kernel", "verl", "datasets", "triton", "yaml", "matplotlib", "tqdm", "cut_cross_entropy", "pyarrow", "quack"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_kernels.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEFAULT_WORKSPACE_BYTES, Problem, default_budget, plan
+from grpo_kernels.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEFAULT_WORKSPACE_BYTES, Problem, default_budget, peak_bytes, plan
 
 MIB = 2**20
 V, D, BUDGET = 16384, 256, 24 * MIB
@@ -75,12 +75,9 @@ def peaks():
 
 
 def documented_peak(tokens, dtype, level, needs):
-    """The formula of plan.py's docstring."""
-    e, a = getattr(torch, dtype).itemsize, 4
-    p = plan(Problem(tokens, 0, V, D, e, e, "weight" in needs, BUDGET))
-    several = p.tiles > 1 if level == "token" else tokens - p.stash_rows > p.stripe_rows
-    gradients = tokens * D * e * ("hidden" in needs) + V * D * e * ("weight" in needs)
-    return gradients + V * D * (a - e) * ("weight" in needs and several) + BUDGET
+    e = getattr(torch, dtype).itemsize
+    problem = Problem(tokens, 0, V, D, e, e, "weight" in needs, BUDGET)
+    return peak_bytes(problem, tokens, "hidden" in needs, level == "sequence")
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak mark cannot be reset here")

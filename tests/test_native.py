@@ -15,13 +15,7 @@ if native.why_unavailable():
 each_isa = pytest.mark.parametrize("isa", native.isas())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tiles: threads only wait for each other. test_same_bits_whatever_the_threads has more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # small tiles; test_same_bits_whatever_the_threads has more
 
 
 @each_isa
@@ -152,3 +146,14 @@ def test_exponential_to_two_units_in_the_last_place(isa):
     ours = torch.tensor([[-88.5, -200.0, -INF, float("nan")]])
     native.gradient(ours, torch.tensor([-1]), zero, zero, zero, g, None, Transform(), isa=isa)
     assert ours[0, :3].tolist() == [0, 0, 0] and ours[0, 3].isnan()
+
+
+@each_isa
+@each_dtype
+def test_rows_without_columns_are_left_alone(isa, dtype):
+    tile, target, zeros = torch.empty(3, 0, dtype=dtype), torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=acc(dtype))
+    stats = new_stats(3, dtype)
+    native.statistics(tile, stats, target, Transform(), isa=isa)
+    assert torch.equal(stats, new_stats(3, dtype))
+    native.gradient(tile, target, zeros, zeros, zeros, zeros, None, Transform(), isa=isa)
+    native.transpose(tile, torch.empty(0, 3, dtype=dtype), isa=isa)

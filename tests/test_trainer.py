@@ -1,7 +1,6 @@
 """GRPOTrainer: its loss against full logits, its bookkeeping, and that a killed run goes on as if it had not been."""
 
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -32,6 +31,7 @@ from transformers import (
 from grpo_kernels import GRPOLossConfig, objective
 from grpo_kernels.integrations.transformers import fuse_lm_head
 from grpo_kernels.trainer import GRPOConfig, GRPOTrainer
+from grpo_kernels.trainer.checkpoints import SEAL
 from grpo_kernels.trainer.demo import make_tokenizer
 from grpo_kernels.trainer.rewards import exact_match, load_reward, reward_metrics, score
 from grpo_kernels.trainer.rollout import completion_mask, eos_token_ids, sample, sampling_config, seeded, tokenize
@@ -50,13 +50,7 @@ def tiny_model(seed=0, config=LlamaConfig, model=LlamaForCausalLM, **options):
     return model
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(folder, **options):
@@ -115,6 +109,16 @@ def test_config_holds_every_loss_option_once_by_name_and_default():
         (dict(loss_type="ppo"), "loss_type"),
         (dict(top_p=0.0), "top_p"),
         (dict(num_iterations=0), "num_iterations"),
+        (dict(min_p=1.5), "min_p"),
+        (dict(repetition_penalty=0.0), "repetition_penalty"),
+        (dict(generation_kwargs={"num_beams": 4}), "num_beams"),
+        (dict(sync_ref_model=True), "sync_ref_model"),
+        (dict(ref_model_mixup_alpha=2.0), "ref_model_mixup_alpha"),
+        (dict(scale_rewards="groups"), "scale_rewards"),
+        (dict(multi_objective_aggregation="mean"), "multi_objective_aggregation"),
+        (dict(num_generations_eval=0), "num_generations_eval"),
+        (dict(auto_find_batch_size=True), "auto_find_batch_size"),
+        (dict(use_transformers_continuous_batching=True, generation_kwargs={"bad_words_ids": [[3]]}), "generation_kwargs"),
     ],
 )
 def test_bad_options_are_named(tmp_path, options, named):
@@ -127,7 +131,7 @@ def test_bad_arguments_are_named(tmp_path):
         GRPOTrainer(tiny_model(), digit_sum, TrainingArguments(output_dir=str(tmp_path)), DATA)
     for wrong, error, named in (
         (dict(rewards=[]), TypeError, "reward_funcs"),
-        (dict(rewards="exact_match"), TypeError, "reward_funcs"),
+        (dict(rewards=3), TypeError, "reward_funcs"),
         (dict(reward_weights=[1.0, 2.0]), ValueError, "reward_weights"),
         (dict(data=[]), ValueError, "train_dataset"),
         (dict(data=[{"question": "1+1="}]), ValueError, "prompt"),
@@ -162,7 +166,7 @@ def test_fused_logps_are_those_of_the_models_own_logits(tmp_path, name):
     ours = t._logps(t.model, t._rollout)
     T = batch["mask"].shape[1]
     with torch.no_grad():
-        logits = model(**t._model_inputs(batch)).logits[:, -T - 1 : -1].double() / 0.8
+        logits = model(**model_inputs(batch)).logits[:, -T - 1 : -1].double() / 0.8
     theirs = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, -T:, None]).squeeze(-1) * batch["mask"]
     torch.testing.assert_close(ours.double(), theirs, atol=2e-6, rtol=2e-5)
     assert theirs.abs().max() > 1
@@ -275,7 +279,7 @@ def test_none_rewards_are_ignored_and_never_become_nan(tmp_path):
     assert all(math.isfinite(v) for v in log.values() if isinstance(v, float))
 
 
-@pytest.mark.parametrize("answer", [[1.0], [1.0, float("inf"), 0.0], None, 3.0, ["a", "b", "c"]])
+@pytest.mark.parametrize("answer", [[1.0], [1.0, float("inf"), 0.0], [1.0, float("nan"), 0.0], None, 3.0, ["a", "b", "c"]])
 def test_bad_rewards_are_named(answer):
     def wrong(**_):
         return answer
@@ -306,10 +310,15 @@ def test_bad_reward_specs_are_named(spec):
 # ---- the loss ----
 
 
+def model_inputs(batch):
+    attention = batch["attention_mask"]
+    return {"input_ids": batch["input_ids"], "attention_mask": attention, "position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
+
+
 def full_logits_loss(t, model, batch, **overrides):
     """One micro-batch's loss as the trainer must see it, through the model's own logits and autograd."""
     T = batch["mask"].shape[1]
-    logits = model(**t._model_inputs(batch)).logits[:, -T - 1 : -1].float() / t.loss_config.temperature
+    logits = model(**model_inputs(batch)).logits[:, -T - 1 : -1].float() / t.loss_config.temperature
     log_p = logits.log_softmax(-1)
     logps = log_p.gather(-1, batch["input_ids"][:, -T:, None]).squeeze(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
@@ -402,9 +411,9 @@ def test_peft_adapters_train_and_switched_off_they_are_the_reference(tmp_path):
     reference = tiny_model()
     with torch.no_grad():
         T = batch["mask"].shape[1]
-        log_p = reference(**t._model_inputs(batch)).logits[:, -T - 1 : -1].log_softmax(-1)
+        log_p = reference(**model_inputs(batch)).logits[:, -T - 1 : -1].log_softmax(-1)
         expected = log_p.gather(-1, batch["input_ids"][:, -T:, None]).squeeze(-1) * batch["mask"]
-        log_p = t.model(**t._model_inputs(batch)).logits[:, -T - 1 : -1].log_softmax(-1)
+        log_p = t.model(**model_inputs(batch)).logits[:, -T - 1 : -1].log_softmax(-1)
         adapted = log_p.gather(-1, batch["input_ids"][:, -T:, None]).squeeze(-1) * batch["mask"]
     torch.testing.assert_close(batch["ref_logps"], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(t._logps(t.model, t._rollout), adapted, atol=1e-5, rtol=1e-5)
@@ -466,13 +475,6 @@ t.save_model({folder!r})
 """
 
 
-def complete(state):
-    try:
-        return json.loads(state.read_text())["global_step"] > 0
-    except (OSError, ValueError):
-        return False
-
-
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     def start(folder, pause=0.0, resume=False):
         code = RUN.format(tests=os.path.dirname(__file__), folder=str(tmp_path / folder), pause=pause, resume=resume)
@@ -481,9 +483,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
 
     whole = start("whole")
     killed = start("killed", pause=0.5)
-    # step 4 is the second of three on its rollout; the state is what Trainer writes last into a checkpoint
+    # step 4 is the second of three on its rollout; the seal is what is written last into a checkpoint
     deadline = time.time() + 120
-    while not complete(tmp_path / "killed" / "checkpoint-4" / "trainer_state.json"):
+    while not (tmp_path / "killed" / "checkpoint-4" / SEAL).exists():
         assert time.time() < deadline and killed.poll() is None, killed.stderr.read().decode()
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
@@ -501,7 +503,7 @@ def test_a_checkpoint_without_its_rollout_is_refused(tmp_path):
     t = trainer(tmp_path, max_steps=1, num_iterations=2, save_strategy="steps", save_steps=1)
     t.train()
     (tmp_path / "checkpoint-1" / "rollout_0.pt").unlink()
-    with pytest.raises(FileNotFoundError, match="rollout"):
+    with pytest.raises(ValueError, match="rollout_0.pt. is missing"):
         trainer(tmp_path, num_iterations=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

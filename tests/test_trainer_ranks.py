@@ -8,6 +8,7 @@ import functools
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from test_trainer import DATA, config, tiny_model, weights
 from test_trainer import trainer as plain_trainer
 from torch.distributed.tensor import DTensor
 
-from grpo_kernels.trainer import GRPOTrainer
+from grpo_kernels.trainer import GRPOTrainer, checkpoints
 from grpo_kernels.trainer import trainer as module
 from grpo_kernels.trainer.demo import make_tokenizer
 from grpo_kernels.trainer.rollout import Completions
@@ -43,8 +44,16 @@ RUNS = {
                                     importance_sampling_level="sequence", epsilon=1e-3, **SGD),
     "vespo": dict(loss_type="vespo", per_device_train_batch_size=8, num_iterations=2, **SGD),
     "entropy quantile": dict(top_entropy_quantile=0.4, per_device_train_batch_size=16, max_steps=3, scale_rewards="batch", **SGD),
-    "nothing kept on rank 1": dict(masked=True, num_generations=8, beta=0.1, num_iterations=2, per_device_train_batch_size=8, max_steps=4,
+    "nothing kept on rank 1": dict(masked=(4, 5, 6, 7), num_generations=8, beta=0.1, num_iterations=2, per_device_train_batch_size=8, max_steps=4,
                                    top_entropy_quantile=0.5, **SGD),
+    "bnpo": dict(loss_type="bnpo", per_device_train_batch_size=8, num_iterations=2, max_steps=3, **SGD),
+    "entropy bonus": dict(entropy_coef=0.5, loss_type="grpo", per_device_train_batch_size=8, max_steps=2, **SGD),
+    "skipping on rank 1": dict(masked=(4, 5, 6, 7), num_generations=8, num_iterations=2, per_device_train_batch_size=8, max_steps=3,
+                               padding_free=True, **SGD),
+    "skipping on rank 1, bnpo": dict(masked=(4, 5, 6, 7), num_generations=8, loss_type="bnpo", per_device_train_batch_size=8, max_steps=2, **SGD),
+    "one kept token": dict(masked=(1, 2, 3, 4, 5, 6, 7), num_generations=8, longest=1, per_device_train_batch_size=8, max_steps=2, **SGD),
+    "evaluation, bnpo": dict(loss_type="bnpo", entropy_coef=0.3, per_device_train_batch_size=8, eval_dataset=DATA[:5], eval_strategy="steps",
+                             eval_steps=1, num_generations_eval=2, per_device_eval_batch_size=8, max_steps=1, **SGD),
     "evaluation": dict(per_device_train_batch_size=8, eval_dataset=DATA[:5], eval_strategy="steps", eval_steps=1, num_generations_eval=2,
                        per_device_eval_batch_size=8, beta=0.1, **SGD),
     "evaluation, sequences": dict(per_device_train_batch_size=8, eval_dataset=DATA[:1], eval_strategy="steps", eval_steps=1, beta=0.1,
@@ -54,16 +63,16 @@ SHARDED = {
     "sharded, twenty steps": dict(per_device_train_batch_size=8, num_iterations=2, beta=0.1, max_steps=20, **ADAM),
     "sharded, checkpointing": dict(per_device_train_batch_size=4, gradient_checkpointing=True, gradient_accumulation_steps=2,
                                    max_grad_norm=0.5, **SGD),
-    "sharded, nothing kept on rank 1": dict(masked=True, num_generations=8, per_device_train_batch_size=8, top_entropy_quantile=0.5, **SGD),
+    "sharded, nothing kept on rank 1": dict(masked=(4, 5, 6, 7), num_generations=8, per_device_train_batch_size=8, top_entropy_quantile=0.5, **SGD),
 }  # fmt: skip
 SAVED = dict(per_device_train_batch_size=4, steps_per_generation=2, num_iterations=2, beta=0.1, max_steps=8, save_strategy="steps", save_steps=6,
              **ADAM)  # fmt: skip
 
 
 class Rehearsed(GRPOTrainer):
-    """A trainer that is given its completions: by rollout and row, in evaluation by prompt. ``masked`` empties rows 4..7 of 8."""
+    """A trainer that is given its completions: by rollout and row, in evaluation by prompt. ``masked`` empties these rows of 8."""
 
-    masked, prompts = False, ()
+    masked, longest, prompts = (), None, ()
 
     def _sample_and_score(self, rows, mode, **keywords):
         numbers = self._layout()[self.args.process_index].tolist() if mode == "train" else range(len(rows))
@@ -72,18 +81,18 @@ class Rehearsed(GRPOTrainer):
             groups = self.args.generation_batch_size // self.args.num_generations
             assert rows == [self._nth_row(index * groups + n // self.args.num_generations) for n in numbers]
         keys = [(index, n) if mode == "train" else (row["prompt"], n % 2) for n, row in zip(numbers, rows, strict=True)]
-        kept = [not (self.masked and mode == "train" and n % 8 >= 4) for n in numbers]
-        module.sample = functools.partial(rehearsed, keys, kept)
+        kept = [mode != "train" or n % 8 not in self.masked for n in numbers]
+        module.sample = functools.partial(rehearsed, keys, kept, self.longest)
         return super()._sample_and_score(rows, mode, **keywords)
 
 
-def rehearsed(keys, kept, model, prompt_ids, config, synced_gpus=False):
+def rehearsed(keys, kept, longest, model, prompt_ids, config, synced_gpus=False, continuous=None):
     completions = []
     for key in keys:
         dice = random.Random(repr(key))
         completions.append([dice.randrange(2, 14) for _ in range(dice.randint(0, LENGTH))] + [1])
     T, P = min(max(map(len, completions)), LENGTH), max(map(len, prompt_ids))
-    mask = torch.tensor([[keep and t < len(ids) for t in range(T)] for ids, keep in zip(completions, kept, strict=True)])
+    mask = torch.tensor([[keep and t < len(ids[:longest]) for t in range(T)] for ids, keep in zip(completions, kept, strict=True)])
     ids = torch.tensor([[0] * (P - len(p)) + p + (c + [0] * T)[:T] for p, c in zip(prompt_ids, completions, strict=True)])
     prompts = torch.tensor([[t >= P - len(p) for t in range(P)] for p in prompt_ids])
     ended = torch.tensor([len(c) <= T for c in completions])
@@ -96,13 +105,13 @@ def letters(completions, answer, **_):
     return [None if score == 0 else score for score in scores]
 
 
-def rehearsal(folder, masked=False, rewards=letters, **options):
+def rehearsal(folder, masked=(), longest=None, rewards=letters, **options):
     options = {"max_completion_length": LENGTH, **options}
     options["per_device_train_batch_size"] //= int(os.environ.get("WORLD_SIZE", 1))
     options["per_device_eval_batch_size"] = options.get("per_device_eval_batch_size", 8) // int(os.environ.get("WORLD_SIZE", 1))
     evaluation = options.pop("eval_dataset", None)
     t = Rehearsed(tiny_model(), rewards, config(folder, **options), DATA, eval_dataset=evaluation, processing_class=make_tokenizer())
-    t.masked = masked
+    t.masked, t.longest = masked, longest
     return t
 
 
@@ -156,6 +165,19 @@ def work(rank, folder, port):
     with pytest.raises(RuntimeError) as raised:
         outcome(folder / "out", rewards=fails_on_rank_one, **RUNS["accumulation"])
     keep("raised", (str(raised.value), repr(raised.value.__cause__)))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError) as raised:
+        patch.setattr(module, "tokenize", module.tokenize if rank == 0 else lambda *_: {}["template"])
+        outcome(folder / "out", **RUNS["accumulation"])
+    keep("tokenising", str(raised.value))
+    if rank == 1:
+        rollout = folder / "two" / "checkpoint-6" / "rollout_1.pt"
+        shutil.copytree(folder / "two" / "checkpoint-6", folder / "broken" / "checkpoint-6")
+        (folder / "broken" / "checkpoint-6" / rollout.name).unlink()
+        checkpoints.seal(folder / "broken" / "checkpoint-6")
+    dist.barrier()
+    with pytest.raises(RuntimeError) as raised:
+        outcome(folder / "out", resume=str(folder / "broken" / "checkpoint-6"), **SAVED)
+    keep("loading", str(raised.value))
 
     use_fsdp()
     for name, options in SHARDED.items():
@@ -163,6 +185,9 @@ def work(rank, folder, port):
     assert state.AcceleratorState().distributed_type == state.DistributedType.FSDP
     keep("sharded, saved", outcome(folder / "sharded", **SAVED))
     keep("sharded, resumed", outcome(folder / "again", resume=str(folder / "sharded" / "checkpoint-6"), **SAVED))
+    with pytest.raises(RuntimeError) as raised:
+        outcome(folder / "out", resume=str(folder / "one" / "checkpoint-6"), **SAVED)
+    keep("sharded, refused", str(raised.value))
     module.sample = SAMPLE  # each rank stops when it likes
     options = dict(per_device_train_batch_size=4, num_iterations=2, epsilon=1e-4, max_steps=2, bf16=True, beta=0.1, max_completion_length=20)
     t = plain_trainer(folder / "out", rewards=letters, eval_dataset=DATA[:1], **options)
@@ -215,6 +240,20 @@ def test_a_checkpoint_amid_a_rollout_goes_on_with_another_number_of_ranks(saved,
 def test_a_checkpoint_amid_a_rollout_of_another_size_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"generation_batch_size .* 8 completions, got 16"):
         outcome(tmp_path, resume=str(folder / "two" / "checkpoint-6"), **{**SAVED, "per_device_train_batch_size": 8})
+
+
+def test_a_checkpoint_of_fsdp_is_resumed_under_fsdp_only(folder, tmp_path):
+    with pytest.raises(ValueError, match="must be resumed under FSDP, as it was written, got a run without FSDP"):
+        outcome(tmp_path, resume=str(folder / "sharded" / "checkpoint-6"), **SAVED)
+    for rank in range(RANKS):
+        said = torch.load(folder / f"sharded, refused-{rank}", weights_only=False)
+        assert "must be resumed without FSDP, as it was written, got a run under FSDP" in said
+
+
+def test_a_rank_that_cannot_tokenise_or_load_ends_the_run_on_both(folder):
+    for rank in range(RANKS):
+        assert torch.load(folder / f"tokenising-{rank}", weights_only=False) == "rank 1 raised KeyError: 'template'"
+        assert torch.load(folder / f"loading-{rank}", weights_only=False).startswith("rank 1 raised FileNotFoundError")
 
 
 def test_a_rank_whose_reward_raises_ends_the_run_on_both(folder):

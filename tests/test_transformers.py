@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers as hf
-from test_trainer import one_thread, tiny_model  # noqa: F401
+from test_trainer import tiny_model
 from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss
 from grpo_kernels.integrations.transformers import OUTPUTS, fuse_lm_head, is_fused, lm_head
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GEMMA = dict(head_dim=8, num_key_value_heads=2, query_pre_attn_scalar=8)
 MOE = dict(output_router_logits=True, router_aux_loss_coef=0.3, num_key_value_heads=2)

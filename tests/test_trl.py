@@ -19,7 +19,7 @@ from peft import (  # noqa: E402
     PromptTuningConfig,
     TrainableTokensConfig,
 )
-from test_trainer import DATA, TINY, digit_sum, make_tokenizer, one_thread, tiny_model, weights  # noqa: E402, F401
+from test_trainer import DATA, digit_sum, make_tokenizer, tiny_model, weights  # noqa: E402
 from transformers import (  # noqa: E402
     Cohere2Config,
     Cohere2ForCausalLM,
@@ -37,6 +37,8 @@ from trl.trainer import utils  # noqa: E402
 
 from grpo_kernels.integrations import trl as ours  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, FusedLogProbFunction, is_patched, patch_trl, unpatch_trl  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STOCK = chunked_logprob.ChunkedLogProbFunction
 TIMES = ("time", "runtime", "per_second", "epoch", "flos", "mfu", "tokens_per")

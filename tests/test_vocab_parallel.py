@@ -1,23 +1,25 @@
 """A vocabulary sharded over two and four gloo processes: everything equals one process, bits repeat, and no rank waits for ever."""
 
-import datetime
+import functools
 import math
 import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from problems import Problem, make_problem, run
+from ranks import join, launch, leave
 
-from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs
+from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs, reference
 from grpo_kernels.integrations.verl import linear_cross_entropy
-from grpo_kernels.parallel import counted, reduce_metrics
+from grpo_kernels.parallel import reduce_metrics
 from grpo_kernels.row_statistics import finalize, merged
+from grpo_kernels.traffic import counted
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+SECONDS = 240  # a rank that waits for another one's collective is killed then
 V = 53
-SHARDS = {1: (53,), 2: (20, 33), 4: (7, 1, 30, 15)}
+SHARDS = {1: (53,), 2: (20, 33), 3: (20, 33, 0), 4: (7, 1, 30, 15)}
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -48,23 +50,19 @@ def sharded(p: Problem, rank, world) -> Problem:
     return Problem(**{**vars(p), **parts}), own
 
 
-def together(rank, world, folder, scenario):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world,
-                            timeout=datetime.timedelta(seconds=60))  # fmt: skip
+def together(scenario, world, rank, folder, port):
+    join(rank, port, world, SECONDS)
     try:
         torch.save(scenario(rank, world), f"{folder}/{rank}")
-        dist.barrier()  # gloo aborts the process if the other side is gone before its threads are
     except Exception:
         torch.save(traceback.format_exc(), f"{folder}/{rank}")
         raise
-    finally:
-        dist.destroy_process_group()
+    leave()
 
 
 def spawn(tmp_path, world, scenario):
     """What each rank's scenario returned."""
-    mp.spawn(together, (world, str(tmp_path), scenario), nprocs=world)
+    launch(functools.partial(together, scenario, world), str(tmp_path), world, SECONDS)
     return [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(world)]
 
 
@@ -89,6 +87,51 @@ def compared(rank, world):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_everything_equals_one_process(world, tmp_path):
     assert spawn(tmp_path, world, compared) == [[]] * world
+
+
+def differences(p, rank, sizes, group, **more):
+    """Quantities of a sharded call that are not those of one process."""
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    parts = {name: None if getattr(p, name) is None else getattr(p, name)[own] for name in ("weight", "bias", "lora_b")}
+    wrong = []
+    for backend in ("torch", "cpu"):
+        alone = run(fused_linear_grpo_loss, p, backend=backend, **more).flat()
+        ours = run(fused_linear_grpo_loss, Problem(**{**vars(p), **parts}), backend=backend, vocab_parallel_group=group, **more).flat()
+        for quantity, x in ours.items():
+            truth = alone[quantity][own] if quantity.split()[-1] in ("weight", "bias", "lora_b") else alone[quantity]
+            if x.shape != truth.shape or not torch.allclose(x, truth, rtol=1e-9, atol=1e-12):
+                wrong.append((backend, quantity))
+    return wrong
+
+
+def other_layouts(rank, world):
+    """Interleaved subgroups of four; a rank without a row, in three plans; kept_rows; meshes with a replica and with an empty shard."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    two = GRPOLossConfig(loss_type="vespo", entropy_coef=0.1)
+    wrong = []
+    p = make_problem(seed=rank % 2, V=V, lora=True, bias=True, config=two if rank % 2 else GRPOLossConfig())
+    wrong += differences(p, rank // 2, SHARDS[2], groups[rank % 2], workspace_bytes=4000)
+    for config, budget in ((GRPOLossConfig(entropy_coef=0.1), 4000), (two, 4000), (two, 2**20)):
+        p = make_problem(V=V, lora=True, bias=True, config=config)
+        wrong += differences(p, rank, (20, 18, 15, 0), dist.group.WORLD, workspace_bytes=budget)
+        wrong += differences(p, rank, SHARDS[4], dist.group.WORLD, workspace_bytes=budget, kept_rows=p.kept_rows())
+    for vocab, mesh, placements in ((V, init_device_mesh("cpu", (2, 2)), [Replicate(), Shard(0)]), (9, init_device_mesh("cpu", (4,)), [Shard(0)])):
+        p = make_problem(V=vocab)
+        truth = run(fused_linear_grpo_loss, p)
+        positional, keywords, _ = p.arguments()
+        weight = distribute_tensor(positional[1].detach(), mesh, placements).requires_grad_()
+        out = fused_linear_grpo_loss(positional[0], weight, *positional[2:], **keywords)
+        out.loss.backward()
+        pairs = ((out.loss, truth.loss), (weight.grad.full_tensor(), truth.gradients["weight"]), (positional[0].grad, truth.gradients["hidden"]))
+        wrong += [(vocab, i) for i, (x, y) in enumerate(pairs) if not torch.allclose(x.detach(), y, rtol=1e-9, atol=1e-12)]
+    return wrong
+
+
+def test_subgroups_meshes_kept_rows_and_a_rank_without_rows(tmp_path):
+    assert spawn(tmp_path, 4, other_layouts) == [[]] * 4
 
 
 def half_precision(rank, world):
@@ -144,7 +187,7 @@ def test_log_probs_and_the_bytes_of_the_formula(tmp_path):
             assert bytes.get("dH", 0) == (0 if name == "none" else trained * 16 * 8), name
             assert ("dA" in bytes) == (name == "all")
             assert bytes.get("rows", 0) == (kept if name == "all" else 0)
-            assert bytes["sizes"] < 200
+            assert bytes["sizes"] == 128 + 24
 
 
 def sequence_parallel(rank, world):
@@ -163,7 +206,7 @@ def sequence_parallel(rank, world):
         errors = [(out.loss - truth.loss).abs(), (part.grad - truth.gradients["hidden"][2 * rank : 2 * rank + 2]).abs().max()]
         errors += [(leaves["weight"].grad - truth.gradients["weight"][own]).abs().max(), (leaves["lora_a"].grad - truth.gradients["lora_a"]).abs().max()]
         rows = p.mask.numel()
-        found.append((float(max(errors)), bytes["dH"] == rows * 16 * 8, bytes["hidden"] == rows * 16 * 8 // world))
+        found.append((float(max(errors)), bytes["dH"] == rows * 16 * 8, bytes["hidden"] == rows * 16 * 8 // world and bytes["sizes"] == 280))
     return found
 
 
@@ -265,6 +308,39 @@ def refused(rank, world):
     attempt(other)
     attempt(q, workspace_bytes=10**6 + rank)
     attempt(q)
+
+    # each of these made one rank wait for the other, or both abort
+    odd = rank == 1
+    attempt(q, backend="cuda" if odd else "auto")
+    positional, keywords, _ = q.arguments()
+    packed = Problem(**{**vars(q), **{name: getattr(q, name).flatten(0, 1) for name in ("hidden", "completion_ids", "mask", "old_logps")}})
+    packed.ref_logps, packed.cu_seqlens = None, torch.arange(0, p.mask.numel() + 1, p.mask.shape[1], dtype=torch.int32)
+    packed.cu_seqlens[-1] -= int(odd)
+    attempt(packed)
+    attempt(q, kept_rows=q.kept_rows()[: -9 if odd else None])
+    attempt(q.with_config(loss_type="vespo" if odd else "grpo"))
+    attempt(Problem(**{**vars(q), "old_logps": None if odd else q.old_logps}))
+    shorter = Problem(**{**vars(q), "hidden": q.hidden[:, : -1 if odd else None]})
+    attempt(shorter, sequence_parallel=True)
+    attempt(Problem(**{**vars(q), "config": None if odd else q.config}))
+    try:
+        linear_logprobs(*positional[:3], vocab_parallel_group=dist.group.WORLD, temperature=0.0 if odd else 1.0)
+    except (ValueError, RuntimeError) as error:
+        messages.append(f"{type(error).__name__}: {error}")
+
+    def together(problem, function=fused_linear_grpo_loss, **changes):
+        try:
+            run(function, problem.with_config(**changes), data_parallel_group=dist.group.WORLD)
+            messages.append("no error")
+        except (ValueError, RuntimeError) as error:
+            messages.append(f"{type(error).__name__}: {error}")
+
+    ids = Problem(**{**vars(p), "completion_ids": torch.full_like(p.completion_ids, V) if odd else p.completion_ids})
+    for function in (fused_linear_grpo_loss, reference.grpo_loss):
+        for changes in (dict(top_entropy_quantile=0.5), dict(loss_type="bnpo"), dict(entropy_coef=0.1)):
+            together(ids, function, **changes)
+    together(p, loss_type="bnpo")
+    attempt(q)
     return messages
 
 
@@ -275,7 +351,16 @@ def test_a_rank_that_raises_leaves_nobody_waiting(tmp_path):
         assert "token ids must be in" in messages[1]
         assert "must be the same on all ranks" in messages[2] and "kept: rank 0: 0, rank 1:" in messages[2]
         assert "workspace_bytes must be the same" in messages[3] and "rank 1: 1000001" in messages[3]
-        assert messages[4] == "no error"
+        assert messages[4] == messages[-1] == messages[-2] == "no error"
+    late = list(zip(first[5:-2], second[5:-2], strict=True))
+    for ours, theirs in (late[0], late[1], late[6], late[7]):
+        assert ours.startswith("RuntimeError: rank 1 of vocab_parallel_group refused") and "refused" not in theirs
+    for (ours, theirs), name in zip(late[2:6], ("length of kept_rows", "config", "which tensors are given", "shape of hidden"), strict=True):
+        assert ours == theirs and ours.startswith(f"ValueError: {name} must be the same"), (ours, theirs)
+    assert "backend 'cuda'" in late[0][1] and "cu_seqlens" in late[1][1] and "GRPOLossConfig" in late[6][1] and "temperature" in late[7][1]
+    assert len(late) == 8 + 6
+    for ours, theirs in late[8:]:
+        assert ours.startswith("RuntimeError: rank 1 of data_parallel_group refused") and "token ids" in theirs
 
 
 def averaged(rank, world):
@@ -283,8 +368,9 @@ def averaged(rank, world):
     mask = torch.ones(2, 4) if rank == 0 else torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]])
     first = {"kl": torch.tensor(1.0 + rank), "clip_ratio/low_min": torch.tensor(0.2 + rank), "clip_ratio/high_max": torch.tensor(0.2 + rank)}
     second = {"kl": torch.tensor(1.0 if rank == 0 else math.nan)}
+    config = GRPOLossConfig()
     with counted() as bytes:
-        results = reduce_metrics(first, mask), reduce_metrics(second, mask * (rank == 0)), reduce_metrics(second, mask * 0)
+        results = reduce_metrics(first, mask, config), reduce_metrics(second, mask * (rank == 0), config), reduce_metrics(second, mask * 0, config)
     return [{k: float(v) for k, v in r.items()} for r in results], bytes
 
 
@@ -293,6 +379,50 @@ def test_metrics_of_all_ranks_count_tokens(tmp_path):
         assert first["kl"] == pytest.approx((8 * 1 + 1 * 2) / 9)
         assert first["clip_ratio/low_min"] == pytest.approx(0.2) and first["clip_ratio/high_max"] == pytest.approx(1.2)
         assert second == {"kl": 1.0} and third == {"kl": 0.0} and set(bytes) == {"metrics"}
+
+
+def whole_and_part(rank, **options):
+    """Eight sequences, and half of them; the second half keeps less, and the last of the first and of the second half nothing."""
+    config = GRPOLossConfig(beta=0.05, max_completion_length=6, epsilon=0.3, **options)
+    p = make_problem(B=8, T=6, V=V, config=config)
+    p.mask[4:, 2:], p.mask[3] = False, False
+    own = slice(4 * rank, 4 * rank + 4)
+    names = ("hidden", "completion_ids", "advantages", "mask", "old_logps", "ref_logps")
+    return p, Problem(**{**vars(p), **{name: getattr(p, name)[own] for name in names}})
+
+
+def data_parallel(rank, world):
+    """[(options, quantity)] of what two ranks' batches do not give as one: gradients as DDP takes their mean, and metrics."""
+    wrong = []
+    options = [dict(loss_type=loss, importance_sampling_level=level) for loss in LOSSES for level in ("token", "sequence")]
+    options += [dict(loss_type=loss, entropy_coef=0.1, top_entropy_quantile=q) for loss in ("grpo", "dapo", "bnpo") for q in (1.0, 0.5)]
+    for option in options:
+        for function in (fused_linear_grpo_loss, reference.grpo_loss):
+            p, part = whole_and_part(rank, **option)
+            one = run(function, p)
+            part.num_items = p.kept / world
+            ours = run(function, part, data_parallel_group=dist.group.WORLD)
+            gradient = ours.gradients["weight"]
+            dist.all_reduce(gradient)
+            if not torch.allclose(gradient / world, one.gradients["weight"], rtol=1e-9, atol=1e-12):
+                wrong.append((option, function.__name__, "gradient"))
+            metrics = reduce_metrics(ours.metrics, part.mask, p.config)
+            wrong += [(option, name, float(x), float(one.metrics[name])) for name, x in metrics.items() if not torch.allclose(x, one.metrics[name], rtol=1e-9)]
+        alone = run(fused_linear_grpo_loss, Problem(**{**vars(part), "num_items": None}))
+        policy_loss = reduce_metrics(alone.metrics, part.mask, p.config, shares=False)["policy_loss"]
+        if option.get("top_entropy_quantile", 1.0) == 1 and not torch.allclose(policy_loss, one.metrics["policy_loss"], rtol=1e-9):
+            wrong.append((option, "own divisors"))
+    p, part = whole_and_part(rank, loss_type="bnpo")
+    p.mask[:], p.mask[0, 0] = False, True
+    part.mask = p.mask[4 * rank : 4 * rank + 4]
+    gradient = run(fused_linear_grpo_loss, part, data_parallel_group=dist.group.WORLD).gradients["weight"]
+    dist.all_reduce(gradient)
+    one_token = torch.allclose(gradient / world, run(fused_linear_grpo_loss, p).gradients["weight"], rtol=1e-9, atol=1e-12)
+    return wrong, one_token
+
+
+def test_ranks_with_different_batches_are_one_process(tmp_path):
+    assert spawn(tmp_path, 2, data_parallel) == [([], True)] * 2
 
 
 def test_merged_statistics():

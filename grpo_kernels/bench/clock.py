@@ -50,18 +50,22 @@ class Cuda:
         self._end.synchronize()
         return self._start.elapsed_time(self._end) * 1e-3
 
-    def peak(self, call):
-        """(result, bytes that the call had allocated at most, its result included)."""
+    def peak(self, call, held=None):
+        """(result, bytes that the call had allocated at most above ``held``, or what was there, its result included)."""
         gc.collect()
-        torch.cuda.synchronize()
+        before = self.held() if held is None else held
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         result = call()
         torch.cuda.synchronize()
         return result, torch.cuda.max_memory_allocated() - before
 
+    def held(self):
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
     def free(self):
-        return torch.cuda.mem_get_info()[0]
+        """What the device has, and what the allocator keeps for us."""
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
     def ready(self, size):
         """The caching allocator has it already."""
@@ -85,14 +89,19 @@ class Cpu:
         timed.call()
         return time.perf_counter() - start
 
-    def peak(self, call):
-        """(result, bytes the process grew by at most); None where the system does not tell."""
+    def peak(self, call, held=None):
+        """(result, bytes the process grew by at most above ``held``, or what was there); None where the system does not tell."""
         gc.collect()
         if not reset_peak():
             return call(), None
-        before = resident()
+        before = resident() if held is None else held
         result = call()
         return result, resident("VmHWM") - before
+
+    def held(self):
+        gc.collect()
+        reset_peak()
+        return resident()
 
     def free(self):
         """Bytes that processes can still take; None where the system does not tell."""
@@ -106,6 +115,7 @@ class Cpu:
 
     def recover(self):
         gc.collect()
+        _trim()
 
 
 def clock(name):
@@ -126,14 +136,18 @@ def reset_peak() -> bool:
 
     What malloc kept of earlier temporaries goes back to the system first: it is no part of what follows.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    _trim()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
     return True
+
+
+def _trim():
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def resident(field="VmRSS", file=_STATUS):

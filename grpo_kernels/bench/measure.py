@@ -1,13 +1,15 @@
-"""One shape and workload: everybody is checked, peaks are measured in processes of their own, then all are timed round by round.
+"""One shape and workload: everybody runs alone in a fresh process, is checked, then all are timed round by round.
 
-Checked means: loss and gradients (or log-probs) of a copy of some hundred tokens under the same head, against float64 autograd of
-the reference; plain PyTorch in the same dtype is the yardstick. Who fails is a row with the reason, and is not timed.
+The fresh process gives peak memory and the seconds of a first call, and ends whatever hangs or crashes before it can end this one.
+Checked means: loss and gradients (or log-probs) of the very call that is timed, against float64 autograd of the reference; plain
+PyTorch in the same dtype is the yardstick. Who fails is a row with the reason, and is not timed.
 
-Every round times every provider once and begins with another one, so that what is compared ran within seconds, and nobody always
+Every round times every provider once, in an order of its own, so that what is compared ran within seconds, and nobody always
 follows the one that leaves the caches worst. Ratios to the bare products are taken inside of a round.
 """
 
 import gc
+import random
 import statistics
 import time
 import traceback
@@ -19,13 +21,16 @@ from . import memory, record
 from .check import accept, errors, worst
 from .clock import Timed
 from .peers import Absent, full_logits
-from .problem import checked_part, make_problem, truth, truth_bytes
+from .problem import Problem, Result, make_problem, same_data, truth, truth_bytes
 from .providers import FULL, OURS, PRODUCTS, Provider
 from .workloads import Workload
 
 _SLOW, _SLOW_ROUNDS = 4, 3  # who takes four times as long as the fastest is timed three times
 _ALWAYS = (PRODUCTS, FULL)  # whatever the time, as ours
-_START_SECONDS = 5  # of a fresh process
+_PROCESS_SECONDS = 8  # of a fresh process, its call apart
+_LONGEST_CALL = 60.0  # seconds of another library's first call behind which it is neither checked nor timed
+_LONGEST_OWN = 600.0
+_REPEATED = 2.0  # seconds: who is faster gets as many processes as are asked for, whoever it is; the others one
 _SHARE_OF_MEMORY = 0.85  # of what is free may be taken
 
 
@@ -33,31 +38,49 @@ _SHARE_OF_MEMORY = 0.85  # of what is free may be taken
 class Effort:
     rounds: int = 7
     memory: bool = True
-    repeats: int = 1  # processes per point of our memory, whose median is kept
+    repeats: int = 1  # processes per point of memory, whose median is kept
     until: float = float("inf")  # time.monotonic() after which no further round and no other library is begun
-    warm: bool = True  # a full call before the rounds
 
 
-def measure(shape, workload: Workload, providers: list[Provider], clock, effort: Effort, progress) -> list[dict]:
-    """A row per provider, in their order."""
+@dataclass
+class Truth:
+    """What several workloads on the same data share."""
+
+    problem: Problem
+    exact: Result
+    plain: Result | None  # plain PyTorch's answer in the inputs' dtype, the yardstick
+
+
+def measure(shape, workload: Workload, providers: list[Provider], clock, effort: Effort, progress, shared: list | None = None):
+    """A row per provider, in their order. ``shared`` holds the `Truth` of the workload before, if any, and then this one's."""
+    shared = [] if shared is None else shared
     problem = make_problem(shape, workload, device=clock.device)
-    rows = _Rows(problem)
-    checked, took = _check(problem, providers, clock, effort, rows, progress)
-    peaks = _peaks(shape, workload, checked, took, effort, rows, progress) if effort.memory else {}
+    rows = _Rows(problem, clock)
+    able = [p for p in providers if _can(p, problem, rows, effort, progress)]
+    peaks = _peaks(shape, workload, able, effort, rows, progress) if effort.memory else {}
+    able = [p for p in able if not rows.has(p.name)]
+    known = None
+    if any(p.name != PRODUCTS for p in able):
+        progress.say(f"{rows.shape} {workload.name}: float64 reference")
+        known, note = find_truth(problem, clock, shared)
+        for p in able if known is None else ():
+            if p.name != PRODUCTS:
+                rows.add(p, status="absent", note=note)
+        able = [p for p in able if not rows.has(p.name)]
     calls = {}
-    for provider in checked:
+    for provider in able:
+        progress.say(f"{rows.shape} {workload.name}: check {provider.name}")
         with rows.attempt(provider):
-            _room_for(provider, problem, clock)
-            call = provider.make(problem)
-            if effort.warm:
-                call()
-            calls[provider.name] = call
-    times = rounds(calls, clock, effort, progress, f"{shape} {workload.name}", {n: p["peak_bytes"] for n, p in peaks.items()})
+            rows.errors[provider.name] = {}
+            calls[provider.name] = checked(provider, problem, known, rows.errors[provider.name])
+        progress.step()
+    ready = {name: found.get("peak_bytes") for name, found in peaks.items()}
+    times = rounds(calls, clock, effort, progress, f"{shape} {workload.name}", ready)
     floor = times.get(PRODUCTS, {})
-    for provider in checked:
+    for provider in able:
         name = provider.name
         if name in times and not rows.has(name):
-            found = rows.errors.get(name, {})
+            found = rows.errors[name]
             rows.add(
                 provider, times=list(times[name].values()), ratios=record.ratios(times[name], floor),
                 errors=found, error=worst(found, workload.gradients), **peaks.get(name, {}),
@@ -65,11 +88,48 @@ def measure(shape, workload: Workload, providers: list[Provider], clock, effort:
     return [rows.by_name[p.name] for p in providers if p.name in rows.by_name]
 
 
+def find_truth(problem, clock, shared=()):
+    """(`Truth` of the problem or None, why not); the one in ``shared`` is used again if it is of the same data, else replaced."""
+    w = problem.workload
+    for before in shared:
+        b = before.problem.workload
+        if same_data(before.problem, problem) and (b.gradients or not w.gradients) and (b.trains_head or not w.trains_head):
+            return before, None
+    before = b = None
+    if shared:
+        shared.clear()
+    clock.recover()
+    free, needed = clock.free(), truth_bytes(problem)
+    if free is not None and needed > _SHARE_OF_MEMORY * free:
+        return None, f"not checked, so not timed: the float64 truth takes {_gib(needed)} GiB, {_gib(free)} are free"
+    exact = truth(problem)
+    try:
+        plain = full_logits(problem)()
+    except (MemoryError, torch.OutOfMemoryError):
+        plain = None
+    if isinstance(shared, list):
+        shared.append(Truth(problem, exact, plain))
+        return shared[0], None
+    return Truth(problem, exact, plain), None
+
+
+def checked(provider, problem, known, found):
+    """A call that computed what it shall; its errors go into ``found``. Raises AssertionError, or what the provider raises."""
+    call = provider.make(problem)
+    result = call()
+    if provider.name != PRODUCTS:
+        scale = problem.advantages.abs().mean().item()
+        found |= errors(result, known.exact, scale, problem.mask)
+        plain = None if known.plain is None else errors(known.plain, known.exact, scale, problem.mask)
+        accept(provider.name, found, problem.workload, plain)
+    return call
+
+
 class _Rows:
     """Rows by provider, and how a failure becomes one."""
 
-    def __init__(self, problem):
-        self.shape, self.workload = problem.shape, problem.workload
+    def __init__(self, problem, clock):
+        self.shape, self.workload, self.clock = problem.shape, problem.workload, clock
         self.counts = {"kept": problem.kept, "live": problem.live}
         self.by_name, self.errors = {}, {}
 
@@ -102,6 +162,8 @@ class _Attempt:
             status = "absent"
         elif isinstance(error, AssertionError):
             status = "wrong"
+        elif isinstance(error, memory.TooLong):
+            status = "too slow"
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             status = "out of memory"
         else:
@@ -109,71 +171,50 @@ class _Attempt:
             if self.provider.ours:
                 traceback.print_exception(error)
         first = (str(error).strip() or repr(error)).splitlines()[0][:300]
-        note = first if status in ("absent", "wrong") else f"{type(error).__name__}: {first}"
+        plain = status in ("absent", "wrong", "too slow") or isinstance(error, memory.PointError)
+        note = first if plain else f"{type(error).__name__}: {first}"
         self.rows.add(self.provider, status=status, note=note, errors=self.rows.errors.get(self.provider.name, {}))
+        error = None
+        gc.collect()
+        self.rows.clock.recover()
         return True
 
 
-def _check(problem, providers, clock, effort, rows, progress):
-    """(the providers whose result was right, name -> seconds of the call); the others have a row then."""
-    part = checked_part(problem)
-    judged = [p for p in providers if p.name != PRODUCTS]
-    exact = plain = None
-    if judged:
-        free, needed = clock.free(), truth_bytes(part)
+def _can(provider, problem, rows, effort, progress):
+    """Whether the provider exists, fits and has the time; it has a row otherwise."""
+    if not _has_time(provider, effort):
+        rows.add(provider, status="no time", note="neither checked nor timed; name it with --providers, or leave --quick out")
+        progress.step(2)
+        return False
+    with rows.attempt(provider):
+        provider.make(problem)
+        free, needed = rows.clock.free(), provider.logits * problem.kept * problem.shape.vocab
         if free is not None and needed > _SHARE_OF_MEMORY * free:
-            for p in judged:
-                reason = f"not checked, so not timed: the float64 truth takes {_gib(needed)} GiB, {_gib(free)} are free"
-                rows.add(p, status="absent", note=reason)
-            return [p for p in providers if p.name == PRODUCTS], {}
-        progress.say(f"{rows.shape} {rows.workload.name}: float64 reference")
-        exact = truth(part)
-        scale = part.advantages.abs().mean().item()
-        plain = errors(full_logits(part)(), exact, scale)
-    right, took = [], {}
-    for provider in providers:
-        if provider.name not in _ALWAYS and not provider.ours and time.monotonic() > effort.until:
-            rows.add(provider, status="no time", note="neither checked nor timed; name it with --providers, or leave --quick out")
-            progress.step()
-            continue
-        progress.say(f"{rows.shape} {rows.workload.name}: check {provider.name}")
-        with rows.attempt(provider):
-            call, start = provider.make(part), time.monotonic()
-            result = call()
-            took[provider.name] = time.monotonic() - start
-            if provider.name != PRODUCTS:
-                rows.errors[provider.name] = found = errors(result, exact, scale)
-                accept(provider.name, found, rows.workload.gradients, plain)
-            right.append(provider)
-        result = call = None
-        gc.collect()
-        progress.step()
-    return right, took
+            raise Absent(f"takes some {_gib(needed)} GiB, {_gib(free)} are free")
+        return True
+    progress.step(2)
+    return False
 
 
-def _peaks(shape, workload, providers, took, effort, rows, progress):
+def _has_time(provider, effort, more=0.0):
+    return provider.name in _ALWAYS or provider.ours or time.monotonic() + more < effort.until
+
+
+def _peaks(shape, workload, providers, effort, rows, progress):
     """name -> the fields of a row, each from a fresh process."""
     found = {}
     for provider in providers:
         progress.say(f"{rows.shape} {rows.workload.name}: memory of {provider.name}")
-        needed = _START_SECONDS + 2 * took.get(provider.name, 0.0)
-        if provider.name in _ALWAYS or provider.ours or time.monotonic() + needed < effort.until:
-            try:
-                repeats = effort.repeats if provider.ours else 1
-                found[provider.name] = memory.in_fresh_processes(provider.name, workload.name, shape, repeats)
-            except memory.PointError as error:
-                found[provider.name] = {"peak_bytes": None, "peak_note": str(error)}
-        else:
-            found[provider.name] = {"peak_bytes": None, "peak_note": "no time was left to measure it"}
+        own = provider.ours or provider.name in _ALWAYS
+        with rows.attempt(provider):
+            points = []
+            for i in range(effort.repeats):
+                if i and (points[0]["cold_seconds"] > _REPEATED or not _has_time(provider, effort, _PROCESS_SECONDS)):
+                    break
+                points.append(memory.in_fresh_process(provider.name, workload.name, shape, _LONGEST_OWN if own else _LONGEST_CALL))
+            found[provider.name] = memory.median(points)
         progress.step()
     return found
-
-
-def _room_for(provider, problem, clock):
-    """Raises Absent where the call would take more memory than there is: the system would end the whole run."""
-    free, needed = clock.free(), provider.logits * problem.shape.tokens * problem.shape.vocab
-    if free is not None and needed > _SHARE_OF_MEMORY * free:
-        raise Absent(f"takes some {_gib(needed)} GiB, {_gib(free)} are free")
 
 
 def rounds(calls, clock, effort, progress, title, peaks):
@@ -189,9 +230,9 @@ def rounds(calls, clock, effort, progress, title, peaks):
                 names = [n for n in names if i < _SLOW_ROUNDS and (n in _ALWAYS or n.startswith(OURS))]
                 if not names:
                     break
-            turn = i % max(1, len(names))
+            random.Random(i).shuffle(names)
             fastest = min((statistics.median(t.values()) for t in times.values() if t), default=0)
-            for name in names[turn:] + names[:turn]:
+            for name in names:
                 done = times[name].values()
                 if len(done) >= _SLOW_ROUNDS and statistics.median(done) > _SLOW * fastest:
                     continue
@@ -206,4 +247,3 @@ def rounds(calls, clock, effort, progress, title, peaks):
 
 def _gib(size):
     return f"{size / 2**30:.1f}"
-

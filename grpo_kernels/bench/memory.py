@@ -8,6 +8,7 @@ most above what was allocated). A tiny call before that has loaded what librarie
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -21,11 +22,16 @@ from .providers import PROVIDERS
 from .shapes import TINY, Shape
 from .workloads import WORKLOADS
 
+_ANSWER = "answer: "
 _ROOT = str(Path(__file__).resolve().parents[2])
 
 
 class PointError(RuntimeError):
     """The process of a point did not end well; the message says how."""
+
+
+class TooLong(PointError):
+    """It had not ended when its time was over."""
 
 
 def measure(provider, workload, shape) -> dict:
@@ -34,29 +40,35 @@ def measure(provider, workload, shape) -> dict:
     provider.make(make_problem(TINY, workload, device=clock.device))()
     problem = make_problem(shape, workload, device=clock.device)
     call = provider.make(problem)
+    V, D, size = shape.vocab, shape.depth, problem.weight.element_size()
+    clock.ready(V * D * (size + 4) + max(provider.logits, 2) * problem.kept * V)  # so that no first call waits for the machine
     held = clocks.resident()
     start = time.perf_counter()
     result, peak = clock.peak(call)
     seconds = time.perf_counter() - start
-    if peak is None:
-        raise PointError("the peak mark cannot be reset here: /proc/self/clear_refs is not to be written")
     size = lambda x: 0 if x is None else x.numel() * x.element_size()  # noqa: E731
-    sums = 0 if result.d_weight is None else 4 * result.d_weight.numel()
     return {
-        "peak_bytes": peak, "data_bytes": held, "gradient_bytes": size(result.d_hidden) + size(result.d_weight) + sums,
+        "peak_bytes": peak, "data_bytes": held, "gradient_bytes": size(result.d_hidden) + size(result.d_weight),
         "workspace_bytes": default_budget(clock.device.type) if provider.ours else None, "cold_seconds": seconds,
+        "peak_note": "the peak mark cannot be reset here: /proc/self/clear_refs is not to be written" if peak is None else None,
     }  # fmt: skip
 
 
-def in_fresh_processes(provider, workload, shape, repeats=1) -> dict:
-    """The median of several: malloc and the scratch memory of oneDNN's threads move the mark by some tens of MiB."""
-    found = sorted((in_fresh_process(provider, workload, shape) for _ in range(repeats)), key=lambda r: r["peak_bytes"])
-    marks = [r["peak_bytes"] for r in found]
-    return {**found[len(found) // 2], "peak_repeats": repeats, "peak_spread": marks[-1] - marks[0]}
+def median(points) -> dict:
+    """Of the same point several times: malloc and the scratch memory of oneDNN's threads move the mark by some tens of MiB."""
+    points = sorted(points, key=lambda r: r["peak_bytes"] or 0)
+    marks = [r["peak_bytes"] or 0 for r in points]
+    first = {"cold_seconds": statistics.median(r["cold_seconds"] for r in points)}
+    return {**points[len(points) // 2], **first, "peak_repeats": len(points), "peak_spread": marks[-1] - marks[0]}
 
 
-def in_fresh_process(provider, workload, shape) -> dict:
-    return run("grpo_kernels.bench.memory", [provider, workload, asdict(shape)])
+def in_fresh_process(provider, workload, shape, longest=None) -> dict:
+    """``longest``: seconds for the call; making its data is allowed as much again, and a minute."""
+    limit = None if longest is None else 2 * longest + 60
+    point = run("grpo_kernels.bench.memory", [provider, workload, asdict(shape)], limit)
+    if longest is not None and point["cold_seconds"] > longest:
+        raise TooLong(f"its first call took {point['cold_seconds']:.0f} s, more than {longest:.0f}")
+    return point
 
 
 def run(module, point, limit=None) -> dict:
@@ -67,14 +79,22 @@ def run(module, point, limit=None) -> dict:
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit)
     except subprocess.TimeoutExpired as error:
-        raise PointError(f"took more than {limit:.0f} s") from error
+        raise TooLong(f"its process had not ended after {limit:.0f} s") from error
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         killed = "the system ended it, for want of memory" if done.returncode == -9 else f"exit status {done.returncode}"
         raise PointError(lines[-1][:300] if lines and done.returncode > 0 else killed)
-    return json.loads(done.stdout.splitlines()[-1])
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith(_ANSWER):
+            return json.loads(line.removeprefix(_ANSWER))
+    raise PointError(f"its process printed no answer: {done.stdout.strip()[-200:]!r}")
+
+
+def answer(fields):
+    """Prints what `run` reads; a library may print before and after it."""
+    print(_ANSWER + json.dumps(fields), flush=True)
 
 
 if __name__ == "__main__":
     name, path, fields = json.loads(sys.argv[1])
-    print(json.dumps(measure(name, path, Shape(**fields))))
+    answer(measure(name, path, Shape(**fields)))

@@ -22,13 +22,12 @@ class Absent(Exception):
 
 
 _TRL_COLUMNS = 32768  # TRL 1.16's trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
-TRL_SETTINGS = {"rows": "kept only", "columns": _TRL_COLUMNS}
-# of a chunk of Liger's; by default a sequence each, which on a GPU would be more and smaller products
-LIGER_ROWS, LIGER_CPU_ROWS = 1024, 128
+TRL_SETTINGS = {"columns": _TRL_COLUMNS, "its_trainer": "hands over kept rows on a GPU, all rows on a CPU"}
+LIGER_ROWS = 1024  # of a chunk on a GPU; on a CPU everything is one chunk, which is fastest
 
 
 def full_logits(p, compiled=False):
-    """The head's product in the inputs' dtype, log-probs in float32; the entropy only where it is asked for."""
+    """The head's product in the inputs' dtype, of kept rows; log-probs in float32; the entropy only where it is asked for."""
     function = _scores if not p.workload.gradients or _needs_entropy(p) else _log_probs
     if compiled:
         function = _compiled(function)
@@ -68,25 +67,30 @@ def trl(p):
         stub.maybe_gather_lm_head_ctx = lambda *a: contextlib.nullcontext()
         sys.modules["trl.trainer.utils"] = stub
 
-    def scores(hidden, weight, ids):
-        # as TRL's trainer calls it: kept rows only, entropy beside the log-probs
-        kept = p.mask.flatten()
-        out = ChunkedLogProbFunction.apply(hidden[kept], weight, None, ids[kept], 1.0, _TRL_COLUMNS, None, 1.0, ("entropy",))
-        return tuple(x.new_zeros(kept.shape).masked_scatter(kept, x) for x in out[:2])
+    def scores(hidden, weight, ids):  # entropy beside the log-probs, as its trainer wants it
+        return ChunkedLogProbFunction.apply(hidden, weight, None, ids, 1.0, _TRL_COLUMNS, None, 1.0, ("entropy",))[:2]
 
     return _with_objective(p, scores)
 
 
-def liger(p):
+def liger(p, one_by_one=False):
+    """Positions that are masked in every sequence are cut off: it has no other way to leave them out.
+
+    ``one_by_one`` is the constructor's chunk of one sequence; else as many together as make it fastest.
+    """
     with _absent_unless_imported():
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
     if not p.workload.gradients:
         raise Absent("it has no log-probs of its own")
     _refuse_entropy(p)
-    c, rows = p.config, LIGER_ROWS if p.hidden.is_cuda else LIGER_CPU_ROWS
-    # compiled=True hands torch.compile a new function in every call
+    c, rows = p.config, LIGER_ROWS if p.hidden.is_cuda else p.shape.tokens
+    needed = p.mask.any(0).nonzero()
+    columns = slice(int(needed.min()), int(needed.max()) + 1)
+    cut = lambda x: None if x is None else x[:, columns]  # noqa: E731
+    chunk = 1 if one_by_one else max(1, rows // (columns.stop - columns.start))
+    # compiled=True, its default, takes as long in a call, and tens of seconds in the first
     fused = LigerFusedLinearGRPOLoss(
-        beta=c.beta, compiled=False, use_ref_model=c.beta != 0, chunk_size=max(1, rows // p.shape.length),
+        beta=c.beta, compiled=False, use_ref_model=c.beta != 0, chunk_size=chunk,
         epsilon_low=c.epsilon, epsilon_high=c.upper_epsilon, loss_type=c.loss_type,
         importance_sampling_level=c.importance_sampling_level, use_bias_correction_kl=c.use_bias_correction_kl,
     )  # fmt: skip
@@ -94,8 +98,9 @@ def liger(p):
     def run():
         hidden, weight = p.leaves()
         loss, _ = fused(
-            hidden, weight, p.ids, p.mask, p.advantages, ref_per_token_logps=p.ref_logps, old_per_token_logps=p.old_logps
-        )
+            cut(hidden), weight, cut(p.ids), cut(p.mask), p.advantages, ref_per_token_logps=cut(p.ref_logps),
+            old_per_token_logps=cut(p.old_logps),
+        )  # fmt: skip
         loss.backward()
         return Result(loss.detach(), None, hidden.grad, weight.grad)
 
@@ -228,15 +233,21 @@ def _absent_unless_imported():
 
 
 def _with_objective(p, scores):
-    """Log-probs of another library under our objective; ``scores`` takes [N, D], [V, D] and [N]."""
-    ids, shape = p.ids.flatten(), p.mask.shape
+    """Log-probs of another library under our objective; ``scores`` takes [N, D], [V, D] and [N] of the tokens that are kept."""
+    whole = bool(p.mask.all())
+    kept, shape = p.mask.bool().flatten(), p.mask.shape
+    ids = p.ids.flatten() if whole else p.ids.flatten()[kept]
+
+    def spread(x):
+        if x is None:
+            return None
+        return x.view(shape) if whole else x.new_zeros(kept.shape).masked_scatter(kept, x).view(shape)
 
     def run():
         hidden, weight = p.leaves()
         with torch.set_grad_enabled(p.workload.gradients):
-            logps, entropy = scores(hidden.flatten(0, 1), weight, ids)
-            logps = logps.view(shape)
-            entropy = None if entropy is None else entropy.view(shape)
+            rows = hidden.flatten(0, 1)
+            logps, entropy = map(spread, scores(rows if whole else rows[kept], weight, ids))
         if not p.workload.gradients:
             return Result(logps=logps, entropy=entropy)
         loss, _ = objective(

@@ -2,23 +2,31 @@
 
 from pathlib import Path
 
-from .providers import OURS, PRODUCTS
+from .providers import OURS, PRODUCTS, PROVIDERS
 from .shapes import named
 
-_INK, _GRID, _OWN, _OTHERS = "#333333", "#e6e6e6", "#1f5fa8", ("#b0b0b0", "#d1a15a", "#c46a5a", "#7aa37a", "#9a86b8", "#6f9fb0")
+_INK, _GRID, _OWN = "#333333", "#e6e6e6", "#1f5fa8"
+_OTHERS = ("#8c8c8c", "#d1902f", "#c4503c", "#5f9a5f", "#8a6fb5", "#3f8fa5", "#a5793f", "#d070a0")
+_MARKERS = "osD^vP"  # with the colours as many looks as there are providers, and more
 
 
 class NoMatplotlib(RuntimeError):
     """Pictures were asked for and matplotlib is not there."""
 
 
-def plot(rows, folder) -> list[Path]:
-    """Writes what the rows have data for into ``folder``; returns the files."""
+def need_matplotlib():
     try:
-        import matplotlib
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise NoMatplotlib("--plot needs matplotlib; pip install matplotlib") from error
+
+
+def plot(rows, folder) -> list[Path]:
+    """Writes what the rows have data for into ``folder``; returns the files."""
+    need_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     good = [r for r in rows if r["status"] == "ok"]
@@ -47,10 +55,10 @@ def plot(rows, folder) -> list[Path]:
 
 
 def _time(axis, rows):
-    """Bars over the workloads of the shape that most rows have, with the range of the rounds."""
+    """Medians over the workloads of the shape that most rows have, with the range of the rounds."""
     shape = _commonest(rows)
     rows = [r for r in rows if named(r["shape"]) == shape]
-    _bars(axis, rows, lambda r: r["ratio"], lambda r: r.get("ratio_range"))
+    _points(axis, rows, lambda r: r["ratio"], lambda r: r.get("ratio_range"))
     axis.axhline(1, color=_INK, linewidth=1, linestyle="--")
     axis.set_ylabel("time / bare matrix products")
     axis.set_yscale("log")
@@ -58,15 +66,23 @@ def _time(axis, rows):
 
 
 def _memory(axis, rows):
-    depth, vocab = max({(r["shape"]["depth"], r["shape"]["vocab"]) for r in rows}, key=lambda head: len(
-        [r for r in rows if (r["shape"]["depth"], r["shape"]["vocab"]) == head]))  # fmt: skip
-    rows = [r for r in rows if (r["shape"]["depth"], r["shape"]["vocab"]) == (depth, vocab)]
+    """Over tokens where they were swept, at the head that was swept most; else over workloads."""
     scaling = [r for r in rows if r.get("kind") == "scaling"]
-    rows = scaling or [r for r in rows if r["path"] == rows[0]["path"]]
-    for name in _names(rows):
-        points = sorted({r["shape"]["tokens"]: r["peak_bytes"] for r in rows if r["provider"] == name}.items())
-        x, y = zip(*[(n, size / 2**30) for n, size in points], strict=True)
-        axis.plot(x, y, "o-", color=_colour(name, _names(rows)), label=name)
+    if not scaling:
+        shape = _commonest(rows)
+        _points(axis, [r for r in rows if named(r["shape"]) == shape], lambda r: r["peak_bytes"] / 2**20, lambda r: None)
+        axis.set_yscale("log")
+        axis.set_ylabel("peak memory above the inputs, MiB")
+        axis.set_title(f"Memory: {shape}", loc="left")
+        return
+    heads = [(r["shape"]["depth"], r["shape"]["vocab"]) for r in scaling]
+    depth, vocab = max(dict.fromkeys(heads), key=heads.count)
+    rows = [r for r in scaling if (r["shape"]["depth"], r["shape"]["vocab"]) == (depth, vocab)]
+    names = _names(rows)
+    for name in names:
+        points = sorted({r["shape"]["tokens"]: r["peak_bytes"] / 2**30 for r in rows if r["provider"] == name}.items())
+        colour, marker = _look(name, names)
+        axis.plot(*zip(*points, strict=True), marker + "-", color=colour, label=name)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.grid(color=_GRID, linewidth=0.8)
@@ -83,9 +99,9 @@ def _error(axis, rows):
     shape = _commonest(rows)
     rows = [r for r in rows if named(r["shape"]) == shape]
     middle = lambda r: r["errors"].get("logps_mean") or r["errors"]["logps_max"]  # noqa: E731
-    _bars(axis, rows, middle, lambda r: (middle(r), r["errors"]["logps_max"]))
+    _points(axis, rows, middle, lambda r: (middle(r), r["errors"]["logps_max"]))
     axis.set_yscale("log")
-    axis.set_ylabel("log-prob error, nats: mean, bar to the largest")
+    axis.set_ylabel("log-prob error, nats: mean, line to the largest")
     axis.set_title(f"Log-prob error against float64: {shape}", loc="left")
 
 
@@ -96,14 +112,15 @@ def _step(axis, rows):
         points = {r["shape"]["tokens"]: r["median"] for r in rows if r["provider"] == name}
         places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j, n in enumerate(lengths) if n in points]
         axis.bar(places, [points[n] for n in lengths if n in points], 0.8 / len(names), label=name,
-                 color=_OWN if name in ("trl fused", "thin trainer") else _OTHERS[i % len(_OTHERS)])  # fmt: skip
+                 color=_OWN if name == "trl fused" else _OTHERS[i])  # fmt: skip
     axis.set_xticks(range(len(lengths)), [f"{n} tokens" for n in lengths])
     axis.set_ylabel("seconds per optimiser step")
     axis.legend(frameon=False)
-    axis.set_title("One optimiser step; `model` is the step without a head", loc="left")
+    without = "; `model` is the step without a head" if "model" in names else ""
+    axis.set_title(f"One optimiser step{without}", loc="left")
 
 
-def _bars(axis, rows, value, limits):
+def _points(axis, rows, value, limits):
     paths, names = list(dict.fromkeys(r["path"] for r in rows)), _names(rows)
     width = 0.8 / len(names)
     for i, name in enumerate(names):
@@ -113,11 +130,13 @@ def _bars(axis, rows, value, limits):
         spans = [limits(r) or (h, h) for (_, r), h in zip(chosen, heights, strict=True)]
         bars = [[max(0.0, h - low) for h, (low, _) in zip(heights, spans, strict=True)],
                 [max(0.0, high - h) for h, (_, high) in zip(heights, spans, strict=True)]]  # fmt: skip
-        axis.bar([x for x, _ in chosen], heights, width, yerr=bars, label=name, color=_colour(name, names),
-                 error_kw={"elinewidth": 0.8, "ecolor": _INK})  # fmt: skip
+        colour, marker = _look(name, names)
+        axis.errorbar([x for x, _ in chosen], heights, bars, fmt=marker, label=name, color=colour, markersize=6, elinewidth=1)
+    for j in range(1, len(paths)):
+        axis.axvline(j - 0.5, color=_GRID, linewidth=0.8)
     axis.set_xticks(range(len(paths)), paths)
     axis.grid(axis="y", color=_GRID, linewidth=0.8)
-    axis.legend(frameon=False, ncols=2, fontsize=9)
+    axis.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _commonest(rows):
@@ -129,7 +148,11 @@ def _names(rows):
     return sorted(dict.fromkeys(r["provider"] for r in rows), key=lambda name: not name.startswith(OURS))
 
 
-def _colour(name, names):
+def _look(name, names):
+    """(colour, marker)"""
     if name == OURS:
-        return _OWN
-    return _OTHERS[[n for n in names if n != OURS].index(name) % len(_OTHERS)]
+        return _OWN, "o"
+    known = [n for n in PROVIDERS if n not in (OURS, PRODUCTS)]  # the same in every picture
+    known += [n for n in names if n not in PROVIDERS]
+    i = known.index(name)
+    return _OTHERS[i % len(_OTHERS)], _MARKERS[(i // len(_OTHERS) + 1) % len(_MARKERS)]

@@ -16,7 +16,7 @@ from .shapes import Shape
 from .workloads import FORK_TOKENS, FORKS, LIKELY, ODDS, Workload, draw_batch, draw_log_ratios
 
 _ROWS = 128  # a step of 128 rows of a large vocabulary is above malloc's largest threshold: its memory goes back at once
-_CHECKED = 256  # tokens: with a head of 152k x 4096 float64 takes 15 GiB for them
+_TRUTH_ROWS = 256  # tokens whose float64 logits are in memory together
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,12 @@ def _peaked(N, weight, g):
     return hidden, torch.where(uniform(N) < odds.sigmoid(), chosen, torch.randint(V, (N,), generator=g))
 
 
+def same_data(a: Problem, b: Problem) -> bool:
+    """Whether two problems hold the same tensors and ask for the same loss, though perhaps not for all of its gradients."""
+    drawn = lambda p: replace(p.workload, name="", about="", trains_head=True, gradients=True)  # noqa: E731
+    return a.shape == b.shape and drawn(a) == drawn(b)
+
+
 @torch.no_grad()
 def _logps(hidden, weight, ids):
     """Log-probs [N] float32, of logits in the inputs' dtype."""
@@ -107,20 +113,6 @@ def _logps(hidden, weight, ids):
         z = (h @ weight.T).float()
         found.append(z.gather(1, token.unsqueeze(1)).squeeze(1) - z.logsumexp(-1))
     return torch.cat(found)
-
-
-def checked_part(problem: Problem) -> Problem:
-    """A copy of some hundred tokens under the same head, spread evenly over every sequence: what float64 can be asked for."""
-    p = problem
-    length = max(1, _CHECKED // p.shape.sequences)
-    if length >= p.shape.length:
-        return p
-    at = torch.linspace(0, p.shape.length - 1, length).long().to(p.mask.device)
-    cut = lambda x: None if x is None else x[:, at].contiguous()  # noqa: E731
-    return replace(
-        p, shape=replace(p.shape, length=length), hidden=cut(p.hidden), ids=cut(p.ids), mask=cut(p.mask),
-        old_logps=cut(p.old_logps), ref_logps=cut(p.ref_logps),
-    )  # fmt: skip
 
 
 @dataclass
@@ -142,7 +134,7 @@ def truth(p: Problem, sequences=None) -> Result:
     w, device = p.workload, p.hidden.device
     if p.config.top_entropy_quantile < 1:
         sequences = p.shape.sequences
-    sequences = sequences or max(1, _CHECKED // p.shape.length)
+    sequences = sequences or max(1, _TRUTH_ROWS // p.shape.length)
     weight = p.weight.double().requires_grad_(w.gradients and w.trains_head)
     zeros = lambda *size: torch.zeros(size, dtype=torch.float64, device=device)  # noqa: E731
     result = Result(zeros(), zeros(*p.mask.shape), entropy=zeros(*p.mask.shape))
@@ -168,6 +160,6 @@ def truth(p: Problem, sequences=None) -> Result:
 
 def truth_bytes(p: Problem) -> int:
     """What `truth` takes at most: weight, its gradient and one more, logits and what autograd keeps of them."""
-    rows = p.shape.tokens if p.config.top_entropy_quantile < 1 else min(p.shape.tokens, max(_CHECKED, p.shape.length))
+    rows = p.shape.tokens if p.config.top_entropy_quantile < 1 else min(p.shape.tokens, max(_TRUTH_ROWS, p.shape.length))
     heads = 1 if not p.workload.gradients else 2 if rows == p.shape.tokens else 3
     return 8 * p.shape.vocab * (heads * p.shape.depth + 6 * rows)

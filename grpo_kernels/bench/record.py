@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import platform
 import statistics
@@ -84,9 +85,20 @@ def commit():
 
 
 def write(path, rows):
-    """A JSON array, one row per line."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+    """A JSON array, one row per line, put in the place of the file when it is whole; what is not finite is null there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text("[\n" + ",\n".join(json.dumps(_finite(r), allow_nan=False) for r in rows) + "\n]\n")
+    new.replace(path)
+
+
+def _finite(x):
+    if isinstance(x, dict):
+        return {k: _finite(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def installed(name):

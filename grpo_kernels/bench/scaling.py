@@ -1,16 +1,16 @@
 """Time and peak memory over tokens and over the vocabulary, their exponents, and the most tokens that fit a memory.
 
 Every point is a fresh process, on policy and dense; its one call is timed cold, after a tiny call. A provider whose last point took
-long or much is not asked for the larger ones, and the row says so. What is asked of it was checked against float64 by `measure`.
+long or much is not asked for the larger ones, and the row says so. Everybody is checked against float64 at the smallest point.
 """
 
 import math
 from dataclasses import replace
 
 from . import memory, record
+from .measure import checked, find_truth
 from .peers import Absent
 from .problem import make_problem
-from .shapes import TINY
 from .workloads import WORKLOADS
 
 TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -30,16 +30,25 @@ def axes(shape):
 
 def sweep(providers, shape, clock, progress, seconds=_LONGEST, only=None):
     """Rows of kind `scaling`, one per point, and of kind `exponent`, one per provider and axis."""
-    rows, providers = [], list(providers)
-    tiny = make_problem(TINY, WORKLOADS[WORKLOAD], device=clock.device)
-    for provider in list(providers):
+    rows, able = [], []
+    axes_of = only or axes(shape)
+    smallest = min((one for _, shapes in axes_of for one in shapes), key=lambda one: one.tokens * one.vocab)
+    problem = make_problem(smallest, WORKLOADS[WORKLOAD], device=clock.device)
+    progress.say(f"scaling: float64 reference of {smallest}")
+    known, why = find_truth(problem, clock)
+    for provider in providers:
         try:
-            provider.make(tiny)
-        except Absent as why:
-            rows.append(record.row(provider.name, WORKLOAD, shape, status="absent", note=str(why), kind="scaling"))
-            providers.remove(provider)
-    for axis, shapes in only or axes(shape):
-        for provider in providers:
+            if known is None:
+                raise Absent(why)
+            checked(provider, problem, known, {})
+            able.append(provider)
+        except Exception as error:
+            status = {Absent: "absent", AssertionError: "wrong"}.get(type(error), "failed")
+            rows.append(record.row(provider.name, WORKLOAD, smallest, status=status, note=str(error)[:300], kind="scaling"))
+    del problem, known
+    clock.recover()
+    for axis, shapes in axes_of:
+        for provider in able:
             points = []
             for one in shapes:
                 progress.say(f"scaling over {axis}: {provider.name} {one}")
@@ -65,15 +74,16 @@ def _point(provider, shape, before, clock, seconds):
         note = f"takes some {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
         return record.row(provider.name, WORKLOAD, shape, status="absent", note=note, **about)
     try:
-        found = memory.in_fresh_process(provider.name, WORKLOAD, shape)
+        found = memory.in_fresh_process(provider.name, WORKLOAD, shape, 3 * seconds)
     except memory.PointError as error:
-        return record.row(provider.name, WORKLOAD, shape, status="failed", note=str(error), **about)
+        status = "too slow" if isinstance(error, memory.TooLong) else "failed"
+        return record.row(provider.name, WORKLOAD, shape, status=status, note=str(error), **about)
     return record.row(provider.name, WORKLOAD, shape, [found["cold_seconds"]], **about, **found)
 
 
 def exponents(name, axis, points):
     """Slopes on log axes: 1 is proportional, 0 is flat."""
-    good = [p for p in points if p["median"] is not None]
+    good = [p for p in points if p["median"] is not None and p["peak_bytes"] is not None]
     x = [p["shape"][axis] for p in good]
     shape = good[0]["shape"] if good else None
     return record.row(
@@ -102,7 +112,9 @@ def largest(name, points, gib):
     if good[0][1] > limit:
         return record.row(name, WORKLOAD, shape, note=f"{good[0][0]} tokens already take more", largest=None, **about)
     over = next((i for i, (_, peak) in enumerate(good) if peak > limit), None)
-    if over is None and (len(good) < 2 or _flat(good)):
+    if over is None and len(good) < 2:
+        return record.row(name, WORKLOAD, shape, note="at least: no larger point was measured", largest=good[-1][0], **about)
+    if over is None and _flat(good):
         return record.row(name, WORKLOAD, shape, note="and more: the peak does not grow", largest=good[-1][0], **about)
     (n0, m0), (n1, m1) = good[over - 1 : over + 1] if over else good[-2:]
     tokens = int(n0 + (n1 - n0) * (limit - m0) / max(1, m1 - m0))

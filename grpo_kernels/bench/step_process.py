@@ -1,13 +1,15 @@
 """The process of one point of step.py: a random Qwen2.5-0.5B (bf16, gradient checkpointing, AdamW) takes optimiser steps.
 
-One group of 8 completions of 40 to 100 % of the length behind prompts of 64 tokens, on-policy, default options (dapo). One step
-warms up, which makes gradients and optimiser states; ``peak_bytes`` is how far the timed steps grew above what the process held
-before them. On a GPU where there is one.
+One group of 8 completions of 40 to 100 % of the length behind prompts of 64 tokens, off-policy, default options (dapo). One step
+warms up; ``peak_bytes`` is how far the process grew from there being a model and a batch to the timed steps: gradients and
+optimiser states are in it. ``gradients`` are the norms of the head's and of a layer's in the first timed step. On a GPU where
+there is one.
 
     python -m grpo_kernels.bench.step_process '["thin trainer", 256, 24, 2]'     # 0 layers: a tiny model
 """
 
 import json
+import math
 import sys
 import tempfile
 
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from ..trainer import GRPOConfig, GRPOTrainer
 from . import clock as clocks
 from .clock import Timed
+from .memory import answer
 
 SEQUENCES, PROMPT = 8, 64
 
@@ -41,9 +44,11 @@ def batch_of(config, length):
     lengths = (length * (0.4 + 0.6 * torch.rand(SEQUENCES, generator=g))).ceil().long()
     mask = (torch.arange(length) < lengths[:, None]).long()
     rewards = torch.rand(SEQUENCES, generator=g)
+    # of a random model every log-prob is near -ln V: ratios around 1, so that loss and gradients depend on the log-probs
+    old = 0.1 * torch.randn(SEQUENCES, length, generator=g) - math.log(config.vocab_size)
     return {
         "prompt_ids": ids[:, :PROMPT], "prompt_mask": torch.ones(SEQUENCES, PROMPT, dtype=torch.long),
-        "completion_ids": ids[:, PROMPT:] * mask, "completion_mask": mask,
+        "completion_ids": ids[:, PROMPT:] * mask, "completion_mask": mask, "old_per_token_logps": old,
         "advantages": (rewards - rewards.mean()) / rewards.std(), "num_items_in_batch": mask.sum(),
     }  # fmt: skip
 
@@ -65,7 +70,8 @@ def own_trainer(variant, layers, folder):
         return {
             "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
             "attention_mask": torch.cat([inputs["prompt_mask"], mask], 1), "mask": mask.bool(),
-            "advantages": inputs["advantages"], "num_items": inputs["num_items_in_batch"],
+            "old_logps": inputs["old_per_token_logps"], "advantages": inputs["advantages"],
+            "num_items": inputs["num_items_in_batch"],
         }  # fmt: skip
 
     def thin(inputs):
@@ -78,6 +84,13 @@ def own_trainer(variant, layers, folder):
         return hidden.float().square().mean()
 
     return trainer, without_head if variant == "model" else thin
+
+
+def _norms(model):
+    """Of the gradient of the (tied) head, and of the first layer's down projection; one is all there is without a head."""
+    named, ends = dict(model.named_parameters()), ("embed_tokens.weight", "0.mlp.down_proj.weight")
+    wanted = [next(p for name, p in named.items() if name.endswith(end)) for end in ends]
+    return [p.grad.float().norm().item() for p in wanted if p.grad is not None]
 
 
 def no_reward(completions, **_):
@@ -97,21 +110,25 @@ def measure(trainer_of, variant, length, layers, rounds) -> dict:
         def step(inputs):
             loss = loss_of(inputs)
             trainer.accelerator.backward(loss)
+            if len(losses) == first:
+                gradients.extend(_norms(trainer.model))
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
 
         on_device = lambda batch: {name: x.to(trainer.accelerator.device) for name, x in batch.items()}  # noqa: E731
-        step(on_device(batch_of(config, 8)))
-        inputs = on_device(batch_of(config, length))
+        small, inputs = on_device(batch_of(config, 8)), on_device(batch_of(config, length))
+        held, gradients, first = clock.held(), [], -1
+        step(small)
         if clock.device.type == "cuda":
             step(inputs)
-        times, peak = clock.peak(lambda: [clock.seconds(Timed(lambda: step(inputs))) for _ in range(rounds)])
+        first = len(losses)
+        times, peak = clock.peak(lambda: [clock.seconds(Timed(lambda: step(inputs))) for _ in range(rounds)], held)
     kept = int(inputs["completion_mask"].sum())
     shape = {"tokens": kept, "length": length, "sequences": SEQUENCES, "depth": config.hidden_size, "vocab": config.vocab_size,
              "layers": config.num_hidden_layers, "dtype": "bfloat16"}  # fmt: skip
-    return {"shape": shape, "times": times, "peak_bytes": peak, "losses": losses[-rounds:]}
+    return {"shape": shape, "times": times, "peak_bytes": peak, "losses": losses[-rounds:], "gradients": gradients}
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(own_trainer, *json.loads(sys.argv[1]))))
+    answer(measure(own_trainer, *json.loads(sys.argv[1])))

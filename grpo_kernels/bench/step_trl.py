@@ -4,6 +4,7 @@ import json
 import sys
 
 from ..integrations.trl import FusedGRPOTrainer, patch_trl
+from .memory import answer
 from .step_process import SEQUENCES, measure, model_of, no_reward, options
 
 
@@ -23,4 +24,4 @@ def trl_trainer(variant, layers, folder):
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(trl_trainer, *json.loads(sys.argv[1]))))
+    answer(measure(trl_trainer, *json.loads(sys.argv[1])))

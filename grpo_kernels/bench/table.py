@@ -3,7 +3,7 @@
 from .providers import OURS, PRODUCTS
 from .shapes import named
 
-_COLUMNS = (("median ms", 10), ("spread", 8), ("x products", 10), ("[rounds]", 13), ("x ours", 7), ("peak MiB", 9))
+_COLUMNS = (("median ms", 10), ("spread", 8), ("x products", 10), ("[rounds]", 13), ("x ours", 7), ("first ms", 9), ("peak MiB", 9))
 
 
 def table(rows):
@@ -35,6 +35,7 @@ def _line(r, ours):
         _cell(r.get("ratio"), lambda x: f"{x:.2f}"),
         _cell(span, lambda x: f"[{x[0]:.2f} {x[1]:.2f}]"),
         _cell(ours, lambda x: f"{r['median'] / x:.2f}"),
+        _cell(r.get("cold_seconds"), lambda x: f"{x * 1e3:.0f}"),
         _cell(r["peak_bytes"], lambda x: f"{x / 2**20:.0f}"),
     )
     aligned = " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
@@ -48,8 +49,8 @@ def _verdict(timed):
     if ours is None:
         return
     others = [r for r in timed if not r["provider"].startswith(OURS) and r["provider"] != PRODUCTS]
-    for word, key in (("faster", "median"), ("smaller", "peak_bytes")):
-        names = [r["provider"] for r in others if None not in (r[key], ours[key]) and r[key] < ours[key]]
+    for word, key in (("faster", "median"), ("faster in the first call", "cold_seconds"), ("smaller", "peak_bytes")):
+        names = [r["provider"] for r in others if None not in (r.get(key), ours.get(key)) and r[key] < ours[key]]
         if names:
             yield f"  {word} than ours here: {', '.join(names)}"
 
@@ -72,7 +73,7 @@ def step_table(rows):
     rows = [r for r in rows if r.get("kind") == "step"]
     if rows:
         yield f"\n{'one optimiser step':20}{'tokens':>8}{'seconds':>9}{'x stock':>9}{'head':>7}{'peak MiB':>10}"
-    stock = {r["shape"]["tokens"]: r["median"] for r in rows if r["provider"] == "trl stock"}
+    stock = {r["shape"]["tokens"]: r["median"] for r in rows if r["provider"] == "trl stock" and r["shape"]}
     for r in rows:
         base = stock.get(r["shape"]["tokens"] if r["shape"] else None)
         if r["median"] is None:
@@ -80,7 +81,8 @@ def step_table(rows):
             continue
         ratio = "-" if base is None else f"{r['median'] / base:.2f}"
         yield (f"{r['provider']:20}{r['shape']['tokens']:8}{r['median']:9.2f}{ratio:>9}"
-               f"{_cell(r['head_share'], '{:.0%}'.format):>7}{r['peak_bytes'] / 2**20:10.0f}")  # fmt: skip
+               f"{_cell(r['head_share'], '{:.0%}'.format):>7}{_cell(r['peak_bytes'], lambda x: f'{x / 2**20:.0f}'):>10}"
+               + (f"  {r['status']}: {r['note']}" if r["status"] != "ok" else ""))  # fmt: skip
 
 
 def _cell(value, form):

@@ -30,6 +30,7 @@ from ..config import GRPOLossConfig
 GROUP = 8
 PROMPT_SHARE, COMPLETION_SHARE = (0.2, 0.5), (0.3, 0.7)  # median and sigma of a log-normal
 LONGEST_PROMPT = 0.5
+SHORTEST = 32  # tokens of a row
 BELOW, INSIDE, ABOVE = (0.35, 0.7), (0.92, 1.08), (1.4, 1.8)
 FORKS, LIKELY = 0.2, 0.3  # shares of rows; the rest is nearly certain
 FORK_TOKENS = 4
@@ -55,17 +56,20 @@ class Workload:
         """The shape with as many sequences as this workload has; the tokens stay."""
         if not self.realistic:
             return shape
-        groups = 8 if shape.tokens >= 2 * 8 * GROUP else 1  # few groups could all be without variance
+        # few groups could all be without variance, short rows have no lengths to speak of
+        able = [n for n in (8, 4, 2) if shape.tokens % (GROUP * n) == 0 and shape.tokens // (GROUP * n) >= SHORTEST]
+        groups = able[0] if able else 1
         return replace(shape, sequences=GROUP * groups, length=max(1, shape.tokens // (GROUP * groups)))
 
 
 WORKLOADS = {
     w.name: w
     for w in (
+        # those on the same data one after the other: they share their float64 truth
         Workload("dense", "all tokens kept, all advantages nonzero"),
-        Workload("realistic", "prompts, lengths and groups without variance as drawn", realistic=True),
         Workload("frozen", "dense, the head is frozen", trains_head=False),
         Workload("logprobs", "log-probs only, no gradient", gradients=False),
+        Workload("realistic", "prompts, lengths and groups without variance as drawn", realistic=True),
         Workload("sequence", "dense, ratio per sequence", level="sequence"),
         Workload("entropy", "dense, the fifth of highest entropy is trained", quantile=0.2),
         Workload("flat", "dense, logits are plain noise", flat=True),

@@ -73,6 +73,8 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
     ``(model(...).logits / temperature).log_softmax(-1)[:, :-1].gather(-1, labels[:, 1:])`` where the label is not -100.
     ``model(..., fused_lm_head=fn)`` equals ``fn(model.base_model(...).last_hidden_state, lm_head(model))``. Under FSDP2 and ZeRO-3
     fn must return a tensor, or a tuple or dict of them: their hooks look no further for what the backward will come through.
+    A tensor-parallel output layer (a DTensor) is gathered whole for the call: for a vocabulary-parallel head give its weight to
+    `linear_logprobs` or `fused_linear_grpo_loss` yourself.
 
     The forward then takes, beside its own arguments: ``labels`` [B, T] int64 with -100 where nothing is scored, or
     ``shift_labels`` [B, T], which are not shifted; ``temperature``, a number or a tensor shaped like the labels given, instead of

@@ -21,7 +21,7 @@ import sys
 import torch
 
 from ..arguments import kind
-from ..config import GRPOLossConfig
+from ..config import GRPOLossConfig, QuantileOnly
 from ..logprobs import token_statistics
 from ..loss import fused_linear_grpo_loss
 from ..objective import objective
@@ -388,5 +388,5 @@ class _FusedPass(_StandIn):
         return normalizer.item()  # may be below 1, where a tensor would be clamped
 
     def _group(self):
-        """Over which TRL takes the entropy quantile: all processes."""
-        return torch.distributed.group.WORLD if self.trainer.accelerator.num_processes > 1 else None
+        """Over which TRL takes the entropy quantile, and nothing else: all processes."""
+        return QuantileOnly(torch.distributed.group.WORLD) if self.trainer.accelerator.num_processes > 1 else None

@@ -1,13 +1,15 @@
-"""A run from the command line: flags, a YAML file of the same names, JSONL data."""
+"""A run from the command line: flags, a YAML file of the same names, data from JSONL, parquet or a dataset on disk."""
 
 import dataclasses
 import difflib
+import importlib.util
 import json
+import os
 from dataclasses import dataclass, field
 
 import torch
 import yaml
-from transformers import HfArgumentParser
+from transformers import BitsAndBytesConfig, HfArgumentParser
 
 from .config import GRPOConfig
 
@@ -18,11 +20,55 @@ class RunArguments:
 
     config: str | None = field(default=None, metadata={"help": "YAML file that sets options by these names; flags win."})
     model: str | None = field(default=None, metadata={"help": "Path or name of a causal LM with its tokenizer."})
-    data: str | None = field(default=None, metadata={"help": "JSONL file of rows with a prompt: a string or messages."})
-    eval_data: str | None = field(default=None, metadata={"help": "JSONL file to evaluate on."})
-    reward: list[str] | None = field(
-        default=None, metadata={"help": "Reward functions, each package.module:function, found from the working directory."}
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Rows with a prompt, text or messages: a JSONL or parquet file, or a folder of datasets' save_to_disk."},
     )
+    eval_data: str | None = field(default=None, metadata={"help": "Likewise, to evaluate on."})
+    reward: list[str] | None = field(
+        default=None,
+        metadata={"help": "Each package.module:function, found from the working directory, or the folder of a reward model."},
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan of the run, train nothing."})
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of the model's weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapters' scale times their rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapters; 0 if the head has one."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers with an adapter, lm_head if named; None is PEFT's choice, all-linear all."}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the frozen weights in 4 bits (nf4); needs bitsandbytes."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "The frozen weights in 8 bits; needs bitsandbytes."})
+
+    def peft_config(self):
+        """Of the adapters, or None."""
+        if not self.use_peft:
+            defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name.startswith("lora_")}
+            if changed := [name for name, default in defaults.items() if getattr(self, name) != default]:
+                raise ValueError(f"--{changed[0]} needs --use_peft")
+            return None
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise ValueError("--use_peft needs peft; pip install peft") from error
+        target = self.lora_target_modules
+        return LoraConfig(
+            task_type="CAUSAL_LM", r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
+            target_modules=target[0] if target == ["all-linear"] else target,
+        )  # fmt: skip
+
+    def quantization_config(self, dtype):
+        """Of the frozen weights, or None; ``dtype`` is what is computed in."""
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return None
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("--load_in_4bit and --load_in_8bit exclude each other, got both")
+        if not self.use_peft:
+            raise ValueError("--load_in_4bit and --load_in_8bit need --use_peft: rounded weights are not trained")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("--load_in_4bit and --load_in_8bit need bitsandbytes; pip install bitsandbytes")
+        return BitsAndBytesConfig(load_in_4bit=self.load_in_4bit, load_in_8bit=self.load_in_8bit, bnb_4bit_quant_type="nf4",
+                                  bnb_4bit_compute_dtype=dtype)  # fmt: skip
 
     @property
     def is_demo(self) -> bool:
@@ -55,8 +101,13 @@ def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
     for name in ("model", "data", "reward"):
         if not run.is_demo and not getattr(run, name):
             raise ValueError(f"--{name} is missing: a run needs --model, --data and --reward; the demo none of them")
-    if run.is_demo and (run.reward or run.eval_data):
-        raise ValueError("--reward and --eval_data need --model and --data; the demo brings its own")
+    if run.is_demo and (run.reward or run.eval_data or run.use_peft):
+        raise ValueError("--reward, --eval_data and --use_peft need --model and --data; the demo brings its own")
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    if (quantized := run.quantization_config(dtype)) is not None:
+        if "quantization_config" in (args.model_init_kwargs or {}):
+            raise ValueError("--load_in_4bit, --load_in_8bit and model_init_kwargs' quantization_config exclude each other")
+        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": quantized}
     return run, args
 
 
@@ -85,6 +136,35 @@ def read_yaml(path) -> dict:
         if key not in known:
             raise ValueError(f"--config {path}: " + _unknown("key", str(key), known))
     return settings
+
+
+def read_data(path):
+    """Rows by index, from a JSONL or parquet file or the folder that datasets' `save_to_disk` wrote. No code in it is run.
+
+    Raises:
+        ValueError: naming the file, and the line where there are lines.
+    """
+    if os.path.isdir(path) or str(path).endswith(".parquet"):
+        return _read_dataset(path)
+    return read_jsonl(path)
+
+
+def _read_dataset(path):
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"{path}: needs datasets; pip install datasets, or give JSONL") from error
+    try:
+        data = datasets.load_from_disk(path) if os.path.isdir(path) else datasets.Dataset.from_parquet(path)
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {str(error)[:300]}") from error
+    if isinstance(data, datasets.DatasetDict):
+        if "train" not in data:
+            raise ValueError(f"{path}: wanted one dataset, or a split named train, got splits {sorted(data)}")
+        data = data["train"]
+    if "prompt" not in data.column_names or len(data) == 0:
+        raise ValueError(f"{path}: wanted rows with a 'prompt', got {len(data)} rows of {data.column_names}")
+    return data
 
 
 def read_jsonl(path) -> list[dict]:

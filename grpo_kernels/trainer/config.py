@@ -5,12 +5,20 @@ without being written twice. Names are those of TRL's GRPO trainer.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from transformers import TrainingArguments
 
+from ..advantages import AGGREGATIONS, SCALE_REWARDS
 from ..config import GRPOLossConfig
+
+# of GenerationConfig: what else has an option of its own, or would change what a rollout is
+_OURS = {
+    "temperature", "max_new_tokens", "max_length", "do_sample", "num_return_sequences", "num_beams", "eos_token_id", "pad_token_id",
+    "return_dict_in_generate", "output_scores", "output_logits", "use_cache",
+}  # fmt: skip
 
 _LossFields = dataclasses.make_dataclass(
     "_LossFields",
@@ -56,6 +64,24 @@ class GRPOConfig(TrainingArguments, _LossFields):
     num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout (mu)."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 keeps every token."})
     top_k: int = field(default=0, metadata={"help": "Sample among the k most probable tokens; 0 keeps every token."})
+    min_p: float | None = field(
+        default=None, metadata={"help": "Sample only tokens at least this share as probable as the best; None keeps every token."}
+    )
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "Divides the positive logits of tokens already written; 1 is no penalty."}
+    )
+    generation_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further options of transformers' GenerationConfig (JSON); they win over those above."}
+    )
+    use_transformers_continuous_batching: bool = field(
+        default=False, metadata={"help": "Sample with transformers' generate_batch: finished completions make room for others."}
+    )
+    transformers_continuous_batching_config: dict | str | None = field(
+        default=None, metadata={"help": "Options of transformers' ContinuousBatchingConfig (JSON): blocks of the cache and such."}
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Completions that hit max_completion_length without an EOS train nothing."}
+    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward function; None means 1 each."}
     )
@@ -66,6 +92,24 @@ class GRPOConfig(TrainingArguments, _LossFields):
         default="sum_then_normalize", metadata={"help": "'sum_then_normalize' or 'normalize_then_sum' (GDPO)."}
     )
     shuffle_dataset: bool = field(default=True, metadata={"help": "Draw the prompts of an epoch in random order."})
+    skip_untrained: bool = field(
+        default=True, metadata={"help": "Leave out of the model what cannot change a weight: the same gradients, sooner."}
+    )
+    padding_free: bool | None = field(
+        default=None, metadata={"help": "Run the model on one row without padding; None: where its attention is a flash one."}
+    )
+    sync_ref_model: bool = field(default=False, metadata={"help": "Move the reference towards the policy now and then (beta > 0)."})
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "reference = alpha x policy + (1 - alpha) x reference at each synchronisation."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "Optimiser steps between two synchronisations."})
+    log_completions: bool = field(
+        default=False, metadata={"help": "At every log: a table of completions on the terminal, all of them in a parquet file."}
+    )
+    num_completions_to_print: int | None = field(default=8, metadata={"help": "Rows of that table; None is all of them."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with a model or tokenizer. It can do whatever you can."}
+    )
     disable_dropout: bool = field(default=False, metadata={"help": "Set every dropout probability of the model to 0."})
     model_init_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Keyword arguments of from_pretrained when the model is given by path (JSON)."}
@@ -74,19 +118,50 @@ class GRPOConfig(TrainingArguments, _LossFields):
         default=None, metadata={"help": "Keyword arguments of the chat template (JSON)."}
     )
 
-    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar = [
+        *TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs", "generation_kwargs",
+        "transformers_continuous_batching_config",
+    ]  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
         self.loss_config()
-        for name, least in (("num_generations", 2), ("num_iterations", 1), ("max_completion_length", 1), ("top_k", 0)):
+        least_of = {"num_generations": 2, "num_iterations": 1, "max_completion_length": 1, "top_k": 0, "ref_model_sync_steps": 1}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be None or in [0, 1], got {self.min_p!r}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be a number > 0, got {self.repetition_penalty!r}")
+        if not 0 <= self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha must be in [0, 1], got {self.ref_model_mixup_alpha!r}")
+        if self.num_completions_to_print is not None and self.num_completions_to_print < 0:
+            raise ValueError(f"num_completions_to_print must be None or >= 0, got {self.num_completions_to_print!r}")
+        if self.use_transformers_continuous_batching and (self.min_p or self.repetition_penalty != 1):
+            raise ValueError("use_transformers_continuous_batching has no min_p and no repetition_penalty: leave them alone, or it")
+        if self.use_transformers_continuous_batching and self.generation_kwargs:
+            raise ValueError("generation_kwargs must be None with use_transformers_continuous_batching, which lacks most of them")
+        if self.scale_rewards not in SCALE_REWARDS:
+            raise ValueError(f"scale_rewards must be one of {', '.join(SCALE_REWARDS)}, got {self.scale_rewards!r}")
+        if self.multi_objective_aggregation not in AGGREGATIONS:
+            raise ValueError(
+                f"multi_objective_aggregation must be one of {', '.join(AGGREGATIONS)}, got {self.multi_objective_aggregation!r}"
+            )
+        if self.num_generations_eval is not None and self.num_generations_eval < 1:
+            raise ValueError(f"num_generations_eval must be None or >= 1, got {self.num_generations_eval!r}")
+        for name in ("auto_find_batch_size", "include_num_input_tokens_seen", "label_smoothing_factor"):
+            if getattr(self, name) not in (False, None, "no", 0.0):
+                raise ValueError(f"{name} must be left alone: it has no meaning for rollouts, got {getattr(self, name)!r}")
+        if self.sync_ref_model and self.beta == 0:
+            raise ValueError("sync_ref_model must be False with beta 0, which has no reference, got True")
+        if refused := sorted(set(self.generation_kwargs or ()) & _OURS):
+            raise ValueError(f"generation_kwargs must leave {', '.join(refused)} alone: the trainer sets or relies on it")
         self._size_the_rollout()
 
     def _size_the_rollout(self):

@@ -1,5 +1,7 @@
 """A run as one picture: reward, entropy, KL and clip fraction over the optimiser steps."""
 
+import json
+from pathlib import Path
 from statistics import median
 
 import matplotlib
@@ -12,6 +14,29 @@ _PANELS = (
     ("clip_ratio/region_mean", "clipped tokens", "share"),
 )
 _INK, _GRID, _RAW, _SMOOTH, _POINTS = "#333333", "#e6e6e6", "#b9cfe6", "#1f5fa8", "#d1662a"
+
+
+def plot_folder(folder, file=None) -> str:
+    """Draw the run in ``folder`` from its trainer_state.json, or from that of its last checkpoint; returns the picture's path.
+
+    Raises:
+        ValueError: there is no such file, or nothing was logged.
+    """
+    folder = Path(folder)
+    states = [path for path in (folder / "trainer_state.json", *folder.glob("checkpoint-*/trainer_state.json")) if path.is_file()]
+    if not states:
+        raise ValueError(f"{folder}: wanted the folder of a run; neither it nor a checkpoint in it has a trainer_state.json")
+    path = max(states, key=lambda path: path.stat().st_mtime)
+    try:
+        history = json.loads(path.read_text())["log_history"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+    if not any("reward" in entry for entry in history):
+        raise ValueError(f"{path}: nothing was logged yet")
+    picture = str(file or folder / "training.png")
+    last = [entry for entry in history if "reward" in entry][-1]
+    plot_run(history, picture, f"{folder.resolve().name}: reward {last['reward']:.3g} at step {last['step']}")
+    return picture
 
 
 def plot_run(log_history, path, title="", greedy=None):

@@ -1,11 +1,15 @@
 """Reward functions: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, None = not scorable."""
 
+import asyncio
 import importlib
+import inspect
 import math
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 RESERVED = ("prompts", "completions", "completion_ids")
 
@@ -21,14 +25,16 @@ def text_of(completion) -> str:
 
 
 def load_reward(spec: str):
-    """The function named ``package.module:function``; the working directory is searched too.
+    """The function named ``package.module:function``; the working directory is searched too. A folder is a reward model's path.
 
     Raises:
         ValueError: naming the spec and what is wrong with it.
     """
+    if os.path.isdir(spec):
+        return spec
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
-        raise ValueError(f"reward must be named package.module:function, got {spec!r}")
+        raise ValueError(f"reward must be named package.module:function, or be the folder of a reward model, got {spec!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -58,20 +64,89 @@ def score(functions, prompts, completions, completion_ids, columns) -> torch.Ten
         if name in columns:
             raise ValueError(f"dataset column {name!r} collides with an argument of the reward functions; rename it")
     rewards = []
-    for function, name in zip(functions, reward_names(functions), strict=True):
-        answer = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+    given = dict(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+    for answer, name in zip(_answers(functions, given), reward_names(functions), strict=True):
         answer = answer.tolist() if isinstance(answer, torch.Tensor) else answer
         try:
             values = [math.nan if value is None else float(value) for value in answer]
         except (TypeError, ValueError) as error:
             raise ValueError(f"reward {name!r} must return a list of numbers or None, got {answer!r}") from error
-        if len(values) != len(completions) or any(map(math.isinf, values)):
+        finite = all(given is None or math.isfinite(value) for given, value in zip(answer, values, strict=True))
+        if len(values) != len(completions) or not finite:
             raise ValueError(
                 f"reward {name!r} must return one finite number or None for each of {len(completions)} completions, "
                 f"got {len(values)}: {values[:8]}"
             )
         rewards.append(torch.tensor(values, dtype=torch.float32))
     return torch.stack(rewards, dim=1)
+
+
+def _answers(functions, given):
+    """Of all functions; those that are asynchronous wait together."""
+    answers = [function(**given) for function in functions]
+    waiting = [i for i, answer in enumerate(answers) if inspect.isawaitable(answer)]
+    if not waiting:
+        return answers
+
+    async def gathered():
+        return await asyncio.gather(*(answers[i] for i in waiting))
+
+    # in a thread of its own: a notebook's has an event loop already, which cannot be entered twice
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(asyncio.run, gathered()).result()
+    for i, answer in zip(waiting, found, strict=True):
+        answers[i] = answer
+    return answers
+
+
+class ModelReward:
+    """A reward model: the one logit of a sequence classifier, of prompt and completion together.
+
+    Args:
+        model: for sequence classification with one label. tokenizer: its own; conversational prompts go through its chat template.
+    """
+
+    batch_size = 32
+
+    def __init__(self, model, tokenizer, name):
+        if getattr(model.config, "num_labels", 1) != 1:
+            raise ValueError(f"a reward model must have one label, {name} has {model.config.num_labels}")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+        self.model, self.tokenizer, self.__name__ = model.eval().requires_grad_(False), tokenizer, name
+
+    @classmethod
+    def of(cls, model, tokenizer, device, trust_remote_code=False):
+        """From a model, or the path of one."""
+        if isinstance(model, (str, os.PathLike)):
+            path = os.fspath(model)
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                path, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+            if loaded["missing_keys"]:
+                raise ValueError(f"reward model {path!r} has no {', '.join(sorted(loaded['missing_keys'])[:3])}: it is none")
+        else:
+            path = model.config._name_or_path
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return cls(model.to(device), tokenizer, os.path.basename(os.path.normpath(path)) or type(model).__name__)
+
+    @torch.inference_mode()
+    def __call__(self, prompts, completions, **_):
+        texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        found = []
+        for first in range(0, len(texts), self.batch_size):
+            part = texts[first : first + self.batch_size]
+            chat = not isinstance(prompts[first], str)  # whose template wrote the special tokens
+            batch = self.tokenizer(part, padding=True, padding_side="right", add_special_tokens=not chat, return_tensors="pt")
+            batch.pop("token_type_ids", None)
+            found += self.model(**batch.to(self.model.device)).logits[:, 0].tolist()
+        return found
+
+    def _text(self, prompt, completion):
+        if isinstance(prompt, str):
+            return prompt + completion
+        return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
 
 
 def reward_metrics(rewards, group_ids, weights, names) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, generation
 
 
 class Completions(NamedTuple):
@@ -62,22 +62,24 @@ def eos_token_ids(model, tokenizer) -> list[int]:
 
 
 def sampling_config(args, model, tokenizer) -> GenerationConfig:
-    """How completions are drawn: from the distribution the loss sees, unless top_p or top_k narrow it."""
+    """How completions are drawn: from the distribution the loss sees, unless an option of the sampling narrows or bends it."""
     eos = eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0] if eos else 0
-    return GenerationConfig(
+    options = dict(
         do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, use_cache=True,
         max_new_tokens=args.max_completion_length, eos_token_id=eos or None, pad_token_id=pad,
         # what is left None would be filled in from the model's own generation config
-        repetition_penalty=1.0, no_repeat_ngram_size=0, typical_p=1.0, min_p=0.0, num_beams=1,
+        repetition_penalty=args.repetition_penalty, no_repeat_ngram_size=0, typical_p=1.0, min_p=args.min_p or 0.0, num_beams=1,
     )  # fmt: skip
+    return GenerationConfig(**options | (args.generation_kwargs or {}))
 
 
 @torch.no_grad()
-def sample(model, prompt_ids: list[list[int]], config: GenerationConfig, synced_gpus=False) -> Completions:
+def sample(model, prompt_ids: list[list[int]], config: GenerationConfig, synced_gpus=False, continuous=None) -> Completions:
     """One completion per row of ``prompt_ids``, sampled in eval mode; the model's mode is restored.
 
-    With ``synced_gpus`` all processes run the model equally often, as a sharded one needs.
+    With ``synced_gpus`` all processes run the model equally often, as a sharded one needs. With ``continuous``, options of
+    ContinuousBatchingConfig, a completion that has ended makes room for the next (transformers' engine, on a paged cache).
     """
     width = max(map(len, prompt_ids))
     pads = [width - len(ids) for ids in prompt_ids]
@@ -87,11 +89,31 @@ def sample(model, prompt_ids: list[list[int]], config: GenerationConfig, synced_
     training = model.training
     model.eval()
     try:
-        full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=synced_gpus)
+        if continuous is not None:
+            full = torch.cat([ids, _sampled_continuously(model, prompt_ids, config, continuous).to(ids)], 1)
+        else:
+            full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=synced_gpus)
     finally:
         model.train(training)
     mask, terminated = completion_mask(full[:, width:], config.eos_token_id)
     return Completions(full, torch.cat([attention, mask.long()], dim=1), mask, terminated)
+
+
+def _sampled_continuously(model, prompt_ids, config, options):
+    """[B, T] ids of the completions, padded on the right."""
+    attention = model.config._attn_implementation
+    try:
+        engine = {"continuous_batching_config": generation.ContinuousBatchingConfig(**options)} if options else {}
+        found = model.generate_batch(prompt_ids, generation_config=config, progress_bar=False, **engine)
+    finally:
+        model.set_attn_implementation(attention)  # the engine leaves its own, paged one behind
+    if len(found) != len(prompt_ids):
+        raise RuntimeError(f"continuous batching answered {len(found)} of {len(prompt_ids)} prompts")
+    if errors := [output.error for output in found.values() if output.error]:
+        raise RuntimeError(f"continuous batching failed for {len(errors)} prompts: {errors[0]}")
+    rows = [output.generated_tokens for output in found.values()]  # in the order of the prompts
+    longest = max(map(len, rows))
+    return torch.tensor([row + [config.pad_token_id] * (longest - len(row)) for row in rows])
 
 
 def completion_mask(completion_ids, eos_ids) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,9 @@ computed from seed and n. A checkpoint holds a rollout that is still being train
 On several processes (DDP, FSDP2, DeepSpeed; examples/accelerate) each samples and trains on its share of a rollout. Which
 completions a step takes, their advantages, the loss and the logged metrics are those of one process with the whole batch;
 only the dice are rolled by each process for itself. Groups may straddle processes.
+
+Completions without a gradient do not run through the model (`skip_untrained`): entropy and clip ratios are then those of the
+completions that train, `trained_token_share` says how many these are. Rewards and lengths are of all.
 """
 
 import contextlib
@@ -25,20 +28,25 @@ import dataclasses
 import inspect
 import math
 import os
+import time
 from collections import defaultdict
 
 import torch
 from accelerate.utils import DistributedType, fsdp2_prepare_model, gather_object
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
 from ..advantages import group_advantages
 from ..integrations.transformers import fuse_lm_head, lm_head
 from ..logprobs import linear_logprobs
 from ..loss import fused_linear_grpo_loss
+from ..objective import OVER_SEQUENCES, metric_weight
+from . import checkpoints, diagnose, microbatch, reference_model
 from .config import GRPOConfig
-from .rewards import reward_metrics, reward_names, score
+from .rewards import ModelReward, reward_metrics, reward_names, score
 from .rollout import joined, length_metrics, sample, sampling_config, seeded, tokenize
+from .watch import Samples
 
 
 class GRPOTrainer(Trainer):
@@ -46,15 +54,18 @@ class GRPOTrainer(Trainer):
 
     Args:
         model: a causal LM, or the path or name to load one from.
-        reward_funcs: one function or a list, each ``f(prompts, completions, completion_ids, **columns) -> list``
-            of numbers or None; ``columns`` are the dataset's columns other than ``prompt``, one entry per completion.
+        reward_funcs: one or a list. A function, async ones too, ``f(prompts, completions, completion_ids, **columns) -> list``
+            of numbers or None; ``columns`` are the dataset's columns other than ``prompt``, one entry per completion. Or a model
+            for sequence classification with one label, or the path of one: its logit is the reward.
         args: `GRPOConfig`.
         train_dataset: rows with a ``prompt``, a string or a list of messages; anything with a length and integer indices
             that gives dicts (`datasets.Dataset`, a list of dicts).
-        eval_dataset: likewise, or None.
+        eval_dataset: likewise, or a dict of several by name, or None.
         processing_class: tokenizer; None loads it from the model's path.
         peft_config: a PEFT configuration to wrap the model with; the reference is then the model without its adapters.
         callbacks: of transformers.
+        reward_processing_classes: the tokenizers of the models among the reward functions, in the places of those; None, and
+            None in a place, loads it from the model's path.
 
     Raises:
         ValueError, TypeError: naming the argument, what was wanted and what came.
@@ -73,63 +84,82 @@ class GRPOTrainer(Trainer):
         processing_class=None,
         peft_config=None,
         callbacks=None,
+        reward_processing_classes=None,
     ):
         if not isinstance(args, GRPOConfig):
             raise TypeError(f"args must be a GRPOConfig, got {type(args).__name__}")
         if args.n_gpu > 1:
             raise ValueError(f"one process trains on one GPU, got {args.n_gpu}: start with torchrun, or show it one GPU")
-        self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-        if not self.reward_funcs or not all(map(callable, self.reward_funcs)):
-            raise TypeError(f"reward_funcs must be a function or a list of functions, got {reward_funcs!r}")
+        self.reward_funcs = _reward_functions(reward_funcs, reward_processing_classes, args)
         if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
             raise ValueError(
                 f"reward_weights must have one weight for each of {len(self.reward_funcs)} reward functions, "
                 f"got {args.reward_weights}"
             )
-        for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            _check_dataset(name, data)
+        _check_dataset("train_dataset", train_dataset)
+        for name, data in _named_datasets(eval_dataset).items():
+            _check_dataset(f"eval_dataset {name}".strip(), data, needed=bool(name))
         if isinstance(model, (str, os.PathLike)):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+            code = args.trust_remote_code  # None would ask on the terminal
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model, trust_remote_code=code)
+            options = {"dtype": "float32", "trust_remote_code": code, **(args.model_init_kwargs or {})}
+            model = AutoModelForCausalLM.from_pretrained(model, **options)
         if processing_class is None:
             raise ValueError("processing_class must be a tokenizer when the model is not given by its path, got None")
         if args.disable_dropout:
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.p = 0.0
+                elif isinstance(getattr(module, "attention_dropout", None), float):
+                    module.attention_dropout = 0.0
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # bitsandbytes packs 4-bit weights on a CPU when it samples; packed ones pass no gradient on, and say nothing
+                module.support_avx512bf16_for_cpu = False
         if peft_config is not None:
             import peft
 
             model = peft.get_peft_model(model, peft_config)
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-        reference = None
+        ref_model = None
         if args.beta != 0 and causal_lm is model:
-            reference = fuse_lm_head(copy.deepcopy(model).eval().requires_grad_(False))
+            ref_model = fuse_lm_head(copy.deepcopy(model).eval().requires_grad_(False))
+        elif args.sync_ref_model:
+            raise ValueError("sync_ref_model must be False under PEFT: its reference is the model without adapters, got True")
         fuse_lm_head(causal_lm)
         if args.gradient_checkpointing and causal_lm is not model:
             model.enable_input_require_grads()  # frozen embeddings would cut the checkpointed layers off the graph
 
         self.loss_config = _with_head_factors(args, lm_head(causal_lm))
         self._takes_position_ids = "position_ids" in inspect.signature(causal_lm.base_model.forward).parameters
+        self._packed = _runs_packed(args.padding_free, causal_lm, self._takes_position_ids)
+        self._router_coef = _router_coefficient(causal_lm)
+        self._skips = args.skip_untrained and self._router_coef is None and microbatch.can_skip(self.loss_config)
+        self._samples = Samples(args, reward_names(self.reward_funcs)) if args.log_completions else None
         self._rollout, self._rollout_index, self._order = None, None, None
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._clock, self._tokens = None, torch.zeros((), dtype=torch.long, device=args.device)
         super().__init__(
             model=model, args=args, data_collator=list, train_dataset=train_dataset, eval_dataset=eval_dataset,
             processing_class=processing_class, callbacks=callbacks,
         )  # fmt: skip
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError("fsdp_version must be 2, got 1: set it in the accelerate config or in fsdp_config")
-        if reference is not None and self.accelerator.is_fsdp2:  # prepare_model would leave it whole, and on the CPU
-            reference = fsdp2_prepare_model(self.accelerator, reference)
-        elif reference is not None:
-            reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
-        self.ref_model = reference
+        if ref_model is not None and self.accelerator.is_fsdp2:  # prepare_model would leave it whole, and on the CPU
+            ref_model = fsdp2_prepare_model(self.accelerator, ref_model)
+        elif ref_model is not None:
+            ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self.ref_model = ref_model
+        if args.sync_ref_model:
+            self.add_callback(reference_model.Synchronised(self))
 
     # ---- 1. rollout ----
 
     def get_train_dataloader(self):
         """One item per micro-batch and device. It only counts: `get_batch_samples` makes the micro-batches from prompts."""
-        self._rollout = None
+        self._rollout = self._clock = None
+        self._tokens.zero_()
+        self._metrics["train"].clear()
         rollouts = math.ceil(len(self.train_dataset) * self.args.num_generations / self.args.generation_batch_size)
         micro_batches = rollouts * self.args.num_iterations * self.args.steps_per_generation
         return DataLoader(range(micro_batches), collate_fn=list)
@@ -139,15 +169,21 @@ class GRPOTrainer(Trainer):
         for _ in range(num_batches):
             next(epoch_iterator)
         index, step = divmod(self.state.global_step, self.args.steps_per_rollout)
+        self._clock = self._clock or time.monotonic()
         if self._rollout is None or self._rollout_index != index:
             self._rollout, self._rollout_index = self._new_rollout(index), index
         micro_batches = self._split(self._rollout)
         first = step * num_batches % len(micro_batches)
         micro_batches = micro_batches[first : first + num_batches]
         # DDP and gradient accumulation both average, so this divisor is the mean over micro-batches and processes
-        kept = torch.stack([batch["mask"].sum() for batch in micro_batches]).float().mean()
-        kept = self.accelerator.reduce(kept, reduction="mean")
+        kept = self._share_of_kept(*micro_batches)
+        self._tokens += sum(batch["attention_mask"].sum() for batch in micro_batches)
         return [{**batch, "num_items": kept} for batch in micro_batches], None
+
+    def _share_of_kept(self, *micro_batches):
+        """Kept tokens of all processes, at least 1, per micro-batch and process. A number, since a tensor would be at least 1."""
+        kept = self.accelerator.reduce(sum(batch["mask"].sum() for batch in micro_batches), reduction="sum").item()
+        return max(kept, 1) / (len(micro_batches) * self.args.world_size)
 
     def _split(self, batch):
         parts = {k: v.split(self.args.per_device_train_batch_size) for k, v in batch.items() if v is not None}
@@ -164,12 +200,15 @@ class GRPOTrainer(Trainer):
         layout, gathered = layout.to(rewards.device), self.accelerator.gather(rewards)
         rewards = torch.empty_like(gathered).index_copy(0, layout.flatten(), gathered)
         group_ids = torch.arange(groups, device=rewards.device).repeat_interleave(args.num_generations)
-        batch["advantages"] = self._advantages(rewards, group_ids, "train")[layout[rank]]
+        advantages = self._advantages(rewards, group_ids, "train")
+        batch["advantages"] = advantages[layout[rank]]
+        if self._samples:
+            self._samples.keep(self.state.global_step, layout.flatten().argsort().tolist(), rewards, advantages)
         if args.steps_per_rollout > 1:
             # in training mode, dropout included, as the loss will be; its draws must not depend on what a checkpoint forgets
             self.model.train()
             with seeded(args.seed, "old_logps", index, rank):
-                batch["old_logps"] = self._logps(self.model, batch)
+                batch["old_logps"] = self._logps(self.model, batch, skip=self._skips)
         self.state.num_input_tokens_seen += self.accelerator.reduce(batch["attention_mask"].sum(), "sum").item()
         return batch
 
@@ -194,11 +233,17 @@ class GRPOTrainer(Trainer):
         """Sample one completion per row; returns the model's inputs for them and their rewards [B, K]."""
         prompts = [row["prompt"] for row in rows]
         tokenizer = self.processing_class
-        prompt_ids = tokenize(tokenizer, prompts, self.args.chat_template_kwargs)
         causal_lm = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
         # a sharded model is gathered in every forward, so all processes sample until the last one has done
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        drawn = sample(causal_lm, prompt_ids, sampling_config(self.args, causal_lm, tokenizer), synced_gpus=sharded)
+        continuous = self.args.use_transformers_continuous_batching
+        options = (self.args.transformers_continuous_batching_config or {}) if continuous else None
+        with self._raising_together():
+            prompt_ids = tokenize(tokenizer, prompts, self.args.chat_template_kwargs)
+            config = sampling_config(self.args, causal_lm, tokenizer)
+            if continuous and sharded:
+                raise ValueError("use_transformers_continuous_batching must be False for a sharded model, got True")
+        drawn = sample(causal_lm, prompt_ids, config, synced_gpus=sharded, continuous=options)
         completion_ids = [
             ids[kept].tolist() for ids, kept in zip(drawn.input_ids[:, -drawn.mask.shape[1] :], drawn.mask, strict=True)
         ]
@@ -215,7 +260,10 @@ class GRPOTrainer(Trainer):
             rewards = score(self.reward_funcs, prompts, completions, completion_ids, columns).to(drawn.mask.device)
         for name, value in length_metrics(drawn).items():
             self._record({name: value}, mode, counts * (drawn.terminated.sum() if "terminated" in name else len(rows)))
-        batch = {"input_ids": drawn.input_ids, "attention_mask": drawn.attention_mask, "mask": drawn.mask}
+        if self._samples and mode == "train":
+            self._samples.gather(self.accelerator, prompts, completions)
+        mask = drawn.mask & drawn.terminated.unsqueeze(1) if self.args.mask_truncated_completions else drawn.mask
+        batch = {"input_ids": drawn.input_ids, "attention_mask": drawn.attention_mask, "mask": mask}
         if self.args.beta != 0:
             batch["ref_logps"] = self._reference_logps(batch)
         return batch, rewards
@@ -253,51 +301,80 @@ class GRPOTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one micro-batch, made inside the wrapped model's forward."""
-        mask, made = inputs["mask"], []
+        training, made = model.training, []
+        micro = self._micro_batch(inputs, skip=training and self._skips)
 
         def loss(hidden, head):
+            hidden = micro.predicting(hidden)
             output = fused_linear_grpo_loss(
-                _predicting(hidden, mask), head.weight, inputs["input_ids"][:, -mask.shape[1] :], inputs["advantages"], mask,
-                bias=head.bias, lora=head.lora, old_logps=inputs.get("old_logps"), ref_logps=inputs.get("ref_logps"),
-                num_items=inputs.get("num_items"), data_parallel_group=self._data_parallel_group, config=self.loss_config,
+                hidden, head.weight, **micro.loss_inputs, bias=head.bias, lora=head.lora,
+                data_parallel_group=self._data_parallel_group, config=self.loss_config,
             )  # fmt: skip
+            names = diagnose.parameters(self.model)
+            diagnose.check(output.loss.detach(), micro, hidden.detach(), head, inputs, names, self.processing_class.decode)
             made.append(output)
             return output.loss
 
-        loss = model(**self._model_inputs(inputs), fused_lm_head=loss)
+        if self._router_coef is None:
+            loss, aux_loss = model(**micro.model_inputs, use_cache=False, fused_lm_head=loss), None
+        else:
+            loss, aux_loss = model(**micro.model_inputs, use_cache=False, output_router_logits=True, fused_lm_head=loss)
         (output,) = made
         loss = loss + (output.loss.detach() - loss.detach())  # FSDP2 under bf16 rounds what a forward returns, log-probs too
-        metrics = output.metrics if model.training else output.metrics | {"loss": loss.detach()}
+        loss = loss * micro.scale
+        metrics = output.metrics | {"policy_loss": output.metrics["policy_loss"] * micro.scale}
+        if aux_loss is not None:
+            loss = loss + self._router_coef * aux_loss
+            metrics["aux_loss"] = aux_loss.detach()
+        if not training:  # all processes' losses count alike here, those of sequences by how many there are
+            share = inputs.get("share_of_sequences", 1.0) if self.loss_config.loss_type in OVER_SEQUENCES else 1.0
+            policy_loss = metrics["policy_loss"] * share
+            metrics |= {"policy_loss": policy_loss, "loss": loss.detach() - output.metrics["policy_loss"] + policy_loss}
+        mode, kept = "train" if training else "eval", inputs["mask"].sum()
         for name, value in metrics.items():
-            self._record({name: value}, "train" if model.training else "eval", self._weight(name, inputs))
+            self._record({name: value}, mode, self._weight(name, inputs, micro))
+        if training:
+            share = micro.loss_inputs["mask"].sum() * (not micro.idle) / kept
+            self._record({"trained_token_share": share}, mode, kept)
+        output = output._replace(loss=loss.detach(), logps=micro.spread(output.logps), entropy=micro.spread(output.entropy))
         return (loss, output) if return_outputs else loss
 
-    def _weight(self, name, inputs):
-        """What a metric of a micro-batch is a mean over: kept tokens, or sequences."""
-        config, tokens, sequences = self.loss_config, inputs["mask"].sum(), inputs.get("sequences", len(inputs["mask"]))
-        if name in ("loss", "policy_loss"):
-            return sequences if "num_items" in inputs or config.loss_type in ("grpo", "sapo", "luspo", "dr_grpo") else tokens
-        if name in ("entropy", "kl") or not (config.sequence_level or config.loss_type == "vespo"):
-            return tokens
-        return sequences
+    def _micro_batch(self, inputs, skip):
+        return microbatch.make(
+            inputs, self.loss_config, positions=self._takes_position_ids, packed=self._packed, skip=skip,
+            group=self._data_parallel_group,
+        )  # fmt: skip
+
+    def _weight(self, name, inputs, micro):
+        """What a metric of a micro-batch is a mean over: kept tokens, or sequences; of the loss, those that were skipped too."""
+        if name == "aux_loss":
+            return inputs.get("sequences", len(inputs["mask"]))
+        if name in ("loss", "policy_loss"):  # shares, of the round in an evaluation
+            return inputs.get("weight", 1)
+        if micro.idle:
+            return 0
+        sequences = inputs.get("sequences", len(micro.loss_inputs["advantages"]))
+        return metric_weight(name, self.loss_config, micro.loss_inputs["mask"].sum(), sequences)
 
     @torch.no_grad()
-    def _logps(self, model, batch):
+    def _logps(self, model, batch, skip=False):
         """Log-probs [B, T] of the sampled tokens, by the numerics, and in the micro-batches, that the loss will see."""
         config = self.loss_config
         parts = []
         for part in self._split(batch):
-            mask = part["mask"]
+            micro = self._micro_batch(part, skip)
+            given = micro.loss_inputs
 
-            def logps(hidden, head, part=part, mask=mask):
-                parts.append(linear_logprobs(
-                    _predicting(hidden, mask), head.weight, part["input_ids"][:, -mask.shape[1] :], mask=mask, bias=head.bias,
+            def logps(hidden, head, micro=micro, given=given):
+                found = linear_logprobs(
+                    micro.predicting(hidden), head.weight, given["completion_ids"], mask=given["mask"], bias=head.bias,
                     lora=head.lora, temperature=config.temperature, logit_scale=config.logit_scale, softcap=config.softcap,
-                ).logps)  # fmt: skip
-                return parts[-1]
+                ).logps  # fmt: skip
+                parts.append(micro.spread(found))
+                return found
 
             with self.compute_loss_context_manager():
-                model(**self._model_inputs(part), fused_lm_head=logps)
+                model(**micro.model_inputs, use_cache=False, fused_lm_head=logps)
         return torch.cat(parts)
 
     def _reference_logps(self, batch):
@@ -305,13 +382,6 @@ class GRPOTrainer(Trainer):
             return self._logps(self.ref_model, batch)
         with self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True).disable_adapter():
             return self._logps(self.model, batch)
-
-    def _model_inputs(self, batch):
-        attention_mask = batch["attention_mask"]
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": attention_mask, "use_cache": False}
-        if self._takes_position_ids:  # as generate counts them: padding on the left has none
-            inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        return inputs
 
     @property
     def _data_parallel_group(self):
@@ -321,7 +391,12 @@ class GRPOTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Sample ``num_generations_eval`` completions for every prompt of the evaluation set and average their metrics."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        began, dataset = time.monotonic(), self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            metrics = {}
+            for name, data in dataset.items():
+                metrics |= self.evaluate(data, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
         args = self.args
         _check_dataset("eval_dataset", dataset, needed=True)
         repeats = args.num_generations_eval or args.num_generations
@@ -345,9 +420,14 @@ class GRPOTrainer(Trainer):
                 batch["sequences"] = len(mine) * repeats
                 if not mine:
                     batch["mask"] = torch.zeros_like(batch["mask"])
+                batch["num_items"] = self._share_of_kept(batch)
+                batch["share_of_sequences"] = len(mine) * args.world_size / len(numbers)
+                batch["weight"] = len(numbers) if self.loss_config.loss_type in OVER_SEQUENCES else batch["num_items"]
                 with self.compute_loss_context_manager():
                     self.compute_loss(self.model, batch)
         self.model.train(training)
+        if self._clock is not None:
+            self._clock += time.monotonic() - began
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._mean_metrics("eval").items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
@@ -355,8 +435,19 @@ class GRPOTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            logs |= self._mean_metrics("train") | {"num_tokens": self.state.num_input_tokens_seen}
+            logs |= self._mean_metrics("train") | self._speed() | {"num_tokens": self.state.num_input_tokens_seen}
+            if self._samples:
+                self._samples.show()
         super().log(logs, start_time)
+
+    def _speed(self):
+        """Prompt and completion tokens of all processes that the steps since the last call trained on, by the time since then.
+
+        Sampling is in it, evaluation and saving are not.
+        """
+        tokens = self.accelerator.reduce(self._tokens, reduction="sum").item()
+        then, self._clock, self._tokens = self._clock, time.monotonic(), torch.zeros_like(self._tokens)
+        return {"tokens_per_second": tokens / max(self._clock - then, 1e-9)}
 
     def _record(self, metrics, mode, weight):
         for name, value in metrics.items():
@@ -383,37 +474,91 @@ class GRPOTrainer(Trainer):
         figures = torch.stack([*sums.unbind(1), low, high], dim=1).tolist()
         for name, (total, weight, lowest, highest) in zip(sorted(recorded), figures, strict=True):
             if weight > 0:
-                kind = next((word for word in ("min", "max") if name.endswith(f"_{word}") or f"/{word}_" in name), "mean")
+                kinds = (word for word in ("min", "max") if name.endswith(f"_{word}") or f"completions/{word}_" in name)
+                kind = next(kinds, "mean")
                 metrics[name] = {"mean": total / weight, "min": lowest, "max": highest}[kind]
         return metrics
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As `transformers.Trainer.train`; a checkpoint that was not written to its end, or was changed since, is refused.
+
+        True takes the newest one of ``output_dir`` that is whole, and is refused where there is none; "last" then begins anew.
+
+        Raises:
+            ValueError: naming the checkpoint, what is wrong with it, and the newest one that is whole.
+        """
+        with self._raising_together():
+            if resume_from_checkpoint in (True, "last", "true", "True"):
+                found = checkpoints.newest(self.args.output_dir)
+                if found is None and resume_from_checkpoint != "last":
+                    raise checkpoints.Unusable(f"resume_from_checkpoint: {self.args.output_dir} has no checkpoint")
+                resume_from_checkpoint = found
+            elif resume_from_checkpoint and self.args.should_save:
+                checkpoints.check(resume_from_checkpoint)
+            if resume_from_checkpoint:
+                checkpoints.check_kind(resume_from_checkpoint, self.is_fsdp_enabled)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        began, name = time.monotonic(), f"checkpoint-{self.state.global_step}"
+        seal = os.path.join(self._get_output_dir(trial), name, checkpoints.SEAL)
+        if self.args.should_save and os.path.exists(seal):
+            os.remove(seal)  # of an earlier run that came as far
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        folder = self._get_output_dir(trial)
+        self._seal(os.path.dirname(seal))
+        if self.args.should_save:
+            # only now is it safe to delete older ones
+            rotate_checkpoints(folder, limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True)
+        if self._clock is not None:
+            self._clock += time.monotonic() - began
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self._seal(checkpoint_folder)  # or whoever downloads it could not resume
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _seal(self, folder):
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and not os.path.exists(os.path.join(folder, checkpoints.SEAL)):
+            checkpoints.seal(folder)
+
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.sync_ref_model and self.args.should_save:
+            reference_model.save(self.accelerator.unwrap_model(self.ref_model), output_dir)
         if self.state.global_step % self.args.steps_per_rollout:
             os.makedirs(output_dir, exist_ok=True)
             rows = self._layout()[self.args.process_index]
             saved = {"index": self._rollout_index, "rollout": self._rollout, "rows": rows, "processes": self.args.world_size}
-            torch.save(saved, _rollout_file(output_dir, self.args.process_index))
+            torch.save(saved, checkpoints.rollout_file(output_dir, self.args.process_index))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
+        with self._raising_together():
+            self._load_reference_and_rollout(checkpoint)
+
+    def _load_reference_and_rollout(self, checkpoint):
+        if checkpoint is not None and self.args.sync_ref_model:
+            reference_model.load(self.accelerator.unwrap_model(self.ref_model), checkpoint)
         if checkpoint is None or not self.state.global_step % self.args.steps_per_rollout:
             return
-
-        def load(rank):
-            path = _rollout_file(checkpoint, rank)
-            if not os.path.isfile(path):
-                raise FileNotFoundError(
-                    f"{path}: step {self.state.global_step} is amid a rollout, without which the run cannot go on as it was; "
-                    f"resume from a checkpoint that holds it, or from a step divisible by {self.args.steps_per_rollout}"
-                )
-            return torch.load(path, map_location="cpu", weights_only=True)  # "cpu:0", a rank's device, is not known to it
-
+        load = lambda rank: checkpoints.load_rollout(checkpoint, rank, self.state.global_step, self.args.steps_per_rollout)  # noqa: E731
         processes, rank = load(0)["processes"], self.args.process_index
+        index = self.state.global_step // self.args.steps_per_rollout
+        if load(0)["index"] != index:
+            raise ValueError(
+                f"num_iterations, steps_per_generation and gradient_accumulation_steps must be those of the checkpoint: it is amid "
+                f"rollout {load(0)['index']}, with these step {self.state.global_step} is of rollout {index}"
+            )
         if processes == self.args.world_size:
             saved = load(rank)
-            self._rollout, self._rollout_index = self._prepare_inputs(saved["rollout"]), saved["index"]
-            return
+            if torch.equal(saved["rows"].cpu(), self._layout()[rank]):
+                self._rollout, self._rollout_index = self._prepare_inputs(saved["rollout"]), saved["index"]
+                return
         parts = [load(i) for i in range(processes)]
         rows = torch.cat([part["rows"] for part in parts])
         if len(rows) != self.args.generation_batch_size:
@@ -427,15 +572,6 @@ class GRPOTrainer(Trainer):
         self._rollout = self._prepare_inputs({name: x[own] for name, x in whole.items()})
 
 
-def _rollout_file(folder, rank):
-    return os.path.join(folder, f"rollout_{rank}.pt")
-
-
-def _predicting(hidden, mask):
-    """The T hidden states that predict the completion, [B, T, D]: each token is predicted from the one before it."""
-    return hidden[:, -mask.shape[1] - 1 : -1]
-
-
 def _with_head_factors(args, head):
     """The loss's options with the model's own logit factors, which are what it samples with."""
     config = args.loss_config()
@@ -445,6 +581,40 @@ def _with_head_factors(args, head):
         if asked != default and asked != own:
             raise ValueError(f"{name} must be the model's own ({own}) or left alone, got {asked}")
     return dataclasses.replace(config, logit_scale=head.logit_scale, softcap=head.softcap)
+
+
+def _reward_functions(given, tokenizers, args):
+    functions = list(given) if isinstance(given, (list, tuple)) else [given]
+    tokenizers = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers] * len(functions)
+    if len(tokenizers) != len(functions):
+        raise ValueError(f"reward_processing_classes must have {len(functions)} entries, as reward_funcs, got {len(tokenizers)}")
+    for i, function in enumerate(functions):
+        if isinstance(function, (str, os.PathLike, PreTrainedModel)):
+            functions[i] = ModelReward.of(function, tokenizers[i], args.device, args.trust_remote_code)
+    if not functions or not all(map(callable, functions)):
+        raise TypeError(f"reward_funcs must be functions, models or paths of models, got {given!r}")
+    return functions
+
+
+def _runs_packed(asked, causal_lm, takes_position_ids):
+    # convolutions, recurrences and chunked attention go by places in the row, across the sequences that are packed in it
+    layers = set(getattr(causal_lm.config.get_text_config(), "layer_types", None) or ())
+    by_positions = layers <= {"full_attention", "sliding_attention"} and not getattr(causal_lm, "_is_stateful", False)
+    able = takes_position_ids and by_positions
+    if asked and not able:
+        name = type(causal_lm).__name__
+        raise ValueError(f"padding_free must be False or None for {name}, which cannot tell packed rows apart, got True")
+    return able and microbatch.flash(causal_lm) if asked is None else asked
+
+
+def _router_coefficient(causal_lm):
+    """Of the load-balancing loss of a mixture of experts, where the model's configuration asks for it."""
+    text = causal_lm.config.get_text_config()
+    return getattr(text, "router_aux_loss_coef", 0.0) if getattr(text, "output_router_logits", False) else None
+
+
+def _named_datasets(dataset):
+    return dataset if isinstance(dataset, dict) else {"": dataset}
 
 
 def _check_dataset(name, dataset, needed=None):

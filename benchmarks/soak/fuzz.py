@@ -1,0 +1,156 @@
+"""Random calls of the compiled kernels and of the public functions: a result or an error that says what was wrong, nothing else.
+
+    python -m benchmarks.soak.fuzz SECONDS [libFuzzer's options]
+
+With atheris installed its coverage of our Python guides the bytes; without it they come from a seeded generator. Under a library
+built with sanitizers (tests/test_sanitizers.py) a wild read or write ends the process.
+"""
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+
+import torch
+
+_SIZES = (0, 1, 2, 3, 5, 8, 16, 17, 31, 64, 65, 130, 513)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+_EXPECTED = (ValueError, TypeError, RuntimeError)  # what the public functions document
+_REFUSED = (AssertionError,)  # what the kernels' own wrappers say of arguments that no caller in the package makes
+
+
+class Bytes:
+    """Choices out of a string of bytes; zeros behind its end."""
+
+    def __init__(self, data):
+        self.data, self.at = data, 0
+
+    def byte(self):
+        value = self.data[self.at] if self.at < len(self.data) else 0
+        self.at += 1
+        return value
+
+    def of(self, options):
+        return options[self.byte() % len(options)]
+
+    def chance(self, n):
+        return self.byte() % n == 0
+
+
+def tensor(b, shape, dtype, generator):
+    """Of this shape, perhaps strided, expanded, misaligned, or with a value that is not finite in it."""
+    scale = b.of((1.0, 1.0, 1.0, 30.0, 1e4, 0.0))
+    x = (torch.randn([s + 3 for s in shape], generator=generator) * scale).to(dtype)
+    x = x[tuple(slice(b.byte() % 3, None) for _ in shape)][tuple(slice(0, s) for s in shape)]
+    if b.chance(3):
+        x = x.contiguous()
+    if b.chance(6) and x.dim() > 1:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    if b.chance(8) and x.dim() and x.shape[0] > 1:
+        x = x[:1].expand_as(x)
+    if b.chance(10) and x.numel():
+        x = x.clone()
+        x[tuple(b.byte() % size for size in x.shape)] = b.of((float("nan"), float("inf"), -float("inf"), 1e30))
+    return x
+
+
+def rows_case(b, generator):
+    """A row kernel of the CPU on a tile."""
+    from grpo_kernels.backends import native
+    from grpo_kernels.config import LogitTransform
+
+    rows, columns, dtype = b.of(_SIZES), b.of(_SIZES), b.of(_DTYPES)
+    tile = tensor(b, (rows, columns), dtype, generator)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    n = rows if b.byte() % 8 else b.of(_SIZES)
+    target = torch.randint(-1, max(1, columns), (n,), generator=generator)
+    if b.chance(5):
+        target = target + b.of((10**12, -(10**12), columns))
+    transform = LogitTransform(b.of((1.0, 0.5, -2.0, 0.0)), b.of((None, 5.0, 1e-3)), b.of((1.0, 0.7, 1e-3)))
+    vector = lambda: tensor(b, (n,), b.of((acc, acc, acc, torch.bfloat16)), generator)  # noqa: E731
+    isa = b.of(native.isas())
+    kind = b.of(("statistics", "gradient", "transpose"))
+    if kind == "statistics":
+        from grpo_kernels.backends.pytorch import new_statistics
+
+        tile = tile.clone() if b.chance(2) else tile
+        native.statistics(tile, new_statistics(n, acc, "cpu"), target, transform, probs=b.chance(2), isa=isa)
+    elif kind == "gradient":
+        given = [vector() for _ in range(4)]
+        native.gradient(tile.clone(), target, *given, vector() if b.chance(2) else None, transform, isa=isa)
+    else:
+        native.transpose(tile, torch.empty(b.of((columns, rows)), n, dtype=b.of((dtype, dtype, torch.float32))), isa=isa)
+
+
+def loss_case(b, generator):
+    """The whole loss, and its backward."""
+    from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs
+
+    B, T, D, V = b.of((0, 1, 2, 3)), b.of((0, 1, 2, 7)), b.of((1, 3, 8, 33)), b.of((1, 2, 17, 130))
+    dtype = b.of(_DTYPES)
+    hidden, weight = tensor(b, (B, T, D), dtype, generator), tensor(b, (V, D), dtype if b.byte() % 9 else torch.float32, generator)
+    needs = b.byte()
+    hidden, weight = hidden.detach().requires_grad_(bool(needs & 1)), weight.detach().requires_grad_(bool(needs & 2))
+    ids = torch.randint(0, V, (B, T), generator=generator) + (V if b.chance(9) else 0)
+    mask = torch.rand(B, T, generator=generator) < b.of((0.0, 0.5, 1.0))
+    mask = mask.to(b.of((torch.bool, torch.int64, torch.float32, torch.uint8)))
+    if b.chance(3):
+        linear_logprobs(hidden, weight, ids, mask=mask if b.chance(2) else None, workspace_bytes=b.of((None, 1, 10_000)))
+        return
+    config = GRPOLossConfig(
+        loss_type=b.of(("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")), max_completion_length=8,
+        importance_sampling_level=b.of(("token", "token", "sequence")), beta=b.of((0.0, 0.1)), delta=b.of((None, 2.0)),
+        entropy_coef=b.of((0.0, 0.1)), top_entropy_quantile=b.of((1.0, 0.5)), off_policy_mask_threshold=b.of((None, 0.5)),
+        softcap=b.of((None, 5.0)), temperature=b.of((1.0, 0.5)),
+    )  # fmt: skip
+    per_token = lambda: tensor(b, (B, T), torch.float32, generator) if b.chance(2) else None  # noqa: E731
+    advantages = tensor(b, b.of(((B,), (B, T), (B + 1,))), b.of((torch.float32, torch.float64)), generator)
+    out = fused_linear_grpo_loss(
+        hidden, weight, ids, advantages, mask, old_logps=per_token(), ref_logps=per_token(), config=config,
+        workspace_bytes=b.of((None, 1, 5_000, 100_000)), backend=b.of(("auto", "auto", "torch")),
+    )  # fmt: skip
+    if out.loss.requires_grad:
+        out.loss.backward()
+
+
+def one(data):
+    b = Bytes(data)
+    generator = torch.Generator().manual_seed(b.byte() * 256 + b.byte())
+    case, refusals = (rows_case, _REFUSED) if b.chance(2) else (loss_case, _EXPECTED)
+    with contextlib.suppress(*refusals):
+        case(b, generator)
+
+
+def main(seconds, arguments):
+    torch.set_num_threads(1)
+    try:
+        import atheris
+    except ImportError:
+        atheris = None
+    if atheris is None:
+        import time
+
+        dice, end, calls = random.Random(int(os.environ.get("FUZZ_SEED", "0"))), time.monotonic() + seconds, 0
+        while time.monotonic() < end:
+            one(dice.randbytes(dice.randint(4, 96)))
+            calls += 1
+        print(f"Done {calls} runs")
+        return
+    with atheris.instrument_imports(include=["grpo_kernels"]):
+        import grpo_kernels.backends.native  # noqa: F401
+    atheris.Setup([sys.argv[0], f"-max_total_time={seconds:g}", "-max_len=96", "-rss_limit_mb=4096", *arguments], one)
+    atheris.Fuzz()
+
+
+def run(options):
+    command = [sys.executable, "-m", __spec__.name, str(int(options.seconds)), f"-seed={options.seed + 1}"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FUZZ_SEED": str(options.seed)})
+    said = (done.stdout + done.stderr).splitlines()
+    runs = next((line for line in reversed(said) if line.startswith("Done ")), "")
+    guided = any("INFO: Running with" in line for line in said)
+    return {"holds": done.returncode == 0, "says": runs or "\n".join(said[-30:]), "atheris": guided}
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,59 @@
+"""A loss that is not finite: which tensor it came from, and which token."""
+
+import torch
+
+
+class NotFinite(FloatingPointError):
+    """The loss is NaN or infinite; the message names the first tensor, sequence and token where that begins."""
+
+
+def check(loss, micro, hidden, head, batch, named_parameters, decode=None):
+    """Raises `NotFinite` unless the loss is finite. Waits for the device.
+
+    Args:
+        loss: 0-dim. micro: the `MicroBatch` that went in; batch: the one it was made of.
+        hidden: the predicting states; head: an `LMHead`.
+        named_parameters: of the model, to tell whether training or the input broke it. decode: token ids -> text, or None.
+    """
+    if bool(loss.isfinite()):
+        return
+    given = micro.loss_inputs
+    found = []
+    for name, x in (("old_logps", given.get("old_logps")), ("ref_logps", given.get("ref_logps")), ("the hidden states", hidden)):
+        if x is not None:
+            bad = ~x.isfinite()
+            bad = bad.any(-1) if x.dim() > given["mask"].dim() else bad
+            where = (bad & given["mask"].bool()).nonzero()
+            if len(where):
+                found.append(f"{name} at {_place(where[0], micro, batch, decode)}{_and_more(len(where))}")
+    for name, x in (("weight", head.weight), ("bias", head.bias)):
+        bad = None if x is None else ~x.isfinite() if name == "weight" else x.isnan() | (x == float("inf"))
+        if bad is not None and bad.any():
+            rows = bad.flatten(1).any(1).nonzero() if bad.dim() > 1 else bad.nonzero()
+            found.append(f"the head's {name} in the row of token {rows[0].item()}{_and_more(len(rows))}")
+    broken = [name for name, p in named_parameters if not bool(p.detach().isfinite().all())]
+    if broken:
+        found.append(f"the parameter {broken[0]}{_and_more(len(broken))}: an earlier step broke it")
+    else_ = "nothing that went in, so a ratio or a product overflowed"
+    raise NotFinite(f"the loss is {loss.item()}; not finite: {'; '.join(found) or else_}")
+
+
+def _place(where, micro, batch, decode):
+    """In the whole batch: sequence, position in the completion, token."""
+    if micro.at is not None:
+        row, position = micro.kept.nonzero()[int(where[0])].tolist()
+    else:
+        row, position = where.tolist()
+        row = row if micro.rows is None else int(micro.rows[row])
+    token = int(batch["input_ids"][row, batch["input_ids"].shape[1] - batch["mask"].shape[1] + position])
+    text = "" if decode is None else f" ({decode([token])!r})"
+    return f"completion {row} of the micro-batch, position {position}, token {token}{text}"
+
+
+def _and_more(count):
+    return "" if count == 1 else f", and {count - 1} more"
+
+
+def parameters(model):
+    """Name and this process's part of each."""
+    return ((name, p.to_local() if isinstance(p, torch.distributed.tensor.DTensor) else p) for name, p in model.named_parameters())

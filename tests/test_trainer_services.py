@@ -1,0 +1,388 @@
+"""What a run does around the loss: sampling options, rewards of every kind, a moving reference, samples to read, checkpoints to trust."""
+
+import asyncio
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from test_trainer import DATA, config, digit_sum, next_micro_batches, tiny_model, trainer, weights
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+
+from grpo_kernels.trainer import GRPOTrainer, checkpoints, watch
+from grpo_kernels.trainer.demo import make_tokenizer
+from grpo_kernels.trainer.plot import plot_folder
+from grpo_kernels.trainer.rewards import ModelReward, load_reward, score
+from grpo_kernels.trainer.rollout import sample, sampling_config
+
+SMALL = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ---- sampling ----
+
+
+def test_sampling_options_reach_generate(tmp_path):
+    t = trainer(tmp_path, min_p=0.3, repetition_penalty=1.5, top_k=7, top_p=0.9, temperature=0.7, generation_kwargs={"bad_words_ids": [[5]]})
+    found = sampling_config(t.args, t.model, t.processing_class)
+    assert (found.min_p, found.repetition_penalty, found.top_k, found.top_p, found.temperature) == (0.3, 1.5, 7, 0.9, 0.7)
+    drawn = t._new_rollout(0)
+    T = drawn["mask"].shape[1]
+    assert not (drawn["input_ids"][:, -T:][drawn["mask"]] == 5).any()
+    greedy = sampling_config(trainer(tmp_path, min_p=1.0).args, t.model, t.processing_class)
+    ids = [[2, 3, 4], [5, 6]]
+    a, b = (sample(tiny_model(), ids, greedy).input_ids for _ in range(2))
+    assert torch.equal(a, b), "only the likeliest token is left"
+
+
+def test_continuous_batching_draws_from_the_same_model(tmp_path):
+    # left to itself the engine takes most of the free memory for its cache
+    small = {"num_blocks": 16, "page_size": 32, "max_batch_tokens": 64}
+    t = trainer(tmp_path, use_transformers_continuous_batching=True, top_k=1, transformers_continuous_batching_config=small)
+    config = sampling_config(t.args, t.model, t.processing_class)
+    ids = [[2, 3, 4], [5, 6], [7, 8, 9, 10]]
+    before = t.model.config._attn_implementation
+    ours, plain = sample(t.model, ids, config, continuous=small), sample(t.model, ids, config)
+    T = min(ours.mask.shape[1], plain.mask.shape[1])
+    assert torch.equal(ours.mask[:, :T], plain.mask[:, :T]) and not ours.mask[:, T:].any() and not plain.mask[:, T:].any()
+    assert torch.equal(ours.input_ids[:, -ours.mask.shape[1] :][ours.mask], plain.input_ids[:, -plain.mask.shape[1] :][plain.mask])
+    assert t.model.config._attn_implementation == before
+    t.train()
+    assert t.state.global_step == 2
+
+
+# ---- rewards ----
+
+
+def test_asynchronous_rewards_wait_together():
+    running, most = 0, 0
+
+    async def slow(completions, **_):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.01)
+        running -= 1
+        return [float(len(c)) for c in completions]
+
+    async def other(completions, **_):
+        return await slow(completions)
+
+    def plain(completions, **_):
+        return [None] * len(completions)
+
+    found = score([slow, plain, other], ["p", "p"], ["a", "abc"], [[1], [2]], {})
+    assert found[:, 0].tolist() == found[:, 2].tolist() == [1.0, 3.0] and found[:, 1].isnan().all() and most == 2
+
+    async def inside():  # as in a notebook, whose loop runs already
+        return score([slow], ["p"], ["ab"], [[1]], {})
+
+    assert asyncio.run(inside()).tolist() == [[2.0]]
+
+
+def test_an_asynchronous_reward_that_raises_is_heard():
+    async def broken(**_):
+        raise RuntimeError("no connection")
+
+    with pytest.raises(RuntimeError, match="no connection"):
+        score([broken], ["p"], ["a"], [[1]], {})
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_reward_model_by_its_path(tmp_path, kind):
+    torch.manual_seed(0)
+    if kind == "llama":
+        model = LlamaForSequenceClassification(LlamaConfig(**SMALL, num_labels=1))
+    else:
+        model = BertForSequenceClassification(BertConfig(**SMALL, num_labels=1))
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "judge")
+    prompts, completions = ["1+2=", "45+6="], ["3", "511"]
+    t = trainer(tmp_path, rewards=[digit_sum, load_reward(str(tmp_path / "judge"))])
+    judge = t.reward_funcs[1]
+    assert judge.__name__ == "judge" and not any(p.requires_grad for p in judge.model.parameters())
+    alone = [
+        model.eval()(torch.tensor([tokenizer(p + c)["input_ids"]])).logits.item() for p, c in zip(prompts, completions, strict=True)
+    ]
+    assert judge(prompts=prompts, completions=completions) == pytest.approx(alone, abs=1e-5)
+    t.train()
+    assert "rewards/judge/mean" in t.state.log_history[0]
+    model.config.num_labels = 2
+    with pytest.raises(ValueError, match="one label"):
+        ModelReward(model, tokenizer, "judge")
+    tiny_model().save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    with pytest.raises(ValueError, match="score"):
+        trainer(tmp_path, rewards=str(tmp_path / "policy"))
+
+
+def test_a_reward_model_sees_conversations_through_its_template(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}={% endif %}{% endfor %}"
+    judge = ModelReward(LlamaForSequenceClassification(LlamaConfig(**SMALL, num_labels=1)), tokenizer, "judge")
+    chat = judge(prompts=[[{"role": "user", "content": "1+2"}]], completions=[[{"role": "assistant", "content": "3"}]])
+    assert chat == pytest.approx(judge(prompts=["1+2="], completions=["3"]), abs=1e-6)
+
+
+# ---- the reference ----
+
+
+def test_a_reference_that_follows_the_policy(tmp_path):
+    options = dict(beta=0.1, max_steps=4, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.25, learning_rate=0.1)
+    t = trainer(tmp_path / "a", save_strategy="steps", save_steps=3, **options)
+    seen = []
+    t.callback_handler.callbacks[-1].on_step_end = follow(t, seen, t.callback_handler.callbacks[-1].on_step_end)
+    t.train()
+    expected = weights(tiny_model())
+    for step, policy, reference in seen:
+        if step % 2 == 0:
+            expected = 0.25 * policy + 0.75 * expected
+        torch.testing.assert_close(reference, expected, atol=1e-6, rtol=1e-6)
+    resumed = trainer(tmp_path / "a", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert torch.equal(weights(resumed.ref_model), weights(t.ref_model)) and torch.equal(weights(resumed.model), weights(t.model))
+    still = trainer(tmp_path / "b", beta=0.1, save_strategy="steps", save_steps=1)
+    still.train()
+    with pytest.raises(FileNotFoundError, match="reference"):
+        trainer(tmp_path / "b", **options).train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-1"))
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="sync_ref_model"):
+        trainer(tmp_path, peft_config=peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), **options)
+
+
+def follow(t, seen, original):
+    def on_step_end(args, state, control, **kwargs):
+        original(args, state, control, **kwargs)
+        seen.append((state.global_step, weights(t.model).clone(), weights(t.ref_model).clone()))
+
+    return on_step_end
+
+
+# ---- watching ----
+
+
+def test_completions_are_printed_and_kept(tmp_path, capsys):
+    pq = pytest.importorskip("pyarrow.parquet")
+    t = trainer(tmp_path, log_completions=True, num_completions_to_print=2, num_iterations=2, max_steps=4, rewards=[digit_sum, none_reward])
+    t.train()
+    out = capsys.readouterr().out
+    assert out.count("prompt ") == 2 and "digit_sum" in out and "advantage" in out
+    files = sorted((tmp_path / watch.FOLDER).iterdir())
+    assert [f.name for f in files] == ["completions_000000.parquet", "completions_000002.parquet"]
+    rows = pq.read_table(files[1]).to_pylist()
+    assert len(rows) == 8 and all(r["step"] == 2 and r["none_reward"] is None for r in rows)
+    assert [r["advantage"] for r in rows] == pytest.approx(t._rollout["advantages"].tolist(), abs=1e-6)
+    assert [r["digit_sum"] for r in rows] == pytest.approx(digit_sum([r["completion"] for r in rows]), abs=1e-6)
+
+
+def none_reward(completions, **_):
+    return [None] * len(completions)
+
+
+def test_what_a_model_writes_cannot_move_the_cursor():
+    row = {"step": 3, "prompt": "a\x1b[2Jb", "completion": "x\r\n" + "y" * 500, "r": None, "advantage": 0.5}
+    lines = list(watch.table([row], ["r"]))
+    assert all(line.isprintable() for line in lines) and "\\u001b" in lines[-1] and "..." in lines[-1]
+    assert list(watch.table([], ["r"])) == []
+
+
+def test_tensorboard_gets_the_metrics(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    t = trainer(tmp_path, report_to="tensorboard")
+    t.train()
+    (event,) = tmp_path.rglob("events.out.tfevents*")
+    found = EventAccumulator(str(event)).Reload().Tags()["scalars"]
+    assert {"train/reward", "train/entropy", "train/tokens_per_second", "train/trained_token_share"} <= set(found)
+
+
+def test_a_run_is_drawn_from_its_state(tmp_path):
+    with pytest.raises(ValueError, match="trainer_state"):
+        plot_folder(tmp_path)
+    t = trainer(tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=2, beta=0.1)
+    t.train()
+    picture = plot_folder(tmp_path / "run")
+    assert picture == str(tmp_path / "run" / "training.png") and (tmp_path / "run" / "training.png").stat().st_size > 10_000
+    t.save_state()
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3 and [entry["step"] for entry in state["log_history"] if "reward" in entry] == [1, 2, 3]
+    assert plot_folder(tmp_path / "run", tmp_path / "other.png") == str(tmp_path / "other.png")
+    (tmp_path / "run" / "trainer_state.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        plot_folder(tmp_path / "run")
+
+
+def test_evaluation_sets_by_name(tmp_path):
+    t = trainer(tmp_path, eval_dataset={"easy": DATA[:2], "hard": DATA[2:3]}, eval_strategy="steps", eval_steps=2)
+    t.train()
+    found = t.evaluate()
+    assert {"eval_easy_reward", "eval_hard_reward", "eval_easy_loss"} <= set(found)
+    with pytest.raises(ValueError, match="eval_dataset hard"):
+        trainer(tmp_path, eval_dataset={"easy": DATA[:2], "hard": []})
+
+
+# ---- checkpoints ----
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run's folder with checkpoints of steps 1 to 3, the first amid a rollout."""
+    trainer(tmp_path, max_steps=3, num_iterations=2, save_strategy="steps", save_steps=1).train()
+    return tmp_path
+
+
+def resume(folder, which):
+    t = trainer(folder, max_steps=4, num_iterations=2)
+    t.train(resume_from_checkpoint=which)
+    return t
+
+
+SPOILT = {
+    "no seal": lambda folder: (folder / checkpoints.SEAL).unlink(),
+    "cut": lambda folder: cut(folder / "model.safetensors"),
+    "changed": lambda folder: flip(folder / "optimizer.pt"),
+    "missing": lambda folder: (folder / "rng_state.pth").unlink(),
+    "seal cut": lambda folder: cut(folder / checkpoints.SEAL),
+    "seal elsewhere": lambda folder: (folder / checkpoints.SEAL).write_text('{"../../etc/passwd": [1, 2]}'),
+    "seal nonsense": lambda folder: (folder / checkpoints.SEAL).write_text("[1]"),
+}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_checkpoint_that_is_not_whole_is_refused_and_the_one_before_it_offered(saved, how, capsys):
+    SPOILT[how](saved / "checkpoint-3")
+    with pytest.raises(checkpoints.Unusable, match="checkpoint-3.*resume from .*checkpoint-2"):
+        resume(saved, str(saved / "checkpoint-3"))
+    t = resume(saved, "last")
+    assert t.state.global_step == 4 and "checkpoint-3" in capsys.readouterr().out
+    shutil.rmtree(saved / "checkpoint-3")
+    whole = resume(saved, True)
+    assert torch.equal(weights(t.model), weights(whole.model))
+
+
+def test_last_of_nothing_is_a_new_run_and_of_ruins_an_error(tmp_path, saved):
+    assert checkpoints.newest(tmp_path / "nowhere") is None
+    assert checkpoints.newest(saved) == str(saved / "checkpoint-3")
+    for step in (1, 2, 3):
+        (saved / f"checkpoint-{step}" / checkpoints.SEAL).unlink()
+    with pytest.raises(checkpoints.Unusable, match="no checkpoint"):
+        checkpoints.newest(saved)
+    with pytest.raises(checkpoints.Unusable, match="no other"):
+        checkpoints.check(saved / "checkpoint-2")
+    with pytest.raises(checkpoints.Unusable, match="no such folder"):
+        checkpoints.check(saved / "checkpoint-9")
+
+
+def test_a_rollout_of_other_sizes_is_refused(saved):
+    with pytest.raises(ValueError, match="generation_batch_size"):
+        trainer(saved, max_steps=4, num_iterations=2, per_device_train_batch_size=4).train(resume_from_checkpoint=str(saved / "checkpoint-1"))
+    with pytest.raises(ValueError, match="num_iterations"):
+        trainer(saved, max_steps=9, num_iterations=4).train(resume_from_checkpoint=str(saved / "checkpoint-3"))
+    with pytest.raises(checkpoints.Unusable, match="no checkpoint"):
+        trainer(saved / "elsewhere").train(resume_from_checkpoint=True)
+
+
+def test_older_checkpoints_go_when_the_new_one_is_sealed(tmp_path, monkeypatch):
+    there = []
+    seal = checkpoints.seal
+    monkeypatch.setattr(checkpoints, "seal", lambda folder: (there.append(sorted(p.name for p in tmp_path.glob("checkpoint-*"))), seal(folder)))
+    t = trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1)
+    t.train()
+    assert there == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"] and t.args.save_total_limit == 1
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('a checkpoint ran code')",)
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rollout_0.pt", "training_args.bin"])
+def test_loading_a_checkpoint_executes_nothing(saved, file):
+    folder = saved / "checkpoint-1"
+    assert (folder / file).is_file()
+    (folder / file).write_bytes(pickle.dumps(Bomb()))
+    checkpoints.seal(folder)  # even one that says of itself that it is whole
+    if file == "training_args.bin":  # which is never read
+        assert resume(saved, str(folder)).state.global_step == 4
+    else:
+        with pytest.raises(Exception, match="[Ww]eights|pickle|magic|Unsupported"):
+            resume(saved, str(folder))
+
+
+def test_seeded_rollouts_do_not_depend_on_the_extras(tmp_path):
+    plain = next_micro_batches(trainer(tmp_path))[0]["input_ids"]
+    assert torch.equal(plain, next_micro_batches(trainer(tmp_path, log_completions=True))[0]["input_ids"])
+
+
+# ---- real architectures, as a user saves and loads them ----
+
+SMALL_GROUPED = dict(
+    vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, bos_token_id=None,
+    eos_token_id=1, pad_token_id=0, max_position_embeddings=64,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Phi3", "Mistral"])
+def test_a_model_from_a_path_trains_and_comes_back(tmp_path, kind):
+    import transformers
+
+    torch.manual_seed(0)
+    options = {"head_dim": 8} if kind in ("Qwen3", "Gemma2", "Gemma3Text") else {}
+    name = "Gemma3" if kind == "Gemma3Text" else kind
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{kind}Config")(**SMALL_GROUPED, **options))
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    args = config(tmp_path / "run", per_device_train_batch_size=8)
+    t = GRPOTrainer(str(tmp_path / "model"), digit_sum, args, DATA)
+    t.train()
+    assert all(log["grad_norm"] > 0 for log in t.state.log_history if "grad_norm" in log)
+    t.save_model(str(tmp_path / "trained"))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert type(again).__name__ == type(model).__name__ and torch.equal(weights(again), weights(t.model)) and not torch.equal(weights(again), weights(model))
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    settings = json.loads(file.read_text())
+    settings |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}}
+    file.write_text(json.dumps(settings))
+    (tmp_path / "model" / "evil.py").write_text("raise SystemExit('a model ran code')\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        GRPOTrainer(str(tmp_path / "model"), digit_sum, config(tmp_path / "run"), DATA)
+
+
+def test_rounded_weights_under_adapters(tmp_path):
+    """QLoRA: bitsandbytes' 4 bits on the CPU, an adapter on the head too."""
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    from transformers import BitsAndBytesConfig
+
+    model = tiny_model(hidden_size=64, intermediate_size=64)
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    args = config(tmp_path / "run", model_init_kwargs={"quantization_config": quantized}, beta=0.05)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"], lora_dropout=0.0, task_type="CAUSAL_LM")
+    t = GRPOTrainer(str(tmp_path / "model"), digit_sum, args, DATA, peft_config=lora)
+    assert any("4bit" in type(m).__name__ for m in t.model.modules())
+    t.train()
+    adapters = [p for n, p in t.model.named_parameters() if "lora_B" in n]
+    assert adapters and all(p.abs().max() > 0 for p in adapters)
