@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from test_trainer import digit_sum, tiny_model, trainer, weights
+from test_trainer import digit_sum, next_micro_batches, tiny_model, trainer, weights
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from grpo_kernels import GRPOLossConfig
+from grpo_kernels.integrations.transformers import fuse_lm_head
 from grpo_kernels.trainer import microbatch
 from grpo_kernels.trainer.trainer import _runs_packed
 
@@ -82,7 +83,8 @@ def test_nothing_is_skipped_where_everything_has_a_gradient_or_is_ranked(options
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_run_ends_in_the_same_weights(tmp_path, packed):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_ends_in_the_same_weights(tmp_path, packed, accumulation):
     """Half of the groups get one reward for all: their completions are left out, in every step of several on a rollout."""
 
     def half(prompts, completions, **_):
@@ -90,7 +92,10 @@ def test_a_run_ends_in_the_same_weights(tmp_path, packed):
 
     ends = []
     for options in (dict(skip_untrained=False, padding_free=False), dict(padding_free=packed)):
-        t = trainer(tmp_path, rewards=half, max_steps=4, num_iterations=2, optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", **options)
+        t = trainer(
+            tmp_path, rewards=half, max_steps=4, num_iterations=2, optim="sgd", learning_rate=0.5, lr_scheduler_type="constant",
+            per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation, **options,
+        )  # fmt: skip
         t.train()
         ends.append((weights(t.model), [log for log in t.state.log_history if "loss" in log]))
     (plain, plain_logs), (ours, logs) = ends
@@ -147,6 +152,21 @@ def test_a_mixture_of_experts_is_balanced(tmp_path):
         loss = t.compute_loss(t.model, given)
         loss.backward()
         routers.append((loss.item(), next(p.grad for n, p in t.model.named_parameters() if "gate" in n and "experts" not in n)))
-        assert t._metrics["train"]["aux_loss"]
+        assert "aux_loss" in t._metrics["train"].take(lambda x: x)
+    # several micro-batches: the mean of their losses and of their balances
+    parts = trainer(
+        tmp_path, model=moe(output_router_logits=True, router_aux_loss_coef=0.5), per_device_train_batch_size=4, max_steps=1,
+        gradient_accumulation_steps=2, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
+    )  # fmt: skip
+    by_hand = moe(output_router_logits=True, router_aux_loss_coef=0.5)
+    before, own = weights(by_hand), parts.model
+    fuse_lm_head(by_hand).train()
+    for part in next_micro_batches(parts):
+        (parts.compute_loss(by_hand, part) / 2).backward()
+    with torch.no_grad():
+        for p in by_hand.parameters():
+            p -= p.grad
+    parts.train()
+    assert (weights(own) - weights(by_hand)).norm() <= 1e-5 * (weights(by_hand) - before).norm()
     assert routers[1][0] > routers[0][0] + 0.1 and (routers[1][1] - routers[0][1]).abs().max() > 1e-4
     assert trainer(tmp_path, model=moe())._router_coef is None

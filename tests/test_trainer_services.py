@@ -2,16 +2,19 @@
 
 import asyncio
 import json
+import math
 import pickle
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_trainer import DATA, config, digit_sum, next_micro_batches, tiny_model, trainer, weights
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification, Trainer
 
 from grpo_kernels.trainer import GRPOTrainer, checkpoints, watch
 from grpo_kernels.trainer.demo import make_tokenizer
+from grpo_kernels.trainer.metrics import Recorded
 from grpo_kernels.trainer.plot import plot_folder
 from grpo_kernels.trainer.rewards import ModelReward, load_reward, score
 from grpo_kernels.trainer.rollout import sample, sampling_config
@@ -52,6 +55,41 @@ def test_continuous_batching_draws_from_the_same_model(tmp_path):
     assert t.model.config._attn_implementation == before
     t.train()
     assert t.state.global_step == 2
+
+
+def test_a_models_own_generation_config_does_not_bend_the_distribution(tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for options in ({}, {"peft_config": lora}):
+        plain = next_micro_batches(trainer(tmp_path, **options))[0]["input_ids"]
+        t = trainer(tmp_path, **options)
+        own = t.model.generation_config
+        own.suppress_tokens, own.epsilon_cutoff, own.min_new_tokens = list(range(5, 12)), 0.2, 4
+        assert torch.equal(next_micro_batches(t)[0]["input_ids"], plain)
+        assert t.model.generation_config is own and own.suppress_tokens
+        t.args.generation_kwargs = {"suppress_tokens": own.suppress_tokens}
+        t._rollout = None
+        assert not torch.isin(next_micro_batches(t)[0]["input_ids"][:, -3:], torch.arange(5, 12)).any()
+
+
+# ---- metrics ----
+
+
+def test_metrics_are_reduced_by_weight_and_name_and_take_no_room():
+    values, weights_ = torch.randn(700, dtype=torch.float64), torch.randint(0, 4, (700,))
+    values[5] = math.nan
+    recorded = Recorded()
+    for value, weight in zip(values, weights_, strict=True):
+        recorded.record({"kl": value, "x_min": value, "completions/max_length": value}, weight)
+        recorded.record({"never": value}, 0)
+    assert max(map(len, recorded._waiting.values())) < 256
+    found = recorded.take(lambda x: torch.cat([x, x]))
+    counts = (weights_ > 0) & ~values.isnan()
+    kept = values[counts]
+    mean = (kept * weights_[counts]).sum() / weights_[counts].sum()
+    assert found == {"kl": pytest.approx(mean.item(), rel=1e-5), "x_min": pytest.approx(kept.min().item()),
+                     "completions/max_length": pytest.approx(kept.max().item())}  # fmt: skip
+    assert recorded.take(lambda x: x) == {}
 
 
 # ---- rewards ----
@@ -226,6 +264,32 @@ def test_evaluation_sets_by_name(tmp_path):
         trainer(tmp_path, eval_dataset={"easy": DATA[:2], "hard": []})
 
 
+def test_an_evaluation_that_fails_leaves_training_as_it_was(tmp_path):
+    asked = []
+
+    def fails_later(completions, **_):
+        asked.append(1)
+        if len(asked) == 2:
+            raise RuntimeError("the judge is out")
+        return digit_sum(completions)
+
+    t = trainer(tmp_path, rewards=fails_later, eval_dataset=DATA[:4], per_device_eval_batch_size=4)
+    t.model.train()
+    with pytest.raises(RuntimeError, match="the judge is out"):
+        t.evaluate()
+    assert t.model.training
+    found = trainer(tmp_path, eval_dataset=DATA[:4], per_device_eval_batch_size=4).evaluate()
+    again = t.evaluate()
+    assert again["eval_reward"] == found["eval_reward"], "rounds of the evaluation that failed must not count"
+
+
+def test_dropout_on_the_heads_adapter_is_refused_before_training(tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    with pytest.raises(NotImplementedError, match="lora_dropout"):
+        trainer(tmp_path, model=tiny_model().eval(), peft_config=lora)
+
+
 # ---- checkpoints ----
 
 
@@ -305,6 +369,34 @@ def test_older_checkpoints_go_when_the_new_one_is_sealed(tmp_path, monkeypatch):
     t.train()
     assert there == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"] and t.args.save_total_limit == 1
+
+
+def test_the_best_checkpoint_outlives_later_ones_and_is_what_comes_back(tmp_path):
+    best = []
+
+    def worse_and_worse(completions, **_):
+        best.append(1)
+        return [i % 2 - float(len(best)) for i in range(len(completions))]
+
+    t = trainer(
+        tmp_path, rewards=worse_and_worse, max_steps=3, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="reward", greater_is_better=True, eval_dataset=DATA[:2],
+    )  # fmt: skip
+    t.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    for folder in tmp_path.glob("checkpoint-*"):
+        checkpoints.check(folder)
+    first = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert all(torch.equal(value, first[name]) for name, value in t.model.state_dict().items() if name in first)
+
+
+def test_what_is_pushed_to_the_hub_is_sealed(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append(checkpoints.what_is_wrong(folder)))
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda self, **_: None)
+    trainer(tmp_path, push_to_hub=True, save_strategy="steps", save_steps=1).train()
+    assert pushed == [None, None]
 
 
 class Bomb:

@@ -36,7 +36,7 @@ class Exact(GRPOTrainer):
             config=self.loss_config, **given,
         )  # fmt: skip
         for name, value in output.metrics.items():
-            self._record({name: value.detach()}, "train", self._weight(name, inputs, micro))
+            self._metrics["train"].record({name: value}, self._weight(name, inputs, micro))
         return output.loss
 
 

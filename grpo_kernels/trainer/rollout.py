@@ -68,8 +68,7 @@ def sampling_config(args, model, tokenizer) -> GenerationConfig:
     options = dict(
         do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, use_cache=True,
         max_new_tokens=args.max_completion_length, eos_token_id=eos or None, pad_token_id=pad,
-        # what is left None would be filled in from the model's own generation config
-        repetition_penalty=args.repetition_penalty, no_repeat_ngram_size=0, typical_p=1.0, min_p=args.min_p or 0.0, num_beams=1,
+        repetition_penalty=args.repetition_penalty, min_p=args.min_p, num_beams=1,
     )  # fmt: skip
     return GenerationConfig(**options | (args.generation_kwargs or {}))
 
@@ -86,15 +85,20 @@ def sample(model, prompt_ids: list[list[int]], config: GenerationConfig, synced_
     ids = torch.tensor([[config.pad_token_id] * n + row for n, row in zip(pads, prompt_ids, strict=True)])
     attention = torch.arange(width) >= torch.tensor(pads).unsqueeze(1)
     ids, attention = ids.to(model.device), attention.to(model.device).long()
-    training = model.training
+    training, causal_lm = model.training, model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, causal_lm.generation_config = causal_lm.generation_config, GenerationConfig()  # would fill in what ``config`` leaves open
     model.eval()
     try:
         if continuous is not None:
             full = torch.cat([ids, _sampled_continuously(model, prompt_ids, config, continuous).to(ids)], 1)
         else:
-            full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=synced_gpus)
+            # one token at a time, whose experts transformers would set against the mask of the whole row
+            routers = getattr(causal_lm.config.get_text_config(), "output_router_logits", False)
+            options = {"output_router_logits": False} if routers else {}
+            full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=synced_gpus, **options)
     finally:
         model.train(training)
+        causal_lm.generation_config = own
     mask, terminated = completion_mask(full[:, width:], config.eos_token_id)
     return Completions(full, torch.cat([attention, mask.long()], dim=1), mask, terminated)
 

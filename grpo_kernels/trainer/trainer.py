@@ -29,10 +29,9 @@ import inspect
 import math
 import os
 import time
-from collections import defaultdict
 
 import torch
-from accelerate.utils import DistributedType, fsdp2_prepare_model, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, fsdp2_prepare_model, gather_object
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -44,6 +43,7 @@ from ..loss import fused_linear_grpo_loss
 from ..objective import OVER_SEQUENCES, metric_weight
 from . import checkpoints, diagnose, microbatch, reference_model
 from .config import GRPOConfig
+from .metrics import Recorded
 from .rewards import ModelReward, reward_metrics, reward_names, score
 from .rollout import joined, length_metrics, sample, sampling_config, seeded, tokenize
 from .watch import Samples
@@ -127,6 +127,7 @@ class GRPOTrainer(Trainer):
         elif args.sync_ref_model:
             raise ValueError("sync_ref_model must be False under PEFT: its reference is the model without adapters, got True")
         fuse_lm_head(causal_lm)
+        model.train()  # as it will be, so that `lm_head` refuses now what it would refuse then
         if args.gradient_checkpointing and causal_lm is not model:
             model.enable_input_require_grads()  # frozen embeddings would cut the checkpointed layers off the graph
 
@@ -137,7 +138,7 @@ class GRPOTrainer(Trainer):
         self._skips = args.skip_untrained and self._router_coef is None and microbatch.can_skip(self.loss_config)
         self._samples = Samples(args, reward_names(self.reward_funcs)) if args.log_completions else None
         self._rollout, self._rollout_index, self._order = None, None, None
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._metrics = {"train": Recorded(), "eval": Recorded()}
         self._clock, self._tokens = None, torch.zeros((), dtype=torch.long, device=args.device)
         super().__init__(
             model=model, args=args, data_collator=list, train_dataset=train_dataset, eval_dataset=eval_dataset,
@@ -259,7 +260,7 @@ class GRPOTrainer(Trainer):
         with self._raising_together():
             rewards = score(self.reward_funcs, prompts, completions, completion_ids, columns).to(drawn.mask.device)
         for name, value in length_metrics(drawn).items():
-            self._record({name: value}, mode, counts * (drawn.terminated.sum() if "terminated" in name else len(rows)))
+            self._metrics[mode].record({name: value}, counts * (drawn.terminated.sum() if "terminated" in name else len(rows)))
         if self._samples and mode == "train":
             self._samples.gather(self.accelerator, prompts, completions)
         mask = drawn.mask & drawn.terminated.unsqueeze(1) if self.args.mask_truncated_completions else drawn.mask
@@ -291,7 +292,8 @@ class GRPOTrainer(Trainer):
         args, weights = self.args, None
         if args.reward_weights is not None:
             weights = torch.tensor(args.reward_weights, device=rewards.device)
-        self._record(reward_metrics(rewards, group_ids, weights, reward_names(self.reward_funcs)), mode, len(rewards))
+        found = reward_metrics(rewards, group_ids, weights, reward_names(self.reward_funcs))
+        self._metrics[mode].record(found, len(rewards))
         return group_advantages(
             rewards, group_ids, scale_rewards=args.scale_rewards, weights=weights,
             aggregation=args.multi_objective_aggregation,
@@ -330,12 +332,12 @@ class GRPOTrainer(Trainer):
             share = inputs.get("share_of_sequences", 1.0) if self.loss_config.loss_type in OVER_SEQUENCES else 1.0
             policy_loss = metrics["policy_loss"] * share
             metrics |= {"policy_loss": policy_loss, "loss": loss.detach() - output.metrics["policy_loss"] + policy_loss}
-        mode, kept = "train" if training else "eval", inputs["mask"].sum()
+        recorded, kept = self._metrics["train" if training else "eval"], inputs["mask"].sum()
         for name, value in metrics.items():
-            self._record({name: value}, mode, self._weight(name, inputs, micro))
+            recorded.record({name: value}, self._weight(name, inputs, micro))
         if training:
             share = micro.loss_inputs["mask"].sum() * (not micro.idle) / kept
-            self._record({"trained_token_share": share}, mode, kept)
+            recorded.record({"trained_token_share": share}, kept)
         output = output._replace(loss=loss.detach(), logps=micro.spread(output.logps), entropy=micro.spread(output.entropy))
         return (loss, output) if return_outputs else loss
 
@@ -403,39 +405,49 @@ class GRPOTrainer(Trainer):
         each = max(args.per_device_eval_batch_size // repeats, 1)
         training = self.model.training
         self.model.eval()
-        for first in range(0, len(dataset), each * args.world_size):
-            numbers = range(first, min(first + each * args.world_size, len(dataset)))
-            mine = numbers[each * args.process_index :][:each]
-            # every process takes part in every round, if need be with a prompt of another one that does not count
-            rows = [dataset[i] for i in mine or [first] for _ in range(repeats)]
-            with seeded(args.seed, "eval", first, args.process_index), torch.no_grad():
-                batch, rewards = self._sample_and_score(rows, "eval", counts=bool(mine))
-                everywhere = rewards.new_zeros(each * repeats, rewards.shape[1])
-                everywhere[: len(rewards)] = rewards
-                rewards = self.accelerator.gather(everywhere)[: len(numbers) * repeats]
-                group_ids = torch.arange(len(numbers), device=rewards.device).repeat_interleave(repeats)
-                advantages = self._advantages(rewards, group_ids, "eval")
-                own = advantages[each * repeats * args.process_index :][: len(rows)]
-                batch["advantages"] = own if mine else advantages.new_zeros(len(rows))
-                batch["sequences"] = len(mine) * repeats
-                if not mine:
-                    batch["mask"] = torch.zeros_like(batch["mask"])
-                batch["num_items"] = self._share_of_kept(batch)
-                batch["share_of_sequences"] = len(mine) * args.world_size / len(numbers)
-                batch["weight"] = len(numbers) if self.loss_config.loss_type in OVER_SEQUENCES else batch["num_items"]
-                with self.compute_loss_context_manager():
-                    self.compute_loss(self.model, batch)
-        self.model.train(training)
+        self._metrics["eval"].clear()  # of an evaluation that was broken off
+        try:
+            for first in range(0, len(dataset), each * args.world_size):
+                self._evaluate_round(dataset, first, each, repeats)
+        finally:
+            self.model.train(training)
         if self._clock is not None:
             self._clock += time.monotonic() - began
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._mean_metrics("eval").items()}
+        found = self._metrics["eval"].take(self.accelerator.gather)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
+    def _evaluate_round(self, dataset, first, each, repeats):
+        """``repeats`` completions of ``each`` prompts on every process, from prompt number ``first`` on."""
+        args = self.args
+        numbers = range(first, min(first + each * args.world_size, len(dataset)))
+        mine = numbers[each * args.process_index :][:each]
+        # every process takes part in every round, if need be with a prompt of another one that does not count
+        rows = [dataset[i] for i in mine or [first] for _ in range(repeats)]
+        with seeded(args.seed, "eval", first, args.process_index), torch.no_grad():
+            batch, rewards = self._sample_and_score(rows, "eval", counts=bool(mine))
+            everywhere = rewards.new_zeros(each * repeats, rewards.shape[1])
+            everywhere[: len(rewards)] = rewards
+            rewards = self.accelerator.gather(everywhere)[: len(numbers) * repeats]
+            group_ids = torch.arange(len(numbers), device=rewards.device).repeat_interleave(repeats)
+            advantages = self._advantages(rewards, group_ids, "eval")
+            own = advantages[each * repeats * args.process_index :][: len(rows)]
+            batch["advantages"] = own if mine else advantages.new_zeros(len(rows))
+            batch["sequences"] = len(mine) * repeats
+            if not mine:
+                batch["mask"] = torch.zeros_like(batch["mask"])
+            batch["num_items"] = self._share_of_kept(batch)
+            batch["share_of_sequences"] = len(mine) * args.world_size / len(numbers)
+            batch["weight"] = len(numbers) if self.loss_config.loss_type in OVER_SEQUENCES else batch["num_items"]
+            with self.compute_loss_context_manager():
+                self.compute_loss(self.model, batch)
+
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            logs |= self._mean_metrics("train") | self._speed() | {"num_tokens": self.state.num_input_tokens_seen}
+            logs |= self._metrics["train"].take(self.accelerator.gather) | self._speed()
+            logs |= {"num_tokens": self.state.num_input_tokens_seen}
             if self._samples:
                 self._samples.show()
         super().log(logs, start_time)
@@ -449,36 +461,6 @@ class GRPOTrainer(Trainer):
         then, self._clock, self._tokens = self._clock, time.monotonic(), torch.zeros_like(self._tokens)
         return {"tokens_per_second": tokens / max(self._clock - then, 1e-9)}
 
-    def _record(self, metrics, mode, weight):
-        for name, value in metrics.items():
-            self._metrics[mode][name].append((value.float(), torch.as_tensor(weight, device=value.device).float()))
-
-    def _mean_metrics(self, mode):
-        """Of all that was recorded since the last call, on all processes: means by weight, minima and maxima by name.
-
-        One collective, of the same size on every process. What had no weight anywhere, or was nan, has no entry.
-        """
-        recorded, self._metrics[mode] = self._metrics[mode], defaultdict(list)
-        if not recorded:
-            return {}
-        rows = []
-        for _, pairs in sorted(recorded.items()):
-            values, weights = (torch.stack(x) for x in zip(*pairs, strict=True))
-            counts = (weights > 0) & ~values.isnan()
-            weights, values = weights.where(counts, 0.0), values.where(counts, 0.0)
-            low, high = values.masked_fill(~counts, math.inf).amin(), values.masked_fill(~counts, -math.inf).amax()
-            rows.append(torch.stack([(values * weights).sum(), weights.sum(), low, high]))
-        everywhere = self.accelerator.gather(torch.stack(rows).unsqueeze(0))  # [processes, metrics, 4]
-        sums, low, high = everywhere[..., :2].sum(0), everywhere[..., 2].amin(0), everywhere[..., 3].amax(0)
-        metrics = {}
-        figures = torch.stack([*sums.unbind(1), low, high], dim=1).tolist()
-        for name, (total, weight, lowest, highest) in zip(sorted(recorded), figures, strict=True):
-            if weight > 0:
-                kinds = (word for word in ("min", "max") if name.endswith(f"_{word}") or f"completions/{word}_" in name)
-                kind = next(kinds, "mean")
-                metrics[name] = {"mean": total / weight, "min": lowest, "max": highest}[kind]
-        return metrics
-
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As `transformers.Trainer.train`; a checkpoint that was not written to its end, or was changed since, is refused.
 
@@ -487,17 +469,25 @@ class GRPOTrainer(Trainer):
         Raises:
             ValueError: naming the checkpoint, what is wrong with it, and the newest one that is whole.
         """
+        if resume_from_checkpoint in (True, "last", "true", "True"):
+            resume_from_checkpoint = self._newest_checkpoint(needed=resume_from_checkpoint != "last")
+        else:
+            with self._raising_together():
+                if resume_from_checkpoint and self.args.should_save:
+                    checkpoints.check(resume_from_checkpoint)
         with self._raising_together():
-            if resume_from_checkpoint in (True, "last", "true", "True"):
-                found = checkpoints.newest(self.args.output_dir)
-                if found is None and resume_from_checkpoint != "last":
-                    raise checkpoints.Unusable(f"resume_from_checkpoint: {self.args.output_dir} has no checkpoint")
-                resume_from_checkpoint = found
-            elif resume_from_checkpoint and self.args.should_save:
-                checkpoints.check(resume_from_checkpoint)
             if resume_from_checkpoint:
                 checkpoints.check_kind(resume_from_checkpoint, self.is_fsdp_enabled)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _newest_checkpoint(self, needed):
+        found = None
+        with self._raising_together():
+            if self.args.process_index == 0:  # reads every byte of it
+                found = checkpoints.newest(self.args.output_dir)
+                if found is None and needed:
+                    raise checkpoints.Unusable(f"resume_from_checkpoint: {self.args.output_dir} has no checkpoint")
+        return broadcast_object_list([found])[0]
 
     def _save_checkpoint(self, model, trial):
         began, name = time.monotonic(), f"checkpoint-{self.state.global_step}"
