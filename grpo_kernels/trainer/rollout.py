@@ -95,7 +95,8 @@ def sample(model, prompt_ids: list[list[int]], config: GenerationConfig, synced_
             # one token at a time, whose experts transformers would set against the mask of the whole row
             routers = getattr(causal_lm.config.get_text_config(), "output_router_logits", False)
             options = {"output_router_logits": False} if routers else {}
-            full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=synced_gpus, **options)
+            options |= {"attention_mask": attention, "generation_config": config, "synced_gpus": synced_gpus}
+            full = model.generate(input_ids=ids, **options)
     finally:
         model.train(training)
         causal_lm.generation_config = own
