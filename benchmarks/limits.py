@@ -1,6 +1,7 @@
 """A record of `grpo-kernels bench` against what the library promises on a quiet machine of two cores; exit status 1 if it misses.
 
     python -m benchmarks.limits benchmarks/results/cpu.json
+    python -m benchmarks.limits ONE.json --again OTHER.json       # two runs: do their ratios to the products agree?
 
 Time at 1024 tokens, D 896, V 151,936, bf16. Memory of ours beyond the gradients: what the planner's formula says of a tile and of
 the float32 sum behind dW, and 64 MiB; and from 4096 tokens on the process may grow by their hidden states and gradient only.
@@ -75,10 +76,24 @@ def _mib(size):
     return f"{size / 2**20:.0f}"
 
 
+def repeats(one, other):
+    """(holds, sentence) for every ratio that both records have: whether their ranges, as printed, meet."""
+    key = lambda r: (r["path"], r["provider"], json.dumps(r["shape"], sort_keys=True))  # noqa: E731
+    again = {key(r): r for r in other if r["status"] == "ok" and r.get("ratio_range")}
+    for r in one:
+        if r["status"] == "ok" and r.get("ratio_range") and (twin := again.get(key(r))):
+            (low, high), (least, most) = r["ratio_range"], twin["ratio_range"]
+            said = " and ".join(f"{x['ratio']:.2f} [{x['ratio_range'][0]:.2f} {x['ratio_range'][1]:.2f}]" for x in (r, twin))
+            yield low <= most and least <= high, f"{r['path']}, {r['provider']}: {said}"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    found = list(verdicts(json.loads(parser.parse_args(argv).file.read_text())))
+    parser.add_argument("--again", type=Path, metavar="FILE", help="compare with a second run instead")
+    options = parser.parse_args(argv)
+    rows = json.loads(options.file.read_text())
+    found = list(repeats(rows, json.loads(options.again.read_text())) if options.again else verdicts(rows))
     for holds, sentence in found:
         print("ok  " if holds else "MISS", sentence)
     return 0 if found and all(holds for holds, _ in found) else 1

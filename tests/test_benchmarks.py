@@ -13,7 +13,7 @@ import torch
 
 from grpo_kernels import cli
 from grpo_kernels.bench import clock as clocks
-from grpo_kernels.bench import measure, memory, providers, record, scaling, table, workloads
+from grpo_kernels.bench import measure, memory, providers, record, scaling, step, step_process, step_trl, table, workloads
 from grpo_kernels.bench.problem import make_problem, truth
 from grpo_kernels.bench.progress import Progress
 from grpo_kernels.bench.providers import PROVIDERS, Provider
@@ -212,6 +212,30 @@ def test_the_floor_multiplies_what_is_needed_and_no_more():
         assert count.operations == rows * 32 * 1009
 
 
+def test_the_step_benchmark_runs(monkeypatch, capsys):
+    """One variant in a process of its own, as all are; the others here, where the libraries are loaded already."""
+    pytest.importorskip("trl")
+    from grpo_kernels.integrations.trl import unpatch_trl
+
+    apart = memory.run
+
+    def here(module, point, limit):
+        if point[0] == "thin trainer":
+            return apart(module, point, limit)
+        makers = {step.PROCESS["own"]: step_process.own_trainer, step.PROCESS["trl"]: step_trl.trl_trainer}
+        return json.loads(json.dumps(step_process.measure(makers[module], *point)))
+
+    monkeypatch.setattr(memory, "run", here)
+    try:
+        assert cli.main(["bench", "--step", "--only", "--tiny", "--rounds", "1"]) == 0
+    finally:
+        unpatch_trl()
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("one optimiser step"))
+    names = ["model", "thin trainer", "trl stock", "trl patched", "trl fused"]
+    assert all(line.startswith(name) for name, line in zip(names, lines[first + 1 :], strict=False)), lines
+
+
 def test_rows_of_the_steps_that_failed_are_shown(tmp_path):
     fine = record.row("thin trainer", "grpo step", TINY, [1.0], kind="step", head_share=None)
     gone = record.row("trl stock", "grpo step", None, status="absent", note="no trl", kind="step", head_share=None)
@@ -381,3 +405,15 @@ def test_the_limits_are_held_against_a_record():
     for excess, fits in ((340 * 2**20, True), (480 * 2**20, False)):
         one = record.row("grpo_kernels", "dense", shape, [0.5], **point | {"peak_bytes": point["gradient_bytes"] + excess})
         assert [holds for holds, _ in limits.verdicts([one])] == [fits]
+
+
+def test_two_records_agree_where_their_ranges_meet():
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import limits
+
+    def rows(dense, frozen):
+        return [record.row("grpo_kernels", path, Shape(), [1.0], ratios=x) for path, x in (("dense", dense), ("frozen", frozen))]
+
+    found = list(limits.repeats(rows([0.9, 1.0, 1.1], [0.9, 1.0]), rows([1.05, 1.2], [1.1, 1.2])))
+    assert [holds for holds, _ in found] == [True, False]
+    assert "dense, grpo_kernels: 1.00 [0.90 1.10] and 1.1" in found[0][1]

@@ -1,5 +1,6 @@
 """The demo in small: its parts, and that rewards alone raise the accuracy; the whole one is `make demo`."""
 
+import functools
 import os
 
 import pytest
@@ -32,6 +33,7 @@ def test_a_short_demo_tells_its_story_and_repeats_itself(tmp_path, capsys, monke
     monkeypatch.setattr(demo, "PADDED_VOCABULARY", 64)
     real = demo.warm_up
     monkeypatch.setattr(demo, "warm_up", lambda *args: real(*args, most_steps=30, cooling=10))
+    monkeypatch.setattr(demo, "compare", functools.cache(functools.partial(measure.compare, rounds=1)))
     stories, threads = [], torch.get_num_threads()
     for name in "ab":
         changed = dict(output_dir=str(tmp_path / name), max_steps=4, save_steps=4, per_device_train_batch_size=32, seed=5)
@@ -47,7 +49,7 @@ def test_a_short_demo_tells_its_story_and_repeats_itself(tmp_path, capsys, monke
 
 def test_measured_costs_are_real():
     shape = measure.Shape(B=32, T=4, V=8192, D=32)
-    costs = measure.compare(shape, rounds=3)
+    costs = measure.compare(shape, rounds=1)
     logits = 32 * 4 * 8192 * 4
     assert costs["full"].extra_bytes > 2 * logits  # logits and log-probs at least
     assert 0 < costs["fused"].extra_bytes < costs["full"].extra_bytes

@@ -727,7 +727,8 @@ def test_linear_logprobs_gradcheck(frozen, workspace, backend):
                               lora=(a, b, 0.7), workspace_bytes=workspace, backend=backend)  # fmt: skip
         return out.logps, out.entropy
 
-    assert torch.autograd.gradcheck(function, (hidden, weight, a, b))
+    # in the interpreter the directional derivative alone
+    assert torch.autograd.gradcheck(function, (hidden, weight, a, b), fast_mode=backend == "triton")
 
 
 @on_the_cpu

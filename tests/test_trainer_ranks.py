@@ -292,6 +292,7 @@ from grpo_kernels import cli
 from grpo_kernels.trainer import demo
 long = demo.warm_up
 demo.warm_up = lambda *args: long(*args, most_steps=10, cooling=5)
+demo.PADDED_VOCABULARY = 64
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -7,7 +7,9 @@ from .shapes import named
 
 _INK, _GRID, _OWN = "#333333", "#e6e6e6", "#1f5fa8"
 _OTHERS = ("#8c8c8c", "#d1902f", "#c4503c", "#5f9a5f", "#8a6fb5", "#3f8fa5", "#a5793f", "#d070a0")
-_MARKERS = "osD^vP"  # with the colours as many looks as there are providers, and more
+_MARKERS = "sD^vP"  # with the colours as many looks as there are providers, and more
+# those that most pictures show have a colour of their own
+_FIRST = ("full_logits", "full_logits-compiled", "trl", "liger", "torch-lce", "verl", "cce", "quack")
 
 
 class NoMatplotlib(RuntimeError):
@@ -152,7 +154,6 @@ def _look(name, names):
     """(colour, marker)"""
     if name == OURS:
         return _OWN, "o"
-    known = [n for n in PROVIDERS if n not in (OURS, PRODUCTS)]  # the same in every picture
-    known += [n for n in names if n not in PROVIDERS]
-    i = known.index(name)
-    return _OTHERS[i % len(_OTHERS)], _MARKERS[(i // len(_OTHERS) + 1) % len(_MARKERS)]
+    others = dict.fromkeys([*_FIRST, *PROVIDERS, *names])  # the same in every picture
+    i = [n for n in others if n not in (OURS, PRODUCTS)].index(name)
+    return _OTHERS[i % len(_OTHERS)], _MARKERS[i % len(_MARKERS)]

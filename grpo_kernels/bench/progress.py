@@ -24,6 +24,12 @@ class Progress:
         elif not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def more(self, count):
+        """So many steps are to come besides."""
+        if self.bar is not None:
+            self.bar.total += count
+            self.bar.refresh()
+
     def step(self, count=1):
         if self.bar is not None:
             self.bar.update(count)

@@ -16,7 +16,7 @@ from .workloads import WORKLOADS
 TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 VOCABULARIES = (32_000, 65_536, 128_256, 262_144)
 WORKLOAD = "onpolicy"
-_LONGEST = 120.0  # seconds of a call behind which a doubled one is not asked for
+_LONGEST = 200.0  # seconds of a call behind which a doubled one is not asked for
 _SHARE = 0.85
 
 
@@ -47,6 +47,7 @@ def sweep(providers, shape, clock, progress, seconds=_LONGEST, only=None):
             rows.append(record.row(provider.name, WORKLOAD, smallest, status=status, note=str(error)[:300], kind="scaling"))
     del problem, known
     clock.recover()
+    progress.more(len(able) * sum(len(shapes) for _, shapes in axes_of))
     for axis, shapes in axes_of:
         for provider in able:
             points = []

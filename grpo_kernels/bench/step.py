@@ -18,6 +18,7 @@ PROCESS = {"own": "grpo_kernels.bench.step_process", "trl": "grpo_kernels.bench.
 
 def measure(lengths, layers, rounds, progress):
     rows = []
+    progress.more(len(lengths) * len(VARIANTS))
     for length in lengths:
         found = {}
         for variant in VARIANTS:
