@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# imported once by a server that every rank is forked from; starting afresh would take each of them seconds
+PRELOADED = ["torch", "torch._dynamo", "pytest", "grpo_kernels", "transformers.trainer", "accelerate"]
+
 
 def join(rank, port, ranks, seconds):
     """First thing in each process: torchrun's environment and the process group. A collective that waits longer is an error."""
@@ -34,7 +37,8 @@ def launch(work, folder, ranks, seconds):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    processes = mp.spawn(work, (folder, port), nprocs=ranks, join=False)
+    mp.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    processes = mp.start_processes(work, (folder, port), nprocs=ranks, join=False, start_method="forkserver")
     deadline = time.monotonic() + seconds
     try:
         while not processes.join(timeout=1):

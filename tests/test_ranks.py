@@ -1,17 +1,14 @@
 """Several ranks: the entropy quantile is taken over all of them, however many tokens each one keeps."""
 
-import datetime
-
-import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from problems import make_problem, run
+from ranks import join, launch, leave
 from tolerance import assert_close
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, reference
 
-RANKS, PER_RANK = 2, 3
+RANKS, PER_RANK, SECONDS = 2, 3, 120
 CONFIG = GRPOLossConfig(top_entropy_quantile=0.4, entropy_coef=0.1, loss_type="dapo")
 
 
@@ -32,23 +29,19 @@ def part_of(p, rank):
     return q
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS,
-                            timeout=datetime.timedelta(seconds=120))  # fmt: skip
+def work(rank, folder, port):
+    join(rank, port, RANKS, SECONDS)
     group = dist.group.WORLD
     for shared in (True, False):
         q = part_of(whole_batch(shared), rank).with_config(entropy_coef=0.0)
         for name, function in (("fused", fused_linear_grpo_loss), ("reference", reference.grpo_loss)):
             out = run(function, q, data_parallel_group=group)
             torch.save((out.loss, out.gradients["weight"]), f"{folder}/{name}-{shared}-{rank}")
-    dist.barrier()  # gloo aborts the process if the other side is gone before its threads are
-    dist.destroy_process_group()
+    leave()
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_the_entropy_quantile_is_that_of_all_ranks(tmp_path):
-    mp.spawn(work, (str(tmp_path),), nprocs=RANKS)
+    launch(work, tmp_path, RANKS, SECONDS)
     for shared in (True, False):
         p = whole_batch(shared).with_config(entropy_coef=0.0)
         truth = run(reference.grpo_loss, p)

@@ -14,6 +14,7 @@ import torch
 from row_kernels import INF, acc, copy_of, each_dtype, each_kernels, make_tile, new_stats
 from tolerance import assert_no_worse_than_torch
 
+from grpo_kernels.backends import triton
 from grpo_kernels.coefficients import PolicyTerms
 from grpo_kernels.config import LogitTransform as Transform
 from grpo_kernels.row_statistics import finalize
@@ -31,6 +32,11 @@ TRANSFORMS = [
     Transform(-0.5, None, 1.0),
     Transform(1.3, 5.0, 0.7),
 ]
+
+
+def interpreted(kernels):
+    """Tens of milliseconds for a block."""
+    return kernels.module is triton and triton.INTERPRETED
 
 
 def make_options(rows, columns, dtype, biased, per_row, masked=True):
@@ -231,7 +237,7 @@ def forward(kernels, tile, target, transform, options):
 @pytest.mark.parametrize("from_probs", [False, True])
 def test_gradient(kernels, dtype, transform, with_entropy, from_probs):
     for (rows, columns), biased in itertools.product(SHAPES, (False, True)):
-        if columns == 1:
+        if columns == 1 or (interpreted(kernels) and rows * columns > 4096 and not biased):
             continue  # the gradient of one column is zero: nothing to compare
         tile = make_tile(rows, columns, dtype, spare=columns % 2)
         options = make_options(rows, columns, dtype, biased, biased, transform.logit_scale > 0)
@@ -405,6 +411,8 @@ def test_policy(kernels, dtype, terms):
     n = RATIOS.numel() * ADVANTAGES.numel()
     cases = itertools.product([(151, 0), (4096 + 77, 3)], TRANSFORMS[:2] + TRANSFORMS[3:], (False, True))
     for (columns, spare), transform, plain in cases:
+        if interpreted(kernels) and columns > 4096 and (plain or transform.softcap is None):
+            continue
         tile = make_tile(n, columns, dtype, spare)
         options = make_options(n, columns, dtype, not plain, not plain)
         target = make_target(n, columns, options)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import state
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
-from ranks import join, launch
+from ranks import join, launch, leave
 from test_trainer import DATA, config, tiny_model, weights
 from test_trainer import trainer as plain_trainer
 from torch.distributed.tensor import DTensor
@@ -193,8 +193,7 @@ def work(rank, folder, port):
     t = plain_trainer(folder / "out", rewards=letters, eval_dataset=DATA[:1], **options)
     t.train()
     keep("sharded, sampling", (t.state.log_history, t.evaluate(), t._rollout["mask"].shape[1]))
-    dist.barrier()  # gloo aborts the process if the other side is gone before its threads are
-    dist.destroy_process_group()
+    leave()
 
 
 SAMPLE = module.sample

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import datetime
 import functools
 import importlib.util
 import os
@@ -10,8 +9,8 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers as hf
+from ranks import join, launch, leave
 from test_trainer import tiny_model
 from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
@@ -561,11 +560,9 @@ def backward(wrapper, model, loss):
     return found
 
 
-def work(rank, folder, cases):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), DS_ACCELERATOR="cpu")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS,
-                            timeout=datetime.timedelta(seconds=60))  # fmt: skip
+def work(cases, seconds, rank, folder, port):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    join(rank, port, RANKS, seconds)
     models = {}
     for case in cases:
         wrapper, loss, kept = case
@@ -576,20 +573,12 @@ def work(rank, folder, cases):
         found = backward(wrapper, model, value)
         torch.save((value.detach(), found), f"{folder}/{'-'.join(case)}-{rank}")
         model.zero_grad()
-    dist.barrier()  # gloo aborts the process if the other side is gone before its threads are
-    dist.destroy_process_group()
+    leave()
 
 
 def run_ranks(folder, cases, seconds):
-    """Both ranks' results as files; a hang is an error, not a wait."""
-    context = mp.spawn(work, (str(folder), cases), nprocs=RANKS, join=False)
-    deadline = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
-    try:
-        while not context.join(timeout=1):
-            assert datetime.datetime.now() < deadline, f"hangs; finished: {sorted(os.listdir(folder))}"
-    finally:
-        for process in context.processes:
-            process.kill()
+    """Both ranks' results as files."""
+    launch(functools.partial(work, cases, seconds), folder, RANKS, seconds)
     return folder
 
 

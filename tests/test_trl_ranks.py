@@ -6,7 +6,6 @@ import os
 
 import pytest
 import torch
-import torch.distributed as dist
 from tolerance import assert_close
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +16,7 @@ trl = pytest.importorskip("trl")
 
 from accelerate import state  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from ranks import join, launch  # noqa: E402
+from ranks import join, launch, leave  # noqa: E402
 from test_trainer import DATA, digit_sum, make_tokenizer, tiny_model, weights  # noqa: E402
 from test_trl import OFF_POLICY, STOCK, assert_same, grpo, saved  # noqa: E402
 
@@ -144,8 +143,7 @@ def work(rank, folder, port):
         torch.save(of_all_kinds(lambda kind: grpo(kind, folder, model, **options)), folder / f"{name}-{rank}")  # noqa: B023
         expected = state.DistributedType.FSDP if name in SHARDED else state.DistributedType.MULTI_CPU
         assert state.AcceleratorState().distributed_type == expected
-    dist.barrier()  # gloo aborts the process if the other side is gone before its threads are
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
