@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core
 torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", 2)), torch.get_num_threads()))
 
 
-SAMPLED = 7
+SAMPLED = 5
 
 
 def pytest_addoption(parser):

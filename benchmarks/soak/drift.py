@@ -68,8 +68,9 @@ def run(options, seeds=SEEDS, steps=STEPS):
         found["reference float64"][seed] = curve(Exact, model.double(), tokenizer, train, seed, steps)
     verdicts = {name: _compare(found, name) for name in CURVES}
     _draw(found, steps)
-    says = ", ".join(f"{name} apart by {v['apart']:.3f} at most, where seeds spread by {v['spread']:.3f}" for name, v in verdicts.items())
-    return {"holds": all(v["holds"] for v in verdicts.values()), "says": says, "verdicts": verdicts, "curves": found, "steps": steps}
+    said = [f"{name} apart by {v['apart']:.3f} at most, where seeds spread by {v['spread']:.3f}" for name, v in verdicts.items()]
+    holds = all(v["holds"] for v in verdicts.values())
+    return {"holds": holds, "says": ", ".join(said), "verdicts": verdicts, "curves": found, "steps": steps}
 
 
 def smooth(values):

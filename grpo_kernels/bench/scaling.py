@@ -70,6 +70,8 @@ def _point(provider, shape, before, clock, seconds):
             note = f"would take more than {seconds:.0f} s"
             return record.row(provider.name, WORKLOAD, shape, status="absent", note=note, **about)
     needed = shape.vocab * (3 * 2 * shape.depth + 4 * shape.depth + provider.logits * shape.tokens)
+    if last is not None and last["peak_bytes"]:  # better than a guess
+        needed = last["data_bytes"] + last["peak_bytes"] * grown
     free = clock.free()
     if free is not None and needed > _SHARE * free:
         note = f"takes some {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
