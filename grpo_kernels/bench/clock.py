@@ -111,7 +111,8 @@ class Cpu:
             return None
 
     def ready(self, size):
-        touch_free_memory(size)
+        free = self.free()
+        touch_free_memory(size if free is None else min(size, int(0.7 * free)))
 
     def recover(self):
         gc.collect()

@@ -78,7 +78,8 @@ def commit():
         # an environment inside of somebody's repository is no checkout of this one
         if top.returncode or Path(top.stdout.strip(), _PACKAGE.name).resolve() != _PACKAGE:
             return None
-        head, changed = run("rev-parse", "--short", "HEAD"), run("status", "--porcelain", "--", ".", "../csrc")
+        head = run("rev-parse", "--short", "HEAD")
+        changed = run("status", "--porcelain", "--", ".", "../csrc", "../benchmarks/*.py")
     except OSError:
         return None
     return None if head.returncode else head.stdout.strip() + ("+" if changed.stdout.strip() else "")
