@@ -53,6 +53,8 @@ def fused_linear_grpo_loss(
 
     Args:
         hidden: [B, T, D] float32, float64, bfloat16 or float16; differentiable. Position t predicts ``completion_ids[:, t]``.
+            In float16 the gradients of one pass are made before a loss scale can act, so small ones vanish: under a GradScaler
+            use `linear_logprobs` and `objective`.
         weight: [V, D] of the same dtype (under autocast both are cast once); differentiable, or frozen.
         completion_ids: [B, T] int64, in [0, V) where the mask is 1.
         advantages: [B] or [B, T] float, finite where the mask is 1.

@@ -118,6 +118,8 @@ def test_config_holds_every_loss_option_once_by_name_and_default():
         (dict(multi_objective_aggregation="mean"), "multi_objective_aggregation"),
         (dict(num_generations_eval=0), "num_generations_eval"),
         (dict(auto_find_batch_size=True), "auto_find_batch_size"),
+        (dict(fp16=True), "fp16 must be False"),
+        (dict(use_liger_kernel=True), "use_liger_kernel"),
         (dict(use_transformers_continuous_batching=True, generation_kwargs={"bad_words_ids": [[3]]}), "generation_kwargs"),
     ],
 )

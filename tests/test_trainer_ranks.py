@@ -190,7 +190,10 @@ def work(rank, folder, port):
     keep("sharded, refused", str(raised.value))
     module.sample = SAMPLE  # each rank stops when it likes
     options = dict(per_device_train_batch_size=4, num_iterations=2, epsilon=1e-4, max_steps=2, bf16=True, beta=0.1, max_completion_length=20)
-    t = plain_trainer(folder / "out", rewards=letters, eval_dataset=DATA[:1], **options)
+    # in the evaluation rank 1 has half as many prompts as rank 0, and as many forwards
+    t = plain_trainer(folder / "out", rewards=letters, eval_dataset=DATA[:3], **options)
+    with pytest.raises(ValueError, match="after or amid train"):
+        t.evaluate()
     t.train()
     keep("sharded, sampling", (t.state.log_history, t.evaluate(), t._rollout["mask"].shape[1]))
     leave()

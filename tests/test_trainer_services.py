@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from test_trainer import DATA, config, digit_sum, next_micro_batches, tiny_model, trainer, weights
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification, Trainer
 
-from grpo_kernels.trainer import GRPOTrainer, checkpoints, watch
+from grpo_kernels.trainer import GRPOTrainer, checkpoints, dry_run, watch
+from grpo_kernels.trainer import trainer as trainer_module
 from grpo_kernels.trainer.demo import make_tokenizer
 from grpo_kernels.trainer.metrics import Recorded
 from grpo_kernels.trainer.plot import plot_folder
@@ -70,6 +71,16 @@ def test_a_models_own_generation_config_does_not_bend_the_distribution(tmp_path)
         t.args.generation_kwargs = {"suppress_tokens": own.suppress_tokens}
         t._rollout = None
         assert not torch.isin(next_micro_batches(t)[0]["input_ids"][:, -3:], torch.arange(5, 12)).any()
+
+
+def test_adapted_models_sample_by_the_numerics_of_the_loss(tmp_path):
+    peft = pytest.importorskip("peft")
+    for lora in (None, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")):
+        t = trainer(tmp_path, peft_config=lora, bf16=True, beta=0.1)
+        layer, seen = next(m for n, m in t.model.named_modules() if n.endswith("layers.0")), []
+        layer.register_forward_pre_hook(lambda *_, seen=seen: seen.append(torch.is_autocast_enabled("cpu")))
+        t.train()
+        assert seen and all(seen)
 
 
 # ---- metrics ----
@@ -283,11 +294,43 @@ def test_an_evaluation_that_fails_leaves_training_as_it_was(tmp_path):
     assert again["eval_reward"] == found["eval_reward"], "rounds of the evaluation that failed must not count"
 
 
+def test_dropout_reaches_neither_the_reference_nor_who_asked_for_none(tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = lambda p: peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=p, task_type="CAUSAL_LM")  # noqa: E731
+    model = tiny_model(attention_dropout=0.5)
+    t = trainer(tmp_path, model=model, peft_config=lora(0.0), beta=0.1)
+    (batch,) = next_micro_batches(t)
+    assert t.model.training
+    again = t._reference_logps(t._rollout, whole=False)
+    assert torch.equal(batch["ref_logps"], again), "dice in the reference"
+    t = trainer(tmp_path, peft_config=lora(0.5), disable_dropout=True)
+    assert not any(m.p for m in t.model.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_a_dtype_by_its_older_name(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    for name in ("dtype", "torch_dtype"):
+        args = config(tmp_path / "run", model_init_kwargs={name: "bfloat16"})
+        assert GRPOTrainer(str(tmp_path / "model"), digit_sum, args, DATA).model.dtype == torch.bfloat16
+
+
 def test_dropout_on_the_heads_adapter_is_refused_before_training(tmp_path):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.1, task_type="CAUSAL_LM")
     with pytest.raises(NotImplementedError, match="lora_dropout"):
         trainer(tmp_path, model=tiny_model().eval(), peft_config=lora)
+
+
+def test_a_dry_run_counts_as_the_run_will(tmp_path):
+    for tied in (False, True):
+        t = trainer(tmp_path, model=tiny_model(tie_word_embeddings=tied), max_steps=-1, num_train_epochs=1.5, gradient_accumulation_steps=2)
+        plan = dict(line.split(maxsplit=1) for line in dry_run.describe(t) if not line.startswith("the loss"))
+        layers = sum(p.numel() for n, p in t.model.named_parameters() if "embed" not in n and "lm_head" not in n)
+        tokens = 2 * 8 * (len("456+1=") + 5)
+        assert f"{6 * layers * tokens / 1e12:.3g} TFLOP in the body" in plan["operations"], plan
+        t.train()
+        assert plan["step"].endswith(f"; {t.state.global_step} steps")
 
 
 # ---- checkpoints ----
@@ -337,6 +380,16 @@ def test_a_checkpoint_that_is_not_whole_is_refused_and_the_one_before_it_offered
     shutil.rmtree(saved / "checkpoint-3")
     whole = resume(saved, True)
     assert torch.equal(weights(t.model), weights(whole.model))
+
+
+def test_the_newest_checkpoint_is_one_that_every_node_has(saved, monkeypatch):
+    t = trainer(saved, max_steps=4, num_iterations=2)
+    other = str(saved / "checkpoint-2")  # what the main process of another node found
+    monkeypatch.setattr(trainer_module, "gather_object", lambda own: own if own == [None] else [*own, other])
+    assert t._newest_checkpoint(needed=True) == other
+    (saved / "checkpoint-2" / checkpoints.SEAL).unlink()
+    with pytest.raises(checkpoints.Unusable, match="checkpoint-2"):
+        t._newest_checkpoint(needed=True)
 
 
 def test_last_of_nothing_is_a_new_run_and_of_ruins_an_error(tmp_path, saved):

@@ -111,8 +111,7 @@ class Cpu:
             return None
 
     def ready(self, size):
-        free = self.free()
-        touch_free_memory(size if free is None else min(size, int(0.7 * free)))
+        touch_free_memory(size)
 
     def recover(self):
         gc.collect()

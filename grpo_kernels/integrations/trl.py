@@ -140,7 +140,7 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
 
     Raises:
         RuntimeError: at construction, if this TRL is not one that is known; in training, if its loss is not the fused one.
-        ValueError: at construction, an option of the loss has a value it cannot have.
+        ValueError: at construction, an option of the loss has a value it cannot have, or training in float16.
         NotImplementedError: at construction, an adapter on the output layer that is not a plain LoRA.
     """
 
@@ -157,6 +157,11 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
         if not fused:
             raise _unknown("GRPOTrainer does not call add_fused_lm_head")
         _refuse_what_training_would(fused[0])
+        if self.args.fp16:
+            raise ValueError(
+                "fp16 must be False: this loss makes its gradients before a loss scale could keep small ones from vanishing in "
+                "float16; use bf16, or patch_trl(), whose gradients are made behind the scale"
+            )
         if self.args.cast_lm_head_to_fp32 and hasattr(fused[0].get_output_embeddings(), "lora_A"):
             raise ValueError("cast_lm_head_to_fp32 must be False with a LoRA adapter on the output layer")
         _refuse_what_training_would(fused[0])

@@ -69,6 +69,11 @@ def newest(output_dir) -> str | None:
     return None
 
 
+def step_of(folder) -> int:
+    """Optimiser steps behind a checkpoint; -1 for None."""
+    return -1 if folder is None else int(_NAME.fullmatch(Path(folder).name)[1])
+
+
 def what_is_wrong(folder) -> str | None:
     folder = Path(folder)
     if not folder.is_dir():
@@ -112,7 +117,7 @@ def _by_step(output_dir):
     if not output_dir.is_dir():
         return []
     found = [folder for folder in output_dir.iterdir() if _NAME.fullmatch(folder.name) and folder.is_dir()]
-    return sorted(found, key=lambda folder: int(_NAME.fullmatch(folder.name)[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def _files(folder):

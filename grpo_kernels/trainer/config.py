@@ -158,6 +158,13 @@ class GRPOConfig(TrainingArguments, _LossFields):
         for name in ("auto_find_batch_size", "include_num_input_tokens_seen", "label_smoothing_factor"):
             if getattr(self, name) not in (False, None, "no", 0.0):
                 raise ValueError(f"{name} must be left alone: it has no meaning for rollouts, got {getattr(self, name)!r}")
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel must be False: it would put its own forward in the place of the fused one, got True")
+        if self.fp16:
+            raise ValueError(
+                "fp16 must be False: gradients are made beside the loss, before a loss scale could keep small ones from "
+                "vanishing in float16; use bf16, got True"
+            )
         if self.sync_ref_model and self.beta == 0:
             raise ValueError("sync_ref_model must be False with beta 0, which has no reference, got True")
         if refused := sorted(set(self.generation_kwargs or ()) & _OURS):

@@ -1,5 +1,7 @@
 """What a run would do, before it does it: model, tokens of a step, memory of the loss by the planner's formula, operations."""
 
+import math
+
 from .. import backends, plan
 from ..integrations.transformers import lm_head
 from ..loss import coefficients_depend_on_their_row_alone
@@ -54,16 +56,16 @@ def describe(trainer):
     logits = live * V * (weight.element_size() + 12)
     yield (f"the loss   at most {_bytes(peak)} of memory on top of its inputs, gradients included, per micro-batch of {live:,} "
            f"tokens; through logits some {_bytes(logits)}")  # fmt: skip
-    body = total - (V * D if not causal_lm.config.get_text_config().tie_word_embeddings else 0)
+    body = total - V * D * (1 if causal_lm.config.get_text_config().tie_word_embeddings else 2)  # embeddings are only looked up
     passes = 8 if args.gradient_checkpointing else 6
     products = 3 if needs_weight else 2
-    yield (f"operations {_flops(2 * body * tokens)} to sample, {_flops(passes * body * tokens)} in the body and "
+    yield (f"operations {_flops(2 * body * tokens + 2 * V * D * kept)} to sample, {_flops(passes * body * tokens)} in the body and "
            f"{_flops(2 * products * V * D * kept)} in the head, per step and process, at full length")  # fmt: skip
 
 
 def _steps(trainer):
-    batches = len(trainer.get_train_dataloader())
-    return max(1, batches // trainer.args.gradient_accumulation_steps) * int(max(1, trainer.args.num_train_epochs))
+    of_an_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+    return math.ceil(trainer.args.num_train_epochs * of_an_epoch)
 
 
 def _names(model):

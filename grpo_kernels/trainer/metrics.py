@@ -19,7 +19,9 @@ class Recorded:
         """``metrics``: scalar tensors by name, each a mean over ``weight``; nan and weight 0 do not count."""
         for name, value in metrics.items():
             waiting = self._waiting[name]
-            waiting.append((value.detach().float(), torch.as_tensor(weight, device=value.device).float()))
+            value = value.detach().float()
+            weight = weight.to(value) if isinstance(weight, torch.Tensor) else value.new_full((), weight)
+            waiting.append((value, weight))
             if len(waiting) == _LENGTH:
                 self._totals[name] = self._total(name)
                 waiting.clear()

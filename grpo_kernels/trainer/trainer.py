@@ -14,7 +14,7 @@
 A run is a function of its arguments: the n-th rollout takes the n-th stretch of prompts and its own random numbers, both
 computed from seed and n. A checkpoint holds a rollout that is still being trained on, so a resumed run continues bit by bit.
 
-On several processes (DDP, FSDP2, DeepSpeed; examples/accelerate) each samples and trains on its share of a rollout. Which
+On several processes (DDP, FSDP2; examples/accelerate) each samples and trains on its share of a rollout. Which
 completions a step takes, their advantages, the loss and the logged metrics are those of one process with the whole batch;
 only the dice are rolled by each process for itself. Groups may straddle processes.
 
@@ -31,7 +31,8 @@ import os
 import time
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list, fsdp2_prepare_model, gather_object
+from accelerate.utils import DistributedType, fsdp2_prepare_model, gather_object
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -103,15 +104,10 @@ class GRPOTrainer(Trainer):
             code = args.trust_remote_code  # None would ask on the terminal
             processing_class = processing_class or AutoTokenizer.from_pretrained(model, trust_remote_code=code)
             options = {"dtype": "float32", "trust_remote_code": code, **(args.model_init_kwargs or {})}
+            options["dtype"] = options.pop("torch_dtype", options["dtype"])  # its older name, which would lose in silence
             model = AutoModelForCausalLM.from_pretrained(model, **options)
         if processing_class is None:
             raise ValueError("processing_class must be a tokenizer when the model is not given by its path, got None")
-        if args.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
-                elif isinstance(getattr(module, "attention_dropout", None), float):
-                    module.attention_dropout = 0.0
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # bitsandbytes packs 4-bit weights on a CPU when it samples; packed ones pass no gradient on, and say nothing
@@ -120,6 +116,12 @@ class GRPOTrainer(Trainer):
             import peft
 
             model = peft.get_peft_model(model, peft_config)
+        if args.disable_dropout:
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+                elif isinstance(getattr(module, "attention_dropout", None), float):
+                    module.attention_dropout = 0.0
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         ref_model = None
         if args.beta != 0 and causal_lm is model:
@@ -244,7 +246,8 @@ class GRPOTrainer(Trainer):
             config = sampling_config(self.args, causal_lm, tokenizer)
             if continuous and sharded:
                 raise ValueError("use_transformers_continuous_batching must be False for a sharded model, got True")
-        drawn = sample(causal_lm, prompt_ids, config, synced_gpus=sharded, continuous=options)
+        with self.accelerator.autocast():  # which accelerate puts on the model's forward; an adapted model's generate goes past it
+            drawn = sample(causal_lm, prompt_ids, config, synced_gpus=sharded, continuous=options)
         completion_ids = [
             ids[kept].tolist() for ids, kept in zip(drawn.input_ids[:, -drawn.mask.shape[1] :], drawn.mask, strict=True)
         ]
@@ -266,7 +269,7 @@ class GRPOTrainer(Trainer):
         mask = drawn.mask & drawn.terminated.unsqueeze(1) if self.args.mask_truncated_completions else drawn.mask
         batch = {"input_ids": drawn.input_ids, "attention_mask": drawn.attention_mask, "mask": mask}
         if self.args.beta != 0:
-            batch["ref_logps"] = self._reference_logps(batch)
+            batch["ref_logps"] = self._reference_logps(batch, whole=mode == "eval")
         return batch, rewards
 
     # ---- 2. and 3. reward and advantage ----
@@ -359,11 +362,15 @@ class GRPOTrainer(Trainer):
         return metric_weight(name, self.loss_config, micro.loss_inputs["mask"].sum(), sequences)
 
     @torch.no_grad()
-    def _logps(self, model, batch, skip=False):
-        """Log-probs [B, T] of the sampled tokens, by the numerics, and in the micro-batches, that the loss will see."""
+    def _logps(self, model, batch, skip=False, whole=False):
+        """Log-probs [B, T] of the sampled tokens, by the numerics, and in the micro-batches, that the loss will see.
+
+        ``whole``: in one, as in an evaluation. There ranks may hold different numbers of rows, and a sharded model must run as
+        often on each of them.
+        """
         config = self.loss_config
         parts = []
-        for part in self._split(batch):
+        for part in [batch] if whole else self._split(batch):
             micro = self._micro_batch(part, skip)
             given = micro.loss_inputs
 
@@ -379,11 +386,17 @@ class GRPOTrainer(Trainer):
                 model(**micro.model_inputs, use_cache=False, fused_lm_head=logps)
         return torch.cat(parts)
 
-    def _reference_logps(self, batch):
+    def _reference_logps(self, batch, whole):
+        """In eval mode, as the reference that is a model of its own."""
         if self.ref_model is not None:
-            return self._logps(self.ref_model, batch)
-        with self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True).disable_adapter():
-            return self._logps(self.model, batch)
+            return self._logps(self.ref_model, batch, whole=whole)
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True).disable_adapter():
+                return self._logps(self.model, batch, whole=whole)
+        finally:
+            self.model.train(training)
 
     @property
     def _data_parallel_group(self):
@@ -401,6 +414,9 @@ class GRPOTrainer(Trainer):
             return metrics
         args = self.args
         _check_dataset("eval_dataset", dataset, needed=True)
+        whole = self.is_fsdp_enabled and not any(isinstance(p, DTensor) for p in self.model.parameters())
+        if whole or (self.is_deepspeed_enabled and self.deepspeed is None):
+            raise ValueError("evaluate() of a model that is to be sharded must come after or amid train(), which shards it")
         repeats = args.num_generations_eval or args.num_generations
         each = max(args.per_device_eval_batch_size // repeats, 1)
         training = self.model.training
@@ -481,13 +497,18 @@ class GRPOTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _newest_checkpoint(self, needed):
-        found = None
+        """The newest one that is whole on every node; one process of each reads all of its bytes."""
+        reads, found = self.args.local_process_index == 0, None
         with self._raising_together():
-            if self.args.process_index == 0:  # reads every byte of it
+            if reads:
                 found = checkpoints.newest(self.args.output_dir)
                 if found is None and needed:
                     raise checkpoints.Unusable(f"resume_from_checkpoint: {self.args.output_dir} has no checkpoint")
-        return broadcast_object_list([found])[0]
+        oldest = min(gather_object([found] if reads else []), key=checkpoints.step_of)
+        with self._raising_together():
+            if reads and oldest not in (found, None):
+                checkpoints.check(oldest)
+        return oldest
 
     def _save_checkpoint(self, model, trial):
         began, name = time.monotonic(), f"checkpoint-{self.state.global_step}"
