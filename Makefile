@@ -1,4 +1,4 @@
-# make demo | test | test-verl | soak | bench | kernels | gpu | lint | clean
+# make demo | test | test-verl | sanitize | soak | bench | kernels | gpu | lint | clean
 #
 # A virtual environment is made in .venv on first use; VENV=path takes another one.
 PYTHON ?= python3
@@ -24,13 +24,17 @@ SOAK_ARGS ?=
 PART ?=
 GPU_ARGS ?=
 
-.PHONY: demo test test-verl soak bench kernels gpu lint clean
+.PHONY: demo test test-verl sanitize soak bench kernels gpu lint clean
 
 demo: $(STAMP)
 	$(BIN)/grpo-kernels train
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto --dist worksteal $(TEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal --ignore tests/test_sanitizers.py $(TEST_ARGS)
+
+# The compiled CPU kernels under ASan and UBSan, and a minute of fuzzing.
+sanitize: $(STAMP)
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup tests/test_sanitizers.py
 
 test-verl: $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps $(VERL)

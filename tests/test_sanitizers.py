@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.unpoisoned,
     pytest.mark.skipif(native.why_unavailable() is not None, reason="there is no compiled extension"),
 ]
+one_build = pytest.mark.xdist_group("sanitized")  # by one worker, beside which another one fuzzes
 
 
 def outer():
@@ -54,6 +55,7 @@ def run(folder, environment, *command):
     return done.stdout
 
 
+@one_build
 def test_the_sanitizers_see_a_wild_write(sanitized):
     folder, environment = sanitized
     code = ("import torch; from grpo_kernels.backends import native as n; t = torch.zeros(1, 64); "
@@ -62,12 +64,14 @@ def test_the_sanitizers_see_a_wild_write(sanitized):
     assert done.returncode == 99 and "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]
 
 
+@one_build
 def test_the_kernels_own_tests_under_sanitizers(sanitized):
     out = run(*sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_native.py", "tests/test_row_kernels.py", "-k", "test_native or cpu")
     assert " passed" in out and "failed" not in out
     assert int(out.rsplit(" passed", 1)[0].split()[-1]) > 400, out[-500:]
 
 
+@one_build
 def test_random_calls_under_sanitizers(sanitized):
     folder, environment = sanitized
     code = "import sys; sys.modules['atheris'] = None; from benchmarks.soak import fuzz; fuzz.main(float(sys.argv[1]), [])"
