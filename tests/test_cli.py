@@ -162,6 +162,18 @@ def test_a_dry_run_checks_everything_and_trains_nothing(folder, capsys):
                        "--lora_target_modules", "q_proj", "lm_head", *QUICK)  # fmt: skip
     assert code == 0 and "an adapter on it" in out and "frozen" in out
     assert run(capsys, "train", "--dry-run")[0] == 0
+    (folder / "wanting.py").write_text("def score(completions, target, level, bonus=1, **_):\n    return [0.0] * len(completions)\n")
+    code, _, err = run(capsys, "train", *options, "--reward", "wanting:score")
+    assert code == 2 and "'target'" in err and "'level'" in err, err
+    code, _, err = run(capsys, "train", *options, "--reward", "house_rewards:short", "--resume_from_checkpoint", "out/nope")
+    assert code == 2 and "out/nope" in err, err
+
+
+def test_help_shows_the_defaults_of_a_run_with_a_model(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 1e-06)" in text.split("--learning_rate", 2)[2][:200], text.split("--learning_rate", 2)[2][:200]
 
 
 def test_adapters_and_rounded_weights_by_flag(folder, capsys):

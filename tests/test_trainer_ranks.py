@@ -300,7 +300,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def torchrun(folder, *command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), *command]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
 
@@ -313,7 +313,7 @@ def test_the_command_line_under_torchrun(tmp_path):
     done = torchrun(
         tmp_path, "-m", "grpo_kernels.cli", "train", "--model", "model", "--data", "data.jsonl", "--eval_data", "data.jsonl",
         "--reward", "house:digits", "--output_dir", "out", "--max_steps", "2", "--per_device_train_batch_size", "3",
-        "--num_generations", "2", "--max_completion_length", "4", "--report_to", "none", "--use_cpu", "--disable_tqdm", "true",
+        "--num_generations", "2", "--max_completion_length", "4", "--report_to", "none", "--disable_tqdm", "true",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("model: out") == 1

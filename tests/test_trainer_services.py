@@ -132,6 +132,11 @@ def test_asynchronous_rewards_wait_together():
     assert asyncio.run(inside()).tolist() == [[2.0]]
 
 
+def test_text_is_no_reward():
+    with pytest.raises(ValueError, match="list of numbers"):
+        score([lambda **_: ["1", "2"]], ["a", "b"], ["c", "d"], [[1], [2]], {})
+
+
 def test_an_asynchronous_reward_that_raises_is_heard():
     async def broken(**_):
         raise RuntimeError("no connection")
@@ -390,6 +395,24 @@ def test_the_newest_checkpoint_is_one_that_every_node_has(saved, monkeypatch):
     (saved / "checkpoint-2" / checkpoints.SEAL).unlink()
     with pytest.raises(checkpoints.Unusable, match="checkpoint-2"):
         t._newest_checkpoint(needed=True)
+
+
+def test_a_finished_run_is_not_trained_on(saved, capsys):
+    before = sorted(p.name for p in saved.iterdir())
+    for steps in (dict(max_steps=3), dict(max_steps=-1, num_train_epochs=0.3)):
+        t = trainer(saved, model=tiny_model(seed=7), num_iterations=2, **steps)
+        assert t.train(resume_from_checkpoint="last").global_step == t.state.global_step == 3
+        assert "nothing is left to train" in capsys.readouterr().out
+        whole = load_file(saved / "checkpoint-3" / "model.safetensors")
+        assert all(torch.equal(value, whole[name]) for name, value in t.model.state_dict().items() if name in whole)
+    assert sorted(p.name for p in saved.iterdir()) == before
+
+
+def test_one_process_of_several_is_told_so(tmp_path, monkeypatch):
+    args = config(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one of 2 processes"):
+        GRPOTrainer(tiny_model(), digit_sum, args, DATA, processing_class=make_tokenizer())
 
 
 def test_last_of_nothing_is_a_new_run_and_of_ruins_an_error(tmp_path, saved):

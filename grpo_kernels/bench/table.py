@@ -4,6 +4,12 @@ from .providers import OURS, PRODUCTS
 from .shapes import named
 
 _COLUMNS = (("median ms", 10), ("spread", 8), ("x products", 10), ("[rounds]", 13), ("x ours", 7), ("first ms", 9), ("peak MiB", 9))
+_LEGEND = (
+    "",
+    "spread: interquartile range of the rounds. x products: median over rounds of the time over the bare products' in it,",
+    "[lowest highest]. x ours: over our median. first: in a fresh process. peak: above the inputs, gradients included. error: the",
+    "largest relative one of loss and gradients against float64; of log-probs alone, in nats. Wide ranges: the machine is busy.",
+)
 
 
 def table(rows):
@@ -25,6 +31,8 @@ def table(rows):
             if r["status"] != "ok":
                 yield f"  {r['provider']:20}{r['status']}: {r['note']}"
         yield from _verdict(timed)
+    if blocks:
+        yield from _LEGEND
 
 
 def _line(r, ours):

@@ -92,7 +92,7 @@ def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
     if isinstance(settings.get("reward"), str):
         settings["reward"] = [settings["reward"]]
     run = {**given, **settings, **{name: value for name, value in given.items() if value is not None}}
-    if run["model"] is None and run["data"] is None:
+    if run["model"] is None and run["data"] is None and not {"-h", "--help"} & set(argv):
         parser.set_defaults(**demo_defaults)
     parser.set_defaults(**settings)
     run, args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)

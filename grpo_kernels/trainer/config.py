@@ -6,9 +6,11 @@ without being written twice. Names are those of TRL's GRPO trainer.
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from transformers import TrainingArguments
 
 from ..advantages import AGGREGATIONS, SCALE_REWARDS
@@ -124,6 +126,8 @@ class GRPOConfig(TrainingArguments, _LossFields):
     ]  # fmt: skip
 
     def __post_init__(self):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # or transformers would start as many runs, each of its own
         super().__post_init__()
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"

@@ -1,11 +1,12 @@
 """What a run would do, before it does it: model, tokens of a step, memory of the loss by the planner's formula, operations."""
 
-import math
+import inspect
 
 from .. import backends, plan
 from ..integrations.transformers import lm_head
 from ..loss import coefficients_depend_on_their_row_alone
 from ..products import sums_directly, tile_dtype
+from .rewards import RESERVED
 from .rollout import tokenize
 
 _TOKENISED = 1000  # rows of data whose prompts are tokenised; more would be waited for
@@ -15,7 +16,7 @@ def describe(trainer):
     """Lines. The first thousand prompts are tokenised.
 
     Raises:
-        ValueError: naming what in the data cannot be trained on.
+        ValueError: naming what in the data cannot be trained on, a column that a reward lacks, a checkpoint that cannot be resumed.
     """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -32,10 +33,14 @@ def describe(trainer):
     lengths = [len(ids) for ids in tokenize(tokenizer, [row["prompt"] for row in rows], args.chat_template_kwargs)]
     columns = sorted({name for row in rows for name in row} - {"prompt"})
     yield f"data       {len(data)} prompts of up to {max(lengths)} tokens (first {len(rows)}); other columns: {columns or 'none'}"
-    yield f"rewards    {', '.join(getattr(f, '__name__', type(f).__name__) for f in trainer.reward_funcs)}"
+    for function in trainer.reward_funcs:
+        _check_columns(function, columns)
+    yield f"rewards    {', '.join(map(_name, trainer.reward_funcs))}"
+    if args.resume_from_checkpoint:
+        yield f"resumes    from {trainer.checkpoint_to_resume(args.resume_from_checkpoint)}"
 
     prompts = args.generation_batch_size // args.num_generations
-    steps = args.max_steps if args.max_steps > 0 else _steps(trainer)
+    steps = trainer.planned_steps()
     yield (f"rollout    {prompts} prompts x {args.num_generations} completions of up to {args.max_completion_length} tokens, "
            f"for {args.steps_per_rollout} optimiser steps")  # fmt: skip
     rows_of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -63,9 +68,19 @@ def describe(trainer):
            f"{_flops(2 * products * V * D * kept)} in the head, per step and process, at full length")  # fmt: skip
 
 
-def _steps(trainer):
-    of_an_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
-    return math.ceil(trainer.args.num_train_epochs * of_an_epoch)
+def _check_columns(function, columns):
+    """Of a reward function whose signature says what it wants."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return
+    needed = {p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if missing := sorted(needed - {*RESERVED, *columns}):
+        raise ValueError(f"reward {_name(function)!r} needs the columns {missing}, the data has {columns}")
+
+
+def _name(function):
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _names(model):

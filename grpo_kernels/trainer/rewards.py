@@ -68,6 +68,8 @@ def score(functions, prompts, completions, completion_ids, columns) -> torch.Ten
     for answer, name in zip(_answers(functions, given), reward_names(functions), strict=True):
         answer = answer.tolist() if isinstance(answer, torch.Tensor) else answer
         try:
+            if any(isinstance(value, str) for value in answer):
+                raise TypeError("text")
             values = [math.nan if value is None else float(value) for value in answer]
         except (TypeError, ValueError) as error:
             raise ValueError(f"reward {name!r} must return a list of numbers or None, got {answer!r}") from error

@@ -35,7 +35,8 @@ from accelerate.utils import DistributedType, fsdp2_prepare_model, gather_object
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from ..advantages import group_advantages
 from ..integrations.transformers import fuse_lm_head, lm_head
@@ -91,6 +92,8 @@ class GRPOTrainer(Trainer):
             raise TypeError(f"args must be a GRPOConfig, got {type(args).__name__}")
         if args.n_gpu > 1:
             raise ValueError(f"one process trains on one GPU, got {args.n_gpu}: start with torchrun, or show it one GPU")
+        if (processes := int(os.environ.get("WORLD_SIZE", 1))) != args.world_size:
+            raise ValueError(f"this is one of {processes} processes (WORLD_SIZE), but args knows of {args.world_size}")
         self.reward_funcs = _reward_functions(reward_funcs, reward_processing_classes, args)
         if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
             raise ValueError(
@@ -485,16 +488,42 @@ class GRPOTrainer(Trainer):
         Raises:
             ValueError: naming the checkpoint, what is wrong with it, and the newest one that is whole.
         """
-        if resume_from_checkpoint in (True, "last", "true", "True"):
-            resume_from_checkpoint = self._newest_checkpoint(needed=resume_from_checkpoint != "last")
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+        if resume_from_checkpoint and self.is_world_process_zero():
+            print(f"resumes from {checkpoint}" if checkpoint else f"{self.args.output_dir} has no checkpoint: begins anew")
+        if checkpoint and (state := _state_of(checkpoint)).global_step >= self.planned_steps():
+            return self._finished(checkpoint, state)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def checkpoint_to_resume(self, asked):
+        """The path that `train` would resume from, checked on all processes; None where it would begin anew. Raises as it does."""
+        if asked in (True, "last", "true", "True"):
+            asked = self._newest_checkpoint(needed=asked != "last")
         else:
             with self._raising_together():
-                if resume_from_checkpoint and self.args.should_save:
-                    checkpoints.check(resume_from_checkpoint)
+                if asked and self.args.should_save:
+                    checkpoints.check(asked)
         with self._raising_together():
-            if resume_from_checkpoint:
-                checkpoints.check_kind(resume_from_checkpoint, self.is_fsdp_enabled)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            if asked:
+                checkpoints.check_kind(asked, self.is_fsdp_enabled)
+        return asked or None
+
+    def planned_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        of_an_epoch = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
+        return math.ceil(self.args.num_train_epochs * of_an_epoch)
+
+    def _finished(self, checkpoint, state):
+        """transformers would take one step more."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(f"{checkpoint} has taken all {state.global_step} steps of the run: there is nothing left to train")
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        if self.is_world_process_zero():
+            print(f"{checkpoint} has taken all {state.global_step} steps of the run: nothing is left to train")
+        return TrainOutput(state.global_step, math.nan, {})
 
     def _newest_checkpoint(self, needed):
         """The newest one that is whole on every node; one process of each reads all of its bytes."""
@@ -616,6 +645,10 @@ def _runs_packed(asked, causal_lm, takes_position_ids):
         name = type(causal_lm).__name__
         raise ValueError(f"padding_free must be False or None for {name}, which cannot tell packed rows apart, got True")
     return able and microbatch.flash(causal_lm) if asked is None else asked
+
+
+def _state_of(checkpoint):
+    return TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
 
 
 def _router_coefficient(causal_lm):
