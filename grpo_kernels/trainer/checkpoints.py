@@ -19,7 +19,7 @@ _BLOCK = 2**22
 
 
 class Unusable(ValueError):
-    """A checkpoint that is not whole; the message names one that is."""
+    """A checkpoint that cannot be resumed: the message says why, and names one that can where there is one."""
 
 
 def seal(folder):

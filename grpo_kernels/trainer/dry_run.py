@@ -6,7 +6,7 @@ from .. import backends, plan
 from ..integrations.transformers import lm_head
 from ..loss import coefficients_depend_on_their_row_alone
 from ..products import sums_directly, tile_dtype
-from .rewards import RESERVED
+from .rewards import RESERVED, reward_names
 from .rollout import tokenize
 
 _TOKENISED = 1000  # rows of data whose prompts are tokenised; more would be waited for
@@ -33,9 +33,10 @@ def describe(trainer):
     lengths = [len(ids) for ids in tokenize(tokenizer, [row["prompt"] for row in rows], args.chat_template_kwargs)]
     columns = sorted({name for row in rows for name in row} - {"prompt"})
     yield f"data       {len(data)} prompts of up to {max(lengths)} tokens (first {len(rows)}); other columns: {columns or 'none'}"
-    for function in trainer.reward_funcs:
-        _check_columns(function, columns)
-    yield f"rewards    {', '.join(map(_name, trainer.reward_funcs))}"
+    names = reward_names(trainer.reward_funcs)
+    for name, function in zip(names, trainer.reward_funcs, strict=True):
+        _check_columns(name, function, columns)
+    yield f"rewards    {', '.join(names)}"
     if args.resume_from_checkpoint:
         yield f"resumes    from {trainer.checkpoint_to_resume(args.resume_from_checkpoint)}"
 
@@ -68,7 +69,7 @@ def describe(trainer):
            f"{_flops(2 * products * V * D * kept)} in the head, per step and process, at full length")  # fmt: skip
 
 
-def _check_columns(function, columns):
+def _check_columns(name, function, columns):
     """Of a reward function whose signature says what it wants."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -76,11 +77,7 @@ def _check_columns(function, columns):
         return
     needed = {p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if missing := sorted(needed - {*RESERVED, *columns}):
-        raise ValueError(f"reward {_name(function)!r} needs the columns {missing}, the data has {columns}")
-
-
-def _name(function):
-    return getattr(function, "__name__", type(function).__name__)
+        raise ValueError(f"reward {name!r} needs the columns {missing}, the data has {columns}")
 
 
 def _names(model):

@@ -483,7 +483,8 @@ class GRPOTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As `transformers.Trainer.train`; a checkpoint that was not written to its end, or was changed since, is refused.
 
-        True takes the newest one of ``output_dir`` that is whole, and is refused where there is none; "last" then begins anew.
+        True takes the newest one of ``output_dir`` that is whole, and is refused where there is none; "last" then begins anew. A
+        run whose steps have all been taken is loaded and not trained on.
 
         Raises:
             ValueError: naming the checkpoint, what is wrong with it, and the newest one that is whole.
@@ -518,7 +519,7 @@ class GRPOTrainer(Trainer):
     def _finished(self, checkpoint, state):
         """transformers would take one step more."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(f"{checkpoint} has taken all {state.global_step} steps of the run: there is nothing left to train")
+            raise checkpoints.Unusable(f"{checkpoint} has taken all {state.global_step} steps of the run: nothing is left to train")
         self._load_from_checkpoint(checkpoint)
         self.state = state
         if self.is_world_process_zero():
