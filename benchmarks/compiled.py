@@ -30,8 +30,8 @@ from triton.compiler import ASTSource
 from grpo_kernels.backends import row_kernels_triton
 from grpo_kernels.backends import triton as backend
 from grpo_kernels.backends.pytorch import new_statistics
-from grpo_kernels.coefficients import PolicyRows, PolicyTerms
-from grpo_kernels.config import LogitTransform
+from grpo_kernels.losses.coefficients import PolicyRows, PolicyTerms
+from grpo_kernels.losses.config import LogitTransform
 
 from .occupancy import blocks_at_once
 

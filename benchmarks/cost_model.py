@@ -11,7 +11,7 @@ and each part once more over F ranks that hold different tokens (FSDP). D depth,
 
 from dataclasses import dataclass
 
-from grpo_kernels.plan import DEFAULT_GPU_WORKSPACE_BYTES, Problem, peak_bytes, plan
+from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, Problem, peak_bytes, plan
 
 ELEMENT = 2  # bf16
 FLOAT32 = 4

@@ -13,8 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from grpo_kernels import plan
 from grpo_kernels.bench.providers import FULL, LIGER, OURS, PRODUCTS, TRL
+from grpo_kernels.engine import plan
 
 ALLOWANCE = 64 * 2**20
 SHAPE = {"tokens": 1024, "depth": 896, "vocab": 151_936, "dtype": "bfloat16"}

@@ -1,13 +1,13 @@
 """Fused GRPO loss: log-probs, ratio, clipping and KL from hidden states and the head's weight, without the logits."""
 
 from . import reference
-from .advantages import group_advantages
 from .backends import available_backends
-from .config import GRPOLossConfig
 from .from_logits import grpo_loss_from_logits
 from .logprobs import linear_logprobs
 from .loss import FusedLinearGRPOLoss, fused_linear_grpo_loss
-from .objective import objective
+from .losses.advantages import group_advantages
+from .losses.config import GRPOLossConfig
+from .losses.objective import objective
 from .outputs import GRPOLossOutput, LogProbs
 
 __version__ = "0.1.0"

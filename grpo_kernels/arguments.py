@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from .config import GRPOLossConfig, QuantileOnly
+from .losses.config import GRPOLossConfig, QuantileOnly
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")

@@ -1,8 +1,8 @@
 """The per-token side of a call: inputs as [B, T], weights, which tokens may get a gradient, and the objective."""
 
 from .arguments import PackedLayout
-from .coefficients import known_zero, on_policy_coefficients
-from .objective import objective, prepare, token_count, token_weights
+from .losses.coefficients import known_zero, on_policy_coefficients
+from .losses.objective import objective, prepare, token_count, token_weights
 
 
 class LossBatch:

@@ -8,13 +8,13 @@ from torch import Tensor
 from . import backends
 from .arguments import check_logits_arguments, host_may_wait, raise_bad_values, value_flags
 from .backends.pytorch import new_statistics
+from .backends.statistics import finalize
 from .batch import LossBatch
-from .config import GRPOLossConfig, LogitTransform
-from .objective import group_in_use
+from .distributed import refusing_together
+from .engine.products import accumulation_dtype
+from .losses.config import GRPOLossConfig, LogitTransform
+from .losses.objective import group_in_use
 from .outputs import GRPOLossOutput
-from .parallel import refusing_together
-from .products import accumulation_dtype
-from .row_statistics import finalize
 
 
 def grpo_loss_from_logits(

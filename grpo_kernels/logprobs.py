@@ -4,14 +4,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import backends, tiles
+from . import backends
 from .arguments import check_group, check_logprob_arguments, host_may_wait, value_flags
-from .config import GRPOLossConfig, LogitTransform
-from .diagnostics import NAMES
+from .distributed import VocabShard, gathered_sequence, group_of, of_dtensors, refusing_together
+from .engine import tiles
+from .engine.diagnostics import NAMES
+from .engine.plan import default_budget
+from .engine.products import accumulation_dtype, tile_memory
+from .losses.config import GRPOLossConfig, LogitTransform
 from .outputs import LogProbs
-from .parallel import VocabShard, gathered_sequence, group_of, of_dtensors, refusing_together
-from .plan import default_budget
-from .products import accumulation_dtype, tile_memory
 from .rows import Selection, flatten, select_rows
 
 

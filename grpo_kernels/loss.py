@@ -9,16 +9,17 @@ import inspect
 
 import torch
 
-from . import backends, tiles
+from . import backends
 from .arguments import check_group, check_loss_arguments, host_may_wait, value_flags
 from .batch import LossBatch
-from .coefficients import row_terms
-from .config import LOSS_FIELDS, GRPOLossConfig
+from .distributed import gathered_sequence, group_of, of_dtensors, refusing_together
+from .engine import tiles
+from .engine.products import accumulation_dtype
 from .logprobs import FusedHead, given_names, graph_is_retained, row_logprobs
-from .objective import group_in_use
+from .losses.coefficients import row_terms
+from .losses.config import LOSS_FIELDS, GRPOLossConfig
+from .losses.objective import group_in_use
 from .outputs import GRPOLossOutput
-from .parallel import gathered_sequence, group_of, of_dtensors, refusing_together
-from .products import accumulation_dtype
 from .rows import flatten, select_rows
 
 

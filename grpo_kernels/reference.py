@@ -3,10 +3,10 @@
 import torch
 
 from .arguments import PackedLayout, check_loss_arguments, check_values
-from .config import GRPOLossConfig
-from .objective import group_in_use, objective
+from .distributed import refusing_together
+from .losses.config import GRPOLossConfig
+from .losses.objective import group_in_use, objective
 from .outputs import GRPOLossOutput
-from .parallel import refusing_together
 
 
 def grpo_loss(

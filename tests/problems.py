@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from grpo_kernels import GRPOLossConfig
-from grpo_kernels.config import LOSS_TYPES
+from grpo_kernels.losses.config import LOSS_TYPES
 
 # ratios: below, inside and above every clip range drawn here, and beyond every delta
 BANDS = ((0.35, 0.7), (0.87, 1.13), (1.35, 1.8), (2.6, 4.5))

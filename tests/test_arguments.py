@@ -10,7 +10,7 @@ from problems import make_problem, packed
 
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig, reference
-from grpo_kernels.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_FIELDS, LOSS_TYPES
+from grpo_kernels.losses.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_FIELDS, LOSS_TYPES
 
 B, T, D, V = 3, 4, 8, 11
 LONG_IDS = torch.zeros(B, T, dtype=torch.long)

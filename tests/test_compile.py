@@ -7,7 +7,7 @@ from problems import make_problem
 from tolerance import assert_all_close
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, grpo_loss_from_logits, linear_logprobs
-from grpo_kernels.row_statistics import finalize
+from grpo_kernels.backends.statistics import finalize
 
 HEAD = ("hidden", "weight", "bias")
 CONFIGS = {

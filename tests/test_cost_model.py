@@ -21,7 +21,7 @@ from benchmarks.cost_model import (
     tables,
 )
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss
-from grpo_kernels.plan import peak_bytes, plan
+from grpo_kernels.engine.plan import peak_bytes, plan
 from grpo_kernels.traffic import counted
 
 D = 16

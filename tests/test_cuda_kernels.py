@@ -20,7 +20,7 @@ from tolerance import assert_no_worse_than_torch
 
 from grpo_kernels import build_cuda
 from grpo_kernels.backends import cuda
-from grpo_kernels.row_statistics import finalize
+from grpo_kernels.backends.statistics import finalize
 
 if cuda_host.why_unavailable() or DEVICE != "cpu":
     pytest.skip(cuda_host.why_unavailable() or "they are tested on the device", allow_module_level=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo_kernels import linear_logprobs
-from grpo_kernels.diagnostics import NAMES
+from grpo_kernels.engine.diagnostics import NAMES
 from grpo_kernels.logprobs import token_statistics
 
 CASES = {

@@ -5,10 +5,11 @@ import torch
 from problems import make_problem, run
 from tolerance import assert_all_close, assert_close
 
-from grpo_kernels import GRPOLossConfig, backends, fused_linear_grpo_loss, linear_logprobs, products
+from grpo_kernels import GRPOLossConfig, backends, fused_linear_grpo_loss, linear_logprobs
 from grpo_kernels.backends.pytorch import new_statistics
-from grpo_kernels.config import LogitTransform
-from grpo_kernels.row_statistics import finalize
+from grpo_kernels.backends.statistics import finalize
+from grpo_kernels.engine import products
+from grpo_kernels.losses.config import LogitTransform
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GIB = 2**30

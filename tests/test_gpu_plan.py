@@ -9,7 +9,8 @@ from problems import DEVICE, draw_problem, make_problem, run
 from test_parity import PATHS, random_needs
 from tolerance import assert_all_close, assert_no_worse_than_torch
 
-from grpo_kernels import fused_linear_grpo_loss, linear_logprobs, products, reference, tiles
+from grpo_kernels import fused_linear_grpo_loss, linear_logprobs, reference
+from grpo_kernels.engine import products, tiles
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU does this by itself")
 every_path = pytest.mark.parametrize("config", PATHS.values(), ids=PATHS)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_kernels.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEFAULT_WORKSPACE_BYTES, Problem, default_budget, peak_bytes, plan
+from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEFAULT_WORKSPACE_BYTES, Problem, default_budget, peak_bytes, plan
 
 MIB = 2**20
 V, D, BUDGET = 16384, 256, 24 * MIB

@@ -13,9 +13,9 @@ from problems import BANDS, draw_config
 from tolerance import assert_all_close, assert_close
 
 from grpo_kernels import GRPOLossConfig, objective
-from grpo_kernels.coefficients import PolicyRows, coefficient, known_zero, on_policy_coefficients, row_terms, slope
-from grpo_kernels.config import CLIPPED_LOSSES, LOSS_TYPES
-from grpo_kernels.objective import prepare, token_weights
+from grpo_kernels.losses.coefficients import PolicyRows, coefficient, known_zero, on_policy_coefficients, row_terms, slope
+from grpo_kernels.losses.config import CLIPPED_LOSSES, LOSS_TYPES
+from grpo_kernels.losses.objective import prepare, token_weights
 
 
 def draw_tokens(rng, g, config, T=None):

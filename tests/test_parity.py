@@ -18,11 +18,11 @@ from grpo_kernels import (
     fused_linear_grpo_loss,
     grpo_loss_from_logits,
     linear_logprobs,
-    products,
     reference,
 )
 from grpo_kernels.backends import triton
-from grpo_kernels.config import LOSS_TYPES
+from grpo_kernels.engine import products
+from grpo_kernels.losses.config import LOSS_TYPES
 
 NAMES = ("torch", "cpu", "triton") if DEVICE == "cpu" else ("torch", "triton")
 BACKENDS = [name for name, reason in available_backends().items() if reason is None and name in NAMES]

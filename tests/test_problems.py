@@ -7,7 +7,7 @@ import torch
 from problems import BANDS, draw_config, draw_problem, make_problem, packed, policy_logps
 
 from grpo_kernels import GRPOLossConfig, reference
-from grpo_kernels.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES
+from grpo_kernels.losses.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES
 
 
 def test_every_branch_of_the_clipped_loss_is_planted():

@@ -9,7 +9,7 @@ from problems import draw_problem, make_problem, packed, run
 from tolerance import assert_all_close, assert_close
 
 from grpo_kernels import GRPOLossConfig, objective, reference
-from grpo_kernels.config import LOSS_TYPES
+from grpo_kernels.losses.config import LOSS_TYPES
 
 
 def plain_log_probs(p):

@@ -15,9 +15,9 @@ from row_kernels import INF, acc, copy_of, each_dtype, each_kernels, make_tile, 
 from tolerance import assert_no_worse_than_torch
 
 from grpo_kernels.backends import triton
-from grpo_kernels.coefficients import PolicyTerms
-from grpo_kernels.config import LogitTransform as Transform
-from grpo_kernels.row_statistics import finalize
+from grpo_kernels.backends.statistics import finalize
+from grpo_kernels.losses.coefficients import PolicyTerms
+from grpo_kernels.losses.config import LogitTransform as Transform
 
 # Rows and columns: one of each, ragged ends, exactly one block of 4096, several blocks and a rest.
 SHAPES = [(1, 1), (1, 37), (3, 151), (2, 4096), (3, 8192 + 4096 + 77), (40, 65)]

@@ -14,9 +14,10 @@ from row_kernels import make_tile, new_stats
 from test_row_kernels import Terms, Transform, log_probs
 from tolerance import assert_all_close
 
-from grpo_kernels import GRPOLossConfig, available_backends, backends, fused_linear_grpo_loss, products, tiles
+from grpo_kernels import GRPOLossConfig, available_backends, backends, fused_linear_grpo_loss
 from grpo_kernels.backends import triton
 from grpo_kernels.backends.pytorch import statistics as torch_statistics
+from grpo_kernels.engine import products, tiles
 
 if triton.why_unavailable():
     pytest.skip(triton.why_unavailable(), allow_module_level=True)

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from grpo_kernels import GRPOLossConfig, backends, tiles
+from grpo_kernels import GRPOLossConfig, backends
 from grpo_kernels.bench.problem import Problem
 from grpo_kernels.bench.problem import truth as exact
 from grpo_kernels.bench.shapes import Shape
 from grpo_kernels.bench.workloads import Workload, draw_log_ratios
+from grpo_kernels.engine import tiles
 
 SAMPLE = 256  # rows whose log-probs are known in float64
 CHECKED = 512  # tokens of the copy on which gradients are checked

@@ -12,9 +12,9 @@ import torch
 
 from grpo_kernels import backends
 from grpo_kernels.backends import pytorch
-from grpo_kernels.coefficients import PolicyRows, PolicyTerms
-from grpo_kernels.config import LogitTransform
-from grpo_kernels.row_statistics import finalize
+from grpo_kernels.backends.statistics import finalize
+from grpo_kernels.losses.coefficients import PolicyRows, PolicyTerms
+from grpo_kernels.losses.config import LogitTransform
 
 from .context import Wrong, row
 from .device import Timed

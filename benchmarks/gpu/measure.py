@@ -10,7 +10,7 @@ import statistics
 import time
 
 from grpo_kernels.bench.check import accept, errors, worst
-from grpo_kernels.plan import default_budget
+from grpo_kernels.engine.plan import default_budget
 
 from . import products
 from .context import Wrong, row

@@ -14,7 +14,7 @@ from grpo_kernels import backends
 from grpo_kernels.bench import peers
 from grpo_kernels.bench.problem import Problem, Result
 from grpo_kernels.bench.providers import ours as make_ours
-from grpo_kernels.plan import default_budget
+from grpo_kernels.engine.plan import default_budget
 
 from .context import Absent
 

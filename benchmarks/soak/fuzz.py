@@ -62,7 +62,7 @@ def tensor(b, shape, dtype, generator):
 def rows_case(b, generator):
     """A row kernel of the CPU on a tile."""
     from grpo_kernels.backends import native
-    from grpo_kernels.config import LogitTransform
+    from grpo_kernels.losses.config import LogitTransform
 
     rows, columns, dtype = b.of(_SIZES), b.of(_SIZES), b.of(_DTYPES)
     tile = tensor(b, (rows, columns), dtype, generator)

@@ -36,7 +36,7 @@ for n, v, d, dtype, level, needs, budget in json.loads(sys.argv[1]):
 
 
 def cases(seed, count):
-    from grpo_kernels.plan import Problem, peak_bytes
+    from grpo_kernels.engine.plan import Problem, peak_bytes
 
     dice, found = random.Random(seed), []
     while len(found) < count:

@@ -8,8 +8,8 @@ in `policy`), one read and one write of the tile per kernel.
 
 import torch
 
-from ..coefficients import coefficient
-from ..row_statistics import finalize
+from ..losses.coefficients import coefficient
+from .statistics import finalize
 
 _SLAB_ELEMENTS = 1 << 20
 

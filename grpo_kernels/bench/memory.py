@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ..plan import default_budget
+from ..engine.plan import default_budget
 from . import clock as clocks
 from .problem import make_problem
 from .providers import PROVIDERS

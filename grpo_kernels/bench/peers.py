@@ -13,7 +13,7 @@ import types
 
 import torch
 
-from ..objective import objective
+from ..losses.objective import objective
 from .problem import Result
 
 

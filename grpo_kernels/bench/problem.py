@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .. import reference
-from ..config import GRPOLossConfig
+from ..losses.config import GRPOLossConfig
 from .shapes import Shape
 from .workloads import FORK_TOKENS, FORKS, LIKELY, ODDS, Workload, draw_batch, draw_log_ratios
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..advantages import group_advantages
-from ..config import GRPOLossConfig
+from ..losses.advantages import group_advantages
+from ..losses.config import GRPOLossConfig
 
 GROUP = 8
 PROMPT_SHARE, COMPLETION_SHARE = (0.2, 0.5), (0.3, 0.7)  # median and sigma of a log-normal

@@ -16,9 +16,9 @@ import warnings
 import torch
 
 from ..arguments import FLOAT_DTYPES, kind
-from ..config import GRPOLossConfig
 from ..logprobs import linear_logprobs
 from ..loss import fused_linear_grpo_loss
+from ..losses.config import GRPOLossConfig
 
 _TOKEN_LEVEL_ONLY = ("cispo", "sapo", "vespo")
 _DIVIDED_BY_ITEMS = ("dapo", "cispo", "vespo")

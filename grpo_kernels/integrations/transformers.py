@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..arguments import check_options, kind
-from ..config import GRPOLossConfig
-from ..diagnostics import NAMES as DIAGNOSTICS
+from ..engine.diagnostics import NAMES as DIAGNOSTICS
 from ..logprobs import token_statistics
+from ..losses.config import GRPOLossConfig
 
 OUTPUTS = ("log_probs", "entropy", *DIAGNOSTICS)
 

@@ -21,10 +21,10 @@ import sys
 import torch
 
 from ..arguments import kind
-from ..config import GRPOLossConfig, QuantileOnly
 from ..logprobs import token_statistics
 from ..loss import fused_linear_grpo_loss
-from ..objective import objective
+from ..losses.config import GRPOLossConfig, QuantileOnly
+from ..losses.objective import objective
 from .transformers import FusedCausalLMOutput, LMHead, fuse_lm_head, lm_head
 
 try:

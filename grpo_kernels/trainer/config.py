@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from transformers import TrainingArguments
 
-from ..advantages import AGGREGATIONS, SCALE_REWARDS
-from ..config import GRPOLossConfig
+from ..losses.advantages import AGGREGATIONS, SCALE_REWARDS
+from ..losses.config import GRPOLossConfig
 
 # of GenerationConfig: what else has an option of its own, or would change what a rollout is
 _OURS = {

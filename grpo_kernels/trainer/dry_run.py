@@ -2,10 +2,11 @@
 
 import inspect
 
-from .. import backends, plan
+from .. import backends
+from ..engine import plan
+from ..engine.products import sums_directly, tile_dtype
 from ..integrations.transformers import lm_head
 from ..loss import coefficients_depend_on_their_row_alone
-from ..products import sums_directly, tile_dtype
 from .rewards import RESERVED, reward_names
 from .rollout import tokenize
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import GRPOLossConfig
 from ..loss import fused_linear_grpo_loss
-from ..objective import objective
+from ..losses.config import GRPOLossConfig
+from ..losses.objective import objective
 from ..outputs import GRPOLossOutput
 
 

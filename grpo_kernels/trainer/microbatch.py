@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..objective import OVER_SEQUENCES
+from ..losses.objective import OVER_SEQUENCES
 
 PER_TOKEN = ("old_logps", "ref_logps")
 _FLASH = ("flash_attention", "flex_attention", "kernels-community")

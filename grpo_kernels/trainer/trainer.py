@@ -38,11 +38,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from ..advantages import group_advantages
 from ..integrations.transformers import fuse_lm_head, lm_head
 from ..logprobs import linear_logprobs
 from ..loss import fused_linear_grpo_loss
-from ..objective import OVER_SEQUENCES, metric_weight
+from ..losses.advantages import group_advantages
+from ..losses.objective import OVER_SEQUENCES, metric_weight
 from . import checkpoints, diagnose, microbatch, reference_model
 from .config import GRPOConfig
 from .metrics import Recorded

@@ -11,8 +11,8 @@ import dataclasses
 
 import torch
 
-from .backends.pytorch import new_statistics, slabs, transformed
-from .row_statistics import finalize
+from ..backends.pytorch import new_statistics, slabs, transformed
+from ..backends.statistics import finalize
 
 NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1")
 

@@ -26,9 +26,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
-from .config import GRPOLossConfig
-from .objective import metric_weight
-from .row_statistics import merged
+from .backends.statistics import merged
+from .losses.config import GRPOLossConfig
+from .losses.objective import metric_weight
 from .traffic import count
 
 _PARTIAL = "partial:"

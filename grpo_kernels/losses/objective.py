@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..traffic import count as count_bytes
 from .config import GRPOLossConfig, QuantileOnly
-from .traffic import count as count_bytes
 
 OVER_SEQUENCES = ("grpo", "sapo", "luspo", "dr_grpo")
 EXP_BOUND = 80.0

@@ -1,9 +1,43 @@
-"""From the running statistics of a row of logits to its log-prob, log-sum-exp and entropy."""
+"""What the row kernels of every backend are handed, and the running statistics of a row of logits."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from ..losses.config import LogitTransform
 
-def finalize(stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+
+@dataclass(frozen=True)
+class Tile:
+    """What one call of a row kernel sees: R rows and C columns of raw logits ``h W^T``, and how they become z.
+
+    ``z = softcap * tanh(logit_scale * (raw + bias) / softcap) / temperature``. acc is float32, or float64 for float64 values.
+    """
+
+    values: torch.Tensor  # [R, C], columns adjacent; raw logits, or a stash: onehot - p of whole rows
+    target: torch.Tensor  # [R] int64, relative to the first column; outside of [0, C): not in this tile
+    transform: LogitTransform
+    bias: torch.Tensor | None = None  # [C] acc, may hold -inf
+    temperature: torch.Tensor | None = None  # [R] acc, overrides the transform's
+
+
+class Scored(NamedTuple):
+    """What is known of rows once all of their columns were seen, [R] acc each."""
+
+    logps: torch.Tensor
+    lse: torch.Tensor
+    entropy: torch.Tensor
+
+
+def new_statistics(rows, dtype, device):
+    """[R, 4] statistics of nothing."""
+    stats = torch.zeros(rows, 4, dtype=dtype, device=device)
+    stats[:, ::3] = -float("inf")
+    return stats
+
+
+def finalize(stats: torch.Tensor) -> Scored:
     """[R, 4] statistics -> (logps, lse, entropy), [R] each.
 
     logps = -softplus(log(sum of the others) + max - target's logit): near p = 1 the difference target - lse would cancel.
@@ -13,7 +47,7 @@ def finalize(stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     logps = -(margin.clamp(min=0) + torch.log1p(torch.exp(-margin.abs())))
     total = others + torch.exp(target - peak)
     lse = peak + total.log()
-    return logps, lse, total.log() - weighted / total
+    return Scored(logps, lse, total.log() - weighted / total)
 
 
 def merged(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

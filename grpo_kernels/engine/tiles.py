@@ -17,13 +17,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends
-from .arguments import host_may_wait
-from .backends.pytorch import new_statistics
-from .coefficients import PolicyRows, PolicyTerms, coefficient
-from .config import LogitTransform
+from .. import backends
+from ..arguments import host_may_wait
+from ..backends.pytorch import new_statistics
+from ..backends.statistics import finalize
+from ..distributed import shard_named
+from ..losses.coefficients import PolicyRows, PolicyTerms, coefficient
+from ..losses.config import LogitTransform
 from .diagnostics import Diagnostics
-from .parallel import shard_named
 from .plan import Plan, Problem, plan
 from .products import (
     Gradients,
@@ -38,7 +39,6 @@ from .products import (
     tile_dtype,
     tile_memory,
 )
-from .row_statistics import finalize
 
 _ROW_ALIGNMENT = 128
 _COMPACTED_ROWS = 64

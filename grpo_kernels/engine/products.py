@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .backends import FLOAT32_TILES, native
+from ..backends import FLOAT32_TILES, native
 
 _HUGE_PAGE_BYTES = 8 * 2**20
 _CAST_BYTES = 16 * 2**20  # of float32 cast at a time at the end of a sum: it stays in a GPU's L2 cache
