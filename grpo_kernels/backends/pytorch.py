@@ -1,15 +1,19 @@
-"""The three row kernels in plain PyTorch: any device, any float dtype, the readable ones.
+"""The row kernels in plain PyTorch: any device, any float dtype, the readable ones. They state the contract of every backend:
 
-A tile is [R, C] raw logits ``h W^T`` (or stashed probabilities), overwritten in place, or in ``out``: the tile's memory seen
-in a narrower dtype (rows on rows), or memory of its own. Each kernel walks the tile in slabs of
-rows, so that its float32 temporaries stay at a few tens of MiB whatever the tile's size. Work per element: one exp (two
-in `policy`), one read and one write of the tile per kernel.
+    statistics(tile, stats)                    folds a tile into the running statistics of its rows; writes nothing else
+    gradient(tile, out, scored, g, g_entropy)  d loss / d raw logits
+    stash(tile, out, scored)                   onehot - p, from which `gradient` can be made later without the logits
+    policy(tile, out, rows, terms, scored)     statistics, coefficient and gradient of whole rows at once, the fused GRPO kernel;
+                                               not here: the engine then takes statistics, autograd of the term, gradient
+
+``out`` [R, C] is other memory in the inputs' dtype, or the tile's own memory in its own dtype: the lane that has read an element
+writes it. Rows whose g and g_entropy are 0 become zeros whatever they hold. Each kernel walks the tile in slabs of rows, so that
+its float32 temporaries stay at a few tens of MiB. Per element: one exp, one read, and one write but for `statistics`.
 """
 
 import torch
 
-from ..losses.coefficients import coefficient
-from .statistics import finalize
+from .statistics import merged
 
 _SLAB_ELEMENTS = 1 << 20
 
@@ -18,71 +22,60 @@ def why_unavailable():
     return None
 
 
-def statistics(tile, stats, target, transform, *, bias=None, temperature=None, probs=False, out=None):
-    """Folds a tile into the running statistics [R, 4]; with probs (whole rows) writes its softmax.
+def statistics(tile, stats):
+    """Folds a tile into the running statistics [R, 4] of its rows.
 
-    stats columns: max; sum of exp(z - max) without the target's column; sum of (z - max) exp(z - max); target's logit.
-    target [R]: index relative to the tile's first column; outside [0, C) it is not in this tile.
+    stats columns: max; sum of exp(z - max) without the target's column; sum of (z - max) exp(z - max); target's z.
     """
-    out = tile if out is None else out
-    for s in slabs(tile):
-        temp = None if temperature is None else temperature[s]
-        z, _ = transformed(tile[s], transform, bias, temp, stats.dtype)
-        stats[s] = _folded(z, stats[s], target[s])
-        if probs:
-            _, lse, _ = finalize(stats[s])
-            out[s] = (z - lse.unsqueeze(1)).exp().to(out.dtype)
+    for s in slabs(tile.values):
+        z, _ = transformed(tile, s, stats.dtype)
+        column, here = _target_column(tile.target[s], z.shape[1])
+        peak = z.amax(1, keepdim=True)
+        # a block of only -inf (masked vocabulary) must not become inf - inf
+        shifted = z - peak.where(peak != -float("inf"), 0.0)
+        e = shifted.exp()
+        others = e.scatter(1, column, torch.where(here, 0.0, e.gather(1, column))).sum(1)
+        moment = (shifted * e).where(e != 0, 0.0).sum(1)
+        target = torch.where(here, z.gather(1, column), -float("inf"))
+        stats[s] = merged(stats[s], torch.stack([peak.squeeze(1), others, moment, target.squeeze(1)], 1))
 
 
-def gradient(tile, target, lse, logps, entropy, g, g_entropy, transform, *, bias=None, temperature=None, from_probs=False,
-             out=None):  # fmt: skip
-    """Writes the gradient of the raw logits, from a tile of logits or of stashed probabilities.
+def gradient(tile, out, scored, g, g_entropy=None, from_stash=False):
+    """Writes the gradient of the raw logits, from a tile of logits or, in place, of a stash.
 
-    dz = [ g (onehot - p) - g_entropy p (log p + entropy) ] (1 - (y / softcap)^2) logit_scale / temperature
+    dz = [ g (onehot - p) - g_entropy p (log p + entropy) ] (1 - tanh^2 of the softcap) logit_scale / temperature
     """
-    out = tile if out is None else out
-    for s in slabs(tile):
-        temp = None if temperature is None else temperature[s]
-        t = transform.temperature if temp is None else temp.unsqueeze(1)
-        column, here = _target_column(target[s], tile.shape[1])
-        if from_probs:
-            p = tile[s].to(lse.dtype)
-            log_p = p.log().scatter(1, column, torch.where(here, logps[s].unsqueeze(1), p.gather(1, column).log()))
-            y = t * (log_p + lse[s].unsqueeze(1))
+    transform = tile.transform
+    for s in slabs(tile.values):
+        logps, lse, entropy = (x[s].unsqueeze(1) for x in scored)
+        t, rows_g = _temperature(tile, s), g[s].unsqueeze(1)
+        column, here = _target_column(tile.target[s], tile.values.shape[1])
+        if from_stash:
+            unit = tile.values[s].to(lse.dtype)
+            p = unit.neg().scatter(1, column, torch.where(here, logps.exp(), -unit.gather(1, column)))
+            log_p = p.log().scatter(1, column, torch.where(here, logps, p.gather(1, column).log()))
+            # of y / softcap, y the softcapped logit
+            slope = None if transform.softcap is None else (1 - (t * (log_p + lse) / transform.softcap).square()).clamp(min=0)
         else:
-            z, y = transformed(tile[s], transform, bias, temp, lse.dtype)
-            log_p = z - lse[s].unsqueeze(1)
+            z, slope = transformed(tile, s, lse.dtype)
+            log_p = z - lse
             p = log_p.exp()
-        rows_g = g[s].unsqueeze(1)
-        dz = -rows_g * p
-        at_target = torch.where(here, -rows_g * logps[s].unsqueeze(1).expm1(), dz.gather(1, column))
-        dz = dz.scatter(1, column, at_target)
-        idle = rows_g == 0
+            unit = _unit(p, logps, column, here)
+        dz, idle = rows_g * unit, rows_g == 0
         if g_entropy is not None:
-            bonus = (p * (log_p + entropy[s].unsqueeze(1))).where(p != 0, 0.0)
-            dz = dz - g_entropy[s].unsqueeze(1) * bonus
+            dz = dz - g_entropy[s].unsqueeze(1) * (p * (log_p + entropy)).where(p != 0, 0.0)
             idle = idle & (g_entropy[s].unsqueeze(1) == 0)
-        if transform.softcap is not None:
-            dz = (dz * (1 - (y / transform.softcap).square())).where(dz != 0, 0.0)
+        if slope is not None:
+            dz = (dz * slope).where(dz != 0, 0.0)
         out[s] = (dz * (transform.logit_scale / t)).masked_fill(idle, 0.0).to(out.dtype)
 
 
-def policy(tile, target, rows, terms, transform, logps, entropy, *, bias=None, temperature=None, out=None):
-    """The fused GRPO kernel: statistics, log-prob, entropy, coefficient and gradient of whole rows."""
-    stats = new_statistics(tile.shape[0], logps.dtype, tile.device)
-    statistics(tile, stats, target, transform, bias=bias, temperature=temperature)
-    lp, lse, ent = finalize(stats)
-    logps.copy_(lp)
-    entropy.copy_(ent)
-    g = coefficient(lp, rows, terms)
-    gradient(tile, target, lse, lp, ent, g, rows.w_entropy, transform, bias=bias, temperature=temperature, out=out)
-
-
-def new_statistics(rows, dtype, device):
-    """[R, 4] statistics of nothing."""
-    stats = torch.zeros(rows, 4, dtype=dtype, device=device)
-    stats[:, ::3] = -float("inf")
-    return stats
+def stash(tile, out, scored):
+    """Writes ``onehot - p`` of whole rows, or of this rank's columns of them."""
+    for s in slabs(tile.values):
+        z, _ = transformed(tile, s, scored.lse.dtype)
+        column, here = _target_column(tile.target[s], z.shape[1])
+        out[s] = _unit((z - scored.lse[s].unsqueeze(1)).exp(), scored.logps[s].unsqueeze(1), column, here).to(out.dtype)
 
 
 def slabs(tile):
@@ -90,15 +83,21 @@ def slabs(tile):
     return [slice(start, start + step) for start in range(0, tile.shape[0], step)]
 
 
-def transformed(tile, transform, bias, temperature, dtype):
-    """(z, y): the transformed logits, and the softcapped ones before the temperature."""
-    y = tile.to(dtype)
-    if bias is not None:
-        y = y + bias.to(dtype)
-    y = y * transform.logit_scale
+def transformed(tile, s, dtype):
+    """(z, derivative of the softcap or None) of some rows of a tile."""
+    transform = tile.transform
+    y = tile.values[s].to(dtype)
+    if tile.bias is not None:
+        y = y + tile.bias.to(dtype)
+    y, slope = y * transform.logit_scale, None
     if transform.softcap is not None:
-        y = transform.softcap * torch.tanh(y / transform.softcap)
-    return y / (transform.temperature if temperature is None else temperature.unsqueeze(1)), y
+        share = y / transform.softcap
+        y, slope = transform.softcap * torch.tanh(share), 1 / torch.cosh(share).square()  # 1 - tanh^2 without its cancellation
+    return y / _temperature(tile, s), slope
+
+
+def _temperature(tile, s):
+    return tile.transform.temperature if tile.temperature is None else tile.temperature[s].unsqueeze(1)
 
 
 def _target_column(target, columns):
@@ -106,26 +105,6 @@ def _target_column(target, columns):
     return target.clamp(0, columns - 1).unsqueeze(1), here
 
 
-def _folded(z, stats, target):
-    peak, others, weighted, target_logit = stats.unbind(1)
-    column, here = _target_column(target, z.shape[1])
-    target_logit = torch.where(here, z.gather(1, column), target_logit.unsqueeze(1)).squeeze(1)
-    seen = others + (stats[:, 3] - _finite(peak)).exp()
-
-    new_peak = torch.maximum(peak, z.amax(1))
-    # a block of only -inf (masked vocabulary) must not become inf - inf
-    shift = _finite(new_peak)
-    shifted = z - shift.unsqueeze(1)
-    e = shifted.exp()
-    block_weighted = (shifted * e).where(e != 0, 0.0).sum(1)
-    block_others = e.scatter(1, column, torch.where(here, 0.0, e.gather(1, column))).sum(1)
-
-    carry = (peak - shift).exp()
-    drop = (peak - shift).where(peak > -float("inf"), 0.0)
-    return torch.stack(
-        [new_peak, others * carry + block_others, (weighted + drop * seen) * carry + block_weighted, target_logit], dim=1
-    )
-
-
-def _finite(peak):
-    return peak.where(peak != -float("inf"), 0.0)
+def _unit(p, logps, column, here):
+    """onehot - p; near p = 1 the target's 1 - p keeps its digits."""
+    return p.neg().scatter(1, column, torch.where(here, -logps.expm1(), -p.gather(1, column)))
