@@ -100,7 +100,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Step:
-    """``count`` executions. Shape and bytes are those of one: m, n, k of a product, (rows, columns, 0) of a row kernel or a copy."""
+    """``count`` executions, shape and bytes of one: m, n, k of a product, (rows, columns, 0) of a row kernel or a copy."""
 
     what: str
     count: int

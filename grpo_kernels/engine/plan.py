@@ -15,7 +15,7 @@ with e the bytes of an input's element and z those of a logit. dW and dH count o
     scoring      score_group D e  +  score_rows score_columns z    <= budget / 2
 
 On a CPU a row of the buffer takes its row of dH as well, and one block's operands of dW stand beside it. A budget below one row
-of these and 64 columns is exceeded by what is missing.
+of these and 64 columns is exceeded by at most so much.
 
 The choice is the fastest by the count of cost.py. Heights depend on shape and budget; the number of rows only clips them and
 decides whether all live rows fit.
@@ -102,7 +102,8 @@ def plan(problem: Problem) -> Plan:
     p = problem
     (h, chunks), live, rows = _heights(replace(p, live=0, dead=0)), max(1, p.live), max(1, p.live + p.dead)
     dh_rows, stripe, R = min(h.dh_rows, live), min(h.stripe_rows, live), min(h.buffer_rows, live)
-    r = next((r for r in (min(r, live) for r in chunks or (live,)) if _all_fit(p, r, dh_rows)), 0)
+    heights = (min(r, live) for r in chunks or (live,)) if p.needs_weight else ()
+    r = next((r for r in heights if _all_fit(p, r, dh_rows)), 0)
     stash = 0
     if r:
         stash = R = live
@@ -114,9 +115,12 @@ def plan(problem: Problem) -> Plan:
         # fewer would not pay for the float32 sum of dW that they need
         stash = min(stash, live) if 4 * stash >= live else 0
         R = max(1, stash)
+        chunk_row = _pass_bytes(p, 1, 0, dh_rows) - fixed
+        room = p.budget + p.dw_bytes(False) - _pass_bytes(p, 0, stash, dh_rows)
+        r = max(1, min(h.chunk_rows, _whole(room // chunk_row, p) if p.wide else R))
     span = min(h.recompute_rows, stripe)
     return Plan(
-        chunk_rows=min(r or h.chunk_rows, R) if chunks else R, buffer_rows=R, columns=h.columns, direct=p.live <= R,
+        chunk_rows=min(r or h.chunk_rows, R) if p.wide else R, buffer_rows=R, columns=h.columns, direct=p.live <= R,
         dh_rows=min(dh_rows, R), score_group=min(h.score_group, rows), score_rows=min(h.score_rows, rows),
         score_columns=h.score_columns, stash_rows=stash if p.stashes and p.live else 0, stripe_rows=stripe, recompute_rows=span,
         recompute_chunk=min(h.recompute_chunk, span), recompute_columns=h.recompute_columns,
