@@ -9,8 +9,8 @@ with e the bytes of an input's element and z those of a logit. dW and dH count o
 
     one pass     R (V' e + D e)  +  r V' z where z > e (else the chunk is the buffer)  +  dh_rows D (4 + e)    <= budget
     direct       the same with R = all live rows; dW is one product in its final dtype      <= budget + 2 V D if e < 4
-    two phases   a stash of onehot - p instead of dz: all live rows by the direct rule, else as many as the budget holds beside
-                 what is recomputed, if these are a quarter of the live rows
+    two phases   a stash of onehot - p instead of dz, and D (4 + e) more a row: all live rows by the direct rule, else as many as
+                 the budget holds beside what is recomputed, if these are a quarter of the live rows
     recomputed   stripe_rows D (4 + 2 e)  +  recompute_columns (recompute_rows e + recompute_chunk z)    <= budget / 2
     scoring      score_group D e  +  score_rows score_columns z    <= budget / 2
 
@@ -80,20 +80,20 @@ def peak_bytes(problem: Problem, tokens: int) -> int:
     p, found = problem, plan(problem)
     dh = tokens * p.depth * p.element_size * p.needs_hidden
     scoring = found.score_group * p.depth * p.element_size + found.score_rows * found.score_columns * p.tile_size
-    whole = _pass_bytes(p, found.chunk_rows, found.buffer_rows, found.dh_rows)
     if not p.trained:
         return scoring
     if not p.stashes:
-        return dh + max(scoring, p.dw_bytes(found.direct) + whole)
+        return dh + max(scoring, p.dw_bytes(found.direct) + _pass_bytes(p, found.chunk_rows, found.buffer_rows, found.dh_rows))
     stashed, again = found.stash_rows, 0
     if stashed < p.live:
         again = _recompute_bytes(p, found.recompute_columns, found.recompute_chunk, found.stripe_rows, found.recompute_rows)
-    dw = p.dw_bytes(found.direct or (not stashed and p.live <= found.recompute_rows))
+    dw = p.dw_bytes(found.direct or (not stashed and p.live <= found.stripe_rows))
     if not stashed:
         return dh + max(scoring, dw + again)
     # making the stash takes no dW, the backward no chunk
     stash = stashed * _padded(p.vocab, p.element_size) * p.element_size
-    return dh + max(stash + scoring, whole, dw + again + _pass_bytes(p, 0, stashed, found.dh_rows))
+    making = _pass_bytes(p, found.chunk_rows, stashed, 0)
+    return dh + max(stash + scoring, making, dw + again + _pass_bytes(p, 0, stashed, found.dh_rows))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -121,7 +121,7 @@ def plan(problem: Problem) -> Plan:
     span = min(h.recompute_rows, stripe)
     return Plan(
         chunk_rows=min(r or h.chunk_rows, R) if p.wide else R, buffer_rows=R, columns=h.columns, direct=p.live <= R,
-        dh_rows=min(dh_rows, R), score_group=min(h.score_group, rows), score_rows=min(h.score_rows, rows),
+        dh_rows=R if p.on_cpu else min(dh_rows, R), score_group=min(h.score_group, rows), score_rows=min(h.score_rows, rows),
         score_columns=h.score_columns, stash_rows=stash if p.stashes and p.live else 0, stripe_rows=stripe, recompute_rows=span,
         recompute_chunk=min(h.recompute_chunk, span), recompute_columns=h.recompute_columns,
     )  # fmt: skip
@@ -212,7 +212,7 @@ def _pass_bytes(p, r, R, dh_rows):
     """Chunk, buffer, the rows of hidden behind it, a slice of dH; on a CPU the rows of dH and one block's operands of dW."""
     e, D = p.element_size, p.depth
     chunk = r * _padded(p.vocab, p.tile_size) * p.tile_size * p.wide
-    row = _padded(p.vocab, e) * e + D * e
+    row = _padded(p.vocab, e) * e + D * (e + (4 + e) * p.stashes)  # rows of hidden behind a stash are scaled in float32
     if not p.on_cpu:
         return chunk + R * row + dh_rows * D * (e if e >= 4 else 4 + e) * p.needs_hidden
     columns = _block_columns(p) * p.needs_weight
