@@ -100,7 +100,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Step:
-    """``count`` executions. Shape and bytes are those of one: m, n, k of a product, (rows, columns, 0) of a row kernel or a copy."""
+    """``count`` executions, shape and bytes of one: m, n, k of a product, (rows, columns, 0) of a row kernel or a copy."""
 
     what: str
     count: int
@@ -157,13 +157,13 @@ def steps(problem: Problem, plan: Plan) -> list[Step]:
     if not p.stashes:
         tally.one_pass(trained, plan.chunk_rows, plan.buffer_rows, plan.dh_rows, plan.columns, plan.direct)
         return tally.steps()
+    tally.gather(stashed > 0, stashed)
     for c, r in _cuts(stashed, plan.chunk_rows):
-        tally.gather(c, r)
         tally.logits(c, r, plan.columns)
         tally.kernel(c, "statistics", r, p.vocab, 1, 0)
         tally.kernel(c, "stash", r, p.vocab, 1, p.element_size)
     if stashed:
-        tally.gather(1, stashed)
+        tally.scale(stashed)
         tally.dh(1, stashed, plan.dh_rows)
         tally.dw(1, stashed, plan.columns, False, plan.direct)
     recomputed = p.live - stashed
@@ -195,6 +195,8 @@ class Tally:
         return [Step(what, count, *rest) for (what, *rest), count in self.counts.items()]
 
     def add(self, count, *step):
+        if not count:
+            return
         self.counts[step] = self.counts.get(step, 0) + count
 
     def product(self, count, what, m, n, k, size, adds=False, cached=False):
@@ -214,6 +216,12 @@ class Tally:
     def gather(self, count, rows):
         size = rows * self.p.depth * self.p.element_size
         self.add(count, "gather hidden", rows, self.p.depth, 0, size, size)
+
+    def scale(self, rows):
+        """The rows of hidden behind a stash by their gradient: gathered, to float32 and back."""
+        size, e = rows * self.p.depth, self.p.element_size
+        self.gather(1, rows)
+        self.add(1, "scale hidden", rows, self.p.depth, 0, size * (e + 4), size * (e + 4))
 
     def score(self, rows, height, columns, group):
         for g, n in _cuts(rows, group):

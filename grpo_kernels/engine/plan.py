@@ -9,13 +9,13 @@ with e the bytes of an input's element and z those of a logit. dW and dH count o
 
     one pass     R (V' e + D e)  +  r V' z where z > e (else the chunk is the buffer)  +  dh_rows D (4 + e)    <= budget
     direct       the same with R = all live rows; dW is one product in its final dtype      <= budget + 2 V D if e < 4
-    two phases   a stash of onehot - p instead of dz: all live rows by the direct rule, else as many as the budget holds beside
-                 what is recomputed, if these are a quarter of the live rows
+    two phases   a stash of onehot - p instead of dz, and D (4 + e) more a row: all live rows by the direct rule, else as many as
+                 the budget holds beside what is recomputed, if these are a quarter of the live rows
     recomputed   stripe_rows D (4 + 2 e)  +  recompute_columns (recompute_rows e + recompute_chunk z)    <= budget / 2
     scoring      score_group D e  +  score_rows score_columns z    <= budget / 2
 
 On a CPU a row of the buffer takes its row of dH as well, and one block's operands of dW stand beside it. A budget below one row
-of these and 64 columns is exceeded by what is missing.
+of these and 64 columns is exceeded by at most so much.
 
 The choice is the fastest by the count of cost.py. Heights depend on shape and budget; the number of rows only clips them and
 decides whether all live rows fit.
@@ -80,20 +80,20 @@ def peak_bytes(problem: Problem, tokens: int) -> int:
     p, found = problem, plan(problem)
     dh = tokens * p.depth * p.element_size * p.needs_hidden
     scoring = found.score_group * p.depth * p.element_size + found.score_rows * found.score_columns * p.tile_size
-    whole = _pass_bytes(p, found.chunk_rows, found.buffer_rows, found.dh_rows)
     if not p.trained:
         return scoring
     if not p.stashes:
-        return dh + max(scoring, p.dw_bytes(found.direct) + whole)
+        return dh + max(scoring, p.dw_bytes(found.direct) + _pass_bytes(p, found.chunk_rows, found.buffer_rows, found.dh_rows))
     stashed, again = found.stash_rows, 0
     if stashed < p.live:
         again = _recompute_bytes(p, found.recompute_columns, found.recompute_chunk, found.stripe_rows, found.recompute_rows)
-    dw = p.dw_bytes(found.direct or (not stashed and p.live <= found.recompute_rows))
+    dw = p.dw_bytes(found.direct or (not stashed and p.live <= found.stripe_rows))
     if not stashed:
         return dh + max(scoring, dw + again)
     # making the stash takes no dW, the backward no chunk
     stash = stashed * _padded(p.vocab, p.element_size) * p.element_size
-    return dh + max(stash + scoring, whole, dw + again + _pass_bytes(p, 0, stashed, found.dh_rows))
+    making = _pass_bytes(p, found.chunk_rows, stashed, 0)
+    return dh + max(stash + scoring, making, dw + again + _pass_bytes(p, 0, stashed, found.dh_rows))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -102,7 +102,8 @@ def plan(problem: Problem) -> Plan:
     p = problem
     (h, chunks), live, rows = _heights(replace(p, live=0, dead=0)), max(1, p.live), max(1, p.live + p.dead)
     dh_rows, stripe, R = min(h.dh_rows, live), min(h.stripe_rows, live), min(h.buffer_rows, live)
-    r = next((r for r in (min(r, live) for r in chunks or (live,)) if _all_fit(p, r, dh_rows)), 0)
+    heights = (min(r, live) for r in chunks or (live,)) if p.needs_weight else ()
+    r = next((r for r in heights if _all_fit(p, r, dh_rows)), 0)
     stash = 0
     if r:
         stash = R = live
@@ -114,10 +115,13 @@ def plan(problem: Problem) -> Plan:
         # fewer would not pay for the float32 sum of dW that they need
         stash = min(stash, live) if 4 * stash >= live else 0
         R = max(1, stash)
+        chunk_row = _pass_bytes(p, 1, 0, dh_rows) - fixed
+        room = p.budget + p.dw_bytes(False) - _pass_bytes(p, 0, stash, dh_rows)
+        r = max(1, min(h.chunk_rows, _whole(room // chunk_row, p) if p.wide else R))
     span = min(h.recompute_rows, stripe)
     return Plan(
-        chunk_rows=min(r or h.chunk_rows, R) if chunks else R, buffer_rows=R, columns=h.columns, direct=p.live <= R,
-        dh_rows=min(dh_rows, R), score_group=min(h.score_group, rows), score_rows=min(h.score_rows, rows),
+        chunk_rows=min(r or h.chunk_rows, R) if p.wide else R, buffer_rows=R, columns=h.columns, direct=p.live <= R,
+        dh_rows=R if p.on_cpu else min(dh_rows, R), score_group=min(h.score_group, rows), score_rows=min(h.score_rows, rows),
         score_columns=h.score_columns, stash_rows=stash if p.stashes and p.live else 0, stripe_rows=stripe, recompute_rows=span,
         recompute_chunk=min(h.recompute_chunk, span), recompute_columns=h.recompute_columns,
     )  # fmt: skip
@@ -208,7 +212,7 @@ def _pass_bytes(p, r, R, dh_rows):
     """Chunk, buffer, the rows of hidden behind it, a slice of dH; on a CPU the rows of dH and one block's operands of dW."""
     e, D = p.element_size, p.depth
     chunk = r * _padded(p.vocab, p.tile_size) * p.tile_size * p.wide
-    row = _padded(p.vocab, e) * e + D * e
+    row = _padded(p.vocab, e) * e + D * (e + (4 + e) * p.stashes)  # rows of hidden behind a stash are scaled in float32
     if not p.on_cpu:
         return chunk + R * row + dh_rows * D * (e if e >= 4 else 4 + e) * p.needs_hidden
     columns = _block_columns(p) * p.needs_weight
