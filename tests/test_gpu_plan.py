@@ -1,7 +1,12 @@
-"""The chunk loops as a GPU takes them, on the CPU: float32 tiles with the gradient over them, products that add to float32
-sums, the whole vocabulary in one product, everything recomputed together. Only the products themselves are emulated."""
+"""The loops as a GPU takes them, on the CPU: float32 chunks beside a buffer in the inputs' dtype, the whole vocabulary in one
+product, dW in one product or summed in float32. Only the products that write float32 are emulated.
+
+The plan's steps are held against what really runs: every product's m, n and k, and the bytes of each row kernel's tiles.
+"""
 
 import random
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,31 +14,33 @@ from problems import DEVICE, draw_problem, make_problem, run
 from test_parity import PATHS, random_needs
 from tolerance import assert_all_close, assert_no_worse_than_torch
 
-from grpo_kernels import fused_linear_grpo_loss, linear_logprobs, reference
-from grpo_kernels.engine import products, tiles
+from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs, reference
+from grpo_kernels.backends import pytorch
+from grpo_kernels.engine import accumulate, chunks, operands, plan, products
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU does this by itself")
 every_path = pytest.mark.parametrize("config", PATHS.values(), ids=PATHS)
+GPU = replace(plan.DEVICES["h200"], l2=1 << 20)  # whose cache some chunks of these small problems fit and others do not
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
+    """The problems that were planned, in order."""
     seen = []
 
-    def plan_call(*args, plan_call=tiles.plan_call, **more):
-        seen.append(plan_call(*args, **more))
-        return seen[-1]
+    def recorded(problem):
+        seen.append(problem)
+        return plan.plan(problem)
 
-    for module in (products, tiles):
-        monkeypatch.setattr(module, "sums_directly", lambda like: True)
     monkeypatch.setattr(products, "FLOAT32_TILES", ("torch", "triton"))
-    monkeypatch.setattr(tiles, "plan_call", plan_call)
+    monkeypatch.setattr(operands, "device_of", lambda device: GPU)
+    monkeypatch.setattr(operands, "make_plan", recorded)
     return seen
 
 
 def workspaces(vocab, depth):
     """One row, a few rows, everything."""
-    row = vocab * 4 + depth * 8
+    row = vocab * 6 + depth * 8
     return (1, 3 * row, 9 * row, None)
 
 
@@ -62,21 +69,20 @@ def test_sixteen_bit_inputs_are_no_worse_than_pytorch(config, dtype, as_on_a_gpu
         for name, value in ours.gradients.items():
             key = f"gradient of {name}"
             assert_no_worse_than_torch(f"{key} {workspace}", value, plain[key], exact[key], floor=2e-3)
-    tiles_seen = {plan.tiles > 1 for plan in as_on_a_gpu}
-    assert tiles_seen == {False, True}
+    assert {plan.plan(problem).direct for problem in as_on_a_gpu} == {False, True}
 
 
 @pytest.mark.parametrize("needs", [("hidden", "weight"), ("hidden",), ("weight", "bias")])
 def test_every_way_of_two_phases(needs, as_on_a_gpu):
     """All rows stashed, a part of them, none."""
-    p = make_problem(B=8, T=16, D=16, V=1009, dtype=torch.bfloat16, config=PATHS["sequence"], bias=True)
+    p = make_problem(B=8, T=32, D=16, V=1009, dtype=torch.bfloat16, config=PATHS["sequence"], bias=True)
     exact = run(reference.grpo_loss, p, dtype=torch.float64, needs=needs)
     shares = set()
-    for workspace in (1, 100_000, 300_000, 2_000_000):
+    for workspace in (1, 100_000, 300_000, 500_000, 2_000_000):
         del as_on_a_gpu[:]
         ours = run(fused_linear_grpo_loss, p, needs=needs, backend="torch", workspace_bytes=workspace)
         assert_all_close(ours.gradients, exact.gradients, 1e-2)
-        stashed = as_on_a_gpu[0].stash_rows
+        stashed = plan.plan(as_on_a_gpu[0]).stash_rows
         shares.add("all" if stashed == p.kept else "some" if stashed else "none")
     assert needs == ("hidden",) or shares == {"all", "some", "none"}, shares
 
@@ -98,3 +104,79 @@ def test_triton_kernels_in_these_loops(config):
     truth = run(reference.grpo_loss, p).flat()
     for workspace in (1, 3000, None):
         assert_all_close(run(fused_linear_grpo_loss, p, backend="triton", workspace_bytes=workspace).flat(), truth, 1e-10)
+
+
+# The plan's steps against what runs
+
+
+class Recorder:
+    """Counts the products (m, n, k, bytes of an element written, whether it adds) and the row kernels (what, bytes) of a call."""
+
+    def __init__(self, monkeypatch):
+        self.products, self.kernels = Counter(), Counter()
+        for module in (chunks, accumulate):
+            monkeypatch.setattr(module, "multiply", self.multiply)
+        for name in ("statistics", "gradient", "stash"):
+            monkeypatch.setattr(pytorch, name, self.kernel(name, getattr(pytorch, name)))
+
+    def multiply(self, a, b, out, add=False, alpha=1.0):
+        self.products[(a.shape[0], b.shape[1], a.shape[1], out.element_size(), add)] += 1
+        products.multiply(a, b, out, add, alpha)
+
+    def kernel(self, name, function):
+        def call(tile, out, *more, **options):
+            written = 0 if name == "statistics" else out.numel() * out.element_size()
+            self.kernels[(name, tile.values.numel() * tile.values.element_size(), written)] += 1
+            return function(tile, out, *more, **options)
+
+        return call
+
+
+def planned(problem):
+    """The same two counts, of a plan's steps. The fused kernel's two reads are one kernel of each here, as in plain PyTorch."""
+    wanted, kernels, (e, z) = Counter(), Counter(), (problem.element_size, problem.tile_size)
+    for step in plan.steps(problem, plan.plan(problem)):
+        read, bytes_of_tile = step.read + step.cached, step.m * step.n * z
+        if step.k:
+            out = step.written + step.cached
+            size, operands_read = out // (step.m * step.n), (step.m + step.n) * step.k * e
+            assert out % (step.m * step.n) == 0 and step.read - operands_read in (0, out), step
+            wanted[(step.m, step.n, step.k, size, step.read > operands_read)] += step.count
+        elif step.what == "policy":
+            assert read == 2 * bytes_of_tile and step.written == step.m * step.n * e, step
+            kernels[("statistics", bytes_of_tile, 0)] += step.count
+            kernels[("gradient", bytes_of_tile, step.written)] += step.count
+        elif step.what in ("statistics", "gradient", "stash"):
+            assert read == bytes_of_tile and step.written == (0 if step.what == "statistics" else step.m * step.n * e), step
+            kernels[(step.what, bytes_of_tile, step.written)] += step.count
+    return wanted, kernels
+
+
+CASES = {
+    "one pass": (("hidden", "weight"), "token", True),
+    "frozen head": (("hidden",), "token", True),
+    "frozen hidden states": (("weight",), "token", True),
+    "log-probs": ((), "token", False),
+    "two phases": (("hidden", "weight"), "sequence", True),
+    "two phases, frozen hidden states": (("weight",), "sequence", True),
+    "frozen head, two phases": (("hidden",), "sequence", True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("workspace", [1, 200_000, 400_000, 1_500_000, None])
+def test_the_steps_of_a_plan_are_what_runs(case, workspace, as_on_a_gpu, monkeypatch):
+    needs, level, trains = CASES[case]
+    config = GRPOLossConfig(loss_type="sapo", importance_sampling_level=level)  # no clipping: every row has a gradient
+    p = make_problem(B=3, T=131, D=40, V=509, dtype=torch.bfloat16, config=config, masked=0.0, zero_advantages=False)
+    recorder = Recorder(monkeypatch)
+    positional, keywords, _ = p.arguments(needs=needs)
+    with torch.set_grad_enabled(trains):
+        loss = fused_linear_grpo_loss(*positional, **keywords, backend="torch", workspace_bytes=workspace).loss
+        if trains:
+            loss.backward()
+    problem = as_on_a_gpu[0]
+    assert (problem.live, problem.dead) == ((p.kept, 0) if trains else (0, p.kept))
+    wanted, kernels = planned(problem)
+    assert recorder.products == wanted
+    assert recorder.kernels == kernels

@@ -35,13 +35,12 @@ class WeightSum:
             self.product = torch.empty(self.step, columns, dtype=accumulate if wide else like.dtype, device=like.device)
         self.sum = empty(height if self.blockwise else rows, columns, like=like, dtype=accumulate)
         self.final = empty(rows, columns, like=like) if self.blockwise else None
-        self.started = set()
+        self.reached = 0  # rows that have their first product: every pass goes from left to right
 
     def add(self, start, end, dz_t, x):
         """Rows [start, end) += dz_t @ x, with dz_t [end - start, R] and x [R, K]."""
         out = self.sum[: end - start] if self.blockwise else self.sum[start:end]
-        first = start not in self.started
-        self.started.add(start)
+        first, self.reached = end > self.reached, max(end, self.reached)
         if self.product is None:
             multiply(dz_t, x, out, add=not first)
             return
@@ -56,7 +55,7 @@ class WeightSum:
             self.final[start:end].copy_(self.sum[: end - start])
 
     def finish(self):
-        if not self.started:
+        if not self.reached:
             return (self.final if self.blockwise else self.sum).to(self.dtype).zero_()
         if self.blockwise:
             return self.final
@@ -78,14 +77,16 @@ class WeightSum:
 
 
 class Gradients:
-    """The gradients of a `Run`; absent ones cost nothing. ``additions``: how many buffers of dz each row of dW is the sum of."""
+    """The gradients of a `Run`; absent ones cost nothing.
 
-    def __init__(self, run, additions, columns, vocabulary_outermost=False):
-        self.run, self.columns, self.arriving, self._transposed = run, columns, None, None
+    ``additions``: how many buffers of dz each row of dW is the sum of. ``block``: columns of a block where the vocabulary is outermost.
+    """
+
+    def __init__(self, run, additions, block=None):
+        self.run, self.arriving, self._transposed = run, None, None
         hidden, head, work = run.rows.hidden, run.head, run.work
         needs_hidden, needs_weight, needs_bias, needs_a, needs_b = work.needs
         vocab, depth = head.weight.shape
-        block = columns if vocabulary_outermost else None
         zeros = lambda like: torch.zeros(like.shape, dtype=run.accumulate, device=hidden.device)  # noqa: E731
         of_weight = lambda width: WeightSum(vocab, width, hidden, additions, run.wide, block)  # noqa: E731
         self.hidden = None
@@ -119,7 +120,7 @@ class Gradients:
         if factor is not None:
             h, t = ((x * factor.unsqueeze(1)).to(x.dtype) if x is not None else None for x in (h, t))
         if self.weight is not None or self.lora_b is not None or self.bias is not None:
-            for start, end in blocks(dz.shape[1], self.columns):
+            for start, end in blocks(dz.shape[1], self.run.plan.columns):
                 self.add_block(dz[:, start:end], start, end, h, t)
 
     def add_hidden(self, dz, h, where, factor):
@@ -194,7 +195,7 @@ class Gradients:
             return dz.T
         rows, columns = dz.shape
         if self._transposed is None or self._transposed.numel() < rows * columns:
-            self._transposed = empty(rows * max(columns, self.columns), like=dz)
+            self._transposed = empty(rows * columns, like=dz)
         out = self._transposed[: rows * columns].view(columns, rows)
         native.transpose(dz, out)
         return out

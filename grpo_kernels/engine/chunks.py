@@ -123,7 +123,7 @@ def one_pass(run):
     live, height = run.rows.live, min(run.plan.buffer_rows, max(run.rows.live, 1))
     # before the buffer, so that it and the small one of scoring are never in memory together
     score(run, live, run.rows.index.shape[0])
-    gradients = Gradients(run, -(-live // height), run.plan.columns)
+    gradients = Gradients(run, -(-live // height))
     if live:
         buffer = whole_rows(height, run)
         chunk = chunk_for(run, height)
@@ -194,8 +194,8 @@ def backward(run, scored, stash, g, g_entropy):
     k, n, plan = stash.shape[0], run.rows.index.shape[0], run.plan
     stripes = blocks_from(k, n, plan.stripe_rows)
     spans = sum(len(blocks_from(*stripe, plan.recompute_rows)) for stripe in stripes)
-    columns = plan.recompute_columns if spans else plan.columns
-    gradients = Gradients(run, (k > 0) + spans, columns, vocabulary_outermost=k == 0 and len(stripes) == 1)
+    outermost = k == 0 and len(stripes) == 1
+    gradients = Gradients(run, (k > 0) + spans, plan.recompute_columns if outermost else None)
     if k:
         _stashed_rows(run, gradients, run.some(scored, 0, k), stash, g[:k], None if g_entropy is None else g_entropy[:k])
     for stripe in stripes:
