@@ -2,13 +2,12 @@
 
 ``python -m benchmarks.compiled`` (``make kernels``) prints a row for each kernel and architecture: registers of a thread, bytes
 spilled and bytes of local memory, shared memory of a program, programs that fit a multiprocessor at once, and the narrowest
-global load and store inside the streaming loops, in bytes, and the loops that write over their own input without a barrier. It
-fails where something is spilled, an access is narrower than 16 bytes, or a barrier is missing.
+global load and store inside the streaming loops, in bytes. It fails where something is spilled or an access is narrower than 16
+bytes.
 
 The kernels are launched by the backend's own functions, caught on their way: what is judged is what a user gets.
 """
 
-import dataclasses
 import os
 import re
 import subprocess
@@ -29,9 +28,9 @@ from triton.compiler import ASTSource
 
 from grpo_kernels.backends import row_kernels_triton
 from grpo_kernels.backends import triton as backend
-from grpo_kernels.backends.pytorch import new_statistics
-from grpo_kernels.losses.coefficients import PolicyRows, PolicyTerms
+from grpo_kernels.backends.statistics import Scored, Tile, new_statistics
 from grpo_kernels.losses.config import LogitTransform
+from grpo_kernels.losses.terms import PolicyRows, PolicyTerms
 
 from .occupancy import blocks_at_once
 
@@ -57,11 +56,12 @@ class _Catcher:
     """Stands in for the module of the kernels; keeps the launch instead of making it."""
 
     def __init__(self):
-        self.Rows = row_kernels_triton.Rows
         self.caught = None
 
     def __getattr__(self, name):
         kernel = getattr(row_kernels_triton, name)
+        if not isinstance(kernel, triton.JITFunction):
+            return kernel
 
         class Launcher:
             def __getitem__(_, grid):
@@ -143,36 +143,6 @@ def narrowest(ptx: str, kind: str) -> int:
     return min((width for loop in loops(ptx) for width in accesses(loop)[kind]), default=0)
 
 
-_BARRIER = re.compile(r"\bbar(?:rier)?(?:\.cta)?\.sync(?:\.aligned)?\s+0\s*;")
-
-
-def unguarded(ptx: str) -> int:
-    """Loops in which no barrier of all threads stands between an iteration's last load and its first store.
-
-    Over a row's own memory one thread would overtake another there. A compiler may turn a loop, so that its text begins
-    anywhere in an iteration: what follows the last store of the text is the iteration's beginning.
-    """
-    count = 0
-    for loop in loops(ptx):
-        stores = [i for i, line in enumerate(loop) if accesses([line])["st"]]
-        if not stores:
-            continue
-        turned = loop[stores[-1] + 1 :] + loop[: stores[-1] + 1]
-        loads = [i for i, line in enumerate(turned) if accesses([line])["ld"]]
-        first = next(i for i, line in enumerate(turned) if accesses([line])["st"])
-        count += bool(loads) and not any(map(_BARRIER.search, turned[loads[-1] : first]))
-    return count
-
-
-def missing_barriers(launch: Caught, architecture: int, ptx: str) -> int:
-    """How many barriers a kernel that writes over its input lacks beside one that does not: one in the loop, one in the tail."""
-    if not launch.arguments["OVERLAY"]:
-        return 0
-    twin = compiled(dataclasses.replace(launch, arguments=launch.arguments | {"OVERLAY": False}), architecture)
-    more = len(_BARRIER.findall(ptx)) - len(_BARRIER.findall(twin.asm["ptx"]))
-    return max(0, 2 - more)
-
-
 def resources(cubin: bytes) -> dict[str, int]:
     """REG, STACK, LOCAL of a kernel in machine code."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -200,13 +170,12 @@ def row(name: str, architecture: int) -> dict:
         "programs": blocks_at_once(used["REG"], warps),
         "load": narrowest(ptx, "ld"),
         "store": narrowest(ptx, "st"),
-        "unguarded": (unguarded(ptx) if launch.arguments["OVERLAY"] else 0) + missing_barriers(launch, architecture, ptx),
     }
 
 
 def faults(found: dict) -> list[str]:
-    """What must not be: spills, accesses below 16 bytes, a gradient written over logits that somebody may still read."""
-    problems = [f"{key} is {found[key]}" for key in ("spills", "local", "unguarded") if found[key]]
+    """What must not be: spills, and accesses below 16 bytes."""
+    problems = [f"{key} is {found[key]}" for key in ("spills", "local") if found[key]]
     problems += [f"{key}s of {found[key]} bytes in a loop" for key in ("load", "store") if 0 < found[key] < 16]
     if not found["load"]:
         problems.append("no load was found in any loop")
@@ -217,78 +186,98 @@ def _shown(key, value):
     return "-" if key in ("load", "store") and not value else value
 
 
+def _tile(columns, transform, values, stride=None, bias=False, temperature=False):
+    """Rows on 128 bytes, as the engine lays them out, unless a stride is given."""
+    values = torch.zeros(ROWS, stride or -(-columns // 32) * 32, dtype=values)[:, :columns]
+    return Tile(values, torch.zeros(ROWS, dtype=torch.int64), transform, torch.zeros(columns) if bias else None,
+                _vector() if temperature else None)  # fmt: skip
+
+
 def _vector():
     return torch.zeros(ROWS)
 
 
-def _statistics(columns=WIDE, transform=PLAIN, tile=torch.float32, probs=None, **options):
-    """``probs`` is the dtype of a stash."""
+def _out(tile, dtype):
+    """The tile's own memory where the dtype is its own, as where float32 is trained or a stash becomes a gradient."""
+    values = tile.values
+    return values if dtype == values.dtype else torch.zeros(ROWS, values.stride(0), dtype=dtype)[:, : values.shape[1]]
 
+
+def _scored():
+    return Scored(_vector(), _vector(), _vector())
+
+
+def statistics(columns=WIDE, transform=PLAIN, values=torch.float32, stride=None, **options):
     def call():
-        z = torch.zeros(ROWS, columns, dtype=tile)
-        out = None if probs is None or probs == tile else torch.zeros(ROWS, columns, dtype=probs)
-        backend.statistics(z, new_statistics(ROWS, torch.float32, "cpu"), torch.zeros(ROWS, dtype=torch.int64), transform,
-                           probs=probs is not None, out=out, **_optional(columns, **options))  # fmt: skip
+        tile = _tile(columns, transform, values, stride, **options)
+        backend.statistics(tile, new_statistics(ROWS, torch.float32, "cpu"))
 
     return call
 
 
-def _gradient(columns=WIDE, transform=PLAIN, tile=torch.float32, gradient=torch.bfloat16, entropy=False, probs=False, **options):
+def _gradient(columns=WIDE, transform=PLAIN, values=torch.float32, out=torch.bfloat16, entropy=False, from_stash=False, **options):
     def call():
-        z = torch.zeros(ROWS, columns, dtype=tile)
-        backend.gradient(z, torch.zeros(ROWS, dtype=torch.int64), _vector(), _vector(), _vector(), _vector(),
-                         _vector() if entropy else None, transform, from_probs=probs, out=_over(z, gradient),
-                         **_optional(columns, **options))  # fmt: skip
+        tile = _tile(columns, transform, values, **options)
+        backend.gradient(tile, _out(tile, out), _scored(), _vector(), _vector() if entropy else None, from_stash)
 
     return call
 
 
-def _policy(kind="clipped", columns=WIDE, transform=PLAIN, tile=torch.float32, gradient=torch.bfloat16, kl=True, entropy=False,
+def _stash(columns=WIDE, transform=PLAIN, values=torch.float32, out=torch.bfloat16, **options):
+    def call():
+        tile = _tile(columns, transform, values, **options)
+        backend.stash(tile, _out(tile, out), _scored())
+
+    return call
+
+
+def _policy(kind="clipped", columns=WIDE, transform=PLAIN, values=torch.float32, out=torch.bfloat16, kl=True, entropy=False,
             **options):  # fmt: skip
     def call():
-        z = torch.zeros(ROWS, columns, dtype=tile)
-        linear = kind == "linear"
-        rows = PolicyRows(_vector(), None if linear else _vector(), None if linear else _vector(),
-                          *((_vector(), _vector()) if kl else (None, None)), _vector() if entropy else None)  # fmt: skip
-        terms = PolicyTerms(kind, use_bias_correction_kl=not linear)
-        backend.policy(z, torch.zeros(ROWS, dtype=torch.int64), rows, terms, transform, _vector(), _vector(),
-                       out=_over(z, gradient), **_optional(columns, **options))  # fmt: skip
+        tile, linear = _tile(columns, transform, values, **options), kind == "linear"
+        rows = PolicyRows(_vector(), *([None] * 2 if linear else [_vector()] * 2), *([_vector()] * 2 if kl else [None] * 2),
+                          _vector() if entropy else None)  # fmt: skip
+        backend.policy(tile, _out(tile, out), rows, PolicyTerms(kind, use_bias_correction_kl=not linear), _scored())
 
     return call
-
-
-def _over(tile, dtype):
-    return None if dtype == tile.dtype else tile.view(dtype)[:, : tile.shape[1]]
-
-
-def _optional(columns, bias=False, temperature=False):
-    return {"bias": torch.zeros(columns) if bias else None, "temperature": _vector() if temperature else None}
 
 
 CASES = {
-    "statistics": _statistics(),
-    "statistics, column block": _statistics(NARROW),
-    "statistics, softcap": _statistics(NARROW, SOFTCAP),
-    "statistics, bias, temperature": _statistics(bias=True, temperature=True),
-    "statistics, bf16 tile": _statistics(NARROW, tile=torch.bfloat16),
-    "statistics, bf16 stash": _statistics(probs=torch.bfloat16),
-    "statistics, softcap, bf16 stash": _statistics(probs=torch.bfloat16, transform=SOFTCAP),
+    "statistics": statistics(),
+    "statistics, odd V": statistics(WIDE + 1),
+    "statistics, column block": statistics(NARROW),
+    "statistics, softcap": statistics(NARROW, SOFTCAP),
+    "statistics, bias, temperature": statistics(bias=True, temperature=True),
+    "statistics, bf16": statistics(NARROW, values=torch.bfloat16),
     "gradient": _gradient(),
+    "gradient, odd V": _gradient(WIDE + 1),
     "gradient, column block": _gradient(NARROW),
-    "gradient, entropy, softcap, bias": _gradient(NARROW, SOFTCAP, entropy=True, bias=True),
-    "gradient, float32": _gradient(gradient=torch.float32),
-    "gradient of a stash": _gradient(tile=torch.bfloat16, probs=True),
-    "gradient of a stash, entropy, softcap": _gradient(tile=torch.bfloat16, probs=True, entropy=True, transform=SOFTCAP),
+    "gradient, softcap": _gradient(transform=SOFTCAP),
+    "gradient, entropy": _gradient(entropy=True),
+    "gradient, entropy, softcap, bias": _gradient(entropy=True, transform=SOFTCAP, bias=True),
+    "gradient, float32 in place": _gradient(out=torch.float32),
+    "stash": _stash(),
+    "stash, odd V": _stash(WIDE + 1),
+    "stash, softcap, bias": _stash(transform=SOFTCAP, bias=True),
+    "stash, float32 in place": _stash(out=torch.float32),
+    "gradient from a stash": _gradient(values=torch.bfloat16, from_stash=True),
+    "gradient from a stash, softcap": _gradient(values=torch.bfloat16, from_stash=True, transform=SOFTCAP),
+    "gradient from a stash, entropy": _gradient(values=torch.bfloat16, from_stash=True, entropy=True),
+    "gradient from a stash, entropy, softcap": _gradient(values=torch.bfloat16, from_stash=True, entropy=True, transform=SOFTCAP),
     "policy, clipped, KL": _policy(),
+    "policy, clipped, odd V": _policy(columns=WIDE + 1),
     "policy, clipped, V 32k": _policy(columns=32_000),
+    "policy, clipped, bias": _policy(bias=True),
     "policy, clipped, bias, entropy, temperature": _policy(bias=True, entropy=True, temperature=True),
+    "policy, clipped, bias, entropy, softcap": _policy(bias=True, entropy=True, transform=SOFTCAP),
     "policy, cispo, softcap": _policy("cispo", transform=SOFTCAP),
     "policy, sapo": _policy("sapo"),
     "policy, linear": _policy("linear", kl=False),
     "policy, linear, KL, entropy, softcap": _policy("linear", transform=SOFTCAP, entropy=True),
-    "policy, float32": _policy(gradient=torch.float32),
-    "policy, bf16 tile": _policy(tile=torch.bfloat16),
-    "policy, fp16 over float32": _policy(gradient=torch.float16),
+    "policy, float32 in place": _policy(out=torch.float32),
+    "policy, float32 in place, entropy, softcap": _policy(out=torch.float32, entropy=True, transform=SOFTCAP),
+    "policy, bf16 in place": _policy(values=torch.bfloat16),
+    "policy, fp16": _policy(out=torch.float16),
 }
 
 
@@ -303,8 +292,7 @@ def main() -> int:
     for found in rows:
         print(f"{found['kernel']:<{width}} " + " ".join(f"{_shown(key, found[key]):>9}" for key in columns[1:]))
         bad += [f"{found['kernel']} on {found['arch']}: {problem}" for problem in faults(found)]
-    print("programs: that fit a multiprocessor at once; load, store: bytes of the narrowest access in a loop (-: there is none);")
-    print("unguarded: writes over a row's own memory without a barrier")
+    print("programs: that fit a multiprocessor at once; load, store: bytes of the narrowest access in a loop (-: there is none)")
     print(f"triton {triton.__version__}, V {WIDE}: {len(rows)} kernels compiled, {f'{len(bad)} faults' if bad else 'no fault'}")
     for problem in bad:
         print(problem, file=sys.stderr)

@@ -270,27 +270,27 @@ void gradient_row(const T* in, T* out, int64_t columns, int64_t target, const Ve
   const A g_entropy = A(d.g_entropy), h = A(d.entropy), inv_cap = A(1) / transform.cap;
   if (kept && !capped && !entropy) {
     scale_row(in, out, columns, target, transform, *kept, d.shift, d.weight);
-  } else if (!from_stash && !capped && !entropy) {
-    exp_row(in, out, columns, transform, shift, weight);
-  } else if (!capped && !entropy) {
-    map_row(in, out, columns, false, [&](V unit, int64_t, int64_t) { return unit * -weight; });
-  } else {
-    map_row(in, out, columns, transform.bias && !from_stash, [&](V v, int64_t column, int64_t lanes) {
-      V e = -v, log_p, derivative;
-      if (from_stash) {
-        log_p = vlog(e);
+  } else if (from_stash) {
+    map_row(in, out, columns, false, [&](V unit, int64_t, int64_t) {
+      if (!capped && !entropy) return unit * -weight;
+      V p = -unit, dz = weight * p;
+      const V plain = dz, log_p = vlog(p);
+      if (entropy) dz = dz - g_entropy * (p * (log_p + h));
+      if (capped) {
         const V share = (log_p + shift) * inv_cap;
-        if (capped) derivative = vmax(1 - share * share, V{});  // slope_of_share
-      } else {
-        log_p = transform(v, column, lanes, derivative) - shift;
-        e = exp_clamping<kDigits<T>>(log_p);
-        log_p = log_p - log_sum;
+        dz = dz * vmax(1 - share * share, V{});  // slope_of_share
       }
+      return p < std::numeric_limits<A>::min() ? plain : dz;  // where p is 0 or denormal, its logarithm is infinite
+    });
+  } else if (!capped && !entropy) {
+    exp_row(in, out, columns, transform, shift, weight);
+  } else {
+    map_row(in, out, columns, transform.bias, [&](V raw, int64_t column, int64_t lanes) {
+      V derivative, x = transform(raw, column, lanes, derivative) - shift;
+      const V e = exp_clamping<kDigits<T>>(x);
       V dz = weight * e;
-      if (entropy) dz = dz - g_entropy * (e * inv_sum * (log_p + h));
-      if (capped) dz = dz * derivative;
-      // where p is 0 or denormal, its logarithm may be infinite
-      return from_stash && e < std::numeric_limits<A>::min() ? weight * e : dz;
+      if (entropy) dz = dz - g_entropy * (e * inv_sum * (x - log_sum + h));
+      return capped ? dz * derivative : dz;
     });
   }
   if (has_target) store_scalar(out + target, A(at_target));

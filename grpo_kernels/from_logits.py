@@ -81,7 +81,7 @@ def grpo_loss_from_logits(
     if temperature is not None:
         temperature = temperature.detach().to(accumulate)
         temperature = temperature.where(kept & (temperature > 0), 1.0)
-    work = encoded(Work(config.transform, backend, 0, (True, *(False,) * 4)))
+    work = Work(config.transform, backend, 0, (True, *(False,) * 4))
     logps, entropy = _LogitsLogProbs.apply(logits, target, kept, temperature, work, inplace_backward and not overlaps)
     logps, entropy = logps.where(kept, 0.0), entropy.where(kept, 0.0)  # a GPU scores masked positions too
     if correction is not None:
@@ -93,7 +93,7 @@ def grpo_loss_from_logits(
 class _LogitsLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, kept, temperature, work, inplace):
-        scored = score_logits(logits, target, kept, temperature, work)
+        scored = score_logits(logits, target, kept, temperature, *encoded(work))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, temperature, *scored)
         ctx.options = (work, inplace)
@@ -108,14 +108,16 @@ class _LogitsLogProbs(torch.autograd.Function):
             return (None,) * 6
         g = torch.zeros_like(scored[0]) if g is None else g
         tile = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device).copy_(logits)
-        logits_to_gradient(tile, target, temperature, scored, [g, g_entropy], work)
+        logits_to_gradient(tile, target, temperature, scored, [g, g_entropy], *encoded(work))
         return tile, *(None,) * 5
 
 
 @torch.library.custom_op("grpo_kernels::score_logits", mutates_args=())
-def score_logits(logits: Tensor, target: Tensor, kept: Tensor, temperature: Tensor | None, work: str) -> list[Tensor]:
+def score_logits(
+    logits: Tensor, target: Tensor, kept: Tensor, temperature: Tensor | None, numbers: Sequence[float], work: str
+) -> list[Tensor]:
     """[logps, lse, entropy], [B, T] (or [N]) each, of logits [B, T, V] (or [N, V]), 0 where not kept."""
-    dtype, wanted = accumulation_dtype(logits.dtype), decoded(work)
+    dtype, wanted = accumulation_dtype(logits.dtype), decoded(tuple(numbers), work)
     out = [torch.zeros(target.shape, dtype=dtype, device=logits.device) for _ in range(3)]
     for values, sequence in _sequences(logits):
         for span in _spans(kept[sequence]):
@@ -129,17 +131,17 @@ def score_logits(logits: Tensor, target: Tensor, kept: Tensor, temperature: Tens
 
 
 @score_logits.register_fake
-def _(logits, target, kept, temperature, work):
+def _(logits, target, kept, temperature, numbers, work):
     return [logits.new_empty(target.shape, dtype=accumulation_dtype(logits.dtype)) for _ in range(3)]
 
 
 @torch.library.custom_op("grpo_kernels::logits_to_gradient", mutates_args=("logits",))
 def logits_to_gradient(
     logits: Tensor, target: Tensor, temperature: Tensor | None, scored: Sequence[Tensor], incoming: Sequence[Tensor | None],
-    work: str,
+    numbers: Sequence[float], work: str,
 ) -> None:  # fmt: skip
     """Overwrites logits with their gradient, given those of logps and entropy; rows without one become 0."""
-    wanted = decoded(work)
+    wanted = decoded(tuple(numbers), work)
     vectors = [None if x is None else x.contiguous() for x in (target, temperature, *scored, *incoming)]
     for values, sequence in _sequences(logits):
         target, temp, logps, lse, entropy, g, g_entropy = (None if x is None else x[sequence] for x in vectors)

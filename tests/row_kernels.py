@@ -1,14 +1,15 @@
 """Tiles for tests of the row kernels, and every backend's kernels behind one face."""
 
 import os
+from dataclasses import fields, replace
 
 import cuda_host
 import pytest
 import torch
 
-from grpo_kernels.backends import cuda, native, pytorch, triton
+from grpo_kernels.backends import cuda, native, pytorch, statistics, triton
 
-INF = float("inf")
+INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 DEVICE = os.environ.get("GRPO_KERNELS_TEST_DEVICE", "cpu")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -25,75 +26,94 @@ def make_tile(rows, columns, dtype, spare=0, spread=3.0):
     return wide[:, :columns]
 
 
-def copy_of(tile):
-    """The same values at the same row stride."""
-    return torch.empty_strided(tile.shape, tile.stride(), dtype=tile.dtype).copy_(tile)
-
-
 def new_stats(rows, dtype):
-    return torch.tensor([-INF, 0.0, 0.0, -INF], dtype=acc(dtype)).repeat(rows, 1)
+    return statistics.new_statistics(rows, acc(dtype), "cpu")
+
+
+def in_frame(rows, columns, stride, dtype, device):
+    """(matrix [R, C] of this row stride, the memory around it); all of it NaN."""
+    frame = torch.full((rows + 2, stride), NAN, dtype=dtype, device=device)
+    return frame[1:-1, :columns], frame
 
 
 class Kernels:
-    """A backend's three functions for tensors on the CPU: on a GPU they work on copies, and what they wrote is brought back."""
+    """A backend's row kernels for tensors on the CPU; what they are given stays as it is, what they write is returned.
 
-    def __init__(self, name, module, device="cpu", over=False, **options):
-        self.name, self.module, self.device, self.over, self.options = name, module, device, over, options
+    They work in place; with `apart` in other memory, which was NaN; with `wide` also on float32 logits of 16-bit inputs. Memory
+    around a matrix is NaN and must remain so.
+    """
+
+    def __init__(self, name, module, device="cpu", apart=False, wide=False, **options):
+        self.name, self.module, self.device, self.apart, self.wide, self.options = name, module, device, apart, wide, options
 
     def __repr__(self):
         return self.name
 
-    def statistics(self, tile, stats, *args, probs=False, **more):
-        return self._call(self.module.statistics, tile, (stats, *args), {"probs": probs, **more}, writes=probs)
+    def statistics(self, tile, stats):
+        """Folds into `stats`."""
+        mine, frame = self._placed(tile, self.wide)
+        before, moved = frame.clone(), self._moved(stats)
+        self.module.statistics(mine, moved, **self.options)
+        torch.testing.assert_close(frame, before, rtol=0, atol=0, equal_nan=True)
+        stats.copy_(moved)
 
-    def gradient(self, tile, *args, **more):
-        return self._call(self.module.gradient, tile, args, more)
+    def gradient(self, tile, scored, g, g_entropy=None, from_stash=False):
+        args = self._all_moved(scored), self._moved(g), self._moved(g_entropy), from_stash
+        return self._written(self.module.gradient, tile, *args, in_place=from_stash)
 
-    def policy(self, tile, *args, **more):
-        return self._call(self.module.policy, tile, args, more)
+    def stash(self, tile, scored):
+        return self._written(self.module.stash, tile, self._all_moved(scored))
 
-    def _call(self, function, tile, args, more, writes=True):
-        back = []
+    def policy(self, tile, rows, terms):
+        """(gradient, Scored)"""
+        rows = replace(rows, **{field.name: self._moved(getattr(rows, field.name)) for field in fields(rows)})
+        scored = statistics.Scored(*torch.full((3, tile.target.numel()), NAN, dtype=acc(tile.values.dtype), device=self.device))
+        out = self._written(self.module.policy, tile, rows, terms, scored)
+        return out, statistics.Scored(*(x.cpu() for x in scored))
 
-        def placed(value):
-            if isinstance(value, torch.Tensor) and self.device != "cpu":
-                back.append((value, value.to(self.device)))
-                return back[-1][1]
-            if type(value).__name__ in ("SimpleNamespace", "PolicyRows"):
-                return type(value)(**{k: placed(v) for k, v in vars(value).items()})
-            return value
+    def _written(self, function, tile, *args, in_place=False):
+        apart = self.apart and not in_place
+        mine, frame = self._placed(tile, self.wide and apart)
+        out, outside, (rows, columns) = mine.values, frame, tile.values.shape
+        if apart:
+            out, outside = in_frame(rows, columns, columns + 3, tile.values.dtype, self.device)
+            before = frame.clone()
+        function(mine, out, *args, **self.options)
+        assert outside[[0, -1]].isnan().all() and outside[:, columns:].isnan().all(), "written outside of the matrix"
+        if apart:
+            torch.testing.assert_close(frame, before, rtol=0, atol=0, equal_nan=True)
+        return out.cpu()
 
-        args, more = [placed(x) for x in args], {k: placed(v) for k, v in more.items()}
-        over = self.over and tile.dtype == torch.bfloat16 and not more.get("from_probs")
-        if over or self.device != "cpu":
-            mine = torch.empty_strided(tile.shape, tile.stride(), dtype=torch.float32 if over else tile.dtype, device=self.device)
-            mine.copy_(tile)
-        else:
-            mine = tile
-        out = mine.view(tile.dtype)[:, : tile.shape[1]] if over and tile.shape[0] else None
-        function(mine, *args, **more, **self.options, **({"out": out} if over and writes else {}))
-        if mine is not tile and writes:
-            tile.copy_(mine if out is None else out)
-        for value, moved in back:
-            if not value.is_leaf or value.dtype != torch.int64:
-                value.copy_(moved)
+    def _placed(self, tile, wide):
+        values = tile.values
+        (rows, columns), dtype = values.shape, torch.float32 if wide and values.dtype == torch.bfloat16 else values.dtype
+        matrix, frame = in_frame(rows, columns, max(columns, values.stride(0)), dtype, self.device)
+        matrix.copy_(values)
+        others = {name: self._moved(getattr(tile, name)) for name in ("target", "bias", "temperature")}
+        return replace(tile, values=matrix, **others), frame
+
+    def _moved(self, value):
+        return None if value is None else value.to(self.device, copy=True)
+
+    def _all_moved(self, scored):
+        return statistics.Scored(*map(self._moved, scored))
 
 
 def all_kernels():
-    found = [Kernels("torch", pytorch, DEVICE), Kernels("torch-over", pytorch, DEVICE, over=True)]
+    found = [Kernels("torch", pytorch, DEVICE), Kernels("torch-wide", pytorch, DEVICE, apart=True, wide=True)]
     if native.why_unavailable() is None and DEVICE == "cpu":
-        found += [Kernels(f"cpu-{isa}", native, isa=isa) for isa in native.isas()]
+        for isa in native.isas():
+            found += [Kernels(f"cpu-{isa}", native, isa=isa), Kernels(f"cpu-{isa}-apart", native, apart=True, isa=isa)]
     if triton.why_unavailable() is None:
-        found += [Kernels("triton", triton, DEVICE), Kernels("triton-over", triton, DEVICE, over=True)]
+        found += [Kernels("triton", triton, DEVICE), Kernels("triton-wide", triton, DEVICE, apart=True, wide=True)]
     if cuda.why_unavailable() is None and DEVICE != "cpu":
-        found += [Kernels("cuda", cuda, DEVICE), Kernels("cuda-over", cuda, DEVICE, over=True)]
+        found += [Kernels("cuda", cuda, DEVICE), Kernels("cuda-wide", cuda, DEVICE, apart=True, wide=True)]
     if cuda_host.why_unavailable() is None and DEVICE == "cpu":  # 64 threads: several warps, and several steps in a short row
         twice, kept = {"variant": cuda_host.TWICE, "threads": 64}, {"variant": cuda_host.KEPT, "threads": 64, "cluster": 2}
         for name, options in ("cuda-shim", twice), ("cuda-shim-cluster", kept):
-            found += [Kernels(name, cuda_host, **options), Kernels(f"{name}-over", cuda_host, over=True, **options)]
+            found += [Kernels(name, cuda_host, **options), Kernels(f"{name}-wide", cuda_host, apart=True, wide=True, **options)]
     return found
 
 
 each_kernels = pytest.mark.parametrize("kernels", all_kernels(), ids=repr)
-
-
+each_policy = pytest.mark.parametrize("kernels", [k for k in all_kernels() if hasattr(k.module, "policy")], ids=repr)

@@ -150,14 +150,14 @@ def test_opcheck(adapter):
         work = Work(LogitTransform(1.0, 3.0, 0.8), "torch", budget, (True, True, True, adapter, adapter), lora_scale=0.5)
         loss = encoded(replace(work, config=GRPOLossConfig(beta=0.1)))
         vectors = [x[:3] for x in (w, advantages, old, ref, w)]
-        torch.library.opcheck(ops.one_pass.default, (hidden, head, [rows, target, None, *vectors, None], 3, loss), test_utils=checks)
+        torch.library.opcheck(ops.one_pass.default, (hidden, head, [rows, target, None, *vectors, None], 3, *loss), test_utils=checks)
         for stash_rows, wanted in ((0, (False,) * 3), (3, (False,) * 3), (3, (True, False, True))):
             two_phases = encoded(replace(work, diagnostics=wanted))
-            score = (hidden, head, [rows, target, w + 0.5], 4, stash_rows, two_phases)
+            score = (hidden, head, [rows, target, w + 0.5], 4, stash_rows, *two_phases)
             torch.library.opcheck(ops.score.default, score, test_utils=checks)
             *scored, stash, _ = ops.score(*score)
             incoming = [normal(5), normal(5)]
-            back = (hidden, head, [rows, target, w + 0.5], scored, stash, incoming, two_phases)
+            back = (hidden, head, [rows, target, w + 0.5], scored, stash, incoming, *two_phases)
             torch.library.opcheck(ops.score_backward.default, back, test_utils=checks)
 
 
@@ -167,9 +167,9 @@ def test_opcheck_of_the_logits_ops():
     logits = torch.randn(2, 3, 7, generator=g)
     target, kept = torch.randint(0, 7, (2, 3), generator=g), torch.tensor([[1, 1, 0], [0, 0, 0]]).bool()
     work = encoded(Work(LogitTransform(), "torch", 0, (True, *(False,) * 4)))
-    score = (logits, target, kept, None, work)
+    score = (logits, target, kept, None, *work)
     torch.library.opcheck(ops.score_logits.default, score, test_utils=checks)
-    back = (logits.clone(), target, None, ops.score_logits(*score), [kept.float(), None], work)
+    back = (logits.clone(), target, None, ops.score_logits(*score), [kept.float(), None], *work)
     torch.library.opcheck(ops.logits_to_gradient.default, back, test_utils=checks)
 
 

@@ -1,16 +1,13 @@
 """The row kernels in Triton: one program owns a row of logits, arithmetic in float32 (float64 for float64 tiles).
 
-    statistics   one read of the tile; with an output, a second one and one write of softmax(z)
-    gradient     one read and one write
+    statistics   one read of the tile
+    gradient     one read and one write, of logits or of a stash; a stash is written likewise
     policy       statistics, then the gradient: two reads and one write, the second read from the cache where the rows in
                  flight fit it. The first walk goes right to left, so that the second one, left to right, meets the
                  columns that were read last.
 
-Per element: two exp in `policy` (and a quarter for the running maximum, kept per GROUP of columns), one elsewhere. The target's
-column is left out of every sum, so that p near 1 loses no digits; only the block that holds it looks for it.
-
-The gradient may be written in a narrower dtype over the tile's own memory (OVERLAY): block k of it lies on block k / 2 of
-the logits, so a barrier stands between a block's last load and its first store, and a block is loaded one step ahead.
+Per element: two exp in `policy` (and a quarter for the running maximum, kept per GROUP of columns), one elsewhere; a log from a
+stash. The target's column is left out of every sum, so that p near 1 loses no digits; only the block that holds it looks for it.
 """
 
 from typing import NamedTuple
@@ -18,15 +15,32 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ..losses.terms import KINDS
+
 GROUP = tl.constexpr(4)  # elements of one 16-byte load: their maximum needs no exchange between threads
-CLIPPED, CISPO, SAPO, LINEAR = (tl.constexpr(kind) for kind in range(4))
-FROM_LOGITS, FROM_PROBS, SOFTMAX = (tl.constexpr(mode) for mode in range(3))  # what `_write_row` makes of which
+CLIPPED, CISPO, SAPO, LINEAR = (tl.constexpr(KINDS.index(kind)) for kind in ("clipped", "cispo", "sapo", "linear"))
+FROM_LOGITS, FROM_STASH, TO_STASH = (tl.constexpr(mode) for mode in range(3))  # what `_write_row` makes of which
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1.0e4)  # exp of it is 0, and 0 times it is not NaN
 
 
+class Matrix(NamedTuple):
+    """[R, C], columns adjacent."""
+
+    pointer: object
+    stride: object  # elements from row to row
+
+
+class Scored(NamedTuple):
+    """Pointers to acc [R], or the numbers of one row: the fields of `statistics.Scored`."""
+
+    logps: object
+    lse: object
+    entropy: object
+
+
 class Rows(NamedTuple):
-    """Per-row inputs of `policy`, pointers to acc [R] or None: the fields of `coefficients.PolicyRows`."""
+    """Per-row inputs of `policy`, pointers to acc [R] or None: the fields of `terms.PolicyRows`."""
 
     w_policy: object
     advantages: object
@@ -34,6 +48,24 @@ class Rows(NamedTuple):
     ref: object
     w_kl: object
     w_entropy: object
+
+
+class Statistics(NamedTuple):
+    """Of a set of columns, or of one set for each GROUP of lanes, which know no target."""
+
+    peak: object  # max
+    others: object  # sum of exp(z - max) without the target's column
+    moment: object  # sum of (z - max) exp(z - max)
+    target: object  # target's z; -inf: not in the set
+
+
+class Transform(NamedTuple):
+    """How raw logits become z; numbers in acc."""
+
+    bias: object  # pointer or None
+    logit_scale: object
+    softcap: object  # None: none
+    temperature: object
 
 
 @triton.jit
@@ -112,144 +144,159 @@ def policy_coefficient(logps, old, ref, advantage, w_policy, w_kl, epsilon_low, 
 
 
 @triton.jit
-def _transformed(x, columns, end, bias_ptr, logit_scale, softcap, temperature,
-                 ACC: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
+def _row_transform(bias_ptr, temperature_ptr, row, logit_scale, softcap, temperature,
+                   ACC: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + row)
+    cap = None
+    if SOFTCAP:
+        cap = tl.full((), softcap, ACC)
+    return Transform(bias_ptr, tl.full((), logit_scale, ACC), cap, tl.full((), temperature, ACC))
+
+
+@triton.jit
+def _transformed(x, columns, end, transform):
     """(z, d z / d x temperature / logit_scale) of raw logits: bias, logit scale, softcap, temperature.
 
     ``end`` is the first column behind the row, or None where all columns are known to lie in it.
     """
-    y = x.to(ACC)
-    if bias_ptr is not None:
+    y = x.to(transform.temperature.dtype)
+    if transform.bias is not None:
         if end is None:
-            y += tl.load(bias_ptr + columns)
+            y += tl.load(transform.bias + columns)
         else:
-            y += tl.load(bias_ptr + columns, mask=columns < end, other=0.0)
+            y += tl.load(transform.bias + columns, mask=columns < end, other=0.0)
     slope = 1.0
-    if SOFTCAP:
-        u = y * (logit_scale / softcap)
+    if transform.softcap is not None:
+        u = y * (transform.logit_scale / transform.softcap)
         e = _exp(-2.0 * tl.abs(u))
         tanh = (1.0 - e) / (1.0 + e)
-        z = tl.where(u < 0.0, -tanh, tanh) * (softcap / temperature)
+        z = tl.where(u < 0.0, -tanh, tanh) * (transform.softcap / transform.temperature)
         slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
     else:
-        z = y * (logit_scale / temperature)
+        z = y * (transform.logit_scale / transform.temperature)
     return z, slope
 
 
 @triton.jit
-def _fold(x, start, end, target, peak, others, moment, bias_ptr, logit_scale, softcap, temperature,
-          ACC: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """A block of logits folded into the running (max, sum of exp, sum of (z - max) exp), one of each per GROUP of lanes."""
+def _against(s, peak):
+    """(others, moment) of a set of columns, as they are beside a maximum that is no less than theirs."""
+    shift = _finite(peak)
+    seen = s.others
+    if s.target is not None:
+        seen += _exp(s.target - _finite(s.peak))
+    carry, drop = _exp(s.peak - shift), tl.where(s.peak == float("-inf"), 0.0, s.peak - shift)
+    return carry * s.others, carry * (s.moment + drop * seen)
+
+
+@triton.jit
+def _merged(a, b):
+    """The statistics of two sets of columns without a common one."""
+    peak = tl.maximum(a.peak, b.peak)
+    others_a, moment_a = _against(a, peak)
+    others_b, moment_b = _against(b, peak)
+    return Statistics(peak, others_a + others_b, moment_a + moment_b, tl.where(b.target == float("-inf"), a.target, b.target))
+
+
+@triton.jit
+def _fold(x, start, end, target, lanes, transform, BLOCK: tl.constexpr):
+    """A block of logits folded into the running statistics, one for each GROUP of lanes."""
     columns = start + tl.arange(0, BLOCK)
-    z, _ = _transformed(x, columns, end, bias_ptr, logit_scale, softcap, temperature, ACC, SOFTCAP)
+    z, _ = _transformed(x, columns, end, transform)
     if end is not None:
         z = tl.where(columns < end, z, float("-inf"))
     if (target >= start) & (target < start + BLOCK):  # one block of a row: the others need not look for it
         z = tl.where(columns == target, float("-inf"), z)
     z = tl.reshape(z, (BLOCK // GROUP, GROUP))
-    new_peak = tl.maximum(peak, tl.max(z, 1))
-    shift = _finite(new_peak)
-    carry, drop = _exp(peak - shift), tl.where(peak == float("-inf"), 0.0, peak - shift)
-    d = z - tl.expand_dims(shift, 1)
+    peak = tl.maximum(lanes.peak, tl.max(z, 1))
+    others, moment = _against(lanes, peak)
+    d = z - tl.expand_dims(_finite(peak), 1)
     e = _exp(d)
-    moment = carry * (moment + drop * others) + tl.sum(tl.maximum(d, _LOWEST) * e, 1)
-    return new_peak, carry * others + tl.sum(e, 1), moment
+    return Statistics(peak, others + tl.sum(e, 1), moment + tl.sum(tl.maximum(d, _LOWEST) * e, 1), None)
 
 
 @triton.jit
-def _row_statistics(row_ptr, columns, target, bias_ptr, logit_scale, softcap, temperature,
-                    ACC: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """(max, sum of exp, sum of (z - max) exp) of a row without the target's column, and the target's z; -inf if it is not here."""
-    lanes = tl.arange(0, BLOCK)
-    peak = tl.full((BLOCK // GROUP,), float("-inf"), ACC)
-    others = tl.zeros((BLOCK // GROUP,), ACC)
-    moment = tl.zeros((BLOCK // GROUP,), ACC)
+def _row_statistics(row_ptr, columns, target, transform, BLOCK: tl.constexpr):
+    at_lane = tl.arange(0, BLOCK)
+    nothing = tl.zeros((BLOCK // GROUP,), transform.temperature.dtype)
+    lanes = Statistics(nothing + float("-inf"), nothing, nothing, None)
     full = columns // BLOCK
     if full * BLOCK < columns:
-        x = tl.load(row_ptr + full * BLOCK + lanes, mask=full * BLOCK + lanes < columns, other=0.0)
-        peak, others, moment = _fold(x, full * BLOCK, columns, target, peak, others, moment,
-                                     bias_ptr, logit_scale, softcap, temperature, ACC, SOFTCAP, BLOCK)  # fmt: skip
-    x = tl.load(row_ptr + (full - 1) * BLOCK + lanes, mask=lanes < full * BLOCK, other=0.0)
+        x = tl.load(row_ptr + full * BLOCK + at_lane, mask=full * BLOCK + at_lane < columns, other=0.0)
+        lanes = _fold(x, full * BLOCK, columns, target, lanes, transform, BLOCK)
+    x = tl.load(row_ptr + (full - 1) * BLOCK + at_lane, mask=at_lane < full * BLOCK, other=0.0)
     for k in range(full):
         start = (full - 1 - k) * BLOCK
-        ahead = tl.load(row_ptr + start - BLOCK + lanes, mask=lanes < start, other=0.0)
-        peak, others, moment = _fold(x, start, None, target, peak, others, moment,
-                                     bias_ptr, logit_scale, softcap, temperature, ACC, SOFTCAP, BLOCK)  # fmt: skip
+        ahead = tl.load(row_ptr + start - BLOCK + at_lane, mask=at_lane < start, other=0.0)
+        lanes = _fold(x, start, None, target, lanes, transform, BLOCK)
         x = ahead
-    row_peak = tl.max(peak, 0)
-    shift = _finite(row_peak)
-    carry, drop = _exp(peak - shift), tl.where(peak == float("-inf"), 0.0, peak - shift)
-    row_moment, row_others = tl.sum(carry * (moment + drop * others), 0), tl.sum(carry * others, 0)
+    peak = tl.max(lanes.peak, 0)
+    others, moment = _against(lanes, peak)
+    without = Statistics(peak, tl.sum(others, 0), tl.sum(moment, 0), float("-inf"))
 
     here = (target >= 0) & (target < columns)
     at = tl.where(here, target, 0)
-    z, _ = _transformed(tl.load(row_ptr + at), at, None, bias_ptr, logit_scale, softcap, temperature, ACC, SOFTCAP)
-    return row_peak, row_others, row_moment, tl.where(here, z, float("-inf"))
+    z, _ = _transformed(tl.load(row_ptr + at), at, None, transform)
+    z, zero = tl.where(here, z, float("-inf")), tl.zeros((), z.dtype)
+    return _merged(without, Statistics(z, zero, zero, z))
 
 
 @triton.jit
-def _with_target(peak, others, moment, z):
-    """The statistics of `_row_statistics` with the target in the maximum and in the moment, as they are kept."""
-    total = tl.maximum(peak, z)
-    shift = _finite(total)
-    carry, drop = tl.exp(peak - shift), tl.where(peak == float("-inf"), 0.0, peak - shift)
-    own = tl.where(z == float("-inf"), 0.0, z - shift)
-    return total, carry * others, carry * (moment + drop * others) + own * tl.exp(z - shift)
-
-
-@triton.jit
-def _closed(peak, others, moment, z):
-    """(logps, lse, entropy) of whole-row statistics; others leaves out the target, so log p near 0 keeps its digits."""
-    x = (peak - z) + tl.log(others)
+def _finalized(s):
+    """The scores of whole-row statistics; others leaves out the target, so log p near 0 keeps its digits."""
+    x = (s.peak - s.target) + tl.log(s.others)
     logps = -(tl.where(x > 0.0, x, 0.0) + _log1p(tl.exp(-tl.abs(x))))
-    total = others + tl.exp(z - peak)
+    total = s.others + tl.exp(s.target - s.peak)
     log_total = tl.log(total)
-    return logps, peak + log_total, log_total - moment / total
+    return Scored(logps, s.peak + log_total, log_total - s.moment / total)
 
 
 @triton.jit
-def _result_block(x, start, end, target, at_target, lse, logps, entropy, g, g_entropy, bias_ptr,
-                  logit_scale, softcap, temperature,
-                  ACC: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr,
-                  BLOCK: tl.constexpr):  # fmt: skip
-    """dz of a block, or its softmax; g and g_entropy carry the factor logit_scale / temperature, at_target is dz of lp alone."""
+def _result_block(x, start, end, target, at_target, scored, g, g_entropy, transform, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    """dz of a block, or onehot - p; g and g_entropy carry the factor logit_scale / temperature.
+
+    at_target is what stands in the target's column, but for the gradient of the entropy and the softcap's slope.
+    """
     columns = start + tl.arange(0, BLOCK)
     slope = 1.0
-    if MODE == FROM_PROBS:
-        p = x.to(ACC)
-        log_p = tl.where(columns == target, logps, tl.log(p))  # the target's digits are not in a p near 1
-        if SOFTCAP:
-            share = temperature * (log_p + lse) / softcap
-            slope = tl.maximum(1.0 - share * share, 0.0)
+    if MODE == FROM_STASH:
+        p = -x.to(transform.temperature.dtype)
+        log_p = tl.log(p)
     else:
-        z, slope = _transformed(x, columns, end, bias_ptr, logit_scale, softcap, temperature, ACC, SOFTCAP)
-        log_p = z - lse
+        z, slope = _transformed(x, columns, end, transform)
+        log_p = z - scored.lse
         p = _exp(log_p)
-    if MODE == SOFTMAX:
-        result = p
-    else:
-        result = -g * p
-        if (target >= start) & (target < start + BLOCK):
-            result = tl.where(columns == target, at_target, result)
-        if ENTROPY:
-            result -= g_entropy * (p * (tl.maximum(log_p, _LOWEST) + entropy))
-        result *= slope
+    result = -p
+    if MODE != TO_STASH:
+        result *= g
+    if (target >= start) & (target < start + BLOCK):
+        here = columns == target
+        result = tl.where(here, at_target, result)
+        if MODE == FROM_STASH:
+            log_p = tl.where(here, scored.logps, log_p)
+            p = tl.where(here, tl.exp(scored.logps), p)
+    if MODE != TO_STASH:
+        if g_entropy is not None:
+            result -= g_entropy * (p * (tl.maximum(log_p, _LOWEST) + scored.entropy))
+        if transform.softcap is not None:
+            if MODE == FROM_STASH:
+                share = transform.temperature * (log_p + scored.lse) / transform.softcap
+                slope = tl.maximum(1.0 - share * share, 0.0)
+            result *= slope
     return result
 
 
 @triton.jit
-def _write_row(row_ptr, out_ptr, columns, target, lse, logps, entropy, g, g_entropy, bias_ptr,
-               logit_scale, softcap, temperature,
-               ACC: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr,
-               OVERLAY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """A row becomes dz or its softmax, left to right; a gradient is zeros where nothing flows back, whatever the row holds."""
+def _write_row(row_ptr, out_ptr, columns, target, scored, g, g_entropy, transform, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes dz or onehot - p, left to right; a gradient is zeros where nothing flows back, whatever the row holds."""
     lanes = tl.arange(0, BLOCK)
     dtype = out_ptr.dtype.element_ty
     full = columns // BLOCK
-    idle = (g == 0.0) & (MODE != SOFTMAX)
-    if ENTROPY:
-        idle = idle & (g_entropy == 0.0)
-    tl.debug_barrier()  # every thread has read the target's logit, and whatever else the row was asked for
+    idle = False
+    if MODE != TO_STASH:
+        idle = g == 0.0
+        if g_entropy is not None:
+            idle = idle & (g_entropy == 0.0)
     if idle:
         nothing = tl.zeros((BLOCK,), dtype)
         for k in range(full):
@@ -257,138 +304,95 @@ def _write_row(row_ptr, out_ptr, columns, target, lse, logps, entropy, g, g_entr
         if full * BLOCK < columns:
             tl.store(out_ptr + full * BLOCK + lanes, nothing, mask=full * BLOCK + lanes < columns)
     else:
-        factor = logit_scale / temperature
-        g, g_entropy = g * factor, g_entropy * factor
-        at_target = -g * _expm1(logps)
+        at_target = -_expm1(scored.logps)
+        if MODE != TO_STASH:
+            factor = transform.logit_scale / transform.temperature
+            g *= factor
+            at_target *= g
+            if g_entropy is not None:
+                g_entropy *= factor
         x = tl.load(row_ptr + lanes, mask=lanes < full * BLOCK, other=0.0)
         for k in range(full):
             start = k * BLOCK
             ahead = tl.load(row_ptr + start + BLOCK + lanes, mask=lanes < (full - 1 - k) * BLOCK, other=0.0)
-            result = _result_block(x, start, None, target, at_target, lse, logps, entropy, g, g_entropy, bias_ptr,
-                                   logit_scale, softcap, temperature, ACC, SOFTCAP, ENTROPY, MODE, BLOCK)  # fmt: skip
-            if OVERLAY:
-                tl.debug_barrier()
+            result = _result_block(x, start, None, target, at_target, scored, g, g_entropy, transform, MODE, BLOCK)
             tl.store(out_ptr + start + lanes, result.to(dtype))
             x = ahead
         if full * BLOCK < columns:
             start = full * BLOCK
             x = tl.load(row_ptr + start + lanes, mask=start + lanes < columns, other=0.0)
-            result = _result_block(x, start, columns, target, at_target, lse, logps, entropy, g, g_entropy, bias_ptr,
-                                   logit_scale, softcap, temperature, ACC, SOFTCAP, ENTROPY, MODE, BLOCK)  # fmt: skip
-            if OVERLAY:
-                tl.debug_barrier()
+            result = _result_block(x, start, columns, target, at_target, scored, g, g_entropy, transform, MODE, BLOCK)
             tl.store(out_ptr + start + lanes, result.to(dtype), mask=start + lanes < columns)
-
-
-@triton.jit
-def _row_temperature(temperature_ptr, row, temperature, ACC: tl.constexpr):
-    if temperature_ptr is not None:
-        return tl.load(temperature_ptr + row)
-    else:
-        return tl.full((), temperature, ACC)
 
 
 @triton.jit(do_not_specialize_on_alignment=["stats_ptr", "target_ptr", "temperature_ptr"])  # slices that start anywhere
 def statistics_kernel(
-    tile_ptr,  # [R, C] raw logits
-    out_ptr,  # [R, C] or None: softmax(z) of whole rows is written here
-    stats_ptr,  # [R, 4] acc: max, sum of exp(z - max) without the target, sum of (z - max) exp(z - max), target's z
+    tile,  # Matrix of raw logits
+    stats_ptr,  # [R, 4] acc, the fields of Statistics
     target_ptr,  # [R] int64, relative to the tile's first column
     bias_ptr,  # [C] acc or None
     temperature_ptr,  # [R] acc or None
-    tile_stride,
-    out_stride,
     columns,
     logit_scale: tl.float64,
     softcap: tl.float64,
     temperature: tl.float64,
     SOFTCAP: tl.constexpr,
-    OVERLAY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 at 14k rows of 152k
-    row_ptr, stats_ptr = tile_ptr + row * tile_stride, stats_ptr + row * 4
-    scale, cap = tl.full((), logit_scale, ACC), tl.full((), softcap, ACC)
-    temp = _row_temperature(temperature_ptr, row, temperature, ACC)
+    stats_ptr += row * 4
+    transform = _row_transform(bias_ptr, temperature_ptr, row, logit_scale, softcap, temperature, ACC, SOFTCAP)
     target = tl.load(target_ptr + row).to(tl.int32)
-    peak, others, moment, z = _row_statistics(row_ptr, columns, target, bias_ptr, scale, cap, temp, ACC, SOFTCAP, BLOCK)
-    peak, others, moment = _with_target(peak, others, moment, z)
-
-    before, others_before = tl.load(stats_ptr), tl.load(stats_ptr + 1)
-    moment_before, z_before = tl.load(stats_ptr + 2), tl.load(stats_ptr + 3)
-    total = tl.maximum(before, peak)
-    shift = _finite(total)
-    seen_before = others_before + tl.exp(z_before - _finite(before))
-    seen = others + tl.exp(z - _finite(peak))
-    carry_before, carry = tl.exp(before - shift), tl.exp(peak - shift)
-    drop_before = tl.where(before == float("-inf"), 0.0, before - shift)
-    drop = tl.where(peak == float("-inf"), 0.0, peak - shift)
-    others = carry_before * others_before + carry * others
-    moment = carry_before * (moment_before + drop_before * seen_before) + carry * (moment + drop * seen)
-    z = tl.where((target >= 0) & (target < columns), z, z_before)
+    before = Statistics(tl.load(stats_ptr), tl.load(stats_ptr + 1), tl.load(stats_ptr + 2), tl.load(stats_ptr + 3))
+    after = _merged(before, _row_statistics(tile.pointer + row * tile.stride, columns, target, transform, BLOCK))
     tl.debug_barrier()  # every thread has read what the first ones overwrite now
-    tl.store(stats_ptr, total)
-    tl.store(stats_ptr + 1, others)
-    tl.store(stats_ptr + 2, moment)
-    tl.store(stats_ptr + 3, z)
-
-    if out_ptr is not None:
-        logps, lse, entropy = _closed(total, others, moment, z)
-        _write_row(row_ptr, out_ptr + row * out_stride, columns, target, lse, logps, entropy, lse * 0.0 + 1.0, lse * 0.0,
-                   bias_ptr, scale, cap, temp, ACC, SOFTCAP, False, SOFTMAX, OVERLAY, BLOCK)  # fmt: skip
+    tl.store(stats_ptr, after.peak)
+    tl.store(stats_ptr + 1, after.others)
+    tl.store(stats_ptr + 2, after.moment)
+    tl.store(stats_ptr + 3, after.target)
 
 
-@triton.jit(do_not_specialize_on_alignment=["target_ptr", "lse_ptr", "logps_ptr", "entropy_ptr", "g_ptr", "g_entropy_ptr",
-                                            "temperature_ptr"])  # fmt: skip
+@triton.jit(do_not_specialize_on_alignment=["scored", "g_ptr", "g_entropy_ptr", "target_ptr", "temperature_ptr"])
 def gradient_kernel(
-    tile_ptr,  # [R, C] raw logits, or p
-    out_ptr,  # [R, C]: the tile itself, or its memory in a narrower dtype, or other memory
-    target_ptr,  # [R] int64, relative to the tile's first column
-    lse_ptr,  # [R] acc
-    logps_ptr,  # [R] acc
-    entropy_ptr,  # [R] acc
-    g_ptr,  # [R] acc, d loss / d logps
+    tile,  # Matrix of raw logits, or of a stash: onehot - p
+    out,  # Matrix: the tile itself, or other memory
+    scored,  # Scored
+    g_ptr,  # [R] acc, d loss / d logps; None: TO_STASH
     g_entropy_ptr,  # [R] acc, d loss / d entropy, or None
+    target_ptr,  # [R] int64, relative to the tile's first column
     bias_ptr,  # [C] acc or None
     temperature_ptr,  # [R] acc or None
-    tile_stride,
-    out_stride,
     columns,
     logit_scale: tl.float64,
     softcap: tl.float64,
     temperature: tl.float64,
     SOFTCAP: tl.constexpr,
-    MODE: tl.constexpr,  # FROM_LOGITS or FROM_PROBS
-    OVERLAY: tl.constexpr,
+    MODE: tl.constexpr,  # FROM_LOGITS, FROM_STASH or TO_STASH
     BLOCK: tl.constexpr,
 ):
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    ACC: tl.constexpr = scored.lse.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    scale, cap = tl.full((), logit_scale, ACC), tl.full((), softcap, ACC)
-    temp = _row_temperature(temperature_ptr, row, temperature, ACC)
-    g = tl.load(g_ptr + row)
-    ENTROPY: tl.constexpr = g_entropy_ptr is not None
-    g_entropy = g * 0.0
-    if ENTROPY:
+    transform = _row_transform(bias_ptr, temperature_ptr, row, logit_scale, softcap, temperature, ACC, SOFTCAP)
+    g, g_entropy = None, None
+    if g_ptr is not None:
+        g = tl.load(g_ptr + row)
+    if g_entropy_ptr is not None:
         g_entropy = tl.load(g_entropy_ptr + row)
-    _write_row(tile_ptr + row * tile_stride, out_ptr + row * out_stride, columns, tl.load(target_ptr + row).to(tl.int32),
-                    tl.load(lse_ptr + row), tl.load(logps_ptr + row), tl.load(entropy_ptr + row), g, g_entropy,
-                    bias_ptr, scale, cap, temp, ACC, SOFTCAP, ENTROPY, MODE, OVERLAY, BLOCK)  # fmt: skip
+    scores = Scored(tl.load(scored.logps + row), tl.load(scored.lse + row), tl.load(scored.entropy + row))
+    _write_row(tile.pointer + row * tile.stride, out.pointer + row * out.stride, columns, tl.load(target_ptr + row).to(tl.int32),
+               scores, g, g_entropy, transform, MODE, BLOCK)  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows", "logps_ptr", "entropy_ptr", "target_ptr", "temperature_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["scored", "rows", "target_ptr", "temperature_ptr"])
 def policy_kernel(
-    tile_ptr,  # [R, C] raw logits of whole rows
-    out_ptr,  # [R, C]: the tile itself, or its memory in a narrower dtype, or other memory
+    tile,  # Matrix of raw logits, whole rows
+    out,  # Matrix: the tile itself, or other memory
+    scored,  # Scored, written
     rows,  # Rows
-    logps_ptr,  # [R] acc, written
-    entropy_ptr,  # [R] acc, written
     target_ptr,  # [R] int64 in [0, C)
     bias_ptr,  # [C] acc or None
     temperature_ptr,  # [R] acc or None
-    tile_stride,
-    out_stride,
     columns,
     logit_scale: tl.float64,
     softcap: tl.float64,
@@ -398,29 +402,25 @@ def policy_kernel(
     delta: tl.float64,
     sapo_temperature_pos: tl.float64,
     sapo_temperature_neg: tl.float64,
-    KIND: tl.constexpr,
+    KIND: tl.constexpr,  # index into KINDS
     BIAS_CORRECTION: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    OVERLAY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    ACC: tl.constexpr = logps_ptr.dtype.element_ty
+    ACC: tl.constexpr = scored.lse.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = tile_ptr + row * tile_stride
-    scale, cap = tl.full((), logit_scale, ACC), tl.full((), softcap, ACC)
-    temp = _row_temperature(temperature_ptr, row, temperature, ACC)
+    row_ptr = tile.pointer + row * tile.stride
+    transform = _row_transform(bias_ptr, temperature_ptr, row, logit_scale, softcap, temperature, ACC, SOFTCAP)
     target = tl.load(target_ptr + row).to(tl.int32)
-    peak, others, moment, z = _row_statistics(row_ptr, columns, target, bias_ptr, scale, cap, temp, ACC, SOFTCAP, BLOCK)
-    peak, others, moment = _with_target(peak, others, moment, z)
-    logps, lse, entropy = _closed(peak, others, moment, z)
-    tl.store(logps_ptr + row, logps)
-    tl.store(entropy_ptr + row, entropy)
+    scores = _finalized(_row_statistics(row_ptr, columns, target, transform, BLOCK))
+    tl.store(scored.logps + row, scores.logps)
+    tl.store(scored.lse + row, scores.lse)
+    tl.store(scored.entropy + row, scores.entropy)
 
     HAS_OLD: tl.constexpr = rows.old is not None
     HAS_REF: tl.constexpr = rows.ref is not None
-    ENTROPY: tl.constexpr = rows.w_entropy is not None
     zero = tl.zeros((), ACC)
-    old, ref, w_kl, advantage, w_policy, g_entropy = zero, zero, zero, zero, zero, zero
+    old, ref, w_kl, advantage, w_policy, g_entropy = zero, zero, zero, zero, zero, None
     if HAS_OLD:
         old = tl.load(rows.old + row)
     if HAS_REF:
@@ -429,15 +429,15 @@ def policy_kernel(
         advantage = tl.load(rows.advantages + row)
     if rows.w_policy is not None:
         w_policy = tl.load(rows.w_policy + row)
-    if ENTROPY:
+    if rows.w_entropy is not None:
         g_entropy = tl.load(rows.w_entropy + row)
     g = policy_coefficient(
-        logps, old, ref, advantage, w_policy, w_kl, tl.full((), epsilon_low, ACC), tl.full((), epsilon_high, ACC),
+        scores.logps, old, ref, advantage, w_policy, w_kl, tl.full((), epsilon_low, ACC), tl.full((), epsilon_high, ACC),
         tl.full((), delta, ACC), tl.full((), sapo_temperature_pos, ACC), tl.full((), sapo_temperature_neg, ACC),
         KIND, HAS_OLD, HAS_REF, BIAS_CORRECTION,
     )  # fmt: skip
-    _write_row(row_ptr, out_ptr + row * out_stride, columns, target, lse, logps, entropy, g, g_entropy,
-                    bias_ptr, scale, cap, temp, ACC, SOFTCAP, ENTROPY, FROM_LOGITS, OVERLAY, BLOCK)  # fmt: skip
+    tl.debug_barrier()  # in place: every thread has read the target's logit
+    _write_row(row_ptr, out.pointer + row * out.stride, columns, target, scores, g, g_entropy, transform, FROM_LOGITS, BLOCK)
 
 
 @triton.jit

@@ -1,18 +1,18 @@
 """The row kernels in Triton: checked launches, and the launch shape.
 
 On a GPU they are compiled at first use; on the CPU they run in Triton's interpreter when TRITON_INTERPRET=1 was set before
-the import, which is slow and meant for tests. The contract of the three functions is that of `pytorch.py`.
+the import, which is slow and meant for tests. The contract of the functions is that of `pytorch.py`.
 """
 
 import contextlib
-import math
 from dataclasses import dataclass
 
 import torch
 
+from ..losses.terms import KINDS
+
 _REMEDY = "pip install triton (3.4 or newer)"
 _SCALE_BLOCK = 8192
-_KINDS = {"clipped": 0, "cispo": 1, "sapo": 2, "linear": 3}
 
 try:
     from . import row_kernels_triton as kernels
@@ -56,58 +56,42 @@ def launch_shape(columns: int, element_size: int, reads: int = 1, plain: bool = 
     raise AssertionError(columns)
 
 
-def statistics(tile, stats, target, transform, *, bias=None, temperature=None, probs=False, out=None):
-    """Folds a tile into the running statistics [R, 4]; with probs writes its softmax to ``out`` (None: over the tile)."""
-    rows, columns = tile.shape
-    if rows == 0:
-        return
-    _check(tile, stats=stats, target=target, bias=bias, temperature=temperature)
-    out = _destination(tile, out) if probs else None
-    with _device(tile):
-        kernels.statistics_kernel[(rows,)](
-            tile, out, stats, target, bias, temperature, *_strides(tile, out), columns, *_numbers(transform),
-            **_options(tile, out, transform, reads=1 + probs, plain=bias is None),
-        )  # fmt: skip
+def statistics(tile, stats):
+    """Folds a tile into the running statistics [R, 4] of its rows."""
+    if _has_rows(tile, stats=stats):
+        _launch(kernels.statistics_kernel, tile, _matrix(tile.values), stats, shape=_shape(tile))
 
 
-def gradient(tile, target, lse, logps, entropy, g, g_entropy, transform, *, bias=None, temperature=None, from_probs=False,
-             out=None):  # fmt: skip
-    """Writes the gradient of a tile of logits, or of stashed probabilities, to ``out`` (None: over the tile)."""
-    rows, columns = tile.shape
-    if rows == 0:
-        return
-    vectors = {"lse": lse, "logps": logps, "entropy": entropy, "g": g, "g_entropy": g_entropy}
-    _check(tile, target=target, bias=bias, temperature=temperature, **vectors)
-    out = _destination(tile, out)
-    with _device(tile):
-        kernels.gradient_kernel[(rows,)](
-            tile, out, target, lse, logps, entropy, g, g_entropy, bias, temperature, *_strides(tile, out), columns,
-            *_numbers(transform), MODE=1 if from_probs else 0, **_options(tile, out, transform),
-        )  # fmt: skip
+def gradient(tile, out, scored, g, g_entropy=None, from_stash=False):
+    """Writes the gradient of the raw logits, from a tile of logits or of a stash."""
+    if _has_rows(tile, out, g=g, g_entropy=g_entropy, **scored._asdict()):
+        mode = kernels.FROM_STASH if from_stash else kernels.FROM_LOGITS
+        _launch(kernels.gradient_kernel, tile, _matrix(tile.values), _matrix(out), kernels.Scored(*scored), g, g_entropy,
+                shape=_shape(tile, plain=g_entropy is None), MODE=mode.value)  # fmt: skip
 
 
-def policy(tile, target, rows, terms, transform, logps, entropy, *, bias=None, temperature=None, out=None):
-    """The fused GRPO kernel: statistics, log-prob, entropy, coefficient and gradient of whole rows in one launch."""
-    height, columns = tile.shape
-    if height == 0:
-        return
+def stash(tile, out, scored):
+    """Writes ``onehot - p``, from which `gradient` can be made later without the logits."""
+    if _has_rows(tile, out, **scored._asdict()):
+        _launch(kernels.gradient_kernel, tile, _matrix(tile.values), _matrix(out), kernels.Scored(*scored), None, None,
+                shape=_shape(tile), MODE=kernels.TO_STASH.value)  # fmt: skip
+
+
+def policy(tile, out, rows, terms, scored):
+    """The fused GRPO kernel: statistics, scores, coefficient and gradient of whole rows in one launch."""
     vectors = {name: getattr(rows, name) for name in kernels.Rows._fields}
-    _check(tile, target=target, bias=bias, temperature=temperature, logps=logps, entropy=entropy, **vectors)
-    out = _destination(tile, out)
-    delta = math.inf if terms.delta is None else float(terms.delta)
-    with _device(tile):
-        kernels.policy_kernel[(height,)](
-            tile, out, kernels.Rows(**vectors), logps, entropy, target, bias, temperature, *_strides(tile, out), columns,
-            *_numbers(transform), float(terms.epsilon_low), float(terms.epsilon_high), delta,
-            float(terms.sapo_temperature_pos), float(terms.sapo_temperature_neg), KIND=_KINDS[terms.kind],
-            BIAS_CORRECTION=bool(terms.use_bias_correction_kl),
-            **_options(tile, out, transform, reads=2, plain=bias is None and rows.w_entropy is None),
-        )  # fmt: skip
+    _require(terms.kind == "linear" or rows.w_policy is None or rows.advantages is not None, "advantages are missing")
+    _require(rows.ref is None or rows.w_kl is not None, "w_kl is missing")
+    if _has_rows(tile, out, **vectors, **scored._asdict()):
+        _launch(kernels.policy_kernel, tile, _matrix(tile.values), _matrix(out), kernels.Scored(*scored), kernels.Rows(**vectors),
+                numbers=(terms.epsilon_low, terms.epsilon_high, terms.delta, terms.sapo_temperature_pos, terms.sapo_temperature_neg),
+                shape=_shape(tile, reads=2, plain=rows.w_entropy is None),
+                KIND=KINDS.index(terms.kind), BIAS_CORRECTION=bool(terms.use_bias_correction_kl))  # fmt: skip
 
 
 def scale_(tensor, scale):
     """``tensor *= scale`` in place; the 0-dim scale stays on the device, and where it is 1 nothing is read or written."""
-    assert tensor.is_contiguous() and scale.numel() == 1 and scale.device == tensor.device
+    _require(tensor.is_contiguous() and scale.numel() == 1 and scale.device == tensor.device, "wanted a contiguous tensor and a number")
     if tensor.numel():
         with _device(tensor):
             kernels.scale_kernel[(-(-tensor.numel() // _SCALE_BLOCK),)](
@@ -115,43 +99,58 @@ def scale_(tensor, scale):
             )
 
 
-def _numbers(transform):
-    return float(transform.logit_scale), float(transform.softcap or 0.0), float(transform.temperature)
+def _launch(kernel, tile, *args, shape, numbers=(), **constants):
+    transform = tile.transform
+    transforms = transform.logit_scale, transform.softcap or 0.0, transform.temperature
+    with _device(tile.values):
+        kernel[(tile.values.shape[0],)](
+            *args, tile.target, tile.bias, tile.temperature, tile.values.shape[1], *map(float, (*transforms, *numbers)), **constants,
+            SOFTCAP=transform.softcap is not None, BLOCK=shape.block, num_warps=shape.warps,
+        )  # fmt: skip
 
 
-def _strides(tile, out):
-    return tile.stride(0), 0 if out is None else out.stride(0)
+def _matrix(tensor):
+    return kernels.Matrix(tensor, tensor.stride(0))
 
 
-def _options(tile, out, transform, reads=1, plain=True):
-    shape = launch_shape(tile.shape[1], tile.element_size(), reads, plain and transform.softcap is None)
-    overlay = out is not None and out.dtype != tile.dtype and out.data_ptr() == tile.data_ptr()
-    return {"SOFTCAP": transform.softcap is not None, "OVERLAY": overlay, "BLOCK": shape.block, "num_warps": shape.warps}
+def _shape(tile, reads=1, plain=True):
+    plain = plain and tile.bias is None and tile.transform.softcap is None
+    return launch_shape(tile.values.shape[1], tile.values.element_size(), reads, plain)
 
 
-def _destination(tile, out):
-    if out is None:
-        return tile
-    assert out.shape == tile.shape and (out.shape[1] <= 1 or out.stride(1) == 1), "out must be [R, C] with adjacent columns"
-    if out.data_ptr() == tile.data_ptr():
-        narrower = out.element_size() <= tile.element_size()
-        assert narrower and out.stride(0) * out.element_size() == tile.stride(0) * tile.element_size(), "rows must lie on rows"
-    return out
+def _has_rows(tile, out=None, **vectors):
+    """Whether there is anything to launch for. Raises AssertionError before a kernel reads or writes past the end of a tensor."""
+    values = tile.values
+    rows, columns = values.shape
+    acc = torch.float64 if values.dtype == torch.float64 else torch.float32
+    wanted = {"stats": ((rows, 4), acc), "bias": ((columns,), acc), "target": ((rows,), torch.int64)}
+    for name, tensor in dict(vectors, target=tile.target, bias=tile.bias, temperature=tile.temperature).items():
+        shape, dtype = wanted.get(name, ((rows,), acc))
+        if tensor is not None:
+            good = tensor.shape == shape and tensor.dtype == dtype and tensor.device == values.device and tensor.is_contiguous()
+            _require(good, f"{name} must be contiguous {shape} {dtype} on {values.device}, got {tuple(tensor.shape)} {tensor.dtype}")
+    for name, matrix in ("values", values), ("out", out):
+        if matrix is not None:
+            good = matrix.shape == values.shape and matrix.device == values.device
+            adjacent = (columns <= 1 or matrix.stride(1) == 1) and (rows <= 1 or matrix.stride(0) >= columns)
+            _require(good and adjacent, f"{name} must be {rows} rows apart of {columns} adjacent columns on {values.device}, "
+                                        f"got {tuple(matrix.shape)} at strides {matrix.stride()} on {matrix.device}")  # fmt: skip
+    if out is not None and rows:
+        same = out.dtype == values.dtype and out.data_ptr() == values.data_ptr() and out.stride(0) == values.stride(0)
+        _require(same or _end(out) <= values.data_ptr() or _end(values) <= out.data_ptr(), "out must be the tile itself or other memory")
+    return rows > 0
 
 
-def _check(tile, **tensors):
-    """An assertion names what is wrong with a tensor before a kernel reads past its end."""
-    rows, columns = tile.shape
-    accumulate = torch.float64 if tile.dtype == torch.float64 else torch.float32
-    wanted = {"stats": (rows, 4), "bias": (columns,)}
-    assert columns <= 1 or tile.stride(1) == 1, f"tile's columns must be adjacent, got strides {tile.stride()}"
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        shape, dtype = wanted.get(name, (rows,)), torch.int64 if name == "target" else accumulate
-        good = tensor.shape == shape and tensor.dtype == dtype and tensor.device == tile.device and tensor.is_contiguous()
-        assert good, f"{name} must be contiguous {shape} {dtype} on {tile.device}, got {tuple(tensor.shape)} {tensor.dtype}"
+def _end(matrix):
+    rows, columns = matrix.shape
+    return matrix.data_ptr() + ((rows - 1) * matrix.stride(0) + columns) * matrix.element_size()
 
 
-def _device(tile):
-    return torch.cuda.device(tile.device) if tile.is_cuda else contextlib.nullcontext()
+def _require(holds, message):
+    # not an assert statement: `python -O` must not turn a wrong shape into a wild write
+    if not holds:
+        raise AssertionError(message)
+
+
+def _device(tensor):
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -20,7 +20,7 @@ from ..backends.statistics import Scored, Tile, finalize, merged, new_statistics
 from ..losses.terms import kernel_terms, row_coefficient
 from .accumulate import Gradients
 from .diagnostics import Diagnostics
-from .operands import Head, Rows, decoded, plan_of
+from .operands import Head, Rows, plan_of
 from .products import accumulation_dtype, blocks, blocks_from, empty, multiply, tile_dtype, tile_memory
 
 _ROW_ALIGNMENT = 128
@@ -36,7 +36,7 @@ class Run:
     """One op at work: its operands, its plan, and the steps that the loops share."""
 
     def __init__(self, hidden, head, rows, live, work, two_phases=False):
-        self.work, self.accumulate = decoded(work), accumulation_dtype(hidden.dtype)
+        self.work, self.accumulate = work, accumulation_dtype(hidden.dtype)
         weight, bias, *lora = head
         self.head = Head(weight, None if bias is None else bias.to(self.accumulate).contiguous(), *lora)
         self.rows = Rows.of(hidden, rows, live)

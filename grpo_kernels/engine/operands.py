@@ -30,7 +30,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a call: hidden of all tokens, which of them are computed, and their per-row tensors, in the order of ``index``."""
+    """The rows of a call: hidden of all tokens, which of them are computed, and per-row tensors in the order of ``index``."""
 
     hidden: torch.Tensor  # [M, D]
     index: torch.Tensor  # [N] int64 into the tokens: the kept rows, those that need a gradient (the live ones) in front
@@ -52,7 +52,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Work:
-    """What a call wants besides its tensors, and where it runs; one string at the boundary of an op."""
+    """What a call wants besides its tensors, and where it runs; numbers and a string at the boundary of an op."""
 
     transform: LogitTransform
     backend: str
@@ -69,35 +69,43 @@ class Work:
         return self.needs[1] or self.needs[2] or self.needs[4]
 
 
-def encoded(work: Work) -> str:
-    """The string that `decoded` reads; torch.compile, which knows nothing of JSON, sees a function of plain constants."""
-    values = []
-    for value in (getattr(work, name) for name in _FIELDS):
-        plain = value is None or isinstance(value, (str, int, float, tuple))
-        values.append(value if plain else tuple([getattr(value, name) for name in _NESTED[type(value)]]))
-    return _joined(*values)
+def encoded(work: Work) -> tuple[list[float], str]:
+    """What `decoded` reads: the numbers, which may be symbols under torch.compile, and everything else as one string."""
+    numbers = []
+    return numbers, _joined(*[_without_numbers(getattr(work, name), numbers) for name in FIELDS])
 
 
-@torch.compiler.assume_constant_result
+def _without_numbers(value, numbers):
+    if type(value) in _NESTED:
+        return tuple([_without_numbers(getattr(value, name), numbers) for name in _NESTED[type(value)]])
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    numbers.append(value * 1.0)
+    return "#int" if isinstance(value, int) else "#float"
+
+
+@torch.compiler.assume_constant_result  # which would trace the writing of JSON
 def _joined(*values):
     return json.dumps(values)
 
 
-@torch.compiler.assume_constant_result
-def decoded(work: str) -> Work:
-    return _decoded(work)
-
-
 @functools.lru_cache(1024)
-def _decoded(work):
-    values = dict(zip(_FIELDS, json.loads(work), strict=True))
-    for name, kind in (("transform", LogitTransform), ("shard", VocabShard), ("config", GRPOLossConfig)):
-        values[name] = None if values[name] is None else kind(*values[name])
+def decoded(numbers: tuple[float, ...], work: str) -> Work:
+    rest = iter(numbers)
+
+    def restored(value, kind=None):
+        if isinstance(value, list):
+            parts = [restored(part) for part in value]
+            return tuple(parts) if kind is None else kind(*parts)
+        return {"#int": int, "#float": float}[value](next(rest)) if value in ("#int", "#float") else value
+
+    values = {name: restored(value, _KINDS.get(name)) for name, value in zip(FIELDS, json.loads(work), strict=True)}
     return Work(**values)
 
 
-_FIELDS = tuple(field.name for field in fields(Work))
-_NESTED = {kind: tuple(field.name for field in fields(kind)) for kind in (LogitTransform, VocabShard, GRPOLossConfig)}
+FIELDS = tuple(field.name for field in fields(Work))
+_KINDS = {"transform": LogitTransform, "shard": VocabShard, "config": GRPOLossConfig}
+_NESTED = {kind: tuple(field.name for field in fields(kind)) for kind in _KINDS.values()}
 
 
 def can_sync(like) -> bool:

@@ -4,11 +4,12 @@
     score            logps, entropy, lse, and ``onehot - p`` of the rows that fit the stash
     score_backward   the gradients of `score` from those of logps and entropy
 
-All take (hidden, head, rows, ...): lists of tensors in the order of `Head.tensors` and `Rows.tensors`, and a `Work` as a string. Only
-`score_backward`'s caller synchronises with the host, to drop rows that got no gradient.
+All take (hidden, head, rows, ...): lists of tensors in the order of `Head.tensors` and `Rows.tensors`, and a `Work` as numbers and a
+string. Only `score_backward`'s caller synchronises with the host, to drop rows that got no gradient.
 """
 
 import functools
+import json
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .. import backends
 from .chunks import Run, backward, one_pass, padded, score_with_stash
-from .operands import Head, Rows, Work, can_sync, decoded, encoded, plan_of
+from .operands import FIELDS, Head, Rows, Work, can_sync, decoded, encoded, plan_of
 from .products import accumulation_dtype, blocks, tile_memory
 
 _COMPACTED_ROWS = 64
@@ -38,46 +39,47 @@ def _op(mutates=()):
 
 @_op()
 def _one_pass(
-    hidden: Tensor, head: Sequence[Tensor | None], rows: Sequence[Tensor | None], live: int, work: str
+    hidden: Tensor, head: Sequence[Tensor | None], rows: Sequence[Tensor | None], live: int, numbers: Sequence[float], work: str
 ) -> list[Tensor]:
-    run = Run(hidden, head, rows, live, work)
+    run = Run(hidden, head, rows, live, decoded(tuple(numbers), work))
     gradients = one_pass(run)
     return [run.scored.logps, run.scored.entropy, *gradients]
 
 
 @_one_pass.register_fake
-def _(hidden, head, rows, live, work):
+def _(hidden, head, rows, live, numbers, work):
     return [*_fake_vectors(hidden, rows, 2), *_fake_gradients(hidden, head, work)]
 
 
 @_op()
 def _score(
-    hidden: Tensor, head: Sequence[Tensor | None], rows: Sequence[Tensor | None], live: int, stash_rows: int, work: str
-) -> list[Tensor]:
-    run = Run(hidden, head, rows, live, work, two_phases=True)
+    hidden: Tensor, head: Sequence[Tensor | None], rows: Sequence[Tensor | None], live: int, stash_rows: int,
+    numbers: Sequence[float], work: str,
+) -> list[Tensor]:  # fmt: skip
+    run = Run(hidden, head, rows, live, decoded(tuple(numbers), work), two_phases=True)
     stash = score_with_stash(run, stash_rows)
     return [*run.scored, stash, run.diagnostics]
 
 
 @_score.register_fake
-def _(hidden, head, rows, live, stash_rows, work):
+def _(hidden, head, rows, live, stash_rows, numbers, work):
     logps, lse, entropy = _fake_vectors(hidden, rows, 3)
     stash = hidden.new_empty(stash_rows, padded(head[0].shape[0], hidden.element_size()))
-    return [logps, lse, entropy, stash, logps.new_empty(len(logps) if any(decoded(work).diagnostics) else 0, 3)]
+    return [logps, lse, entropy, stash, logps.new_empty(len(logps) if any(_of(work, "diagnostics")) else 0, 3)]
 
 
 @_op(mutates=("stash",))
 def _score_backward(
     hidden: Tensor, head: Sequence[Tensor | None], rows: Sequence[Tensor | None], scored: Sequence[Tensor], stash: Tensor,
-    incoming: Sequence[Tensor | None], work: str,
-) -> list[Tensor]:  # fmt: skip
-    run = Run(hidden, head, rows, rows[0].shape[0], work, two_phases=True)
-    return backward(run, scored, stash[:, : head[0].shape[0]], *incoming)
+    incoming: Sequence[Tensor | None], numbers: Sequence[float], work: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    run = Run(hidden, head, rows, rows[0].shape[0], decoded(tuple(numbers), work), two_phases=True)
+    return tuple(backward(run, scored, stash[:, : head[0].shape[0]], *incoming))
 
 
 @_score_backward.register_fake
-def _(hidden, head, rows, scored, stash, incoming, work):
-    return _fake_gradients(hidden, head, work)
+def _(hidden, head, rows, scored, stash, incoming, numbers, work):
+    return tuple(_fake_gradients(hidden, head, work))
 
 
 def _fake_vectors(hidden, rows, count):
@@ -86,10 +88,15 @@ def _fake_vectors(hidden, rows, count):
 
 def _fake_gradients(hidden, head, work):
     done = []
-    for i, (tensor, needed) in enumerate(zip((hidden, *head), decoded(work).needs, strict=True)):
+    for i, (tensor, needed) in enumerate(zip((hidden, *head), _of(work, "needs"), strict=True)):
         dtype = accumulation_dtype(hidden.dtype) if i == 2 else hidden.dtype  # that of bias is a sum
         done.append(torch.empty(tensor.shape if needed else 0, dtype=dtype, device=hidden.device))
     return done
+
+
+def _of(work, name):
+    """A field of an encoded `Work` that holds no numbers: those may be symbols."""
+    return json.loads(work)[FIELDS.index(name)]
 
 
 # One pass
@@ -98,7 +105,7 @@ def _fake_gradients(hidden, head, work):
 def loss_in_one_pass(head: Head, rows: Rows, work: Work):
     """(logps, entropy, gradients): of all rows, and of the loss whose coefficients ``rows.policy`` are."""
     tensors = [None if x is None else x.detach() for x in head.tensors]
-    logps, entropy, *gradients = _one_pass(rows.hidden.detach(), tensors, rows.tensors, rows.live, encoded(work))
+    logps, entropy, *gradients = _one_pass(rows.hidden.detach(), tensors, rows.tensors, rows.live, *encoded(work))
     return logps, entropy, gradients
 
 
@@ -146,9 +153,9 @@ def row_logprobs(head: Head, rows: Rows, work: Work, entropy_gradient=False):
     """
     if not any(work.needs):
         tensors = [None if x is None else x.detach() for x in head.tensors]
-        logps, _, entropy, _, found = _score(rows.hidden.detach(), tensors, rows.tensors[:3], 0, 0, encoded(work))
+        logps, _, entropy, _, found = _score(rows.hidden.detach(), tensors, rows.tensors[:3], 0, 0, *encoded(work))
         return logps, entropy, found
-    return _RowLogProbs.apply(encoded(work), rows.live, entropy_gradient, rows.hidden, *head.tensors, *rows.tensors[:3])
+    return _RowLogProbs.apply(work, rows.live, entropy_gradient, rows.hidden, *head.tensors, *rows.tensors[:3])
 
 
 class _RowLogProbs(torch.autograd.Function):
@@ -156,17 +163,17 @@ class _RowLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, work, live, entropy_gradient, hidden, *tensors):
-        head, rows, wanted = tensors[:4], tensors[4:], decoded(work)
+        head, rows = tensors[:4], tensors[4:]
         ctx.set_materialize_grads(False)
         ctx.work, ctx.stash = work, None
-        ctx.direct = wanted.needs[0] and not any((*wanted.needs[1:], entropy_gradient, *wanted.diagnostics))
+        ctx.direct = work.needs[0] and not any((*work.needs[1:], entropy_gradient, *work.diagnostics))
         if ctx.direct:
             ones = torch.ones(live, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-            logps, entropy, u, *_ = _one_pass(hidden, head, [*rows, ones, *(None,) * 5], live, work)
+            logps, entropy, u, *_ = _one_pass(hidden, head, [*rows, ones, *(None,) * 5], live, *encoded(work))
             ctx.save_for_backward(hidden, *tensors, logps, None, entropy, u)
             return logps, entropy, logps.new_empty(0, 3)
-        stash_rows = plan_of(head[0], wanted, live, rows[0].shape[0] - live, two_phases=True).stash_rows
-        logps, lse, entropy, stash, found = _score(hidden, head, rows, live, stash_rows, work)
+        stash_rows = plan_of(head[0], work, live, rows[0].shape[0] - live, two_phases=True).stash_rows
+        logps, lse, entropy, stash, found = _score(hidden, head, rows, live, stash_rows, *encoded(work))
         ctx.mark_non_differentiable(found)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(hidden, *tensors, logps, lse, entropy, stash)
@@ -187,7 +194,7 @@ class _RowLogProbs(torch.autograd.Function):
             factor = g.new_zeros(hidden.shape[0]).index_copy(0, rows[0], g).unsqueeze(1)
             return (*nothing, torch.mul(kept, factor).to(kept.dtype), *(None,) * 7)
         if ctx.direct:
-            lse, kept = _score(hidden, head, rows, 0, 0, ctx.work)[1], hidden.new_empty(0, head[0].shape[0])
+            lse, kept = _score(hidden, head, rows, 0, 0, *encoded(ctx.work))[1], hidden.new_empty(0, head[0].shape[0])
         retained, stash = graph_is_retained(), ctx.stash if kept is None else kept
         if ctx.stash is not None and retained:
             stash = stash.clone()
@@ -195,21 +202,21 @@ class _RowLogProbs(torch.autograd.Function):
             ctx.stash = None
         grads = _backward_of_live_rows(hidden, head, rows, [logps, lse, entropy], stash, g, g_entropy, ctx.work)
         if kept is None and not retained:
-            tile_memory.give_back(stash, decoded(ctx.work).budget)
+            tile_memory.give_back(stash, ctx.work.budget)
         done = [grad.to(x.dtype) if needed else None
-                for grad, x, needed in zip(grads, (hidden, *head), decoded(ctx.work).needs, strict=True)]  # fmt: skip
+                for grad, x, needed in zip(grads, (hidden, *head), ctx.work.needs, strict=True)]  # fmt: skip
         return (*nothing, *done, None, None, None)
 
 
 def _backward_of_live_rows(hidden, head, rows, scored, stash, g, g_entropy, work):
     """`_score_backward` of the rows that got a gradient; the stash of the others is overwritten."""
     g = torch.zeros_like(scored[0]) if g is None else g
-    kept = _rows_with_gradient(g, g_entropy, decoded(work).shard)
+    kept = _rows_with_gradient(g, g_entropy, work.shard)
     if kept is not None:
         stash = _compacted(stash, kept[kept < stash.shape[0]])
         g, rows, scored = g[kept], [None if x is None else x[kept] for x in rows], [x[kept] for x in scored]
         g_entropy = None if g_entropy is None else g_entropy[kept]
-    return _score_backward(hidden, head, rows, scored, stash, [g, g_entropy], work)
+    return _score_backward(hidden, head, rows, scored, stash, [g, g_entropy], *encoded(work))
 
 
 def _rows_with_gradient(g, g_entropy, shard):
