@@ -52,7 +52,7 @@ def operations(model: Model, step: Step, ranks: int = 1) -> int:
 
 
 def handed_to_collectives(model: Model, step: Step, element: int = ELEMENT, accumulate: int = FLOAT32) -> dict:
-    """Bytes that one rank of a vocabulary-parallel head hands to each kind of collective, as `parallel.counted` counts them."""
+    """Bytes that one rank of a vocabulary-parallel head hands to each kind of collective, as `distributed.counted` counts them."""
     handed = {"sizes": REFUSALS + COUNTS, "statistics": STATISTICS * accumulate * step.kept}
     if step.trained:
         handed["dH"] = step.trained * model.depth * element
@@ -114,9 +114,9 @@ def tables(step: Step = Step(8192, 6144), workspace: int = DEFAULT_GPU_WORKSPACE
             moved = sum(x.count * (x.read + x.written) for x in steps(asked, found))
             cells = [
                 model.name, f"{tensor} x {sharded}", f"{found.buffer_rows}, {found.chunk_rows}",
-                f"{operations(model, step, tensor) / 1e12:.1f}", f"{moved / gib:.1f}", f"{time.predicted_ms:.1f}", f"{time.ratio:.2f}",
-                *(f"{size / mib:.1f} MiB" for size in out.values()), f"{peak_bytes(asked, step.kept) / gib:.2f} GiB",
-                f"{step.kept * asked.vocab * ELEMENT / gib:.2f} GiB",
+                f"{operations(model, step, tensor) / 1e12:.1f}", f"{moved / gib:.1f}", f"{time.predicted_ms:.1f}",
+                f"{time.ratio:.2f}", *(f"{size / mib:.1f} MiB" for size in out.values()),
+                f"{peak_bytes(asked, step.kept) / gib:.2f} GiB", f"{step.kept * asked.vocab * ELEMENT / gib:.2f} GiB",
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -21,8 +21,8 @@ from benchmarks.cost_model import (
     tables,
 )
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss
+from grpo_kernels.distributed import counted
 from grpo_kernels.engine.plan import peak_bytes, plan, predict, steps
-from grpo_kernels.traffic import counted
 
 D = 16
 

@@ -1,6 +1,7 @@
 """The planner: plans cover their rows within the documented memory, their steps are the products that are needed and no more, and the
 time they predict is an independent count of those steps."""
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -12,8 +13,11 @@ import types
 
 import pytest
 import torch
+from problems import make_problem, run
+from test_work import PRODUCTS
+from torch.profiler import ProfilerActivity, profile
 
-from grpo_kernels import cli
+from grpo_kernels import GRPOLossConfig, cli, fused_linear_grpo_loss
 from grpo_kernels.engine import cost
 from grpo_kernels.engine.plan import (
     DEFAULT_GPU_WORKSPACE_BYTES,
@@ -147,6 +151,38 @@ def test_steps_add_up_to_the_products_that_are_needed(plans):
             operands, output = p.element_size * s.k * (s.m + s.n), s.m * s.n
             size = (s.read - operands + s.written + s.cached) / output
             assert size in {p.element_size, p.tile_size, max(p.element_size, 4)} | {2 * max(p.element_size, 4)}, s
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("needs", [("hidden", "weight"), ("hidden",), ()], ids=["trained", "frozen head", "no gradient"])
+def test_steps_are_the_products_that_a_call_runs(needs, level, dtype):
+    p = make_problem(B=4, T=350, D=64, V=5003, dtype=torch.float32, masked=0.0, zero_advantages=False, sampling=True,
+                     config=GRPOLossConfig(importance_sampling_level=level, loss_type="sapo"))  # fmt: skip
+    p.dtype, seen = dtype, set()
+    for budget in (9 * 10**6, 10**8):
+        rows, e = p.kept, dtype.itemsize
+        asked = Problem(rows * bool(needs), rows * (not needs), 5003, 64, e, e, "hidden" in needs, "weight" in needs, budget,
+                        level == "sequence")  # fmt: skip
+        products, found = collections.Counter(), plan(asked)
+        for step in steps(asked, found):
+            if step.k:
+                products[step.m, step.n, step.k] += step.count
+        assert recorded(lambda b=budget: run(fused_linear_grpo_loss, p, needs=needs, workspace_bytes=b, backend="cpu")) == products
+        seen.add((found.direct, found.stash_rows == rows))
+    assert needs != ("hidden", "weight") or {direct for direct, _ in seen} == {False, True}
+
+
+def recorded(function):
+    """{(m, n, k): count} of the products inside of ``function()``."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
+        function()
+    found = collections.Counter()
+    for event in trace.profiler.kineto_results.events():
+        if event.name() in PRODUCTS:
+            first, second = event.shapes()[1:3] if event.name().startswith("aten::addmm") else event.shapes()[:2]
+            found[first[0], second[1], first[1]] += 1
+    return found
 
 
 def test_every_logit_is_written_and_read_as_often_as_the_kernels_do():
@@ -314,7 +350,7 @@ def test_the_environment_sets_the_default_budget(monkeypatch):
 ARGUMENTS = ("plan", "--tokens", "8192", "--vocab", str(V), "--depth", "4096")
 
 
-def run(capsys, *argv):
+def run_command(capsys, *argv):
     code = cli.main(argv)
     out, err = capsys.readouterr()
     return code, out, err
@@ -329,14 +365,14 @@ def run(capsys, *argv):
 def test_the_command_prints_the_plan(capsys, monkeypatch, flags, more):
     monkeypatch.delenv("GRPO_KERNELS_WORKSPACE_MB", raising=False)
     p = on_gpu(8192, 4096, **more)
-    code, out, err = run(capsys, *ARGUMENTS, *flags, "--json")
+    code, out, err = run_command(capsys, *ARGUMENTS, *flags, "--json")
     assert code == 0, err
     found = json.loads(out)
     assert (found["heights"]["r"], found["heights"]["R"]) == (plan(p).chunk_rows, plan(p).buffer_rows)
     assert found["device"] == p.device.name
     assert found["steps"] == [dataclasses.asdict(step) for step in steps(p, plan(p))]
     assert {name: found[name] for name in ("predicted_ms", "floor_ms", "ratio", "peak_bytes")} == dataclasses.asdict(predict(p))
-    code, out, err = run(capsys, *ARGUMENTS, *flags)
+    code, out, err = run_command(capsys, *ARGUMENTS, *flags)
     assert code == 0, err
     for step in steps(p, plan(p)):
         assert any(line.startswith(step.what) and f" {step.m} " in line and f" {step.count} " in line for line in out.split("\n"))
@@ -350,11 +386,11 @@ def test_the_command_prints_the_plan(capsys, monkeypatch, flags, more):
     (("--frozen", "--logprobs"), ["--frozen", "--logprobs"]), (("--tow-phase",), ["--tow-phase"]),
 ])  # fmt: skip
 def test_what_the_command_cannot_do_is_named(capsys, argv, words):
-    code, out, err = run(capsys, *ARGUMENTS, *argv)
+    code, out, err = run_command(capsys, *ARGUMENTS, *argv)
     assert code == 2 and not out
     for word in words:
         assert word in err
-    code, _, err = run(capsys, "plan", "--tokens", "8192")
+    code, _, err = run_command(capsys, "plan", "--tokens", "8192")
     assert code == 2 and "--vocab" in err and "--depth" in err
 
 

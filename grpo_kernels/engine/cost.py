@@ -162,11 +162,12 @@ def steps(problem: Problem, plan: Plan) -> list[Step]:
         tally.logits(c, r, plan.columns)
         tally.kernel(c, "statistics", r, p.vocab, 1, 0)
         tally.kernel(c, "stash", r, p.vocab, 1, p.element_size)
+    recomputed = p.live - stashed
     if stashed:
         tally.scale(stashed)
         tally.dh(1, stashed, plan.dh_rows)
-        tally.dw(1, stashed, plan.columns, False, plan.direct)
-    recomputed = p.live - stashed
+        # both parts of dW are summed by the same blocks
+        tally.dw(1, stashed, plan.recompute_columns if recomputed else plan.columns, False, plan.direct)
     final, started = not stashed and recomputed <= plan.recompute_rows, stashed > 0
     for s, n in _cuts(recomputed, plan.stripe_rows):
         tally.gather(s, n)

@@ -81,7 +81,7 @@ def peak_bytes(problem: Problem, tokens: int) -> int:
     dh = tokens * p.depth * p.element_size * p.needs_hidden
     scoring = found.score_group * p.depth * p.element_size + found.score_rows * found.score_columns * p.tile_size
     if not p.trained:
-        return scoring
+        return dh + p.dw_bytes(True) + scoring
     if not p.stashes:
         return dh + max(scoring, p.dw_bytes(found.direct) + _pass_bytes(p, found.chunk_rows, found.buffer_rows, found.dh_rows))
     stashed, again = found.stash_rows, 0

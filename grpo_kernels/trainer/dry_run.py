@@ -6,7 +6,7 @@ from .. import backends
 from ..engine import plan
 from ..engine.products import tile_dtype
 from ..integrations.transformers import lm_head
-from ..loss import coefficients_depend_on_their_row_alone
+from ..losses.objective import depends_on_its_row_alone
 from .rewards import RESERVED, reward_names
 from .rollout import tokenize
 
@@ -55,7 +55,7 @@ def describe(trainer):
     needs_weight = weight.requires_grad or (head.lora is not None and head.lora[1].requires_grad)
     backend = backends.resolve("auto", weight.device, weight.dtype, V)
     budget = plan.default_budget(weight.device.type)
-    two_phases = not coefficients_depend_on_their_row_alone(trainer.loss_config, on_policy=args.steps_per_rollout == 1)
+    two_phases = not depends_on_its_row_alone(trainer.loss_config, on_policy=args.steps_per_rollout == 1)
     problem = plan.Problem(
         live, 0, V, D, weight.element_size(), tile_dtype(weight, backend).itemsize, True, needs_weight, budget, two_phases,
         device=plan.device_of(weight.device),
