@@ -39,8 +39,8 @@ def linear_logprobs(
         logit_scale, softcap: as in `GRPOLossConfig`.
         lora: (A [r, D], B [V, r], scale), an adapter on the head that is never merged; A and B differentiable.
         vocab_parallel_group, sequence_parallel: as in `fused_linear_grpo_loss`.
-        workspace_bytes: budget for chunks and stash; None is GRPO_KERNELS_WORKSPACE_MB or 384 MiB (1536 on a GPU). Rows whose softmax
-            fits it cost 6NVD operations forward and backward, the others 8NVD; a frozen head costs 4NVD.
+        workspace_bytes: budget for chunks and stash; None is GRPO_KERNELS_WORKSPACE_MB or 384 MiB (1536 on a GPU). Rows that fit
+            the stash cost 6NVD operations forward and backward, the others 8NVD; a frozen head costs 4NVD.
         backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
 
     Returns:

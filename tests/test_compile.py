@@ -8,7 +8,8 @@ import torch._dynamo.testing
 from problems import make_problem
 from tolerance import assert_all_close
 
-from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, grpo_loss_from_logits, linear_logprobs
+from grpo_kernels import GRPOLossConfig, backends, fused_linear_grpo_loss, grpo_loss_from_logits, linear_logprobs
+from grpo_kernels.backends import triton
 from grpo_kernels.backends.statistics import finalize
 from grpo_kernels.engine.operands import Work, encoded
 from grpo_kernels.losses.config import LogitTransform
@@ -81,14 +82,31 @@ def test_bad_ids_are_a_nan_loss_under_compile():
     assert call(compiled, p)["loss"].isnan()
 
 
-def test_lengths_do_not_recompile():
+@pytest.mark.parametrize("name", ["one pass", "sequence"])
+def test_lengths_do_not_recompile(name):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fused_linear_grpo_loss, fullgraph=True, backend=counter, dynamic=True)
     for T in (5, 7, 9, 12):
-        p = make_problem(B=3, T=T, D=8, V=33, config=CONFIGS["one pass"], bias=True)
+        p = make_problem(B=3, T=T, D=8, V=33, config=CONFIGS[name], bias=True)
         more = dict(kept_rows=p.kept_rows())
         assert_all_close(call(compiled, p, **more), call(fused_linear_grpo_loss, p, **more), 1e-10)
     assert counter.frame_count <= 2
+
+
+def test_the_backend_is_known_before_a_gpu_is_traced(monkeypatch):
+    """Which backends are usable is asked of the file system and the driver; a traced function may do neither."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_rng_state", "set_rng_state"):  # which the compiler asks for where there is a GPU
+        monkeypatch.setattr(torch.cuda, name, lambda *args: torch.zeros(1))
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+
+    def function(x):
+        return x * len(backends.resolve("auto", torch.device("cuda"), torch.bfloat16, x.shape[0]))
+
+    x = torch.ones(3)
+    for dynamic in (False, True):
+        compiled = torch.compile(function, fullgraph=True, backend="eager", dynamic=dynamic)
+        assert torch.equal(compiled(x), x * len("triton")) and torch.equal(function(x), compiled(x))
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -34,7 +34,7 @@ def as_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(products, "FLOAT32_TILES", ("torch", "triton"))
     monkeypatch.setattr(operands, "device_of", lambda device: GPU)
-    monkeypatch.setattr(operands, "make_plan", recorded)
+    monkeypatch.setattr(chunks, "plan", recorded)
     return seen
 
 

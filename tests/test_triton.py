@@ -17,7 +17,7 @@ from tolerance import assert_all_close
 from grpo_kernels import GRPOLossConfig, available_backends, backends, fused_linear_grpo_loss
 from grpo_kernels.backends import triton
 from grpo_kernels.backends.pytorch import statistics as torch_statistics
-from grpo_kernels.engine import products, tiles
+from grpo_kernels.engine import ops, products
 
 if triton.why_unavailable():
     pytest.skip(triton.why_unavailable(), allow_module_level=True)
@@ -213,7 +213,7 @@ def test_scaling_in_place():
 def test_stash_rows_are_moved_to_the_front_in_order():
     stash = torch.arange(12.0).repeat_interleave(3).view(12, 3)
     for kept in ([0, 1, 2], [3, 7, 11], [11], list(range(1, 12)), []):
-        moved = tiles._compacted(stash.clone(), torch.tensor(kept, dtype=torch.long))
+        moved = ops._compacted(stash.clone(), torch.tensor(kept, dtype=torch.long))
         assert torch.equal(moved, stash[kept])
 
 

@@ -12,9 +12,8 @@ from ranks import join, launch, leave
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs, reference
 from grpo_kernels.backends.statistics import finalize, merged
-from grpo_kernels.distributed import reduce_metrics
+from grpo_kernels.distributed import counted, reduce_metrics
 from grpo_kernels.integrations.verl import linear_cross_entropy
-from grpo_kernels.traffic import counted
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 SECONDS = 240  # a rank that waits for another one's collective is killed then

@@ -14,7 +14,9 @@ from grpo_kernels.bench.problem import Problem
 from grpo_kernels.bench.problem import truth as exact
 from grpo_kernels.bench.shapes import Shape
 from grpo_kernels.bench.workloads import Workload, draw_log_ratios
-from grpo_kernels.engine import tiles
+from grpo_kernels.engine.operands import Work, problem_of
+from grpo_kernels.engine.plan import plan
+from grpo_kernels.losses.config import LogitTransform
 
 SAMPLE = 256  # rows whose log-probs are known in float64
 CHECKED = 512  # tokens of the copy on which gradients are checked
@@ -136,8 +138,8 @@ def stash_workspace(p: Problem) -> int:
     budget = p.kept * p.shape.vocab * p.weight.element_size()
     for _ in range(30):
         budget = int(budget * 1.1)
-        plan = tiles.plan_call(p.kept, 0, p.weight, [True, True, False, False, False], budget, backend)
-        if plan.stash_rows >= p.kept:
+        work = Work(LogitTransform(), backend, budget, (True, True, False, False, False))
+        if plan(problem_of(p.weight, work, p.kept, 0, two_phases=True)).stash_rows >= p.kept:
             return budget
     raise AssertionError(f"no plan stashes {p.kept} rows within {budget} bytes")
 

@@ -11,7 +11,7 @@ from ..backends import native
 from .products import accumulation_dtype, blocks, empty, float32_sums, multiply
 
 _PRODUCT_BYTES = 64 * 2**20  # of a product that is added to a sum by a second step
-_CAST_BYTES = 64 * 2**20  # of float32 cast at a time at the end of a sum
+_CAST_BYTES = 16 * 2**20  # of float32 that are cast first at the end of a sum
 
 
 class WeightSum:
@@ -65,11 +65,11 @@ class WeightSum:
         rows, columns = self.sum.shape
         memory = self.sum.view(-1).view(self.dtype)
         final = memory[: rows * columns].view(rows, columns)
-        step = max(1, min(rows, _CAST_BYTES // (4 * max(columns, 1))))
-        buffer = torch.empty(step, columns, dtype=self.dtype, device=memory.device)
-        for start, end in blocks(rows, step):
-            # through a small buffer: the first block's float32 rows lie under its own final rows
-            final[start:end].copy_(buffer[: end - start].copy_(self.sum[start:end]))
+        start, end = 0, max(1, min(rows, _CAST_BYTES // (4 * max(columns, 1))))
+        final[:end].copy_(self.sum[:end].to(self.dtype))  # through memory of its own: it lies under its own final rows
+        while end < rows:  # the final rows [a, b) end before the float32 row a begins where b <= 2 a
+            start, end = end, min(2 * end, rows)
+            final[start:end].copy_(self.sum[start:end])
         if memory.device.type == "cpu":
             native.release_pages(memory[rows * columns :])
         self.sum = None
@@ -79,7 +79,7 @@ class WeightSum:
 class Gradients:
     """The gradients of a `Run`; absent ones cost nothing.
 
-    ``additions``: how many buffers of dz each row of dW is the sum of. ``block``: columns of a block where the vocabulary is outermost.
+    ``additions``: how many buffers of dz each row of dW is the sum of. ``block``: columns of a block, the vocabulary outermost.
     """
 
     def __init__(self, run, additions, block=None):
@@ -150,7 +150,7 @@ class Gradients:
             if dh is not None:
                 dh.addmm_(dt.to(dh.dtype), a.to(dh.dtype))
         if dh is not None:
-            dh = dh if factor is None else dh * factor.unsqueeze(1)
+            dh = dh if factor is None else dh.mul_(factor.unsqueeze(1))
             self._place(dh.to(self.hidden.dtype), where, is_there)
 
     def _adapter_product(self, dz):

@@ -20,7 +20,8 @@ from ..backends.statistics import Scored, Tile, finalize, merged, new_statistics
 from ..losses.terms import kernel_terms, row_coefficient
 from .accumulate import Gradients
 from .diagnostics import Diagnostics
-from .operands import Head, Rows, plan_of
+from .operands import Head, Rows, problem_of
+from .plan import plan
 from .products import accumulation_dtype, blocks, blocks_from, empty, multiply, tile_dtype, tile_memory
 
 _ROW_ALIGNMENT = 128
@@ -47,7 +48,7 @@ class Run:
         # with every row of hidden kept, the index is in order unless the live ones had to be moved to the front
         self.in_order = n == hidden.shape[0] and live in (0, n)
         self.all_live = self.in_order and live == n
-        self.plan = plan_of(weight, self.work, live, n - live, two_phases)
+        self.plan = plan(problem_of(weight, self.work, live, n - live, two_phases))
         self.scored = Scored(*(torch.empty(n, dtype=self.accumulate, device=hidden.device) for _ in range(3)))
         self.diagnostics = self.scored.logps.new_empty(n if any(self.work.diagnostics) else 0, 3)
 
@@ -65,12 +66,11 @@ class Run:
                     None if temperature is None else temperature[s])  # fmt: skip
 
     def logits(self, h, t, values, left=0):
-        """values [R, C] = the raw logits of C columns from ``left`` on, without the bias; by blocks that stay in a CPU's cache."""
-        for start, end in blocks(values.shape[1], self.plan.columns):
-            out, columns = values[:, start:end], slice(left + start, left + end)
-            multiply(h, self.head.weight[columns].T, out)
-            if t is not None:
-                multiply(t, self.head.lora_b[columns].T, out, add=True, alpha=self.work.lora_scale)
+        """values [R, C] = the raw logits of C columns from ``left`` on, without the bias."""
+        columns = slice(left, left + values.shape[1])
+        multiply(h, self.head.weight[columns].T, values)
+        if t is not None:
+            multiply(t, self.head.lora_b[columns].T, values, add=True, alpha=self.work.lora_scale)
 
     def score_tile(self, tile, s):
         """Log-probs, lse and entropy of whole rows, over all ranks' columns."""
@@ -96,17 +96,17 @@ class Run:
 
 def score(run, first, last):
     """Statistics of the rows [first, last), a block of columns at a time, in one small buffer."""
-    plan, vocab = run.plan, run.head.weight.shape[0]
+    heights, vocab = run.plan, run.head.weight.shape[0]
     if first == last:
         return
-    height = min(plan.score_rows, last - first)
-    buffer = empty(height * _stride(min(plan.score_columns, vocab), run), like=run.rows.hidden, dtype=run.tile_dtype)
-    for group, end_of_group in blocks_from(first, last, plan.score_group):
+    size = min(heights.score_rows, last - first) * _stride(min(heights.score_columns, vocab), run)
+    buffer = empty(size, like=run.rows.hidden, dtype=run.tile_dtype)
+    for group, end_of_group in blocks_from(first, last, heights.score_group):
         h, t, _ = run.gather(group, end_of_group)
         stats = new_statistics(h.shape[0], run.accumulate, h.device)
         wanted = Diagnostics(run, run.rows.target[group:end_of_group]) if any(run.work.diagnostics) else None
-        for left, right in blocks(vocab, plan.score_columns):
-            for start, end in blocks(h.shape[0], plan.score_rows):
+        for left, right in blocks(vocab, heights.score_columns):
+            for start, end in blocks(h.shape[0], heights.score_rows):
                 values = _block(buffer, end - start, right - left, run)
                 run.logits(h[start:end], None if t is None else t[start:end], values, left)
                 tile = run.tile(values, group + start, left)
@@ -152,7 +152,8 @@ def _fill(run, buffer, chunk, first, h, t, write):
     for start, end in blocks(h.shape[0], buffer.shape[0] if chunk is None else chunk.shape[0]):
         out = buffer[start:end, :vocab]
         values = out if chunk is None else chunk[: end - start, :vocab]
-        run.logits(h[start:end], None if t is None else t[start:end], values)
+        for left, right in blocks(vocab, run.plan.columns):  # that stay in a CPU's cache
+            run.logits(h[start:end], None if t is None else t[start:end], values[:, left:right], left)
         write(run, run.tile(values, first + start), out, slice(first + start, first + end))
 
 
@@ -191,11 +192,11 @@ def _leave_stash(run, tile, out, s):
 
 def backward(run, scored, stash, g, g_entropy):
     """The gradients from those of logps and entropy, finished; the rows of the stash come first."""
-    k, n, plan = stash.shape[0], run.rows.index.shape[0], run.plan
-    stripes = blocks_from(k, n, plan.stripe_rows)
-    spans = sum(len(blocks_from(*stripe, plan.recompute_rows)) for stripe in stripes)
+    k, n, heights = stash.shape[0], run.rows.index.shape[0], run.plan
+    stripes = blocks_from(k, n, heights.stripe_rows)
+    spans = sum(len(blocks_from(*stripe, heights.recompute_rows)) for stripe in stripes)
     outermost = k == 0 and len(stripes) == 1
-    gradients = Gradients(run, (k > 0) + spans, plan.recompute_columns if outermost else None)
+    gradients = Gradients(run, (k > 0) + spans, heights.recompute_columns if outermost else None)
     if k:
         _stashed_rows(run, gradients, run.some(scored, 0, k), stash, g[:k], None if g_entropy is None else g_entropy[:k])
     for stripe in stripes:
@@ -216,13 +217,13 @@ def _stashed_rows(run, gradients, scored, stash, g, g_entropy):
 
 def _recomputed_rows(run, gradients, stripe, scored, g, g_entropy):
     """A stripe of rows whose float32 dH is summed while the vocabulary passes once, outermost."""
-    plan, head, needs, (first, last) = run.plan, run.head, run.work.needs, stripe
-    vocab, columns = head.weight.shape[0], min(plan.recompute_columns, head.weight.shape[0])
+    heights, head, needs, (first, last) = run.plan, run.head, run.work.needs, stripe
+    vocab, columns = head.weight.shape[0], min(heights.recompute_columns, head.weight.shape[0])
     h, t, where = run.gather(first, last)
     zeros = lambda width: h.new_zeros(last - first, width, dtype=run.accumulate)  # noqa: E731
     dh = zeros(h.shape[1]) if needs[0] else None
     dz_b = zeros(head.lora_a.shape[0]) if gradients.needs_adapter else None
-    height, low = min(plan.recompute_rows, last - first), min(plan.recompute_chunk, last - first)
+    height, low = min(heights.recompute_rows, last - first), min(heights.recompute_chunk, last - first)
     buffer = empty(height * _stride(columns, run), like=h)
     chunk = empty(low * _stride(columns, run), like=h, dtype=run.tile_dtype) if run.wide else None
     for left, right in blocks(vocab, columns):

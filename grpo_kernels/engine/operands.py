@@ -9,8 +9,7 @@ import torch
 from ..distributed import VocabShard
 from ..losses.config import GRPOLossConfig, LogitTransform
 from ..losses.terms import PolicyRows
-from .plan import Plan, Problem, device_of
-from .plan import plan as make_plan
+from .plan import Problem, device_of
 from .products import tile_dtype
 
 
@@ -115,13 +114,11 @@ def can_sync(like) -> bool:
     return not (getattr(like, "is_cuda", False) and torch.cuda.is_current_stream_capturing())
 
 
-def plan_of(weight, work: Work, live, dead, two_phases=False) -> Plan:
-    """The plan of a call; all ranks of a sharded vocabulary plan with its widest part, so that they cut the rows alike."""
+def problem_of(weight, work: Work, live, dead, two_phases=False) -> Problem:
+    """What a call asks of the planner; all ranks of a sharded vocabulary plan with its widest part, so that they cut rows alike."""
     vocab = weight.shape[0] if work.shard is None else work.shard.widest
-    return make_plan(
-        Problem(
-            live=live, dead=dead, vocab=vocab, depth=weight.shape[1], element_size=weight.element_size(),
-            tile_size=tile_dtype(weight, work.backend).itemsize, needs_hidden=work.needs[0], needs_weight=work.needs_weight,
-            budget=work.budget, two_phases=two_phases, device=device_of(weight.device),
-        )
+    return Problem(
+        live=live, dead=dead, vocab=vocab, depth=weight.shape[1], element_size=weight.element_size(),
+        tile_size=tile_dtype(weight, work.backend).itemsize, needs_hidden=work.needs[0], needs_weight=work.needs_weight,
+        budget=work.budget, two_phases=two_phases, device=device_of(weight.device),
     )  # fmt: skip

@@ -4,8 +4,8 @@
     score            logps, entropy, lse, and ``onehot - p`` of the rows that fit the stash
     score_backward   the gradients of `score` from those of logps and entropy
 
-All take (hidden, head, rows, ...): lists of tensors in the order of `Head.tensors` and `Rows.tensors`, and a `Work` as numbers and a
-string. Only `score_backward`'s caller synchronises with the host, to drop rows that got no gradient.
+All take (hidden, head, rows, ...): lists of tensors in the order of `Head.tensors` and `Rows.tensors`, and a `Work` as numbers and
+a string. Only `score_backward`'s caller synchronises with the host, to drop rows that got no gradient.
 """
 
 import functools
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .. import backends
 from .chunks import Run, backward, one_pass, padded, score_with_stash
-from .operands import FIELDS, Head, Rows, Work, can_sync, decoded, encoded, plan_of
+from .operands import FIELDS, Head, Rows, Work, can_sync, decoded, encoded, problem_of
+from .plan import stash_rows_of
 from .products import accumulation_dtype, blocks, tile_memory
 
 _COMPACTED_ROWS = 64
@@ -172,7 +173,7 @@ class _RowLogProbs(torch.autograd.Function):
             logps, entropy, u, *_ = _one_pass(hidden, head, [*rows, ones, *(None,) * 5], live, *encoded(work))
             ctx.save_for_backward(hidden, *tensors, logps, None, entropy, u)
             return logps, entropy, logps.new_empty(0, 3)
-        stash_rows = plan_of(head[0], work, live, rows[0].shape[0] - live, two_phases=True).stash_rows
+        stash_rows = stash_rows_of(problem_of(head[0], work, live, rows[0].shape[0] - live, two_phases=True))
         logps, lse, entropy, stash, found = _score(hidden, head, rows, live, stash_rows, *encoded(work))
         ctx.mark_non_differentiable(found)
         if torch.compiler.is_compiling():

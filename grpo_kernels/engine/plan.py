@@ -25,10 +25,12 @@ import functools
 import os
 from dataclasses import dataclass, replace
 
+import torch
+
 from .cost import DEVICES, TILE, Device, Plan, Problem, Step, Tally, device_of, rate, seconds, steps
 
 __all__ = ["DEVICES", "Device", "Plan", "Prediction", "Problem", "Step", "default_budget", "device_of", "peak_bytes", "plan",
-           "predict", "steps"]  # fmt: skip
+           "predict", "stash_rows_of", "steps"]  # fmt: skip
 
 DEFAULT_WORKSPACE_BYTES = 384 * 2**20  # 1024 rows of a 152k vocabulary in bf16 with their scratch
 DEFAULT_GPU_WORKSPACE_BYTES = 1536 * 2**20
@@ -125,6 +127,16 @@ def plan(problem: Problem) -> Plan:
         score_columns=h.score_columns, stash_rows=stash if p.stashes and p.live else 0, stripe_rows=stripe, recompute_rows=span,
         recompute_chunk=min(h.recompute_chunk, span), recompute_columns=h.recompute_columns,
     )  # fmt: skip
+
+
+def stash_rows_of(problem: Problem) -> int:
+    """The stash that `plan` gives these rows. Under torch.compile sizes may be symbols, and nothing is compared but memory: all
+    live rows beside the lowest chunk, or none.
+    """
+    if not torch.compiler.is_compiling():
+        return plan(problem).stash_rows
+    fits = _all_fit(problem, TILE, problem.budget // 32 // _pass_bytes(problem, 0, 0, 1))
+    return problem.live if problem.stashes and fits else 0
 
 
 def _all_fit(p, r, dh_rows):

@@ -104,6 +104,11 @@ class GRPOLossConfig:
         return TERMS[self.loss_type].aggregation
 
     @property
+    def trains_without_advantage(self) -> bool:
+        """Whether a token whose advantage is 0 may have a gradient: a KL, an entropy bonus, a registered term."""
+        return self.beta != 0 or self.entropy_coef != 0 or TERMS[self.loss_type].registered
+
+    @property
     def sequence_level(self) -> bool:
         return self.importance_sampling_level == "sequence"
 

@@ -1,7 +1,7 @@
 """The policy terms: one function a loss, the registry of them, and what the fused row kernels are told of one.
 
-A term is ``s(w, logps, old_logps, advantages, config)``, per token, to be minimised; w is the clamped importance ratio, one per token
-or, at sequence level, one per sequence. Autograd of these functions is the specification of every coefficient in the kernels.
+A term is ``s(w, logps, old_logps, advantages, config)``, per token, to be minimised; w is the clamped importance ratio, one per
+token or, at sequence level, one per sequence. Autograd of these functions is the specification of every coefficient in the kernels.
 """
 
 import dataclasses
@@ -138,7 +138,7 @@ class PolicyRows:
 
 
 def kernel_terms(config, linear) -> PolicyTerms | None:
-    """What the fused row kernels are told of a loss (no config: of the log-prob itself), or None for a term that they do not know."""
+    """What the fused row kernels are told of a loss (without a config the log-prob itself); None for a term that they do not know."""
     if config is None:
         return PolicyTerms("linear")
     kind = "linear" if linear else TERMS[config.loss_type].kind

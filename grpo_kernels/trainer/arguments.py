@@ -12,6 +12,7 @@ import yaml
 from transformers import BitsAndBytesConfig, HfArgumentParser
 
 from .config import GRPOConfig
+from .rewards import load_reward
 
 
 @dataclass
@@ -94,6 +95,9 @@ def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
     run = {**given, **settings, **{name: value for name, value in given.items() if value is not None}}
     if run["model"] is None and run["data"] is None and not {"-h", "--help"} & set(argv):
         parser.set_defaults(**demo_defaults)
+    else:
+        for spec in run["reward"] or ():
+            load_reward(spec)  # whose module may register the loss_type
     parser.set_defaults(**settings)
     run, args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:

@@ -46,7 +46,7 @@ class MicroBatch(NamedTuple):
 
 def can_skip(config) -> bool:
     """Whether a completion with advantage 0 may be left out: nothing but its own policy term needs it."""
-    return config.beta == 0 and config.entropy_coef == 0 and config.top_entropy_quantile == 1
+    return not config.trains_without_advantage and config.top_entropy_quantile == 1
 
 
 def flash(model) -> bool:
@@ -76,11 +76,11 @@ def make(batch, config, *, positions=True, packed=False, skip=False, group=None)
         idle = len(found) == 0
         if idle:
             found = attention.sum(1).argmin().unsqueeze(0)
-        if config.loss_type == "bnpo":  # all processes come through here
+        if config.aggregation == "bnpo":  # all processes come through here
             scale = _share_of_tokens(mask, found, group)
         if len(found) < len(mask):
             rows = found
-            scale = scale if config.loss_type == "bnpo" else _scale(config, mask, rows, "num_items" in batch)
+            scale = scale if config.aggregation == "bnpo" else _scale(config, mask, rows, "num_items" in batch)
             per_row = ("input_ids", "attention_mask", "mask", "advantages", *PER_TOKEN)
             batch = {k: v[rows] if k in per_row and v is not None else v for k, v in batch.items()}
             mask, attention = batch["mask"], batch["attention_mask"]
@@ -96,7 +96,7 @@ def make(batch, config, *, positions=True, packed=False, skip=False, group=None)
 
 def _scale(config, mask, rows, divided):
     """What the loss of some rows is multiplied by to be that of all."""
-    if config.loss_type in OVER_SEQUENCES:
+    if config.aggregation in OVER_SEQUENCES:
         return len(rows) / len(mask)
     return 1.0 if divided else _share_of_tokens(mask, rows, None)
 

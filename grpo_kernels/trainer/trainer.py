@@ -335,7 +335,7 @@ class GRPOTrainer(Trainer):
             loss = loss + self._router_coef * aux_loss
             metrics["aux_loss"] = aux_loss.detach()
         if not training:  # all processes' losses count alike here, those of sequences by how many there are
-            share = inputs.get("share_of_sequences", 1.0) if self.loss_config.loss_type in OVER_SEQUENCES else 1.0
+            share = inputs.get("share_of_sequences", 1.0) if self.loss_config.aggregation in OVER_SEQUENCES else 1.0
             policy_loss = metrics["policy_loss"] * share
             metrics |= {"policy_loss": policy_loss, "loss": loss.detach() - output.metrics["policy_loss"] + policy_loss}
         recorded, kept = self._metrics["train" if training else "eval"], inputs["mask"].sum()
@@ -459,7 +459,7 @@ class GRPOTrainer(Trainer):
                 batch["mask"] = torch.zeros_like(batch["mask"])
             batch["num_items"] = self._share_of_kept(batch)
             batch["share_of_sequences"] = len(mine) * args.world_size / len(numbers)
-            batch["weight"] = len(numbers) if self.loss_config.loss_type in OVER_SEQUENCES else batch["num_items"]
+            batch["weight"] = len(numbers) if self.loss_config.aggregation in OVER_SEQUENCES else batch["num_items"]
             with self.compute_loss_context_manager():
                 self.compute_loss(self.model, batch)
 
