@@ -43,13 +43,13 @@ def shapes(folder: Path):
 
 def launch(shapes, kernel: str, architecture: str) -> dict:
     """Threads, cluster and shared memory of one kernel on a row; {} where it is never launched. ``kernel`` is its `short` name."""
-    name, dtype, *_, mode = re.fullmatch(r"(\w+)_kernel<(\w+), \w+, \w+, (\w+)>?", kernel).groups()
+    name, dtype, *_, mode = re.fullmatch(r"(\w+)_kernel<(\w+), (?:\w+, )*(\w+)>?", kernel).groups()
     size, capability = {"double": 8, "float": 4}.get(dtype, 2), int(architecture.rstrip("a"))
-    kept = name != "gradient" and mode == "1"
+    kept = name == "policy" and mode == "1"
     cluster = shapes.cluster_size(COLUMNS, size, capability) if kept else 0
     if kept and not cluster:
         return {}
-    threads = shapes.threads(COLUMNS, size, 1 if kept or name == "gradient" else 2, cluster or 1)
+    threads = shapes.threads(COLUMNS, size, 2 if name == "policy" and not kept else 1, cluster or 1)
     shared = shapes.block_memory(COLUMNS, size, cluster)
     return {"cluster": cluster or 1, "threads": threads, "shared": shared, "most_shared": shapes.most_shared_memory(capability)}
 

@@ -11,12 +11,12 @@ and each part once more over F ranks that hold different tokens (FSDP). D depth,
 
 from dataclasses import dataclass
 
-from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, Problem, peak_bytes, plan
+from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEVICES, Problem, peak_bytes, plan, predict, steps
 
 ELEMENT = 2  # bf16
 FLOAT32 = 4
 STATISTICS = 4  # float32 numbers a row
-REFUSALS, COUNTS = 16 * 8, 3 * 8  # the exchanges before the first tile
+REFUSALS, COUNTS = 16 * 8, 3 * 8  # the exchanges before the first chunk
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,6 @@ def operations(model: Model, step: Step, ranks: int = 1) -> int:
     """Floating-point operations of the products, of one rank of a tensor-parallel group."""
     product = 2 * -(-model.vocab // ranks) * model.depth
     return product * (step.kept + step.recomputed + step.trained * (2 if step.trains_head else 1))
-
-
-def bytes_moved(model: Model, step: Step, tile_rows: int, ranks: int = 1) -> int:
-    """To and from a GPU's memory in one pass, at least: the weight for each tile and product, dW's float32 sum, the tile itself.
-
-    An element of the tile is written by its product (4), read twice by the row kernel (8; once where a cluster keeps the row),
-    written as a gradient (2) and read by two products (4).
-    """
-    shard = -(-model.vocab // ranks) * model.depth
-    tiles = -(-step.trained // tile_rows)
-    weight = tiles * shard * (2 * ELEMENT + (2 * FLOAT32 if tiles > 1 else ELEMENT))
-    per_element = FLOAT32 + 2 * FLOAT32 + ELEMENT + 2 * ELEMENT
-    scored = (step.kept - step.trained) * (FLOAT32 + FLOAT32)
-    return weight + -(-model.vocab // ranks) * (step.trained * per_element + scored)
 
 
 def handed_to_collectives(model: Model, step: Step, element: int = ELEMENT, accumulate: int = FLOAT32) -> dict:
@@ -105,35 +91,32 @@ def sent(model: Model, step: Step, tensor: int, sharded: int) -> dict:
 
 
 def problem(model: Model, step: Step, workspace: int = DEFAULT_GPU_WORKSPACE_BYTES, ranks: int = 1) -> Problem:
-    """What a GPU's rank asks of plan.py."""
+    """What an H200 of so many ranks asks of plan.py."""
     return Problem(
         live=step.trained, dead=step.kept - step.trained, vocab=-(-model.vocab // ranks), depth=model.depth, element_size=ELEMENT,
-        tile_size=FLOAT32, needs_weight=step.trains_head, budget=workspace, sums_directly=True,
+        tile_size=FLOAT32, needs_hidden=True, needs_weight=step.trains_head, budget=workspace, two_phases=step.two_phases,
+        device=DEVICES["h200"],
     )  # fmt: skip
-
-
-def memory(model: Model, step: Step, workspace: int, ranks: int = 1) -> int:
-    """Peak beyond weights and activations, by plan.py: dH, dW with its float32 sum, workspace. Full logits: N V / P elements."""
-    return peak_bytes(problem(model, step, workspace, ranks), step.kept, two_phases=step.two_phases)
 
 
 def tables(step: Step = Step(8192, 6144), workspace: int = DEFAULT_GPU_WORKSPACE_BYTES) -> str:
     """The tables of docs/scaling.md."""
     gib, mib = 2**30, 2**20
     lines = [
-        "| model | TP x FSDP | rows of a tile | TFLOP | GiB moved | sent: statistics | dH | head gathered | dW reduced | peak "
-        "| logits in bf16 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | TP x FSDP | R, r | TFLOP | GiB moved | ms | beside products | sent: statistics | dH | head gathered "
+        "| dW reduced | peak | logits in bf16 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model in MODELS:
         for tensor, sharded in LAYOUTS:
-            out = sent(model, step, tensor, sharded)
-            tile_rows = plan(problem(model, step, workspace, tensor)).tile_rows
-            logits = step.kept * -(-model.vocab // tensor) * ELEMENT
+            asked, out = problem(model, step, workspace, tensor), sent(model, step, tensor, sharded)
+            found, time = plan(asked), predict(asked)
+            moved = sum(x.count * (x.read + x.written) for x in steps(asked, found))
             cells = [
-                model.name, f"{tensor} x {sharded}", str(tile_rows), f"{operations(model, step, tensor) / 1e12:.1f}",
-                f"{bytes_moved(model, step, tile_rows, tensor) / gib:.1f}", *(f"{size / mib:.1f} MiB" for size in out.values()),
-                f"{memory(model, step, workspace, tensor) / gib:.2f} GiB", f"{logits / gib:.2f} GiB",
+                model.name, f"{tensor} x {sharded}", f"{found.buffer_rows}, {found.chunk_rows}",
+                f"{operations(model, step, tensor) / 1e12:.1f}", f"{moved / gib:.1f}", f"{time.predicted_ms:.1f}", f"{time.ratio:.2f}",
+                *(f"{size / mib:.1f} MiB" for size in out.values()), f"{peak_bytes(asked, step.kept) / gib:.2f} GiB",
+                f"{step.kept * asked.vocab * ELEMENT / gib:.2f} GiB",
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

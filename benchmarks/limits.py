@@ -3,8 +3,8 @@
     python -m benchmarks.limits benchmarks/results/cpu.json
     python -m benchmarks.limits ONE.json --again OTHER.json       # two runs: do the ranges of their ratios meet?
 
-Time at 1024 tokens, D 896, V 151,936, bf16. Memory of ours beyond the gradients: what the planner's formula says of a tile and of
-the float32 sum behind dW, and 64 MiB; and from 4096 tokens on the process may grow by their hidden states and gradient only.
+Time at 1024 tokens, D 896, V 151,936, bf16. Memory of ours beyond the gradients: what the planner's formula says of the buffer
+and of the float32 sum behind dW, and 64 MiB; and from 4096 tokens on the process may grow by their hidden states and gradient only.
 """
 
 import argparse
@@ -67,8 +67,9 @@ def planned(r):
         return 0
     scored_first = r["path"] == "entropy"  # all rows leave their softmax behind before it is known which are trained
     live = r.get("kept" if scored_first else "live", tokens)
-    problem = plan.Problem(live, 0, V, D, 2, 2, r["path"] != "frozen", r["workspace_bytes"])
-    whole = plan.peak_bytes(problem, tokens, two_phases=r["path"] in ("sequence", "entropy"))
+    two_phases = r["path"] in ("sequence", "entropy")
+    problem = plan.Problem(live, 0, V, D, 2, 2, True, r["path"] != "frozen", r["workspace_bytes"], two_phases)
+    whole = plan.peak_bytes(problem, tokens)
     return whole - tokens * D * 2 - (V * D * 2 if problem.needs_weight else 0)
 
 

@@ -1,4 +1,4 @@
-// What the compiled row kernels are handed: plain data, no framework.
+// What the compiled row kernels are handed: plain data, no framework; grpo_kernels/backends/params.py fills it in.
 //
 // R rows and C columns of a tile of logits; `acc` is float, or double for float64 tiles. Vectors [R] are contiguous; a null
 // pointer stands for "absent" wherever a field says it may be.
@@ -8,55 +8,59 @@
 
 namespace grpo_kernels {
 
-enum class Dtype : int { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3 };  // float16: CUDA only
+enum class Dtype : int { float32, bfloat16, float64, float16 };  // float16: CUDA only
 
-enum class PolicyKind : int { clipped = 0, cispo = 1, sapo = 2, linear = 3 };
+enum class PolicyKind : int { clipped, cispo, sapo, linear };  // in the order of KINDS in grpo_kernels/losses/terms.py
 
-struct Tile {
-  void* data;          // [R, C], elements of one row adjacent
-  int64_t rows;        // R
-  int64_t columns;     // C
+struct Matrix {
+  void* data;  // [R, C], elements of one row adjacent
+  int64_t rows, columns;
   int64_t row_stride;  // elements from one row to the next; negative or below C is allowed for R <= 1 only
-  Dtype dtype;
-};
-
-// Where a kernel's result goes, on CUDA; the CPU's kernels work in place. The tile's own memory in a narrower dtype (rows on
-// rows, in one kernel launch), or memory of its own.
-struct Output {
-  void* data;          // [R, C], elements of one row adjacent; null: over the tile, in its dtype
-  int64_t row_stride;  // elements of `dtype`
   Dtype dtype;
 };
 
 // z = softcap * tanh(logit_scale * (raw + bias) / softcap) / temperature
 struct Transform {
   double logit_scale;
-  double softcap;              // 0: none
-  double temperature;          // used when `row_temperature` is null
-  const void* bias;            // acc [C] or null; may hold -inf
-  const void* row_temperature; // acc [R] or null
+  double softcap;      // 0: none
+  double temperature;  // used where the tile has none of its own
+};
+
+struct Tile {
+  Matrix values;          // raw logits; or a stash, onehot - p
+  const int64_t* target;  // [R], relative to the tile's first column; outside [0, C): not in this tile
+  Transform transform;
+  const void* bias;         // acc [C] or null; may hold -inf
+  const void* temperature;  // acc [R] or null
+};
+
+struct Scored {
+  void* logps;    // acc [R]
+  void* lse;      // acc [R]
+  void* entropy;  // acc [R]
 };
 
 struct StatisticsParams {
   Tile tile;
-  Transform transform;
-  const int64_t* target;  // [R], relative to the tile's first column; outside [0, C): not in this tile
-  void* stats;            // acc [R, 4]: max, sum of exp(z - max) without the target, sum of (z - max) exp(z - max), target's z
-  bool probs;             // overwrite the tile by softmax(z)
-  Output out;
+  void* stats;  // acc [R, 4]: max, sum of exp(z - max) without the target, sum of (z - max) exp(z - max), target's z
 };
 
 struct GradientParams {
-  Tile tile;  // raw logits, or p when `from_probs`; overwritten by dz
-  Transform transform;
-  const int64_t* target;  // [R]
-  const void* lse;        // acc [R]
-  const void* logps;      // acc [R]
-  const void* entropy;    // acc [R]
-  const void* g;          // acc [R], d loss / d logps
+  Tile tile;
+  Matrix out;  // the tile's own memory in its dtype, or memory of its own
+  Scored scored;
+  const void* g;          // acc [R], d loss / d logps; null: the stash is wanted, d logps / d z = onehot - p
   const void* g_entropy;  // acc [R], d loss / d entropy, or null
-  bool from_probs;
-  Output out;
+  bool from_stash;
+};
+
+struct PolicyRows {
+  const void* w_policy;    // acc [R] or null: no policy term
+  const void* advantages;  // acc [R]; may be null for `linear`
+  const void* old;         // acc [R] or null: on-policy, ratio 1
+  const void* ref;         // acc [R] or null: no KL
+  const void* w_kl;        // acc [R]; null only without `ref`
+  const void* w_entropy;   // acc [R] or null: no entropy term
 };
 
 struct PolicyTerms {
@@ -70,24 +74,16 @@ struct PolicyTerms {
 };
 
 struct PolicyParams {
-  Tile tile;  // raw logits, overwritten by dz
-  Transform transform;
+  Tile tile;
+  Matrix out;  // as of GradientParams
+  PolicyRows rows;
   PolicyTerms terms;
-  const int64_t* target;   // [R]
-  const void* old;         // acc [R] or null: on-policy, ratio 1
-  const void* ref;         // acc [R] or null: no KL
-  const void* advantages;  // acc [R]; may be null for `linear`
-  const void* w_policy;    // acc [R] or null: no policy term
-  const void* w_kl;        // acc [R]; null only without `ref`
-  const void* w_entropy;   // acc [R] or null: no entropy term
-  void* logps;             // acc [R], written
-  void* entropy;           // acc [R], written
-  Output out;
+  Scored scored;  // written
 };
 
 struct TransposeParams {
-  Tile tile;
-  void* out;  // [C, R], contiguous, the tile's dtype
+  Matrix matrix;
+  void* out;  // [C, R], contiguous, of the same dtype
 };
 
 }  // namespace grpo_kernels

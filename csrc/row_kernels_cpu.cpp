@@ -1,7 +1,8 @@
 // The three row kernels and the transpose on the CPU, compiled once per instruction set under another GK_ISA.
 //
 //   statistics  reads a tile once. Per element: 1 exp, 2 fused multiply-adds, 1 maximum.
-//   gradient    reads and writes it once. Per element: 1 exp, 1 multiplication.
+//   gradient    reads and writes it once. Per element: 1 exp, 1 multiplication. The stash is its special case g = 1 without the
+//               transform's derivative.
 //   policy      both, the second visit of a row out of the second-level cache: a row of 151,936 bf16 logits is 304 KB.
 //
 // Rows are shared out among threads and never split, so the bits of a result do not depend on the number of threads. Sums run in
@@ -35,82 +36,67 @@ template <class T>
 constexpr Digits kDigits = sizeof(T) == 2 ? Digits::bfloat16 : Digits::full;
 
 template <class T>
-struct RowTransform {
+struct VectorTransform : RowTransform<acc_t<T>, double> {
   using A = acc_t<T>;
-  A logit_scale, softcap, inv_softcap, temperature, inv_temperature;
-  A slope;  // z = slope * raw where `linear`
-  const A* bias;
   bool linear;
 
-  RowTransform(const Transform& t, int64_t row) : bias(static_cast<const A*>(t.bias)) {
-    const double temp = t.row_temperature ? static_cast<const A*>(t.row_temperature)[row] : t.temperature;
-    logit_scale = A(t.logit_scale);
-    softcap = A(t.softcap);
-    inv_softcap = t.softcap != 0 ? A(1 / t.softcap) : A(0);
-    temperature = A(temp);
-    inv_temperature = A(1 / temp);
-    slope = A(t.logit_scale / temp);
-    linear = !bias && t.softcap == 0 && slope > 0 && slope < A(INFINITY);
+  VectorTransform(const Tile& tile, int64_t row) : RowTransform<A, double>(tile, row) {
+    linear = !this->bias && this->cap == 0 && this->slope > 0 && this->slope < A(INFINITY);
   }
 
-  // z of raw logits at `column` and following; y is z before the temperature. `lanes` says how many of them exist.
+  // z of raw logits at `column` and following, `lanes` of which exist; and the softcap's derivative, where there is one.
   template <class V>
-  GK_INLINE V operator()(V raw, int64_t column, int64_t lanes, V& y) const {
-    if (bias) {
+  GK_INLINE V operator()(V raw, int64_t column, int64_t lanes, V& derivative) const {
+    if (this->bias) {
       if (lanes == kLanes<T>) {
-        raw = raw + load(bias + column);
+        raw = raw + load(this->bias + column);
       } else {
-        for (int64_t i = 0; i < lanes; i++) raw[i] += bias[column + i];
+        for (int64_t i = 0; i < lanes; i++) raw[i] += this->bias[column + i];
       }
     }
-    y = raw * logit_scale;
-    if (softcap != 0) {
-      y = softcap * vtanh<kDigits<T>>(y * inv_softcap);
-      return y * inv_temperature;
-    }
-    return raw * slope;
+    return this->cap != 0 ? this->cap * vtanh<kDigits<T>>(raw * this->share_slope, derivative) : raw * this->slope;
   }
 };
 
-// row[c] = f(row[c], c, lanes) over whole vectors, the ragged end through a copy. `in_order`: f looks at the column.
+// out[c] = f(in[c], c, lanes) over whole vectors, the ragged end through a copy. `in_order`: f looks at the column.
 template <class T, class F>
-GK_INLINE void map_row(T* row, int64_t columns, bool in_order, F f) {
+GK_INLINE void map_row(const T* in, T* out, int64_t columns, bool in_order, F f) {
   constexpr int L = kLanes<T>;
   int64_t c = 0;
   if (!in_order) {
     for (; c + 2 * L <= columns; c += 2 * L) {
       vec_t<T> a, b;
-      fetch_ahead(row + c);
-      load_pair(row + c, a, b);
-      store_pair(row + c, f(a, c, int64_t(L)), f(b, c, int64_t(L)));
+      fetch_ahead(in + c);
+      load_pair(in + c, a, b);
+      store_pair(out + c, f(a, c, int64_t(L)), f(b, c, int64_t(L)));
     }
   }
   for (; c + L <= columns; c += L) {
-    fetch_ahead(row + c);
-    store(row + c, f(load(row + c), c, int64_t(L)));
+    fetch_ahead(in + c);
+    store(out + c, f(load(in + c), c, int64_t(L)));
   }
   if (c < columns) {
     T rest[L] = {};
-    std::memcpy(rest, row + c, (columns - c) * sizeof(T));
+    std::memcpy(rest, in + c, (columns - c) * sizeof(T));
     store(rest, f(load(rest), c, columns - c));
-    std::memcpy(row + c, rest, (columns - c) * sizeof(T));
+    std::memcpy(out + c, rest, (columns - c) * sizeof(T));
   }
 }
 
 // z of `columns` columns from `first` into a buffer, -inf behind them up to a whole pair of vectors; returns how many that makes.
 template <class T>
-int64_t fill(const T* row, int64_t first, int64_t columns, const RowTransform<T>& transform, acc_t<T>* z) {
+int64_t fill(const T* row, int64_t first, int64_t columns, const VectorTransform<T>& transform, acc_t<T>* z) {
   constexpr int L = kLanes<T>;
-  vec_t<T> y;
+  vec_t<T> derivative;
   int64_t c = 0;
   for (; c + L <= columns; c += L) {
     fetch_ahead(row + first + c);
-    store(z + c, transform(load(row + first + c), first + c, int64_t(L), y));
+    store(z + c, transform(load(row + first + c), first + c, int64_t(L), derivative));
   }
   if (c < columns) {
     T rest[L] = {};
     std::memcpy(rest, row + first + c, (columns - c) * sizeof(T));
-    store(z + c, transform(load(rest), first + c, columns - c, y));
+    store(z + c, transform(load(rest), first + c, columns - c, derivative));
   }
   const int64_t padded = (columns + 2 * L - 1) / (2 * L) * (2 * L);
   for (c = columns; c < padded; c++) z[c] = -acc_t<T>(INFINITY);
@@ -177,12 +163,12 @@ struct Kept {
 };
 
 template <class T>
-bool is_plain(const RowTransform<T>& transform, int64_t first, int64_t n, int64_t target) {
+bool is_plain(const VectorTransform<T>& transform, int64_t first, int64_t n, int64_t target) {
   return transform.linear && n == kBlock<T> && (target < first || target >= first + n);
 }
 
 template <class T>
-void fold_row(const T* row, int64_t columns, int64_t target, const RowTransform<T>& transform, RowStatistics<double>& stats,
+void fold_row(const T* row, int64_t columns, int64_t target, const VectorTransform<T>& transform, RowStatistics<double>& stats,
               const Kept<acc_t<T>>* kept) {
   using A = acc_t<T>;
   alignas(64) A z[kBlock<T> + 2 * kLanes<T>];
@@ -222,10 +208,10 @@ void fold_row(const T* row, int64_t columns, int64_t target, const RowTransform<
   }
 }
 
-// row[c] = weight * exp(z - max), from what fold_row kept
+// out[c] = weight * exp(z - max), from what fold_row kept of a row
 template <class T>
-void scale_row(T* row, int64_t columns, int64_t target, const RowTransform<T>& transform, const Kept<acc_t<T>>& kept, double max,
-               double weight) {
+void scale_row(const T* in, T* out, int64_t columns, int64_t target, const VectorTransform<T>& transform,
+               const Kept<acc_t<T>>& kept, double max, double weight) {
   using V = vec_t<T>;
   constexpr int L = kLanes<T>;
   for (int64_t first = 0; first < columns; first += kBlock<T>) {
@@ -234,17 +220,17 @@ void scale_row(T* row, int64_t columns, int64_t target, const RowTransform<T>& t
     const acc_t<T> w = acc_t<T>(weight * std::exp(kept.shifts[first / kBlock<T>] - max));
     if (is_plain(transform, first, n, target)) {
       for (int64_t c = 0; c < n; c += 2 * L) {
-        store_pair(row + first + c, load(values + c) * w, load(values + c + L) * w);
+        store_pair(out + first + c, load(values + c) * w, load(values + c + L) * w);
       }
     } else {
-      map_row(row + first, n, true, [&](V, int64_t c, int64_t) { return load(values + c) * w; });
+      map_row(in + first, out + first, n, true, [&](V, int64_t c, int64_t) { return load(values + c) * w; });
     }
   }
 }
 
-// row[c] = weight * exp(z - shift)
+// out[c] = weight * exp(z - shift)
 template <class T>
-void exp_row(T* row, int64_t columns, const RowTransform<T>& transform, acc_t<T> shift, acc_t<T> weight) {
+void exp_row(const T* in, T* out, int64_t columns, const VectorTransform<T>& transform, acc_t<T> shift, acc_t<T> weight) {
   using V = vec_t<T>;
   constexpr int L = kLanes<T>;
   int64_t c = 0;
@@ -252,97 +238,69 @@ void exp_row(T* row, int64_t columns, const RowTransform<T>& transform, acc_t<T>
     const acc_t<T> slope = transform.slope;
     for (; c + 2 * L <= columns; c += 2 * L) {
       V a, b;
-      fetch_ahead(row + c);
-      load_pair(row + c, a, b);
+      fetch_ahead(in + c);
+      load_pair(in + c, a, b);
       a = a * slope - shift;
       b = b * slope - shift;
-      store_pair(row + c, exp_clamping<kDigits<T>>(a) * weight, exp_clamping<kDigits<T>>(b) * weight);
+      store_pair(out + c, exp_clamping<kDigits<T>>(a) * weight, exp_clamping<kDigits<T>>(b) * weight);
     }
   }
-  map_row(row + c, columns - c, true, [&](V raw, int64_t column, int64_t lanes) {
-    V y, x = transform(raw, c + column, lanes, y) - shift;
+  map_row(in + c, out + c, columns - c, true, [&](V raw, int64_t column, int64_t lanes) {
+    V derivative, x = transform(raw, c + column, lanes, derivative) - shift;
     return exp_clamping<kDigits<T>>(x) * weight;
   });
 }
 
-// d loss / d logps, d loss / d entropy and what of the forward its gradient needs. p = exp(z - shift) / exp(log_sum).
-struct RowGradient {
-  double g, g_entropy, logps, entropy, shift, log_sum;
-  bool has_entropy;
-};
-
 template <class T>
-void gradient_row(T* row, int64_t columns, int64_t target, const RowTransform<T>& transform, const RowGradient& d,
-                  bool from_probs, const Kept<acc_t<T>>* kept) {
+void gradient_row(const T* in, T* out, int64_t columns, int64_t target, const VectorTransform<T>& transform,
+                  const RowGradient<double>& d, bool from_stash, const Kept<acc_t<T>>* kept) {
   using A = acc_t<T>;
   using V = vec_t<T>;
-  if (d.g == 0 && (!d.has_entropy || d.g_entropy == 0)) {
-    if (columns > 0) std::memset(static_cast<void*>(row), 0, columns * sizeof(T));  // an empty tile has no address
+  if (d.idle) {
+    if (columns > 0) std::memset(static_cast<void*>(out), 0, columns * sizeof(T));  // an empty tile has no address
     return;
   }
-  const bool has_target = target >= 0 && target < columns;
-  const bool capped = transform.softcap != 0, entropy = d.has_entropy && d.g_entropy != 0;
-  const double factor = double(transform.logit_scale) / double(transform.temperature);
-  double dz_target = 0;
-  if (has_target) {
-    dz_target = -std::expm1(d.logps) * d.g * factor;
-    const double p = std::exp(d.logps);
-    if (entropy && p != 0) dz_target -= d.g_entropy * p * (d.logps + d.entropy) * factor;
-    if (capped) {
-      V y = splat<V>(A(transform.temperature * (d.logps + d.shift + d.log_sum)));
-      if (!from_probs) {
-        V raw = splat<V>(load_scalar(row + target));
-        if (transform.bias) raw = raw + transform.bias[target];
-        y = transform.softcap * vtanh<kDigits<T>>(raw * transform.logit_scale * transform.inv_softcap);
-      }
-      const double ratio = double(y[0]) * transform.inv_softcap;
-      dz_target *= p == 0 && from_probs ? 1 : 1 - ratio * ratio;
-    }
+  const bool has_target = target >= 0 && target < columns, capped = d.capped, entropy = d.g_entropy != 0;
+  double at_target = d.at_target;
+  if (has_target && capped) {
+    const double raw = double(load_scalar(in + target)) + (transform.bias ? transform.bias[target] : 0);
+    at_target *= from_stash ? slope_of_share((d.logps + d.shift) / transform.cap) : tanh_slope(raw * transform.share_slope);
   }
-  const A weight = A(-d.g * factor * (from_probs ? 1 : std::exp(-d.log_sum)));
-  const A shift = A(d.shift), lse = A(d.shift + d.log_sum), log_sum = A(d.log_sum), inv_sum = A(std::exp(-d.log_sum));
-  const A g = A(d.g * factor), g_entropy = A(entropy ? d.g_entropy * factor : 0), h = A(d.entropy);
+  const A weight = A(d.weight), shift = A(d.shift), log_sum = A(d.log_sum), inv_sum = A(std::exp(-d.log_sum));
+  const A g_entropy = A(d.g_entropy), h = A(d.entropy), inv_cap = A(1) / transform.cap;
   if (kept && !capped && !entropy) {
-    scale_row(row, columns, target, transform, *kept, d.shift, double(weight));
-  } else if (!from_probs && !capped && !entropy) {
-    exp_row(row, columns, transform, shift, weight);
-  } else if (from_probs && !capped && !entropy) {
-    map_row(row, columns, false, [&](V p, int64_t, int64_t) { return p * weight; });
-  } else {
-    map_row(row, columns, transform.bias && !from_probs, [&](V v, int64_t column, int64_t lanes) {
-      V p = v, y, logp;
-      if (from_probs) {
-        logp = vlog(p);
-        y = transform.temperature * (logp + lse);
-      } else {
-        logp = transform(v, column, lanes, y) - shift;
-        p = exp_clamping<kDigits<T>>(logp) * inv_sum;
-        logp = logp - log_sum;
-      }
-      V dz = -g * p;
-      if (entropy) dz = dz - g_entropy * (p * (logp + h));
+    scale_row(in, out, columns, target, transform, *kept, d.shift, d.weight);
+  } else if (from_stash) {
+    map_row(in, out, columns, false, [&](V unit, int64_t, int64_t) {
+      if (!capped && !entropy) return unit * -weight;
+      V p = -unit, dz = weight * p;
+      const V plain = dz, log_p = vlog(p);
+      if (entropy) dz = dz - g_entropy * (p * (log_p + h));
       if (capped) {
-        const V ratio = y * transform.inv_softcap;
-        dz = dz * (A(1) - ratio * ratio);
+        const V share = (log_p + shift) * inv_cap;
+        dz = dz * vmax(1 - share * share, V{});  // slope_of_share
       }
-      // where p is 0 or denormal, log p and y may be infinite
-      return p < std::numeric_limits<A>::min() ? -g * p : dz;
+      return p < std::numeric_limits<A>::min() ? plain : dz;  // where p is 0 or denormal, its logarithm is infinite
+    });
+  } else if (!capped && !entropy) {
+    exp_row(in, out, columns, transform, shift, weight);
+  } else {
+    map_row(in, out, columns, transform.bias, [&](V raw, int64_t column, int64_t lanes) {
+      V derivative, x = transform(raw, column, lanes, derivative) - shift;
+      const V e = exp_clamping<kDigits<T>>(x);
+      V dz = weight * e;
+      if (entropy) dz = dz - g_entropy * (e * inv_sum * (x - log_sum + h));
+      return capped ? dz * derivative : dz;
     });
   }
-  if (has_target) store_scalar(row + target, A(dz_target));
+  if (has_target) store_scalar(out + target, A(at_target));
 }
 
-template <class A>
-double value(const void* vector, int64_t row, double absent = 0) {
-  return vector ? double(static_cast<const A*>(vector)[row]) : absent;
-}
-
-// Calls f(r, row, kept) for every row.
+// Calls f(r, kept) for every row.
 template <class T, class F>
-void for_each_row(const Tile& tile, int threads, bool keep, F f) {
+void for_each_row(const Matrix& tile, int threads, bool keep, F f) {
   using A = acc_t<T>;
   (void)threads;
-  T* data = static_cast<T*>(tile.data);
   const int64_t per_task = tile.rows >= 4 * kRowsPerTask * threads ? kRowsPerTask : 1;
   const int64_t tasks = (tile.rows + per_task - 1) / per_task;
   const int64_t blocks = (tile.columns + kBlock<T> - 1) / kBlock<T>;
@@ -356,7 +314,7 @@ void for_each_row(const Tile& tile, int threads, bool keep, F f) {
     for (int64_t task = 0; task < tasks; task++) {
       const int64_t end = (task + 1) * per_task < tile.rows ? (task + 1) * per_task : tile.rows;
       for (int64_t r = task * per_task; r < end; r++) {
-        f(r, data + r * tile.row_stride, values && shifts ? &kept : nullptr);
+        f(r, values && shifts ? &kept : nullptr);
       }
     }
   }
@@ -365,53 +323,46 @@ void for_each_row(const Tile& tile, int threads, bool keep, F f) {
 template <class T>
 void statistics_rows(const StatisticsParams& p, int threads) {
   using A = acc_t<T>;
-  for_each_row<T>(p.tile, threads, p.probs, [&](int64_t r, T* row, const Kept<A>* kept) {
-    A* out = static_cast<A*>(p.stats) + 4 * r;
-    const RowTransform<T> transform(p.transform, r);
-    RowStatistics<double> stats{out[0], out[1], out[2], out[3]};
-    const int64_t columns = p.tile.columns, target = p.target[r];
-    fold_row(row, columns, target, transform, stats, kept);
-    out[0] = A(stats.max);
-    out[1] = A(stats.others);
-    out[2] = A(stats.moment);
-    out[3] = A(stats.target);
-    if (!p.probs) return;
-    const double weight = 1 / total(stats);
-    if (!kept) return exp_row(row, columns, transform, A(stats.max), A(weight));
-    scale_row(row, columns, target, transform, *kept, stats.max, weight);
-    if (target >= 0 && target < columns) store_scalar(row + target, A(weight * std::exp(stats.target - stats.max)));
+  const Matrix& tile = p.tile.values;
+  for_each_row<T>(tile, threads, false, [&](int64_t r, const Kept<A>*) {
+    auto& stats = static_cast<RowStatistics<A>*>(p.stats)[r];
+    RowStatistics<double> s{stats.max, stats.others, stats.moment, stats.target};
+    fold_row<T>(row_of<T>(tile, r), tile.columns, p.tile.target[r], {p.tile, r}, s, nullptr);
+    stats = {A(s.max), A(s.others), A(s.moment), A(s.target)};
   });
 }
 
 template <class T>
 void gradient_rows(const GradientParams& p, int threads) {
   using A = acc_t<T>;
-  for_each_row<T>(p.tile, threads, false, [&](int64_t r, T* row, const Kept<A>*) {
-    const RowGradient d{value<A>(p.g, r),   value<A>(p.g_entropy, r), value<A>(p.logps, r), value<A>(p.entropy, r),
-                        value<A>(p.lse, r), 0,                        p.g_entropy != nullptr};
-    gradient_row<T>(row, p.tile.columns, p.target[r], RowTransform<T>(p.transform, r), d, p.from_probs, nullptr);
+  const Matrix& tile = p.tile.values;
+  for_each_row<T>(tile, threads, false, [&](int64_t r, const Kept<A>*) {
+    const VectorTransform<T> transform(p.tile, r);
+    const auto at = [r](const void* vector, A absent = 0) { return double(value<A>(vector, r, absent)); };
+    const RowGradient<double> d(transform, !p.g, at(p.g, 1), at(p.g_entropy), at(p.scored.lse), 0, at(p.scored.logps),
+                                at(p.scored.entropy));
+    gradient_row<T>(row_of<T>(tile, r), row_of<T>(p.out, r), tile.columns, p.tile.target[r], transform, d, p.from_stash, nullptr);
   });
 }
 
 template <class T>
 void policy_rows(const PolicyParams& p, int threads) {
   using A = acc_t<T>;
-  const bool keep = p.transform.softcap == 0 && !p.w_entropy;
-  for_each_row<T>(p.tile, threads, keep, [&](int64_t r, T* row, const Kept<A>* kept) {
-    const RowTransform<T> transform(p.transform, r);
-    RowStatistics<double> stats;
-    fold_row(row, p.tile.columns, p.target[r], transform, stats, kept);
-    const RowResult<double> result = close(stats);
+  const Matrix& tile = p.tile.values;
+  const bool keep = p.tile.transform.softcap == 0 && !p.rows.w_entropy;
+  for_each_row<T>(tile, threads, keep, [&](int64_t r, const Kept<A>* kept) {
+    const T* in = row_of<T>(tile, r);
+    const int64_t target = p.tile.target[r];
+    const VectorTransform<T> transform(p.tile, r);
+    RowStatistics<double> s;
+    fold_row(in, tile.columns, target, transform, s, kept);
+    const RowResult<double> result = close(s);
+    write<A>(p.scored, r, result);
     // Rounded first: a row whose old log-prob is this very number has ratio 1 exactly.
-    const A logps = A(result.logps);
-    static_cast<A*>(p.logps)[r] = logps;
-    static_cast<A*>(p.entropy)[r] = A(result.entropy);
-    const PolicyRow<double> inputs{p.old != nullptr,           p.ref != nullptr,         value<A>(p.old, r), value<A>(p.ref, r),
-                                   value<A>(p.advantages, r), value<A>(p.w_policy, r), value<A>(p.w_kl, r)};
-    const double c = policy_coefficient(p.terms, inputs, double(logps));
-    const RowGradient d{c,         value<A>(p.w_entropy, r), result.logps,          result.entropy,
-                        stats.max, result.log_sum,           p.w_entropy != nullptr};
-    gradient_row<T>(row, p.tile.columns, p.target[r], transform, d, false, kept);
+    const double g = policy_coefficient<A>(p, r, double(A(result.logps)));
+    const RowGradient<double> d(transform, false, g, double(value<A>(p.rows.w_entropy, r)), s.max, result.log_sum, result.logps,
+                                result.entropy);
+    gradient_row<T>(in, row_of<T>(p.out, r), tile.columns, target, transform, d, false, kept);
   });
 }
 
@@ -474,9 +425,9 @@ void transpose_rows(const TransposeParams& p, int threads) {
   constexpr int N = GK_VECTOR_BYTES / sizeof(E);
   constexpr int64_t kStrip = 512;  // columns one thread takes at a time
   (void)threads;
-  const E* in = static_cast<const E*>(p.tile.data);
+  const E* in = static_cast<const E*>(p.matrix.data);
   E* out = static_cast<E*>(p.out);
-  const int64_t R = p.tile.rows, C = p.tile.columns, stride = p.tile.row_stride;
+  const int64_t R = p.matrix.rows, C = p.matrix.columns, stride = p.matrix.row_stride;
   const int64_t strips = (C + kStrip - 1) / kStrip;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t strip = 0; strip < strips; strip++) {
@@ -502,27 +453,29 @@ void transpose_rows(const TransposeParams& p, int threads) {
   }
 }
 
+// Calls f with an element of the dtype.
+template <class F>
+void by_dtype(const Matrix& tile, F f) {
+  if (tile.dtype == Dtype::float32) return f(float());
+  if (tile.dtype == Dtype::bfloat16) return f(bfloat16());
+  f(double());
+}
+
 void statistics(const StatisticsParams& p, int threads) {
-  if (p.tile.dtype == Dtype::float32) return statistics_rows<float>(p, threads);
-  if (p.tile.dtype == Dtype::bfloat16) return statistics_rows<bfloat16>(p, threads);
-  statistics_rows<double>(p, threads);
+  by_dtype(p.tile.values, [&](auto element) { statistics_rows<decltype(element)>(p, threads); });
 }
 
 void gradient(const GradientParams& p, int threads) {
-  if (p.tile.dtype == Dtype::float32) return gradient_rows<float>(p, threads);
-  if (p.tile.dtype == Dtype::bfloat16) return gradient_rows<bfloat16>(p, threads);
-  gradient_rows<double>(p, threads);
+  by_dtype(p.tile.values, [&](auto element) { gradient_rows<decltype(element)>(p, threads); });
 }
 
 void policy(const PolicyParams& p, int threads) {
-  if (p.tile.dtype == Dtype::float32) return policy_rows<float>(p, threads);
-  if (p.tile.dtype == Dtype::bfloat16) return policy_rows<bfloat16>(p, threads);
-  policy_rows<double>(p, threads);
+  by_dtype(p.tile.values, [&](auto element) { policy_rows<decltype(element)>(p, threads); });
 }
 
 void transpose(const TransposeParams& p, int threads) {
-  if (p.tile.dtype == Dtype::float32) return transpose_rows<uint32_t>(p, threads);
-  if (p.tile.dtype == Dtype::bfloat16) return transpose_rows<uint16_t>(p, threads);
+  if (p.matrix.dtype == Dtype::float32) return transpose_rows<uint32_t>(p, threads);
+  if (p.matrix.dtype == Dtype::bfloat16) return transpose_rows<uint16_t>(p, threads);
   transpose_rows<uint64_t>(p, threads);
 }
 

@@ -39,7 +39,7 @@ struct Shape {
 };
 
 // Fills in what the caller left open; returns what is wrong with the rest, or nullptr.
-const char* shape_of(const Tile& tile, int element_size, const CudaLaunch& launch, int visits, int capability, Shape& shape) {
+const char* shape_of(const Matrix& tile, int element_size, const CudaLaunch& launch, int visits, int capability, Shape& shape) {
   if (tile.rows > INT32_MAX / kLargestCluster || tile.columns > INT32_MAX / 2) {
     return failure("%lld rows or %lld columns are too many", (long long)tile.rows, (long long)tile.columns);
   }
@@ -71,7 +71,7 @@ cudaError_t start(void (*kernel)(Params), const Params& params, const Shape& sha
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(params.tile.rows) * unsigned(shape.cluster));
+  config.gridDim = dim3(unsigned(params.tile.values.rows) * unsigned(shape.cluster));
   config.blockDim = dim3(unsigned(shape.threads));
   config.dynamicSmemBytes = size_t(shape.shared);
   config.stream = static_cast<cudaStream_t>(stream);
@@ -84,53 +84,59 @@ cudaError_t start(void (*kernel)(Params), const Params& params, const Shape& sha
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
-template <class T, class O>
-struct StatisticsOf {
-  static void (*kernel(const StatisticsParams& p, bool kept))(StatisticsParams) {
-    const bool plain = !p.transform.bias && p.transform.softcap == 0;
-    if (kept) return plain ? statistics_kernel<T, O, true, Rows::kept> : statistics_kernel<T, O, false, Rows::kept>;
-    return plain ? statistics_kernel<T, O, true, Rows::twice> : statistics_kernel<T, O, false, Rows::twice>;
-  }
-};
+bool has_plain_transform(const Tile& tile) { return !tile.bias && tile.transform.softcap == 0; }
+
+const Matrix& result_of(const StatisticsParams& p) { return p.tile.values; }
+const Matrix& result_of(const GradientParams& p) { return p.out; }
+const Matrix& result_of(const PolicyParams& p) { return p.out; }
+
+template <class Params>
+using Kernel = void (*)(Params);
 
 template <class T, class O>
-struct GradientOf {
-  static void (*kernel(const GradientParams& p, bool))(GradientParams) {
-    const bool plain = !(p.transform.bias && !p.from_probs) && p.transform.softcap == 0 && !p.g_entropy;
-    if (p.from_probs) return plain ? gradient_kernel<T, O, true, Source::probs> : gradient_kernel<T, O, false, Source::probs>;
-    return plain ? gradient_kernel<T, O, true, Source::logits> : gradient_kernel<T, O, false, Source::logits>;
-  }
-};
+Kernel<StatisticsParams> instantiation(const StatisticsParams& p, bool) {
+  return has_plain_transform(p.tile) ? statistics_kernel<T, true> : statistics_kernel<T, false>;
+}
 
 template <class T, class O>
-struct PolicyOf {
-  static void (*kernel(const PolicyParams& p, bool kept))(PolicyParams) {
-    const bool plain = !p.transform.bias && p.transform.softcap == 0 && !p.w_entropy;
-    if (kept) return plain ? policy_kernel<T, O, true, Rows::kept> : policy_kernel<T, O, false, Rows::kept>;
-    return plain ? policy_kernel<T, O, true, Rows::twice> : policy_kernel<T, O, false, Rows::twice>;
+Kernel<GradientParams> instantiation(const GradientParams& p, bool) {
+  if (p.from_stash) {
+    if constexpr (std::is_same_v<T, O>) return gradient_kernel<T, T, false, Source::stash>;
+    return nullptr;
   }
-};
+  const bool plain = has_plain_transform(p.tile) && !p.g_entropy;
+  return plain ? gradient_kernel<T, O, true, Source::logits> : gradient_kernel<T, O, false, Source::logits>;
+}
+
+template <class T, class O>
+Kernel<PolicyParams> instantiation(const PolicyParams& p, bool kept) {
+  const bool plain = has_plain_transform(p.tile) && !p.rows.w_entropy;
+  if (kept) return plain ? policy_kernel<T, O, true, Rows::kept> : policy_kernel<T, O, false, Rows::kept>;
+  return plain ? policy_kernel<T, O, true, Rows::twice> : policy_kernel<T, O, false, Rows::twice>;
+}
 
 // The instantiation for the dtypes, or nullptr where there is none.
-template <template <class, class> class Of, class Params>
-auto kernel_for(const Params& p, bool kept) -> void (*)(Params) {
-  const Dtype out = p.out.data ? p.out.dtype : p.tile.dtype;
-  if (p.tile.dtype == Dtype::float32) {
-    if (out == Dtype::float32) return Of<float, float>::kernel(p, kept);
-    if (out == Dtype::bfloat16) return Of<float, __nv_bfloat16>::kernel(p, kept);
-    if (out == Dtype::float16) return Of<float, __half>::kernel(p, kept);
+template <class Params>
+Kernel<Params> kernel_for(const Params& p, bool kept) {
+  const Dtype in = p.tile.values.dtype, out = result_of(p).dtype;
+  if (in == Dtype::float32) {
+    if (out == Dtype::float32) return instantiation<float, float>(p, kept);
+    if (out == Dtype::bfloat16) return instantiation<float, __nv_bfloat16>(p, kept);
+    if (out == Dtype::float16) return instantiation<float, __half>(p, kept);
   }
-  if (p.tile.dtype != out) return nullptr;
-  if (out == Dtype::bfloat16) return Of<__nv_bfloat16, __nv_bfloat16>::kernel(p, kept);
-  if (out == Dtype::float16) return Of<__half, __half>::kernel(p, kept);
-  return Of<double, double>::kernel(p, kept);
+  if (in != out) return nullptr;
+  if (out == Dtype::bfloat16) return instantiation<__nv_bfloat16, __nv_bfloat16>(p, kept);
+  if (out == Dtype::float16) return instantiation<__half, __half>(p, kept);
+  return instantiation<double, double>(p, kept);
 }
 
 int size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
-template <template <class, class> class Of, class Params>
-const char* run(const char* name, const Params& p, const CudaLaunch& launch, int visits, bool may_keep) {
-  if (p.tile.rows == 0 || p.tile.columns == 0) return nullptr;
+// `visits`: how often the kernel walks over a row; what is read once is never kept.
+template <class Params>
+const char* run(const char* name, const Params& p, const CudaLaunch& launch, int visits) {
+  const Matrix& values = p.tile.values;
+  if (values.rows == 0 || values.columns == 0) return nullptr;
   const OnDevice device(launch.device);
   if (device.error != cudaSuccess) {
     return failure("%s kernel: device %d: %s", name, launch.device, cudaGetErrorString(device.error));
@@ -140,15 +146,15 @@ const char* run(const char* name, const Params& p, const CudaLaunch& launch, int
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, launch.device);
   const int capability = 10 * major + minor;
   CudaLaunch wanted = launch;
-  if (!may_keep) wanted.variant = 1;
+  if (visits == 1) wanted.variant = 1;
   while (true) {
     Shape shape;
-    if (const char* wrong = shape_of(p.tile, size_of(p.tile.dtype), wanted, visits, capability, shape)) {
+    if (const char* wrong = shape_of(values, size_of(values.dtype), wanted, visits, capability, shape)) {
       return failure("%s kernel: %s", name, wrong);
     }
-    const auto kernel = kernel_for<Of>(p, shape.kept);
+    const auto kernel = kernel_for(p, shape.kept);
     if (!kernel) {
-      return failure("%s kernel: no result of dtype %d from a tile of dtype %d", name, int(p.out.dtype), int(p.tile.dtype));
+      return failure("%s kernel: no result of dtype %d from a tile of dtype %d", name, int(result_of(p).dtype), int(values.dtype));
     }
     const cudaError_t error = start(kernel, p, shape, capability, launch.stream);
     if (error == cudaSuccess) return nullptr;
@@ -165,16 +171,14 @@ const char* run(const char* name, const Params& p, const CudaLaunch& launch, int
 extern "C" {
 
 const char* grpo_cuda_statistics(const StatisticsParams* params, const CudaLaunch* launch) {
-  return run<StatisticsOf>("statistics", *params, *launch, params->probs ? 2 : 1, params->probs);
+  return run("statistics", *params, *launch, 1);
 }
 
 const char* grpo_cuda_gradient(const GradientParams* params, const CudaLaunch* launch) {
-  return run<GradientOf>("gradient", *params, *launch, 1, false);
+  return run("gradient", *params, *launch, 1);
 }
 
-const char* grpo_cuda_policy(const PolicyParams* params, const CudaLaunch* launch) {
-  return run<PolicyOf>("policy", *params, *launch, 2, true);
-}
+const char* grpo_cuda_policy(const PolicyParams* params, const CudaLaunch* launch) { return run("policy", *params, *launch, 2); }
 
 #ifndef GRPO_SOURCES
 #define GRPO_SOURCES ""

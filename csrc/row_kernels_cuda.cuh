@@ -1,18 +1,16 @@
 // The three row kernels on CUDA. R rows, C columns; a thread block, or a cluster of them, owns a row.
 //
-//   statistics  reads a tile once; with probabilities, once more (Rows::twice) or not (Rows::kept), and writes it
-//   gradient    reads and writes it once
+//   statistics  reads a tile once
+//   gradient    reads and writes it once; the stash is its special case g = 1 without the transform's derivative
 //   policy      statistics, coefficient and gradient of whole rows: two reads and one write (Rows::twice), the second read from the
 //               L2 cache where the rows in flight fit it, hence the first one goes right to left and the second one back; or
 //               one read and one write (Rows::kept), the row in the shared memory of a cluster's blocks meanwhile
 //
 // A row is cut into units of 16 bytes, and these are dealt out to L lanes: lane l has the units l, l + L, l + 2L, ... and folds them
 // from right to left; the lanes' sums are merged in one tree. L depends on the row's length alone. A block has a run of the lanes
-// and a thread one of them after the other, so that a result has the same bits at every launch shape and alignment. Per element: 2 exp in policy and in statistics with probabilities, 1 elsewhere; 16 bytes are loaded at once wherever the pointers
-// allow it.
-//
-// A result of half the width over the tile's own memory: the first step's stores land on columns of that step, those of step k on
-// columns of step k / 2. So all threads must have loaded their part of step k / 2 before anyone stores step k.
+// and a thread one of them after the other, so that a result has the same bits at every launch shape and alignment. Per element:
+// 2 exp in policy, 1 elsewhere; 16 bytes are loaded at once wherever the pointers allow it. Results may lie on the tile, element on
+// element: the thread that has read a unit writes it.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -84,7 +82,7 @@ using bits_of = std::conditional_t<
     Bytes == 2, unsigned short,
     std::conditional_t<Bytes == 4, unsigned, std::conditional_t<Bytes == 8, uint2, uint4>>>;
 
-// Past the first-level cache: no element is read twice out of it, and results may lie over the tile.
+// Past the first-level cache: no element is read twice out of it.
 template <class V>
 __device__ __forceinline__ V load(const V* p) {
   const bits_of<sizeof(V)> bits = __ldcg(reinterpret_cast<const bits_of<sizeof(V)>*>(p));
@@ -127,12 +125,8 @@ struct Share {
   int whole;        // its first units that can be moved at once
   bool aligned;
 
-  __device__ __forceinline__ Share(const Tile& tile, const Output& result, int64_t row, int rank, int blocks)
-      : columns(int(tile.columns)) {
-    // row * stride passes 2^31 at 14k rows of 152k
-    in = static_cast<const T*>(tile.data) + row * tile.row_stride;
-    out = result.data ? static_cast<O*>(result.data) + row * result.row_stride
-                      : reinterpret_cast<O*>(static_cast<T*>(tile.data) + row * tile.row_stride);
+  __device__ __forceinline__ Share(const Matrix& values, const Matrix& result, int64_t row, int rank, int blocks)
+      : in(row_of<const T>(values, row)), out(row_of<O>(result, row)), columns(int(values.columns)) {
     aligned = is_aligned<InputUnit<T>>(in) && is_aligned<Unit<O, kUnit<T>>>(out);
     const int of_row = (columns + kUnit<T> - 1) / kUnit<T>;
     lanes = lanes_of(of_row);
@@ -201,9 +195,9 @@ __device__ __forceinline__ void read_backward(const S& share, int lane, F f) {
   }
 }
 
-// Writes f(unit, column) of this thread's units, left to right. `overlay`: what is written covers what others have yet to load.
+// Writes f(unit, column) of this thread's units, left to right.
 template <int InFlight, class S, class Load, class F>
-__device__ __forceinline__ void write_forward(const S& share, bool overlay, Load load_unit, F f) {
+__device__ __forceinline__ void write_forward(const S& share, Load load_unit, F f) {
   using Input = decltype(share.load_whole(0));
   const int threads = int(blockDim.x), steps = share.whole / (threads * InFlight);
   for (int k = 0; k < steps; k++) {
@@ -211,8 +205,6 @@ __device__ __forceinline__ void write_forward(const S& share, bool overlay, Load
     Input units[InFlight];
 #pragma unroll
     for (int i = 0; i < InFlight; i++) units[i] = load_unit(first + i * threads, false);
-    // k / 2 is below the last power of two, so one barrier at each of them is enough
-    if (overlay && (k & (k - 1)) == 0) __syncthreads();
 #pragma unroll
     for (int i = 0; i < InFlight; i++) {
       const int c = share.column(first + i * threads);
@@ -221,10 +213,7 @@ __device__ __forceinline__ void write_forward(const S& share, bool overlay, Load
   }
   for (int k = steps * InFlight; k * threads < share.units; k++) {
     const int i = k * threads + int(threadIdx.x), c = share.column(i);
-    Input unit = {};
-    if (i < share.units) unit = load_unit(i, true);
-    if (overlay && (k & (k - 1)) == 0) __syncthreads();
-    if (i < share.units) share.store_part(c, f(unit, c));
+    if (i < share.units) share.store_part(c, f(load_unit(i, true), c));
   }
 }
 
@@ -298,17 +287,15 @@ struct Row {
   int64_t row;
   Share<T, O, Mode> share;
   int target;  // column; -1: not in this tile
-  bool overlay;
   ElementTransform<A, Plain> transform;
 
-  __device__ __forceinline__ Row(const Tile& tile, const Output& out, const Transform& t, const int64_t* targets)
-      : row(index()), share(tile, out, row, rank, blocks), transform(t, row) {
-    const int64_t c = targets[row];
-    target = c >= 0 && c < tile.columns ? int(c) : -1;
-    overlay = sizeof(O) < sizeof(T) && out.data == tile.data;
+  __device__ __forceinline__ Row(const Tile& tile, const Matrix& out)
+      : row(index()), share(tile.values, out, row, rank, blocks), transform(tile, row) {
+    const int64_t c = tile.target[row];
+    target = c >= 0 && c < tile.values.columns ? int(c) : -1;
   }
 
-  // The statistics of the row, in every thread; once per kernel. All of the row has been loaded when it returns.
+  // The statistics of the row, in every thread; once per kernel.
   __device__ __forceinline__ RowStatistics<A> statistics() {
     for (int lane = int(threadIdx.x); lane < share.mine; lane += int(blockDim.x)) {
       RowStatistics<A> s[1];
@@ -330,7 +317,9 @@ struct Row {
   }
 
   template <Source From>
-  __device__ __forceinline__ void write(const ElementResult<A, Plain, From>& result) const {
+  __device__ __forceinline__ void write(const RowGradient<A>& d) const {
+    if (d.idle) return write_zeros(share);
+    const ElementResult<A, Plain, From> result(transform, d, target);
     const auto load_unit = [&](int i, bool ragged) {
       if constexpr (Mode == Rows::kept) return kept()[i];
       else return ragged ? share.load_part(share.column(i)) : share.load_whole(share.column(i));
@@ -341,7 +330,7 @@ struct Row {
       for (int j = 0; j < kUnit<T>; j++) written.at[j] = rounded<O>(result(widened(unit.at[j]), c + j));
       return written;
     };
-    write_forward<kInFlight<T, Plain>>(share, Mode == Rows::twice && overlay, load_unit, f);
+    write_forward<kInFlight<T, Plain>>(share, load_unit, f);
   }
 
   __device__ __forceinline__ bool is_first_thread() const { return rank == 0 && threadIdx.x == 0; }
@@ -393,67 +382,36 @@ struct Row {
   }
 };
 
-template <class A>
-__device__ __forceinline__ A value(const void* vector, int64_t row) {
-  return vector ? static_cast<const A*>(vector)[row] : A(0);
-}
-
 // ---- the kernels
 
-template <class T, class O, bool Plain, Rows Mode>
+template <class T, bool Plain>
 __global__ void __launch_bounds__(kMostThreads<T>, 1) statistics_kernel(const StatisticsParams p) {
-  if constexpr (Mode == Rows::twice || kHasClusters) {
-    using A = acc_of<T>;
-    Row<T, O, Plain, Mode> row(p.tile, p.out, p.transform, p.target);
-    A* stats = static_cast<A*>(p.stats) + 4 * row.row;
-    const RowStatistics<A> before{stats[0], stats[1], stats[2], stats[3]};
-    const RowStatistics<A> s = merged(before, row.statistics());
-    if (row.is_first_thread()) {
-      stats[0] = s.max;
-      stats[1] = s.others;
-      stats[2] = s.moment;
-      stats[3] = s.target;
-    }
-    if (p.probs) row.write(ElementResult<A, Plain, Source::logits>::softmax(row.transform, s));
-    row.leave();
-  }
+  using A = acc_of<T>;
+  Row<T, T, Plain, Rows::twice> row(p.tile, p.tile.values);
+  auto& stats = static_cast<RowStatistics<A>*>(p.stats)[row.row];
+  const RowStatistics<A> before = stats, s = row.statistics();
+  if (row.is_first_thread()) stats = merged(before, s);
 }
 
 template <class T, class O, bool Plain, Source From>
 __global__ void __launch_bounds__(kMostThreads<T>, 1) gradient_kernel(const GradientParams p) {
   using A = acc_of<T>;
-  const Row<T, O, Plain, Rows::twice> row(p.tile, p.out, p.transform, p.target);
-  const A g = value<A>(p.g, row.row), g_entropy = value<A>(p.g_entropy, row.row);
-  if (g == A(0) && g_entropy == A(0)) return write_zeros(row.share);
-  row.write(ElementResult<A, Plain, From>::gradient(row.transform, row.target, g, g_entropy, value<A>(p.lse, row.row), A(0),
-                                                    value<A>(p.logps, row.row), value<A>(p.entropy, row.row)));
+  const Row<T, O, Plain, Rows::twice> row(p.tile, p.out);
+  const A lse = value<A>(p.scored.lse, row.row), logps = value<A>(p.scored.logps, row.row), entropy = value<A>(p.scored.entropy, row.row);
+  const A g = value(p.g, row.row, A(1)), g_entropy = value<A>(p.g_entropy, row.row);
+  row.template write<From>({row.transform, !p.g, g, g_entropy, lse, A(0), logps, entropy});
 }
 
 template <class T, class O, bool Plain, Rows Mode>
 __global__ void __launch_bounds__(kMostThreads<T>, 1) policy_kernel(const PolicyParams p) {
   if constexpr (Mode == Rows::twice || kHasClusters) {
     using A = acc_of<T>;
-    Row<T, O, Plain, Mode> row(p.tile, p.out, p.transform, p.target);
+    Row<T, O, Plain, Mode> row(p.tile, p.out);
     const RowStatistics<A> s = row.statistics();
     const RowResult<A> result = close(s);
-    if (row.is_first_thread()) {
-      static_cast<A*>(p.logps)[row.row] = result.logps;
-      static_cast<A*>(p.entropy)[row.row] = result.entropy;
-    }
-    const PolicyRow<A> inputs{p.old != nullptr,
-                              p.ref != nullptr,
-                              value<A>(p.old, row.row),
-                              value<A>(p.ref, row.row),
-                              value<A>(p.advantages, row.row),
-                              value<A>(p.w_policy, row.row),
-                              value<A>(p.w_kl, row.row)};
-    const A g = policy_coefficient(p.terms, inputs, result.logps), g_entropy = value<A>(p.w_entropy, row.row);
-    if (g == A(0) && g_entropy == A(0)) {
-      write_zeros(row.share);
-    } else {
-      row.write(ElementResult<A, Plain, Source::logits>::gradient(row.transform, row.target, g, g_entropy, s.max, result.log_sum,
-                                                                  result.logps, result.entropy));
-    }
+    if (row.is_first_thread()) write<A>(p.scored, row.row, result);
+    const A g = policy_coefficient<A>(p, row.row, result.logps), g_entropy = value<A>(p.rows.w_entropy, row.row);
+    row.template write<Source::logits>({row.transform, false, g, g_entropy, s.max, result.log_sum, result.logps, result.entropy});
     row.leave();
   }
 }

@@ -1,5 +1,5 @@
-// The mathematics of one row on scalars: folding statistics, closing them, and the coefficient of the policy and KL terms.
-// The only place in C++ where the formulas stand; includes nothing of a framework, so that host and device code share it.
+// The mathematics of one row on scalars: folding statistics, closing them, the coefficient of the policy and KL terms, and what of a
+// row its gradient needs. The only place in C++ where the formulas stand; host and device code share it.
 #pragma once
 
 #include <cmath>
@@ -21,6 +21,32 @@ template <class S>
 GRPO_HD S infinity() {
   return S(INFINITY);
 }
+
+template <class T>
+GRPO_HD T* row_of(const Matrix& m, int64_t row) {
+  return static_cast<T*>(m.data) + row * m.row_stride;  // passes 2^31 at 14k rows of 152k
+}
+
+template <class A>
+GRPO_HD A value(const void* vector, int64_t row, A absent = A(0)) {
+  return vector ? static_cast<const A*>(vector)[row] : absent;
+}
+
+// Factors of one row's z: slope * (raw + bias), or cap * tanh(share_slope * (raw + bias)). Divided in `Wide`.
+template <class S, class Wide = S>
+struct RowTransform {
+  S slope;             // logit_scale / temperature
+  S cap, share_slope;  // softcap / temperature, 0 without a softcap; logit_scale / softcap
+  const S* bias;       // or null
+
+  GRPO_HD RowTransform(const Tile& tile, int64_t row) : bias(static_cast<const S*>(tile.bias)) {
+    const Transform& t = tile.transform;
+    const Wide temperature = tile.temperature ? Wide(value<S>(tile.temperature, row)) : Wide(t.temperature);
+    slope = S(Wide(t.logit_scale) / temperature);
+    cap = S(Wide(t.softcap) / temperature);
+    share_slope = S(Wide(t.logit_scale) / Wide(t.softcap));
+  }
+};
 
 // A column block's part of a row. `others` leaves out the target's column, so that p near 1 loses no digits.
 template <class S>
@@ -88,6 +114,14 @@ GRPO_HD RowResult<S> close(const RowStatistics<S>& s) {
   return {s.max + log_sum, log_sum, -softplus, log_sum - s.moment / sum};
 }
 
+// Into vectors of `A`.
+template <class A, class S>
+GRPO_HD void write(const Scored& scored, int64_t row, const RowResult<S>& result) {
+  static_cast<A*>(scored.logps)[row] = A(result.logps);
+  static_cast<A*>(scored.lse)[row] = A(result.lse);
+  static_cast<A*>(scored.entropy)[row] = A(result.entropy);
+}
+
 template <class S>
 GRPO_HD S clamp_exponent(S x) {  // nan stays nan
   return x > S(80) ? S(80) : x < S(-80) ? S(-80) : x;
@@ -114,25 +148,64 @@ GRPO_HD S policy_slope(const PolicyTerms& t, S w, S advantage) {
   return S(-4) * (e / ((S(1) + e) * (S(1) + e))) * w * advantage;
 }
 
-// The inputs of one row's objective; absent weights are 0.
-template <class S>
-struct PolicyRow {
-  bool has_old, has_ref;
-  S old, ref, advantage, w_policy, w_kl;
-};
-
-// c = d loss / d logps of one row.
-template <class S>
-GRPO_HD S policy_coefficient(const PolicyTerms& t, const PolicyRow<S>& row, S logps) {
-  const S w = row.has_old ? std::exp(clamp_exponent(logps - row.old)) : S(1);
-  S c = t.kind == PolicyKind::linear ? row.w_policy : row.w_policy * policy_slope(t, w, row.advantage);
-  if (row.has_ref) {
-    const S r = row.ref - logps;
+// c = d loss / d logps of one row, whose vectors are in `A`.
+template <class A, class S>
+GRPO_HD S policy_coefficient(const PolicyParams& p, int64_t row, S logps) {
+  const PolicyRows& rows = p.rows;
+  const S w = rows.old ? std::exp(clamp_exponent(logps - S(value<A>(rows.old, row)))) : S(1);
+  S c = S(value<A>(rows.w_policy, row));
+  if (p.terms.kind != PolicyKind::linear) c *= policy_slope(p.terms, w, S(value<A>(rows.advantages, row)));
+  if (rows.ref) {
+    const S r = S(value<A>(rows.ref, row)) - logps;
     // d (w k3) = w (1 - e) + w (e - r - 1), where e cancels
-    c += row.w_kl * (t.use_bias_correction_kl ? -w * r : -std::expm1(clamp_exponent(r)));
+    c += S(value<A>(rows.w_kl, row)) * (p.terms.use_bias_correction_kl ? -w * r : -std::expm1(clamp_exponent(r)));
   }
   return c;
 }
+
+// Below this, exp is 0; and 0 times it is not nan, as 0 times -inf is.
+template <class S>
+GRPO_HD S above_nothing(S x) {
+  return std::fmax(x, S(-1e4));
+}
+
+// 1 - tanh(u)^2 without its cancellation
+template <class S>
+GRPO_HD S tanh_slope(S u) {
+  const S q = std::exp(S(-2) * std::fabs(u));
+  return S(4) * q / ((S(1) + q) * (S(1) + q));
+}
+
+// The same of tanh itself. A stash holds p, whose logarithm gives back z = cap tanh and not the tanh's argument: near the cap the
+// difference cancels, and rounding may take the share beyond 1.
+template <class S>
+GRPO_HD S slope_of_share(S share) {
+  return std::fmax(S(1) - share * share, S(0));
+}
+
+// What a second visit writes in one row: (g (onehot - p) - g_entropy p (log p + entropy)) dz / d raw, p = exp(z - shift - log_sum).
+template <class S>
+struct RowGradient {
+  bool idle;            // nothing but zeros
+  bool capped;          // times the derivative of the softcap
+  S shift, log_sum, logps, entropy;
+  // These with the factor logit_scale / temperature, before the softcap's derivative:
+  S weight;     // of exp(z - shift)
+  S g_entropy;  // of p (log p + entropy)
+  S at_target;  // the target's result: p near 1 has no digits left for 1 - p
+
+  // `stash`: d logps / d z alone, neither factor nor softcap.
+  template <class Factors>
+  GRPO_HD RowGradient(const Factors& transform, bool stash, S g, S g_of_entropy, S shift, S log_sum, S logps, S entropy)
+      : idle(g == S(0) && g_of_entropy == S(0)), capped(!stash && transform.cap != 0), shift(shift), log_sum(log_sum), logps(logps),
+        entropy(entropy) {
+    const S factor = stash ? S(1) : S(transform.slope);
+    weight = -g * factor * std::exp(-log_sum);
+    g_entropy = g_of_entropy * factor;
+    at_target = -g * factor * std::expm1(logps);
+    if (g_entropy != S(0)) at_target -= g_entropy * std::exp(logps) * (above_nothing(logps) + entropy);
+  }
+};
 
 }  // namespace
 }  // namespace grpo_kernels

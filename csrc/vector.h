@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "row_math.h"
+
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
@@ -196,11 +198,14 @@ GK_INLINE vdouble exp_clamping(vdouble& x) {
   return e;
 }
 
-// tanh. Full digits: relative error about 2 ulp on the whole line; otherwise absolute error 1e-7, below a bfloat16 logit's own.
+// tanh and its derivative 1 - tanh^2, that without its cancellation. Full digits: relative error about 2 ulp on the whole line;
+// otherwise absolute error 1e-7 of tanh, below a bfloat16 logit's own.
 template <Digits kDigits = Digits::full>
-GK_INLINE vfloat vtanh(vfloat x) {
-  vfloat twice = vmin(splat<vfloat>(40.0f), x + x);
-  const vfloat large = 1.0f - 2.0f / (exp_clamping(twice) + 1.0f);
+GK_INLINE vfloat vtanh(vfloat x, vfloat& derivative) {
+  vfloat twice = vmin(splat<vfloat>(87.0f), x + x);
+  const vfloat e = exp_clamping(twice), inverse = 1.0f / (e + 1.0f);
+  const vfloat large = 1.0f - 2.0f * inverse;
+  derivative = 4.0f * (e * inverse) * inverse;
   if (kDigits == Digits::bfloat16) return large;
   const vfloat u = x * x;
   vfloat p = u * -5.70498699e-3f + 2.06390861e-2f;
@@ -210,8 +215,11 @@ GK_INLINE vfloat vtanh(vfloat x) {
   return u < 0.625f * 0.625f ? x + x * (u * p) : large;
 }
 template <Digits = Digits::full>
-GK_INLINE vdouble vtanh(vdouble x) {
-  for (int i = 0; i < int(sizeof(vdouble) / sizeof(double)); i++) x[i] = std::tanh(x[i]);
+GK_INLINE vdouble vtanh(vdouble x, vdouble& derivative) {
+  for (int i = 0; i < int(sizeof(vdouble) / sizeof(double)); i++) {
+    derivative[i] = tanh_slope(x[i]);
+    x[i] = std::tanh(x[i]);
+  }
   return x;
 }
 

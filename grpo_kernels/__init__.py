@@ -2,13 +2,14 @@
 
 from . import reference
 from .backends import available_backends
+from .call import GRPOLossOutput, LogProbs
 from .from_logits import grpo_loss_from_logits
 from .logprobs import linear_logprobs
 from .loss import FusedLinearGRPOLoss, fused_linear_grpo_loss
 from .losses.advantages import group_advantages
 from .losses.config import GRPOLossConfig
 from .losses.objective import objective
-from .outputs import GRPOLossOutput, LogProbs
+from .losses.terms import register_policy_term
 
 __version__ = "0.1.0"
 
@@ -24,4 +25,5 @@ __all__ = [
     "linear_logprobs",
     "objective",
     "reference",
+    "register_policy_term",
 ]

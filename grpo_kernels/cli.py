@@ -1,22 +1,28 @@
-"""`grpo-kernels train | plot | bench | doctor`: the command line.
+"""`grpo-kernels train | plan | plot | bench | doctor`: the command line.
 
 `train` has one flag per field of `GRPOConfig`, generated from the dataclass; a YAML file sets the same names, and flags win
 over it. Everything heavy is imported by the command that needs it.
 """
 
+import argparse
 import difflib
+import json
 import sys
+from dataclasses import asdict
 
 from . import __version__
 
 USAGE = """\
 usage: grpo-kernels train [--config FILE.yaml] [--model PATH --data FILE --reward pkg.mod:fn ...] [--dry-run] [--OPTION VALUE ...]
+       grpo-kernels plan --tokens N --vocab V --depth D [--device h200] [--dtype bf16] [--frozen | --logprobs] [--two-phase]
+                         [--workspace-mb M] [--json]
        grpo-kernels plot RUN [FILE.png]
        grpo-kernels bench [--quick] [--shapes NAME,...] [--providers NAME,...] [--json FILE] [--plot DIR] ...
        grpo-kernels doctor [--build-cuda]
        grpo-kernels --version
 
 train    trains a causal LM on rewards; without --model and --data, the built-in demo. `train --help` lists the options.
+plan     how a device would cut a call, every step, the predicted time beside bare products, the peak; nothing is run.
 plot     draws reward, entropy, KL and clipping of a run's folder, finished or not.
 bench    time, memory and error on this machine, beside bare matrix products and other libraries. `bench --help` explains.
 doctor   versions, devices, and which backends are usable here and why not; --build-cuda first builds the CUDA C++ kernels.
@@ -25,6 +31,11 @@ doctor   versions, devices, and which backends are usable here and why not; --bu
 
 class UsageError(Exception):
     """What the user typed cannot be done; the message says what was wanted."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f"{self.prog.split()[-1]}: {message}")
 
 
 def main(argv=None) -> int:
@@ -64,6 +75,53 @@ def bench(argv):
         return measure(argv)
     except (Refused, NoMatplotlib) as error:
         raise UsageError(error) from error
+
+
+def plan(argv):
+    from .engine.cost import seconds
+    from .engine.plan import DEVICES, Problem, default_budget, predict, steps
+    from .engine.plan import plan as choose
+
+    parser = _Parser(prog="grpo-kernels plan", allow_abbrev=False)
+    for name in ("tokens", "vocab", "depth"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--device", choices=sorted(DEVICES), default="h200")
+    parser.add_argument("--dtype", choices=_BYTES, default="bf16")
+    wanted = parser.add_mutually_exclusive_group()
+    wanted.add_argument("--frozen", action="store_true", help="no gradient of the head")
+    wanted.add_argument("--logprobs", action="store_true", help="no gradient at all")
+    parser.add_argument("--two-phase", action="store_true", help="a loss that needs all log-probs before any coefficient")
+    parser.add_argument("--workspace-mb", type=float, help="in place of GRPO_KERNELS_WORKSPACE_MB")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        budget = default_budget(args.device) if args.workspace_mb is None else int(args.workspace_mb * 2**20)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"plan: {error}") from error
+    for name, value in (("tokens", args.tokens), ("vocab", args.vocab), ("depth", args.depth), ("workspace-mb", budget)):
+        if value <= 0:
+            raise UsageError(f"plan: --{name} must be > 0, got {getattr(args, name.replace('-', '_'))}")
+    e, gradient = _BYTES[args.dtype], not args.logprobs
+    problem = Problem(
+        live=args.tokens * gradient, dead=args.tokens * (not gradient), vocab=args.vocab, depth=args.depth, element_size=e,
+        tile_size=e if args.device == "cpu" else max(e, 4), needs_hidden=gradient, needs_weight=gradient and not args.frozen,
+        budget=budget, two_phases=args.two_phase, device=DEVICES[args.device],
+    )  # fmt: skip
+    chosen = choose(problem)
+    found, prediction = steps(problem, chosen), predict(problem)
+    if args.json:
+        heights = {"r": chosen.chunk_rows, "R": chosen.buffer_rows, **asdict(chosen)}
+        print(json.dumps({"device": args.device, "heights": heights, "steps": [asdict(x) for x in found], **asdict(prediction)}))
+        return
+    print(f"device   {args.device}, {args.dtype}, workspace {budget / 2**20:g} MiB")
+    print("heights  " + ", ".join(f"{name} {value}" for name, value in asdict(chosen).items()))
+    print(f"\n{'step':16}{'count':>7}{'m':>9}{'n':>9}{'k':>9}{'MiB read':>11}{'written':>10}{'in L2':>9}{'ms':>10}")
+    for x in found:
+        mib = [size / 2**20 for size in (x.read, x.written, x.cached)]
+        print(f"{x.what:16}{x.count:>7}{x.m:>9}{x.n:>9}{x.k or '':>9}{mib[0]:>11.1f}{mib[1]:>10.1f}{mib[2]:>9.1f}"
+              f"{x.count * seconds(problem, x) * 1e3:>10.3f}")  # fmt: skip
+    times = f"predicted {prediction.predicted_ms:.2f} ms, bare products {prediction.floor_ms:.2f} ms, ratio {prediction.ratio:.3f}"
+    print(f"\n{times}, peak {prediction.peak_bytes / 2**30:.2f} GiB")
 
 
 def plot(argv):
@@ -122,7 +180,8 @@ def _suggest(name, known):
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-COMMANDS = {"train": train, "plot": plot, "bench": bench, "doctor": doctor}
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+COMMANDS = {"train": train, "plan": plan, "plot": plot, "bench": bench, "doctor": doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

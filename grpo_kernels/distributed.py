@@ -12,13 +12,12 @@ For N kept rows, T of them with a gradient, of depth D and element size e, on ea
                          all M rows
     rows with a gradient N bytes into an all-reduce in a two-phase backward
 
-`traffic.counted()` counts what really goes through. How many collectives there are depends on shapes that all ranks share, never
+`counted()` counts what really goes through. How many collectives there are depends on shapes that all ranks share, never
 on one rank's data, and the first exchange carries each rank's shapes, options and refusals, so that a rank which raises makes all
 of them raise. It has the same size whatever a rank has to say.
 """
 
 import contextlib
-import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -26,14 +25,30 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
-from .backends.statistics import merged
 from .losses.config import GRPOLossConfig
-from .losses.objective import metric_weight
-from .traffic import count
+from .losses.objective import entropy_threshold, masked_last, metric_weight, top_tokens
 
-_PARTIAL = "partial:"
 _OF_THE_KEEPING = ("_min", "_max", "phi_seq_mean")  # metrics of ranks that keep a token
 _NUMBERS = 16  # in an exchange before the first tile
+
+
+_counters = []
+
+
+@contextlib.contextmanager
+def counted():
+    """A dict that fills with bytes handed to each kind of collective while the block runs, in this process."""
+    counter = {}
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters.remove(counter)
+
+
+def count(kind, tensor):
+    for counter in _counters:
+        counter[kind] = counter.get(kind, 0) + tensor.numel() * tensor.element_size()
 
 
 def _gathered(x, group, kind):
@@ -70,11 +85,6 @@ class VocabShard:
         """What all ranks plan with: tiles, and so collectives, must be the same on each."""
         return max(self.sizes)
 
-    @property
-    def op_arguments(self):
-        """(group, sizes) as the ops take them, and `shard_named` reads them."""
-        return (self.name if self.sums_hidden else _PARTIAL + self.name), list(self.sizes)
-
     @staticmethod
     def of(meeting, sums_hidden=True):
         """Of the rows that each rank has brought to a `Meeting`; None without a group."""
@@ -93,11 +103,9 @@ class VocabShard:
                 shown = ", ".join(f"rank {rank}: {row[i]}" for rank, row in enumerate(everywhere))
                 raise ValueError(f"hidden, ids and mask must be the same on all ranks of vocab_parallel_group; {name}: {shown}")
 
-    def statistics(self, stats):
-        """Statistics [R, 4] of this rank's columns -> (of the whole vocabulary, of all other ranks' columns)."""
-        parts = _gathered(stats, self.group, "statistics").unbind()
-        others = [part for rank, part in enumerate(parts) if rank != self.rank]
-        return functools.reduce(merged, parts), functools.reduce(merged, others) if others else None
+    def gathered(self, stats):
+        """Statistics [R, 4] of each rank's columns, in rank order."""
+        return _gathered(stats, self.group, "statistics").unbind()
 
     def sum_later(self, x):
         """Starts adding x up over the ranks, in place; the returned function waits for it."""
@@ -117,15 +125,6 @@ class VocabShard:
         count("rows", flags)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
         return flags.bool()
-
-
-def shard_named(name: str, sizes) -> VocabShard | None:
-    """The shard that an op was told of by `op_arguments`; None for no name."""
-    if not name:
-        return None
-    sums_hidden = not name.startswith(_PARTIAL)
-    name = name.removeprefix(_PARTIAL)
-    return VocabShard(name, dist.get_rank(_group_of(name)), tuple(sizes), sums_hidden)
 
 
 class _GatheredSequence(torch.autograd.Function):
@@ -149,7 +148,7 @@ def gathered_sequence(hidden, group):
     """Hidden states sharded along their first dimension, in rank order, as all of them; for the loss with ``sums_hidden`` off."""
     if group is None:
         raise ValueError("vocab_parallel_group must be given with sequence_parallel, got None")
-    with refusing_together(group, hidden) as meeting:
+    with validate_across_ranks(group, hidden) as meeting:
         if not isinstance(hidden, torch.Tensor) or isinstance(hidden, DTensor) or hidden.dim() < 1:
             raise TypeError(f"hidden must be a tensor [.., D] with sequence_parallel, got {type(hidden).__name__}")
         meeting.facts = {
@@ -230,7 +229,7 @@ class Meeting:
 
 
 @contextlib.contextmanager
-def refusing_together(group, like, name="vocab_parallel_group"):
+def validate_across_ranks(group, like, name="vocab_parallel_group"):
     """A rank whose arguments are refused inside the block tells the others, which then raise too instead of waiting for it.
 
     Yields a `Meeting`: the facts that the block gives it are compared at its end. No collective of the group may stand inside.
@@ -259,6 +258,63 @@ def _digest(value):
 
 def _group_of(name):
     return dist.distributed_c10d._resolve_process_group(name)
+
+
+@dataclass(frozen=True)
+class QuantileOnly:
+    """A data_parallel_group for the entropy quantile alone: means stay those of this rank's tokens, as in TRL."""
+
+    group: object
+
+
+def group_in_use(config, data_parallel_group):
+    """The group where the loss has collectives over it, else None."""
+    if data_parallel_group is None or not isinstance(config, GRPOLossConfig):
+        return None
+    if config.top_entropy_quantile == 1 and not _means_over(config, data_parallel_group):
+        return None
+    return data_parallel_group.group if isinstance(data_parallel_group, QuantileOnly) else data_parallel_group
+
+
+def _means_over(config, data_parallel_group):
+    """Whether bnpo or the entropy bonus is a mean over the ranks' tokens."""
+    means = config.aggregation == "bnpo" or config.entropy_coef != 0
+    return means and not (data_parallel_group is None or isinstance(data_parallel_group, QuantileOnly))
+
+
+def token_count(m, config, data_parallel_group):
+    """0-dim: this rank's share of the tokens that means are over, at least 1 of all; None where they are its own."""
+    if not _means_over(config, data_parallel_group):
+        return None
+    tokens = m.sum()
+    count("means", tokens)
+    dist.all_reduce(tokens, group=data_parallel_group)
+    return tokens.clamp(min=1) / dist.get_world_size(data_parallel_group)
+
+
+def top_tokens_over_ranks(entropy, m, config, data_parallel_group):
+    """(mask [B, T], count) of the tokens above the entropy quantile of all ranks' tokens; None without a group or a quantile."""
+    if data_parallel_group is None or config.top_entropy_quantile == 1:
+        return None
+    group = group_in_use(config, data_parallel_group)
+    values, tokens = _gathered_ragged(masked_last(entropy, m), group), m.sum()
+    count("quantile", tokens)
+    dist.all_reduce(tokens, group=group)
+    top = top_tokens(entropy, m, entropy_threshold(entropy, m, config.top_entropy_quantile, (values, tokens)))
+    # only the bonus divides by them
+    own = top.sum().clamp(min=1)
+    share = token_count(top, config, data_parallel_group) if config.entropy_coef != 0 else None
+    return top, own if share is None else share
+
+
+def _gathered_ragged(values, group):
+    """All ranks' values, padded with inf to the longest rank; the same two collectives whatever a rank holds."""
+    length = torch.full((), values.numel(), device=values.device)
+    count("quantile", length)
+    dist.all_reduce(length, op=dist.ReduceOp.MAX, group=group)
+    padded = values.new_full((int(length),), float("inf"))
+    padded[: values.numel()] = values
+    return _gathered(padded, group, "quantile").flatten()
 
 
 def reduce_metrics(metrics: dict, mask: torch.Tensor, config: GRPOLossConfig, *, sequences: int | None = None, shares=True,

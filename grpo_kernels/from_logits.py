@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .arguments import check_logits_arguments, host_may_wait, raise_bad_values, value_flags
-from .backends.pytorch import new_statistics
-from .backends.statistics import finalize
-from .batch import LossBatch
-from .distributed import refusing_together
+from .backends.statistics import Scored, Tile, finalize, new_statistics
+from .call import GRPOLossOutput, LossArguments, TokenLoss, raise_bad_values, value_flags
+from .distributed import group_in_use, validate_across_ranks
+from .engine.operands import Work, can_sync, decoded, encoded
 from .engine.products import accumulation_dtype
-from .losses.config import GRPOLossConfig, LogitTransform
-from .losses.objective import group_in_use
-from .outputs import GRPOLossOutput
+from .losses.config import GRPOLossConfig
 
 
 def grpo_loss_from_logits(
@@ -57,18 +54,19 @@ def grpo_loss_from_logits(
     Raises:
         TypeError, ValueError, RuntimeError: as `fused_linear_grpo_loss`.
     """
-    wait = kept_rows is None and host_may_wait(logits)
-    with refusing_together(group_in_use(config, data_parallel_group) if wait else None, logits, "data_parallel_group"):
-        args = check_logits_arguments(
-            logits, completion_ids, advantages, mask, old_logps=old_logps, ref_logps=ref_logps,
-            importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
-            config=config, temperature=temperature, cu_seqlens=cu_seqlens, kept_rows=kept_rows,
-            data_parallel_group=data_parallel_group, workspace_bytes=workspace_bytes, backend=backend,
-        )  # fmt: skip
+    given = LossArguments(
+        logits, None, completion_ids, mask, config, temperature=temperature, workspace_bytes=workspace_bytes, backend=backend,
+        kept_rows=kept_rows, data_parallel_group=data_parallel_group, advantages=advantages, old_logps=old_logps,
+        ref_logps=ref_logps, importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps,
+        num_items=num_items, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    wait = kept_rows is None and can_sync(logits)
+    with validate_across_ranks(group_in_use(config, data_parallel_group) if wait else None, logits, "data_parallel_group"):
+        args = given.checked()
         vocab, accumulate = logits.shape[-1], accumulation_dtype(logits.dtype)
         backend = backends.resolve(backend, logits.device, logits.dtype, vocab)
-        batch = LossBatch(args, mask, config, accumulate, data_parallel_group, wait)
-        flags = value_flags(mask, completion_ids, vocab, advantages, temperature, batch.layout)
+        loss = TokenLoss(args, wait)
+        flags = value_flags(args, vocab, loss)
         correction = None
         if wait:
             raise_bad_values(flags.tolist(), vocab)
@@ -78,94 +76,80 @@ def grpo_loss_from_logits(
             raise TypeError(f"inplace_backward must be True or False, got {type(inplace_backward).__name__}")
 
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
-    inplace_backward = inplace_backward and not overlaps
-
     kept = mask.bool()
     target = completion_ids.where(kept, 0).clamp(0, vocab - 1)
     if temperature is not None:
         temperature = temperature.detach().to(accumulate)
         temperature = temperature.where(kept & (temperature > 0), 1.0)
-    t = config.transform
-    scalars = [t.logit_scale, t.softcap or 0.0, t.temperature]
-    logps, entropy = _LogitsLogProbs.apply(logits, target, kept, temperature, scalars, backend, inplace_backward)
+    work = Work(config.transform, backend, 0, (True, *(False,) * 4))
+    logps, entropy = _LogitsLogProbs.apply(logits, target, kept, temperature, work, inplace_backward and not overlaps)
     logps, entropy = logps.where(kept, 0.0), entropy.where(kept, 0.0)  # a GPU scores masked positions too
     if correction is not None:
         logps = (logps + correction).where(kept, 0.0)
-    loss, metrics = batch.objective(logps, entropy)
+    loss, metrics = loss(logps, entropy)
     return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)
 
 
 class _LogitsLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, kept, temperature, scalars, backend, inplace):
-        logps, entropy, lse = score_logits(logits, target, kept, temperature, scalars, backend)
+    def forward(ctx, logits, target, kept, temperature, work, inplace):
+        scored = score_logits(logits, target, kept, temperature, *encoded(work))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, temperature, logps, entropy, lse)
-        ctx.options = (scalars, backend, inplace)
-        return logps, entropy
+        ctx.save_for_backward(logits, target, temperature, *scored)
+        ctx.options = (work, inplace)
+        return scored[0], scored[2]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, g_entropy):
-        logits, target, temperature, logps, entropy, lse = ctx.saved_tensors
-        scalars, backend, inplace = ctx.options
+        logits, target, temperature, *scored = ctx.saved_tensors
+        work, inplace = ctx.options
         if g is None and g_entropy is None:
-            return (None,) * 7
-        g = torch.zeros_like(logps) if g is None else g
+            return (None,) * 6
+        g = torch.zeros_like(scored[0]) if g is None else g
         tile = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device).copy_(logits)
-        logits_to_gradient(tile, target, temperature, logps, entropy, lse, g, g_entropy, scalars, backend)
-        return tile, *(None,) * 6
+        logits_to_gradient(tile, target, temperature, scored, [g, g_entropy], *encoded(work))
+        return tile, *(None,) * 5
 
 
 @torch.library.custom_op("grpo_kernels::score_logits", mutates_args=())
 def score_logits(
-    logits: Tensor, target: Tensor, kept: Tensor, temperature: Tensor | None, scalars: Sequence[float], backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logps, entropy, lse) [B, T] (or [N]) of logits [B, T, V] (or [N, V]), 0 where not kept."""
-    dtype = accumulation_dtype(logits.dtype)
+    logits: Tensor, target: Tensor, kept: Tensor, temperature: Tensor | None, numbers: Sequence[float], work: str
+) -> list[Tensor]:
+    """[logps, lse, entropy], [B, T] (or [N]) each, of logits [B, T, V] (or [N, V]), 0 where not kept."""
+    dtype, wanted = accumulation_dtype(logits.dtype), decoded(tuple(numbers), work)
     out = [torch.zeros(target.shape, dtype=dtype, device=logits.device) for _ in range(3)]
-    transform = LogitTransform(scalars[0], scalars[1] or None, scalars[2])
-    kernels = backends.kernels(backend)
-    for tile, sequence in _sequences(logits):
+    for values, sequence in _sequences(logits):
         for span in _spans(kept[sequence]):
-            stats = new_statistics(tile[span].shape[0], dtype, logits.device)
+            stats = new_statistics(values[span].shape[0], dtype, logits.device)
             temp = None if temperature is None else temperature[sequence][span]
-            kernels.statistics(_rows(tile[span]), stats, target[sequence][span].contiguous(), transform, temperature=temp)
-            for vector, value in zip(out, (*finalize(stats),), strict=True):
+            tile = Tile(_rows(values[span]), target[sequence][span].contiguous(), wanted.transform, temperature=temp)
+            backends.kernels(wanted.backend).statistics(tile, stats)
+            for vector, value in zip(out, finalize(stats), strict=True):
                 vector[sequence][span] = value
-    logps, lse, entropy = out
-    return logps, entropy, lse
+    return out
 
 
 @score_logits.register_fake
-def _(logits, target, kept, temperature, scalars, backend):
-    logps = logits.new_empty(target.shape, dtype=accumulation_dtype(logits.dtype))
-    return logps, torch.empty_like(logps), torch.empty_like(logps)
+def _(logits, target, kept, temperature, numbers, work):
+    return [logits.new_empty(target.shape, dtype=accumulation_dtype(logits.dtype)) for _ in range(3)]
 
 
 @torch.library.custom_op("grpo_kernels::logits_to_gradient", mutates_args=("logits",))
 def logits_to_gradient(
-    logits: Tensor,
-    target: Tensor,
-    temperature: Tensor | None,
-    logps: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    g: Tensor,
-    g_entropy: Tensor | None,
-    scalars: Sequence[float],
-    backend: str,
-) -> None:
+    logits: Tensor, target: Tensor, temperature: Tensor | None, scored: Sequence[Tensor], incoming: Sequence[Tensor | None],
+    numbers: Sequence[float], work: str,
+) -> None:  # fmt: skip
     """Overwrites logits with their gradient, given those of logps and entropy; rows without one become 0."""
-    transform = LogitTransform(scalars[0], scalars[1] or None, scalars[2])
-    kernels = backends.kernels(backend)
-    vectors = [None if x is None else x.contiguous() for x in (target, lse, logps, entropy, g, g_entropy, temperature)]
-    for tile, sequence in _sequences(logits):
-        *rows, temp = (None if x is None else x[sequence] for x in vectors)
-        dense = _rows(tile)
-        kernels.gradient(dense, *rows, transform, temperature=temp)
-        if dense is not tile:
-            tile.copy_(dense)
+    wanted = decoded(tuple(numbers), work)
+    vectors = [None if x is None else x.contiguous() for x in (target, temperature, *scored, *incoming)]
+    for values, sequence in _sequences(logits):
+        target, temp, logps, lse, entropy, g, g_entropy = (None if x is None else x[sequence] for x in vectors)
+        dense = _rows(values)
+        tile = Tile(dense, target, wanted.transform, temperature=temp)
+        backends.kernels(wanted.backend).gradient(tile, dense, Scored(logps, lse, entropy), g, g_entropy)
+        if dense is not values:
+            values.copy_(dense)
 
 
 def _rows(tile):

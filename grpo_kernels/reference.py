@@ -2,11 +2,9 @@
 
 import torch
 
-from .arguments import PackedLayout, check_loss_arguments, check_values
-from .distributed import refusing_together
+from .call import GRPOLossOutput, LossArguments, TokenLoss, raise_bad_values, value_flags
+from .distributed import group_in_use, validate_across_ranks
 from .losses.config import GRPOLossConfig
-from .losses.objective import group_in_use, objective
-from .outputs import GRPOLossOutput
 
 
 def grpo_loss(
@@ -40,19 +38,17 @@ def grpo_loss(
     """
     if vocab_parallel_group is not None or sequence_parallel:
         raise ValueError("vocab_parallel_group must be None: the reference holds the whole vocabulary")
-    with refusing_together(group_in_use(config, data_parallel_group), hidden, "data_parallel_group"):
-        args = check_loss_arguments(
-            hidden, weight, completion_ids, advantages, mask, bias=bias, old_logps=old_logps, ref_logps=ref_logps,
-            importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
-            config=config, temperature=temperature, lora=lora, vocab_parallel_group=vocab_parallel_group,
-            cu_seqlens=cu_seqlens, kept_rows=kept_rows, workspace_bytes=workspace_bytes, backend=backend,
-            data_parallel_group=data_parallel_group,
-        )  # fmt: skip
-        check_values(mask, completion_ids, weight.shape[0], advantages, temperature, cu_seqlens)
+    given = LossArguments(**locals())
+    with validate_across_ranks(group_in_use(config, data_parallel_group), hidden, "data_parallel_group"):
+        args = given.checked()
+        loss = TokenLoss(args, wait=True)
+        raise_bad_values(value_flags(args, weight.shape[0], loss).tolist(), weight.shape[0])
 
     rows = args.hidden.where(mask.bool().unsqueeze(-1), 0.0)
     z = hidden_to_logits(rows, args.weight, args.bias, args.lora)
-    return loss_from_logits(z, args, completion_ids, mask, config, data_parallel_group)
+    logps, entropy = logps_from_logits(z, completion_ids, mask, config, args.temperature)
+    loss, metrics = loss(logps, entropy)
+    return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)
 
 
 def hidden_to_logits(hidden, weight, bias, lora):
@@ -61,19 +57,6 @@ def hidden_to_logits(hidden, weight, bias, lora):
         a, b, scale = lora
         z = z + scale * ((hidden @ a.T) @ b.T)
     return z if bias is None else z + bias.to(z.dtype)
-
-
-def loss_from_logits(z, args, completion_ids, mask, config, data_parallel_group):
-    layout = PackedLayout.of(args.cu_seqlens, mask)
-    logps, entropy = logps_from_logits(z, completion_ids, mask, config, args.temperature)
-    loss, metrics = objective(
-        layout.pad(logps), layout.pad(entropy), layout.pad_advantages(args.advantages), layout.pad(mask),
-        old_logps=layout.pad(args.old_logps), ref_logps=layout.pad(args.ref_logps),
-        importance_sampling_ratio=layout.pad_ratio(args.importance_sampling_ratio),
-        sampling_logps=layout.pad(args.sampling_logps), num_items=args.num_items,
-        data_parallel_group=data_parallel_group, config=config,
-    )  # fmt: skip
-    return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)
 
 
 def logps_from_logits(z, token_ids, mask, config, temperature=None):

@@ -1,5 +1,7 @@
 """torch.compile without graph breaks equals eager, and the registered ops keep the promises that torch.library asks for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -8,6 +10,8 @@ from tolerance import assert_all_close
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, grpo_loss_from_logits, linear_logprobs
 from grpo_kernels.backends.statistics import finalize
+from grpo_kernels.engine.operands import Work, encoded
+from grpo_kernels.losses.config import LogitTransform
 
 HEAD = ("hidden", "weight", "bias")
 CONFIGS = {
@@ -140,26 +144,21 @@ def op_inputs(adapter):
 def test_opcheck(adapter):
     """Schemas, fake tensors with shapes and dtypes of the real ones, nothing mutated or aliased that is not declared."""
     ops, checks = torch.ops.grpo_kernels, ("test_schema", "test_faketensor")
-    head, rows, target, normal = op_inputs(adapter)
-    scalars, needs = [0.5, 1.0, 3.0, 0.8], [True, True, True, adapter, adapter]
+    (hidden, *head), rows, target, normal = op_inputs(adapter)
     w, advantages, old, ref = torch.rand(5, dtype=torch.float64), normal(5), -normal(5).abs(), -normal(5).abs()
     for budget in (1, 10**6):
-        torch.library.opcheck(
-            ops.one_pass.default,
-            (*head, rows, target, None, w[:3], advantages[:3], old[:3], ref[:3], w[:3], None, 3, "clipped",
-             [0.2, 0.2, 0.0, 1.0, 1.05], True, scalars, needs, budget, "torch", "", []),
-            test_utils=checks,
-        )  # fmt: skip
-        for stash_rows, wanted in ((0, [False] * 3), (3, [False] * 3), (3, [True, False, True])):
-            score = (*head, rows, target, w + 0.5, stash_rows, 4, scalars, needs, budget, "torch", wanted, "", [])
+        work = Work(LogitTransform(1.0, 3.0, 0.8), "torch", budget, (True, True, True, adapter, adapter), lora_scale=0.5)
+        loss = encoded(replace(work, config=GRPOLossConfig(beta=0.1)))
+        vectors = [x[:3] for x in (w, advantages, old, ref, w)]
+        torch.library.opcheck(ops.one_pass.default, (hidden, head, [rows, target, None, *vectors, None], 3, *loss), test_utils=checks)
+        for stash_rows, wanted in ((0, (False,) * 3), (3, (False,) * 3), (3, (True, False, True))):
+            two_phases = encoded(replace(work, diagnostics=wanted))
+            score = (hidden, head, [rows, target, w + 0.5], 4, stash_rows, *two_phases)
             torch.library.opcheck(ops.score.default, score, test_utils=checks)
-            logps, entropy, lse, stash, _ = ops.score(*score)
-            torch.library.opcheck(
-                ops.score_backward.default,
-                (*head, rows, target, w + 0.5, logps, entropy, lse, stash, normal(5), normal(5), scalars, needs, budget, "torch", "",
-                 []),
-                test_utils=checks,
-            )  # fmt: skip
+            *scored, stash, _ = ops.score(*score)
+            incoming = [normal(5), normal(5)]
+            back = (hidden, head, [rows, target, w + 0.5], scored, stash, incoming, *two_phases)
+            torch.library.opcheck(ops.score_backward.default, back, test_utils=checks)
 
 
 def test_opcheck_of_the_logits_ops():
@@ -167,10 +166,10 @@ def test_opcheck_of_the_logits_ops():
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 7, generator=g)
     target, kept = torch.randint(0, 7, (2, 3), generator=g), torch.tensor([[1, 1, 0], [0, 0, 0]]).bool()
-    score = (logits, target, kept, None, [1.0, 0.0, 1.0], "torch")
+    work = encoded(Work(LogitTransform(), "torch", 0, (True, *(False,) * 4)))
+    score = (logits, target, kept, None, *work)
     torch.library.opcheck(ops.score_logits.default, score, test_utils=checks)
-    logps, entropy, lse = ops.score_logits(*score)
-    back = (logits.clone(), target, None, logps, entropy, lse, kept.float(), None, [1.0, 0.0, 1.0], "torch")
+    back = (logits.clone(), target, None, ops.score_logits(*score), [kept.float(), None], *work)
     torch.library.opcheck(ops.logits_to_gradient.default, back, test_utils=checks)
 
 

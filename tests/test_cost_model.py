@@ -10,18 +10,18 @@ from test_vocab_parallel import SHARDS, V, sharded, spawn
 from test_work import operations as counted_operations
 
 from benchmarks.cost_model import (
+    MODELS,
     Model,
     Step,
     handed_to_collectives,
     handed_to_data_parallel,
-    memory,
     operations,
     problem,
     sent,
     tables,
 )
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss
-from grpo_kernels.engine.plan import peak_bytes, plan
+from grpo_kernels.engine.plan import peak_bytes, plan, predict, steps
 from grpo_kernels.traffic import counted
 
 D = 16
@@ -87,12 +87,17 @@ def test_rings():
     assert sent(Model("", 10, 80), Step(6, 0, trains_head=False), 2, 2)["dW reduced"] == 0
 
 
-def test_tiles_and_peak_are_those_of_the_plan():
-    model, step, workspace = Model("", 4096, 151_936), Step(8192, 6144), 768 * 2**20
-    for ranks, rows in ((1, 1280), (8, 6144)):
-        asked = problem(model, step, workspace, ranks)
-        assert plan(asked).tile_rows == rows and memory(model, step, workspace, ranks) == peak_bytes(asked, step.kept)
-        assert re.search(rf"8B.*\| {ranks} x . \| {rows} \|", tables(step, workspace))
+def test_heights_bytes_time_and_peak_are_those_of_the_plan():
+    model, step = MODELS[0], Step(8192, 6144)
+    for ranks in (1, 8):
+        asked = problem(model, step, ranks=ranks)
+        found, time = plan(asked), predict(asked)
+        moved = sum(x.count * (x.read + x.written) for x in steps(asked, found)) / 2**30
+        assert asked.live == found.buffer_rows == 6144 and asked.dead == 2048
+        assert sum(2 * x.count * x.m * x.n * x.k for x in steps(asked, found)) == operations(model, step, ranks)
+        cells = [f"{ranks} x .", f"6144, {found.chunk_rows}", r"[\d.]+", f"{moved:.1f}", f"{time.predicted_ms:.1f}", f"{time.ratio:.2f}"]
+        row = re.search(rf"8B[^|]*\| {' . '.join(cells)} .*", tables(step)).group()
+        assert f"| {peak_bytes(asked, step.kept) / 2**30:.2f} GiB |" in row
 
 
 def test_the_tables_in_the_docs_are_these():

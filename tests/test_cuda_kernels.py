@@ -14,13 +14,15 @@ import cuda_host
 import pytest
 import torch
 from cuda_host import KEPT, TWICE
-from row_kernels import DEVICE, make_tile, new_stats
-from test_row_kernels import Terms, Transform, log_probs
+from row_kernels import DEVICE, make_tile
+from test_row_kernels import log_probs
 from tolerance import assert_no_worse_than_torch
 
 from grpo_kernels import build_cuda
-from grpo_kernels.backends import cuda
-from grpo_kernels.backends.statistics import finalize
+from grpo_kernels.backends import cuda, pytorch
+from grpo_kernels.backends.statistics import Scored, Tile, finalize, new_statistics
+from grpo_kernels.losses.config import LogitTransform as Transform
+from grpo_kernels.losses.terms import PolicyRows, PolicyTerms
 
 if cuda_host.why_unavailable() or DEVICE != "cpu":
     pytest.skip(cuda_host.why_unavailable() or "they are tested on the device", allow_module_level=True)
@@ -28,52 +30,67 @@ if cuda_host.why_unavailable() or DEVICE != "cpu":
 SENTINEL = 12345.0
 PLAIN = Transform()
 ROWS, COLUMNS = 3, 4096 + 37  # several steps of 64 threads, and a rest that is no whole unit
-# Every kernel in every variant: (kernel, launch). Clusters with blocks that have nothing to do among them.
-LAUNCHES = [("gradient", TWICE, 0), ("statistics", TWICE, 0), ("policy", TWICE, 0), *itertools.product(["statistics", "policy"], [KEPT], [1, 2, 4, 8])]
+TERMS = PolicyTerms("clipped", epsilon_high=0.28, use_bias_correction_kl=False)
+# Every kernel that writes, in every variant: (kernel, launch). Clusters with blocks that have nothing to do among them.
+LAUNCHES = [("gradient", TWICE, 0), ("stash", TWICE, 0), ("policy", TWICE, 0), *(("policy", KEPT, blocks) for blocks in (1, 2, 4, 8))]
 PAIRS = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16),
          (torch.float16, torch.float16), (torch.float64, torch.float64)]  # fmt: skip
 each_launch = pytest.mark.parametrize("kernel, variant, cluster", LAUNCHES, ids=lambda x: str(x))
 each_pair = pytest.mark.parametrize("dtype, narrow", PAIRS, ids=lambda d: str(d).removeprefix("torch."))
 
 
+def acc_of(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def problem(dtype, columns=COLUMNS, rows=ROWS):
-    """Everything the three kernels are given; row 1 is idle."""
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    """Everything the kernels are given; row 1 is idle."""
+    acc = acc_of(dtype)
     logits, target = make_tile(rows, columns, dtype), torch.randint(0, columns, (rows,))
     logps, entropy = log_probs(logits.to(acc), target)
     vector = torch.randn(6, rows, dtype=acc)
-    weights = SimpleNamespace(old=logps + 0.1 * vector[0], ref=logps + 0.1 * vector[1], advantages=vector[2], w_policy=vector[3].abs() + 0.1,
-                              w_kl=vector[4].abs(), w_entropy=None)  # fmt: skip
     g = vector[5]
+    weights = PolicyRows(vector[3].abs() + 0.1, vector[2], logps + 0.1 * vector[0], logps + 0.1 * vector[1], vector[4].abs())
     g[1:2] = weights.w_policy[1:2] = weights.w_kl[1:2] = 0
-    lse = logits.to(acc).logsumexp(1)
-    return SimpleNamespace(logits=logits, target=target, weights=weights, vectors=(lse, logps, entropy, g))
+    return SimpleNamespace(logits=logits, target=target, weights=weights, scored=Scored(logps, logits.to(acc).logsumexp(1), entropy), g=g)
 
 
-def call(kernel, p, tile, out=None, transform=PLAIN, **launch):
-    """Runs a kernel on a tile; returns the vectors it writes."""
-    acc = torch.float64 if tile.dtype == torch.float64 else torch.float32
-    if kernel == "statistics":
-        stats = new_stats(tile.shape[0], tile.dtype)
-        cuda_host.statistics(tile, stats, p.target, transform, probs=True, out=out, **launch)
-        return stats
+def linear(w_policy):
+    return PolicyRows(w_policy), PolicyTerms("linear")
+
+
+def scored_like(vector):
+    return Scored(*(torch.full_like(vector, float("nan")) for _ in Scored._fields))
+
+
+def call(kernel, p, values, out=None, transform=PLAIN, **launch):
+    """Runs a kernel on a tile, by default in place; returns the vectors it writes, [3, R] or none."""
+    tile, out = Tile(values, p.target, transform), values if out is None else out
     if kernel == "gradient":
-        cuda_host.gradient(tile, p.target, *p.vectors, None, transform, out=out, **launch)
-        return torch.zeros(0)
-    results = torch.full((2, tile.shape[0]), float("nan"), dtype=acc)
-    cuda_host.policy(tile, p.target, p.weights, Terms(), transform, *results, out=out, **launch)
-    return results
+        cuda_host.gradient(tile, out, p.scored, p.g, **launch)
+    elif kernel == "stash":
+        cuda_host.stash(tile, out, p.scored, **launch)
+    else:
+        scored = scored_like(p.g)
+        cuda_host.policy(tile, out, p.weights, TERMS, scored, **launch)
+        return torch.stack(scored)
+    return torch.zeros(0)
+
+
+def statistics(p, values, stats=None, target=None, **launch):
+    stats = new_statistics(len(values), acc_of(values.dtype), "cpu") if stats is None else stats
+    cuda_host.statistics(Tile(values, p.target if target is None else target, PLAIN), stats, **launch)
+    return stats
 
 
 def expected_of(kernel, p, dtype):
-    """What the kernel writes over the tile, from PyTorch in this dtype."""
-    z = p.logits.to(dtype)
-    if kernel == "statistics":
-        return torch.softmax(z, 1)
-    z = z.detach().requires_grad_()
+    """What the kernel writes, from PyTorch in this dtype."""
+    z = p.logits.to(dtype).detach().requires_grad_()
     logps, _ = log_probs(z, p.target)
-    if kernel == "gradient":
-        loss = (p.vectors[3].to(dtype) * logps).sum()
+    if kernel == "stash":
+        loss = logps.sum()
+    elif kernel == "gradient":
+        loss = (p.g.to(dtype) * logps).sum()
     else:
         w = {k: v.to(dtype) for k, v in vars(p.weights).items() if v is not None}
         ratio = (logps - w["old"]).exp()
@@ -97,13 +114,9 @@ def framed(values, spare, offset):
     return tile, memory, ~inside
 
 
-def over(tile, narrow):
-    """The tile's memory in a narrower dtype, rows on rows."""
-    return tile if narrow == tile.dtype else tile.view(narrow)[:, : tile.shape[1]]
-
-
-def even(columns):
-    return columns % 2
+def in_place(tile, narrow):
+    """The tile's own memory where its dtype is that of the result, memory of another stride otherwise."""
+    return tile if narrow == tile.dtype else framed(torch.full(tile.shape, float("nan"), dtype=narrow), 3, 0)[0]
 
 
 # ---- barriers
@@ -115,52 +128,33 @@ def test_the_same_bits_whatever_order_the_threads_run_in(kernel, variant, cluste
     p = problem(dtype)
     expected = None
     for seed in range(1, 7):
-        tile = torch.empty(ROWS, COLUMNS + even(COLUMNS), dtype=dtype)[:, :COLUMNS].copy_(p.logits)
+        tile = p.logits.clone()
+        out = in_place(tile, narrow)
         # the first seeds yield at every access: threads run as far apart as the barriers let them
-        written = call(kernel, p, tile, over(tile, narrow), variant=variant, cluster=cluster, threads=64, seed=seed, yield_one_in=1 if seed < 4 else 50)
-        results = over(tile, narrow).clone(), written
-        expected = results if expected is None else expected
-        assert torch.equal(results[0], expected[0]) and torch.equal(results[1], expected[1])
+        written = call(kernel, p, tile, out, variant=variant, cluster=cluster, threads=64, seed=seed, yield_one_in=1 if seed < 4 else 50)
+        expected = expected or (out, written)
+        assert torch.equal(out, expected[0]) and torch.equal(written, expected[1])
     exact = expected_of(kernel, p, torch.float64)
     assert_no_worse_than_torch(kernel, expected[0], expected_of(kernel, p, narrow), exact, 2.0, 1e-12 if dtype == torch.float64 else 4e-6)
-    assert kernel == "statistics" or (expected[0][1] == 0).all()
-
-
-@pytest.mark.parametrize("columns", [130, 256, 1024, 2048 + 2, 3 * 1024, 4 * 1024, 5 * 1024 + 6, 9 * 1024, 16 * 1024 + 258])
-@pytest.mark.parametrize("offset", [0, 2])
-def test_an_overlay_is_safe_at_every_number_of_steps(columns, offset):
-    """Barriers stand at powers of two only: none of the steps between may overtake."""
-    p = problem(torch.float32, columns, 2)
-    plain = p.logits.clone()
-    call("policy", p, plain, variant=TWICE, threads=64)
-    for kernel, seed in itertools.product(("policy", "gradient"), range(1, 5)):
-        tile, memory, outside = framed(p.logits, spare=6, offset=offset)
-        call(kernel, p, tile, over(tile, torch.bfloat16), variant=TWICE, threads=64, seed=seed, yield_one_in=1 + seed % 3)
-        result = over(tile, torch.bfloat16)
-        if kernel == "policy":
-            assert torch.equal(result, plain.bfloat16())
-        else:
-            torch.testing.assert_close(result.double(), expected_of(kernel, p, torch.float64), rtol=1e-2, atol=1e-7)
+    assert kernel == "stash" or (expected[0][1] == 0).all()
 
 
 @pytest.mark.parametrize("variant, cluster", [(TWICE, 0), (KEPT, 2)])
 def test_an_idle_row_becomes_zeros_whatever_it_holds(variant, cluster):
     """A coefficient handed in as 0 makes zeros of a row of NaN; one that comes of its log-prob is NaN itself."""
-    tile, zero = torch.full((2, 700), float("nan")), torch.zeros(2)
-    weights = SimpleNamespace(old=None, ref=None, advantages=None, w_policy=torch.tensor([0.0, 1.0]), w_kl=None, w_entropy=None)
-    cuda_host.policy(tile, torch.tensor([3, 4]), weights, Terms(kind="linear"), PLAIN, zero.clone(), zero, variant=variant, cluster=cluster)
-    assert (tile[0] == 0).all() and tile[1].isnan().all()
+    values, w = torch.full((2, 700), float("nan")), torch.tensor([0.0, 1.0])
+    cuda_host.policy(Tile(values, torch.tensor([3, 4]), PLAIN), values, *linear(w), scored_like(w), variant=variant, cluster=cluster)
+    assert (values[0] == 0).all() and values[1].isnan().all()
 
 
 @pytest.mark.parametrize("variant, cluster", [(TWICE, 0), (KEPT, 2)])
 def test_the_target_of_a_confident_row_keeps_its_digits(variant, cluster):
     """Its gradient is 1 - p, which float32 cannot take from p = 1 - 6e-8."""
-    tile, one = torch.zeros(1, 700), torch.ones(1)
-    tile[0, 5] = 23.0
+    values, one = torch.zeros(1, 700), torch.ones(1)
+    values[0, 5] = 23.0
     exact = 699 / (699 + torch.tensor(23.0, dtype=torch.float64).exp())
-    weights = SimpleNamespace(old=None, ref=None, advantages=None, w_policy=one, w_kl=None, w_entropy=None)
-    cuda_host.policy(tile, torch.tensor([5]), weights, Terms(kind="linear"), PLAIN, one.clone(), one.clone(), variant=variant, cluster=cluster)
-    torch.testing.assert_close(tile[0, 5].double(), exact, rtol=1e-5, atol=0)
+    cuda_host.policy(Tile(values, torch.tensor([5]), PLAIN), values, *linear(one), scored_like(one), variant=variant, cluster=cluster)
+    torch.testing.assert_close(values[0, 5].double(), exact, rtol=1e-5, atol=0)
 
 
 # ---- launch shapes
@@ -174,36 +168,33 @@ def test_launch_shapes_agree(kernel, variant, cluster):
         tile = p.logits.clone()
         written = call(kernel, p, tile, variant=variant, cluster=cluster, threads=threads)
         assert_no_worse_than_torch(f"{threads}", tile, by_torch, exact, 2.0, 4e-6)
-        logps, entropy = log_probs(p.logits.double(), p.target)
         if kernel == "policy":
-            torch.testing.assert_close(written.double(), torch.stack([logps, entropy]), rtol=2e-6, atol=2e-6)
-        elif kernel == "statistics":
-            torch.testing.assert_close(finalize(written.double())[0], logps, rtol=2e-6, atol=2e-6)
+            logps, entropy = log_probs(p.logits.double(), p.target)
+            expected = torch.stack([logps, p.logits.double().logsumexp(1), entropy])
+            torch.testing.assert_close(written.double(), expected, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("variant, cluster", [(TWICE, 0), (KEPT, 2), (KEPT, 8)])
-@pytest.mark.parametrize("columns", [1, 2, 3, 5, 31, 127, 257, 1023])
+@pytest.mark.parametrize("columns", [2, 3, 5, 31, 127, 257, 1023])
 def test_rows_shorter_than_a_step(columns, variant, cluster):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         p = problem(dtype, columns, 2)
         tile, memory, outside = framed(p.logits, spare=3, offset=1)
-        call("statistics", p, tile, variant=variant, cluster=cluster, threads=64)
-        exact = torch.softmax(p.logits.double(), 1)
-        assert_no_worse_than_torch(f"{columns}", tile, torch.softmax(p.logits, 1), exact, 2.0, 1e-12 if dtype == torch.float64 else 1e-6)
+        call("policy", p, tile, variant=variant, cluster=cluster, threads=64)
+        exact, by_torch = expected_of("policy", p, torch.float64), expected_of("policy", p, dtype)
+        assert_no_worse_than_torch(f"{columns}", tile, by_torch, exact, 2.0, 1e-12 if dtype == torch.float64 else 4e-6)
         assert (memory[outside] == SENTINEL).all()
 
 
 def test_folding_into_statistics_that_are_there_already():
     p = problem(torch.float32)
-    whole = new_stats(ROWS, torch.float32)
-    cuda_host.statistics(p.logits, whole, p.target, Transform(), variant=TWICE)
-    for probs, variant in ((False, TWICE), (True, KEPT)):
-        stats = new_stats(ROWS, torch.float32)
-        for first, end in itertools.pairwise((0, 1, 1700, 1701, COLUMNS)):
-            block = p.logits[:, first:end].clone()
-            cuda_host.statistics(block, stats, p.target - first, Transform(), probs=probs, variant=variant, cluster=2 if probs else 0, threads=64)
-        for ours, theirs in zip(finalize(stats), finalize(whole), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+    whole, stats = statistics(p, p.logits), new_statistics(ROWS, torch.float32, "cpu")
+    for first, end in itertools.pairwise((0, 1, 1700, 1701, COLUMNS)):
+        statistics(p, p.logits[:, first:end], stats, p.target - first, threads=64)
+    for ours, theirs, exact in zip(finalize(stats), finalize(whole), finalize(whole.double()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(theirs.double(), exact, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(finalize(whole).logps, p.scored.logps, rtol=2e-6, atol=2e-6)
 
 
 def library():
@@ -214,9 +205,9 @@ def test_the_device_and_stream_of_the_tile(monkeypatch):
     """And the caller's device is current again."""
     p = problem(torch.float32, 64, 2)
     library().shim_launched_in.restype = ctypes.c_void_p
-    monkeypatch.setattr(cuda, "_place", lambda tile: {"device": 1, "stream": 0x5A0})
+    monkeypatch.setattr(cuda, "_place", lambda values: {"device": 1, "stream": 0x5A0})
     kernels = cuda.Kernels(cuda_host.built())
-    kernels.statistics(p.logits, new_stats(2, torch.float32), p.target, Transform())
+    kernels.statistics(Tile(p.logits, p.target, PLAIN), new_statistics(2, torch.float32, "cpu"))
     assert library().shim_launched_on() == 1 and library().shim_launched_in() == 0x5A0 and library().shim_device() == 0
 
 
@@ -252,12 +243,9 @@ def test_nothing_else_is_written_at_any_alignment(kernel, variant, cluster, dtyp
         assert torch.equal(tile, p.logits), "a tile whose result goes elsewhere stays"
         results.append((separate.clone(), written))
 
-        in_place = narrow == dtype or (tile.stride(0) % 2 == 0 and tile.storage_offset() % 2 == 0)
-        if in_place:
-            written = call(kernel, p, tile, over(tile, narrow), **launch)
-            results.append((over(tile, narrow).clone(), written))
-            if narrow != dtype:  # behind the result the second half of the logits stands as it was
-                assert torch.equal(tile[:, COLUMNS // 2 + 1 :], p.logits[:, COLUMNS // 2 + 1 :])
+        if narrow == dtype:
+            written = call(kernel, p, tile, **launch)
+            results.append((tile.clone(), written))
         assert (memory[outside] == SENTINEL).all() and (out_memory[out_outside] == SENTINEL).all()
     for result, written in results[1:]:
         assert torch.equal(result, results[0][0]) and torch.equal(written, results[0][1])
@@ -265,19 +253,51 @@ def test_nothing_else_is_written_at_any_alignment(kernel, variant, cluster, dtyp
 
 def test_a_target_beyond_32_bits_is_in_no_tile():
     """Its lower half would be a column."""
-    p, results = problem(torch.float32, 64, 2), []
-    for target in (torch.tensor([-1, -1]), torch.tensor([2**32 + 3, -(2**32) + 5])):
-        stats = new_stats(2, torch.float32)
-        cuda_host.statistics(p.logits, stats, target, Transform())
-        results.append(stats)
+    p = problem(torch.float32, 64, 2)
+    results = [statistics(p, p.logits, target=target) for target in (torch.tensor([-1, -1]), torch.tensor([2**32 + 3, -(2**32) + 5]))]
     assert torch.equal(*results) and results[0][:, 3].isneginf().all()
 
 
-def test_statistics_alone_leave_the_tile():
+def test_statistics_leave_the_tile():
     p = problem(torch.bfloat16)
     tile, memory, outside = framed(p.logits, 3, 1)
-    cuda_host.statistics(tile, new_stats(ROWS, torch.bfloat16), p.target, Transform(), threads=64)
+    statistics(p, tile, threads=64)
     assert torch.equal(tile, p.logits) and (memory[outside] == SENTINEL).all()
+
+
+def test_a_stash_becomes_the_gradient():
+    """In place, through bias, softcap, and where the entropy has a gradient; the target's p near 1 comes of its log-prob."""
+    for dtype, (softcap, with_entropy, biased) in itertools.product((torch.float32, torch.bfloat16, torch.float16, torch.float64),
+                                                                    itertools.product((None, 5.0), (False, True), (False, True))):  # fmt: skip
+        p = problem(dtype, 700, 3)
+        p.logits[2, p.target[2]] = 12.0
+        transform, vector = Transform(1.3, softcap, 0.7), torch.randn(3, dtype=acc_of(dtype))
+        bias = torch.randn(700, dtype=acc_of(dtype)) if biased else None
+        tile = Tile(p.logits, p.target, transform, bias)
+        exact = Tile(p.logits.double(), p.target, transform, None if bias is None else bias.double())
+        stats, wanted = new_statistics(3, torch.float64, "cpu"), torch.empty(3, 700, dtype=torch.float64)
+        pytorch.statistics(exact, stats)
+        scored = finalize(stats)
+        g_entropy = vector if with_entropy else None
+        pytorch.gradient(exact, wanted, scored, p.g.double(), None if g_entropy is None else g_entropy.double())
+        scored = Scored(*(x.to(acc_of(dtype)) for x in scored))
+        ours, by_torch = torch.empty_like(p.logits), torch.empty_like(p.logits)
+        cuda_host.stash(tile, ours, scored, threads=64)
+        cuda_host.gradient(Tile(ours, p.target, transform, bias), ours, scored, p.g, g_entropy, from_stash=True, threads=64)
+        pytorch.stash(tile, by_torch, scored)
+        pytorch.gradient(Tile(by_torch, p.target, transform, bias), by_torch, scored, p.g, g_entropy, from_stash=True)
+        name = f"{dtype} {softcap} {with_entropy} {biased}"
+        assert_no_worse_than_torch(name, ours, by_torch, wanted, 2.0, 1e-12 if dtype == torch.float64 else 4e-6)
+
+
+def test_the_softcaps_derivative_keeps_its_digits_near_the_cap():
+    """1 - tanh^2 of it cancels: at 8 times the cap no digit of float32 would be left."""
+    u, zero = torch.linspace(-30, 30, 999), torch.zeros(1)
+    values, exact = (u * 2.0).repeat(1, 1), (2 * u.double().tanh()).exp() / u.double().cosh().square()
+    tile = Tile(values, torch.tensor([-1]), Transform(softcap=2.0))
+    cuda_host.gradient(tile, values, Scored(zero, zero, zero), zero - 1)
+    error = (values.double() - exact).abs() / exact
+    assert error.max() < 1e-5, error.max()  # the argument of the derivative's exponential is off by 60 * 2^-24
 
 
 def test_rows_and_strides_beyond_32_bits():
@@ -329,17 +349,19 @@ def test_block_memory():
     assert cuda_host.block_memory(151_936, 4, 8) == 4128 + 512 * 16 * 10, "9.3 sweeps of 4096 lanes, each of 16 bytes"
 
 
-@pytest.mark.parametrize("kernel", ["policy", "statistics"])
 @each_pair
-def test_every_launch_shape_gives_the_same_bits(kernel, dtype, narrow):
+def test_every_launch_shape_gives_the_same_bits(dtype, narrow):
     """The number of lanes comes of the row, so neither threads nor blocks change what is added to what."""
     for columns in (37, 700, 12_288 + 5, 27_001):
-        p, expected = problem(dtype, columns, 2), None
+        p, expected, stats = problem(dtype, columns, 2), None, None
         for (variant, cluster), threads in itertools.product([(TWICE, 0), *itertools.product([KEPT], [1, 2, 4, 8])], (0, 32, 96, 512)):
             result = torch.empty(p.logits.shape, dtype=narrow)
-            written = call(kernel, p, p.logits.clone(), result, variant=variant, cluster=cluster, threads=threads, yield_one_in=1000)
+            written = call("policy", p, p.logits, result, variant=variant, cluster=cluster, threads=threads, yield_one_in=1000)
             expected = expected or (result, written)
             assert torch.equal(result, expected[0]) and torch.equal(written, expected[1]), (columns, variant, cluster, threads)
+            folded = statistics(p, p.logits, threads=threads, yield_one_in=1000)
+            stats = folded if stats is None else stats
+            assert torch.equal(folded, stats), (columns, threads)
 
 
 @pytest.mark.parametrize("dtype, columns", [(torch.float32, 98_304 + 5), (torch.bfloat16, 196_608 + 3)])
@@ -355,7 +377,7 @@ def test_the_longest_rows_have_most_lanes(dtype, columns):
     for tile, written in results:
         assert torch.equal(tile, results[0][0]) and torch.equal(written, results[0][1])
     logps, entropy = log_probs(p.logits.double(), p.target)
-    torch.testing.assert_close(results[0][1].double(), torch.stack([logps, entropy]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[0][1].double(), torch.stack([logps, p.logits.double().logsumexp(1), entropy]), rtol=1e-5, atol=1e-5)
     assert_no_worse_than_torch("dz", results[0][0], expected_of("policy", p, dtype), exact, 2.0, 4e-6)
 
 
@@ -399,27 +421,25 @@ def test_what_is_wrong_is_said():
         with pytest.raises(RuntimeError, match=message):
             call("policy", p, p.logits.clone(), **launch)
     q = problem(torch.bfloat16, 700, 2)
-    with pytest.raises(RuntimeError, match="no result of dtype 3 from a tile of dtype 1"):
-        call("policy", q, q.logits, torch.empty(2, 700, dtype=torch.float16), variant=TWICE)
-    with pytest.raises(AssertionError, match="out must not be wider than the tile"):
-        call("policy", q, q.logits, torch.empty(2, 700), variant=TWICE)
-    with pytest.raises(AssertionError, match="out's rows must lie on the tile's"):
-        call("policy", p, p.logits, p.logits.view(torch.bfloat16).view(-1)[: 2 * 700].view(2, 700), variant=TWICE)
-    with pytest.raises(AssertionError, match="begin where the tile does"):
-        call("policy", p, p.logits, p.logits.view(torch.bfloat16)[:, 8 : 8 + 700], variant=TWICE)
-    with pytest.raises(AssertionError, match="columns must be adjacent"):
-        call("policy", p, p.logits.T.contiguous().T, variant=TWICE)
-    wide = torch.zeros(1, 500_000)
+    for narrow in (torch.float32, torch.float16):
+        with pytest.raises(AssertionError, match=r"out must be \(2, 700\) torch.bfloat16 on cpu"):
+            call("policy", q, q.logits, torch.empty(2, 700, dtype=narrow))
+    with pytest.raises(AssertionError, match="the tile's own memory in its own dtype"):
+        call("policy", p, p.logits, p.logits.view(torch.bfloat16)[:, :700])
+    with pytest.raises(AssertionError, match="tile's columns must be adjacent"):
+        call("policy", p, p.logits.T.contiguous().T)
+    stash = Tile(p.logits, p.target, PLAIN)
+    with pytest.raises(RuntimeError, match="gradient kernel: no result of dtype 1 from a tile of dtype 0"):
+        cuda_host.gradient(stash, torch.empty(2, 700, dtype=torch.bfloat16), p.scored, p.g, from_stash=True)
+    wide, one = torch.zeros(1, 500_000), torch.ones(1)
     with pytest.raises(RuntimeError, match="a row of 500000 columns does not fit"):
-        cuda_host.policy(wide, torch.tensor([0]), problem(torch.float32, 8, 2).weights.__class__(**dict.fromkeys(
-            ("old", "ref", "advantages", "w_policy", "w_kl", "w_entropy"))), Terms(), Transform(), torch.zeros(1), torch.zeros(1), variant=KEPT)  # fmt: skip
+        cuda_host.policy(Tile(wide, torch.tensor([0]), PLAIN), wide, *linear(one), scored_like(one), variant=KEPT)
 
 
 FAULTS = {
     "a block's partial sums are read before they are there": (
         "else __syncthreads();", "", (TWICE, 0)),
     "the row's sums are read before they are there": ("    __syncthreads();\n    return scratch()->row;", "    return scratch()->row;", (TWICE, 0)),
-    "an overlay overtakes the loads": ("if (overlay && (k & (k - 1)) == 0) __syncthreads();", ";", (TWICE, 0)),
     "a cluster's partial sums are read before they are there": ("::sync();", "::barrier_arrive();", (KEPT, 4)),
     "a block leaves while its shared memory is read": ("ClusterOf<Mode>::type::barrier_wait();", ";", (KEPT, 4)),
     "a barrier that some threads do not reach": ("else __syncthreads();", "else if (threadIdx.x) __syncthreads();", (TWICE, 0)),
@@ -440,7 +460,7 @@ def test_a_kernel_without_its_barrier_is_found_out(fault, tmp_path):
     for seed, mine in itertools.product(range(1, 5), (None, sources)):
         tile = p.logits.clone()
         try:
-            call("policy", p, tile, over(tile, torch.bfloat16), variant=variant, cluster=cluster, threads=64, seed=seed, yield_one_in=1, sources=mine, flags=("-O1",))
+            call("policy", p, tile, variant=variant, cluster=cluster, threads=64, seed=seed, yield_one_in=1, sources=mine, flags=("-O1",))
         except RuntimeError as error:
             assert mine is not None and "policy kernel: thread" in str(error)
             return
@@ -458,20 +478,21 @@ import torch
 sys.path[:0] = {paths!r}
 import cuda_host
 from cuda_host import KEPT, SANITIZERS, TWICE
-from test_cuda_kernels import PAIRS, Transform, call, framed, over, problem
+from test_cuda_kernels import PAIRS, Tile, Transform, call, problem, statistics
 
 for dtype, narrow in PAIRS:
     # one row: it is aligned, so that a unit read as a whole behind its end is seen
     for (columns, rows), (variant, cluster) in itertools.product(((37, 2), (300, 2), (1111, 1)), ((TWICE, 0), (KEPT, 1), (KEPT, 4))):
         p = problem(dtype, columns, rows)
-        for transform in (Transform(), Transform(1.3, 5.0, 0.7)):
-            for kernel in ("statistics", "gradient", "policy"):
-                launch = dict(variant=variant, cluster=cluster, threads=64, flags=SANITIZERS)
-                # exactly as long as the tile: one element further is an error
-                call(kernel, p, p.logits.clone(), torch.empty(rows, columns, dtype=narrow), transform, **launch)
-                if columns % 2 == 0:
-                    tile = p.logits.clone()
-                    call(kernel, p, tile, over(tile, narrow), transform, **launch)
+        launch = dict(variant=variant, cluster=cluster, threads=64, flags=SANITIZERS)
+        statistics(p, p.logits.clone(), **launch)
+        for transform, kernel in itertools.product((Transform(), Transform(1.3, 5.0, 0.7)), ("stash", "gradient", "policy")):
+            # exactly as long as the tile: one element further is an error
+            out = torch.empty(rows, columns, dtype=narrow)
+            call(kernel, p, p.logits.clone(), out, transform, **launch)
+            if narrow == dtype:
+                call(kernel, p, p.logits.clone(), None, transform, **launch)
+                cuda_host.gradient(Tile(out, p.target, transform), out, p.scored, p.g, p.g, from_stash=True, **launch)
 print("clean")
 """
 

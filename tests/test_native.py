@@ -1,17 +1,24 @@
 """The compiled row kernels of the CPU: memory, threads and what they refuse. What they compute is in test_row_kernels.py."""
 
-from types import SimpleNamespace
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from row_kernels import INF, acc, each_dtype, make_tile, new_stats
-from test_row_kernels import Terms, Transform, forward, log_probs
+from row_kernels import acc, each_dtype, make_tile
+from test_row_kernels import log_probs
 
-from grpo_kernels.backends import native
+from grpo_kernels.backends import native, params, pytorch
+from grpo_kernels.backends.statistics import Scored, Tile, finalize, new_statistics
+from grpo_kernels.losses.config import LogitTransform
+from grpo_kernels.losses.terms import KINDS, PolicyRows, PolicyTerms
 
 if native.why_unavailable():
     pytest.skip(native.why_unavailable(), allow_module_level=True)
 
+PLAIN = LogitTransform()
+CLIPPED = PolicyTerms(kind="clipped")
 each_isa = pytest.mark.parametrize("isa", native.isas())
 
 
@@ -38,57 +45,76 @@ def test_transpose(isa, dtype):
     native.transpose(torch.empty(0, 5, dtype=dtype), torch.empty(5, 0, dtype=dtype), isa=isa)
 
 
+def test_kinds_are_numbered_alike():
+    """The kernels are handed a kind's place in KINDS."""
+    header = Path(__file__).parent.parent.joinpath("csrc", "params.h").read_text()
+    (names,) = re.findall(r"enum class PolicyKind : int \{ ([\w, ]+) \};", header)
+    assert tuple(names.split(", ")) == KINDS
+
+
+def nan(*shape, dtype):
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+def scored_like(vector):
+    return Scored(*(torch.full_like(vector, math.nan) for _ in Scored._fields))
+
+
 @each_isa
 @each_dtype
-def test_same_bits_whatever_the_threads(isa, dtype):
+def test_same_bits_whatever_the_threads_and_the_place(isa, dtype):
+    """Results over the tile and in memory of another stride are the same, and a tile whose result goes elsewhere stays."""
     n, columns = 70, 5001
-    tile = make_tile(n, columns, dtype)
+    raw = make_tile(n, columns, dtype)
     target = torch.randint(0, columns, (n,))
-    exact_logps, _ = log_probs(tile.double(), target)
+    exact_logps, _ = log_probs(raw.double(), target)
     vector = torch.randn(3, n, dtype=acc(dtype))
-    rows = SimpleNamespace(
-        old=exact_logps.to(acc(dtype)) + 0.1 * vector[0],
-        ref=None,
-        advantages=vector[1],
-        w_policy=vector[2],
-        w_kl=None,
-        w_entropy=None,
-    )
+    rows = PolicyRows(w_policy=vector[2], advantages=vector[1], old=exact_logps.to(acc(dtype)) + 0.1 * vector[0])
 
-    def everything():
+    def everything(in_place):
         made = []
-        for probs in (False, True):
-            stats, z = new_stats(n, dtype), tile.clone()
-            native.statistics(z, stats, target, Transform(), probs=probs, isa=isa)
-            made += [stats, z]
-        lse, logps, entropy = forward(native, tile, target, Transform(), dict(bias=None, temperature=None))
-        for g_entropy in (None, vector[1]):
-            z = tile.clone()
-            native.gradient(z, target, lse, logps, entropy, vector[0], g_entropy, Transform(), isa=isa)
-            made.append(z)
-        z, logps, entropy = tile.clone(), torch.empty(n, dtype=acc(dtype)), torch.empty(n, dtype=acc(dtype))
-        native.policy(z, target, rows, Terms(), Transform(), logps, entropy, isa=isa)
-        out = torch.empty(columns, n, dtype=dtype)
-        native.transpose(tile, out, isa=isa)
-        return [*made, z, logps, entropy, out]
 
-    first = everything()
-    for threads in (1, 2, 3):
+        def result_of(kernel, values, transform, *args, **more):
+            values = values.clone()
+            before, out = values.clone(), values if in_place else nan(n, columns + 3, dtype=dtype)[:, :columns]
+            kernel(Tile(values, target, transform), out, *args, isa=isa, **more)
+            assert in_place or torch.equal(values, before)
+            made.append(out)
+            return out
+
+        for transform in (PLAIN, LogitTransform(1.3, 5.0, 0.7)):
+            stats = new_statistics(n, acc(dtype), "cpu")
+            native.statistics(Tile(raw, target, transform), stats, isa=isa)
+            scored, scored_by_policy = finalize(stats), scored_like(vector[0])
+            stash = result_of(native.stash, raw, transform, scored)
+            for g_entropy in (None, vector[1]):
+                result_of(native.gradient, raw, transform, scored, vector[0], g_entropy)
+                result_of(native.gradient, stash, transform, scored, vector[0], g_entropy, from_stash=True)
+            result_of(native.policy, raw, transform, rows, CLIPPED, scored_by_policy)
+            made += [stats, *scored_by_policy]
+        out = nan(columns, n, dtype=dtype)
+        native.transpose(raw, out, isa=isa)
+        return [*made, out]
+
+    first = everything(in_place=True)
+    for threads, in_place in ((1, False), (2, True), (3, False)):
         torch.set_num_threads(threads)
-        assert all(map(torch.equal, first, everything()))
+        assert all(map(torch.equal, first, everything(in_place)))
 
 
+@each_isa
 @each_dtype
-def test_no_rows(dtype):
-    tile, none, target = (
-        torch.empty(0, 7, dtype=dtype),
-        torch.empty(0, dtype=acc(dtype)),
-        torch.empty(0, dtype=torch.int64),
-    )
-    native.statistics(tile, torch.empty(0, 4, dtype=acc(dtype)), target, Transform())
-    native.gradient(tile, target, none, none, none, none, None, Transform())
-    rows = SimpleNamespace(old=none, ref=none, advantages=none, w_policy=none, w_kl=none, w_entropy=none)
-    native.policy(tile, target, rows, Terms(), Transform(), none, none)
+@pytest.mark.parametrize("rows, columns", [(0, 7), (3, 0)])
+def test_nothing_to_do(isa, dtype, rows, columns):
+    tile = Tile(torch.empty(rows, columns, dtype=dtype), torch.zeros(rows, dtype=torch.int64), PLAIN)
+    zeros = torch.zeros(rows, dtype=acc(dtype))
+    scored, stats = Scored(zeros, zeros, zeros), new_statistics(rows, acc(dtype), "cpu")
+    native.statistics(tile, stats, isa=isa)
+    assert torch.equal(stats, new_statistics(rows, acc(dtype), "cpu"))
+    native.gradient(tile, tile.values, scored, zeros, isa=isa)
+    native.stash(tile, tile.values, scored, isa=isa)
+    native.policy(tile, tile.values, PolicyRows(zeros, zeros), CLIPPED, scored_like(zeros), isa=isa)
+    native.transpose(tile.values, torch.empty(columns, rows, dtype=dtype), isa=isa)
 
 
 def test_pages():
@@ -104,25 +130,57 @@ def test_pages():
 
 
 def test_wrong_arguments_are_refused():
-    tile, target, stats = torch.zeros(3, 8), torch.zeros(3, dtype=torch.int64), new_stats(3, torch.float32)
-    bad = [
-        lambda: native.statistics(tile.half(), stats, target, Transform()),
-        lambda: native.statistics(tile.T, stats, target, Transform()),
-        lambda: native.statistics(tile[:1].expand(3, 8), stats, target, Transform()),
-        lambda: native.statistics(tile, stats[:2], target, Transform()),
-        lambda: native.statistics(tile, stats.double(), target, Transform()),
-        lambda: native.statistics(tile, stats, target.int(), Transform()),
-        lambda: native.statistics(tile, stats, target, Transform(), bias=torch.zeros(7)),
-        lambda: native.statistics(tile, stats, target, Transform(), temperature=torch.ones(8)),
-        lambda: native.statistics(tile.to("meta"), stats, target, Transform()),
-        lambda: native.transpose(tile, torch.empty(3, 8)),
-        lambda: native.gradient(tile, target, *[torch.zeros(2)] * 4, None, Transform()),
-    ]
-    for call in bad:
-        with pytest.raises(AssertionError):
-            call()
+    values, target, vector = torch.zeros(3, 8), torch.zeros(3, dtype=torch.int64), torch.zeros(3)
+    tile, stats, scored = Tile(values, target, PLAIN), new_statistics(3, torch.float32, "cpu"), Scored(vector, vector, vector)
+    other, both = torch.zeros(3, 8), torch.zeros(3, 20)
+    bad = {
+        "tile must be": [
+            lambda: native.statistics(Tile(values.half(), target, PLAIN), stats),
+            lambda: native.statistics(Tile(values.to("meta"), target, PLAIN), stats),
+        ],
+        "tile's columns": [
+            lambda: native.statistics(Tile(values.T, target, PLAIN), stats),
+            lambda: native.statistics(Tile(values[:1].expand(3, 8), target, PLAIN), stats),
+        ],
+        "stats must be": [
+            lambda: native.statistics(tile, stats[:2]),
+            lambda: native.statistics(tile, stats.double()),
+            lambda: native.statistics(tile, stats.T.contiguous().T),
+        ],
+        "target must be": [lambda: native.statistics(Tile(values, target.int(), PLAIN), stats)],
+        "bias must be": [lambda: native.statistics(Tile(values, target, PLAIN, bias=torch.zeros(7)), stats)],
+        "temperature must be": [lambda: native.statistics(Tile(values, target, PLAIN, temperature=torch.ones(8)), stats)],
+        "matrix must be": [lambda: native.transpose(values.half(), other.T)],
+        "matrix's columns": [lambda: native.transpose(values.T, other)],
+        "out must be contiguous": [lambda: native.transpose(values, torch.empty(3, 8))],
+        "logps must be": [lambda: native.gradient(tile, values, Scored(vector[:2], vector, vector), vector)],
+        "entropy must be": [lambda: native.stash(tile, values, Scored(vector, vector, None))],
+        "g must be": [lambda: native.gradient(tile, values, scored, None), lambda: native.gradient(tile, values, scored, vector[:2])],
+        "g_entropy must be": [lambda: native.gradient(tile, values, scored, vector, vector.double())],
+        "old must be": [lambda: native.policy(tile, values, PolicyRows(vector, vector, old=vector[:1]), CLIPPED, scored)],
+        "advantages are missing": [lambda: native.policy(tile, values, PolicyRows(vector), CLIPPED, scored)],
+        "w_kl is missing": [lambda: native.policy(tile, values, PolicyRows(None, ref=vector), CLIPPED, scored)],
+        "kind must be": [lambda: native.policy(tile, values, PolicyRows(None), PolicyTerms(kind="clip"), scored)],
+        r"out must be \(3, 8\)": [
+            lambda: native.stash(tile, values[:, :7], scored),
+            lambda: native.stash(tile, other.bfloat16(), scored),
+        ],
+        "out's columns": [lambda: native.stash(tile, torch.zeros(8, 3).T, scored)],
+        "the tile's own memory": [
+            lambda: native.stash(Tile(both[:, :8], target, PLAIN), both[:, 4:12], scored),
+            lambda: native.stash(Tile(both[:, :8], target, PLAIN), both.view(-1)[:24].view(3, 8), scored),
+            lambda: native.stash(Tile(both.view(-1)[10:34].view(3, 8), target, PLAIN), both.view(-1)[:24].view(3, 8), scored),
+        ],
+    }
+    for message, calls in bad.items():
+        for call in calls:
+            with pytest.raises(AssertionError, match=message):
+                call()
+    assert not both.any() and not values.any()
     with pytest.raises(ValueError, match="isa"):
-        native.statistics(tile, stats, target, Transform(), isa="avx1024")
+        native.statistics(tile, stats, isa="avx1024")
+    with pytest.raises(ValueError, match="another csrc/params.h"):  # a struct of another kernel, as of another version
+        native._native.gradient("", 1, params.statistics(tile, stats))
 
 
 def test_one_openmp_runtime():
@@ -135,25 +193,34 @@ def test_one_openmp_runtime():
     assert len(runtimes) <= 1, runtimes
 
 
+def gradient_of(values, transform=PLAIN, isa=None, from_stash=False, lse=0.0):
+    """p, as far as float32 holds it: the gradient for g = -1 of a row without a target."""
+    zero, out = torch.zeros(1), nan(*values.shape, dtype=values.dtype)
+    tile = Tile(values, torch.tensor([-1]), transform)
+    native.gradient(tile, out, Scored(zero, zero + lse, zero), zero - 1, from_stash=from_stash, isa=isa)
+    return out
+
+
 @each_isa
 def test_exponential_to_two_units_in_the_last_place(isa):
     z = torch.linspace(-87, 0, 100_003).repeat(1, 1)
-    zero, g = torch.zeros(1), -torch.ones(1)
-    ours = z.clone()
-    native.gradient(ours, torch.tensor([-1]), zero, zero, zero, g, None, Transform(), isa=isa)
     exact = z.double().exp()
-    assert ((ours.double() - exact).abs() / exact).max() < 2 * 2.0**-23
-    ours = torch.tensor([[-88.5, -200.0, -INF, float("nan")]])
-    native.gradient(ours, torch.tensor([-1]), zero, zero, zero, g, None, Transform(), isa=isa)
+    assert ((gradient_of(z, isa=isa).double() - exact).abs() / exact).max() < 2 * 2.0**-23
+    ours = gradient_of(torch.tensor([[-88.5, -200.0, -math.inf, math.nan]]), isa=isa)
     assert ours[0, :3].tolist() == [0, 0, 0] and ours[0, 3].isnan()
 
 
 @each_isa
-@each_dtype
-def test_rows_without_columns_are_left_alone(isa, dtype):
-    tile, target, zeros = torch.empty(3, 0, dtype=dtype), torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=acc(dtype))
-    stats = new_stats(3, dtype)
-    native.statistics(tile, stats, target, Transform(), isa=isa)
-    assert torch.equal(stats, new_stats(3, dtype))
-    native.gradient(tile, target, zeros, zeros, zeros, zeros, None, Transform(), isa=isa)
-    native.transpose(tile, torch.empty(0, 3, dtype=dtype), isa=isa)
+def test_the_softcaps_derivative_keeps_its_digits_near_the_cap(isa):
+    """1 - tanh^2 of it cancels: at 8 times the cap no digit of float32 would be left."""
+    transform, u = LogitTransform(softcap=2.0), torch.linspace(-30, 30, 4001)
+    z, exact = (u * 2.0).repeat(1, 1), (2 * u.double().tanh()).exp() / u.double().cosh().square()
+    error = (gradient_of(z, transform, isa).double() - exact).abs() / exact
+    assert error.max() < 1e-5, error.max()  # the argument of the derivative's exponential is off by 60 * 2^-24
+    for target in (0, 700, 4000):  # by itself, on the way of a scalar
+        tile, vector = Tile(z, torch.tensor([target]), transform), torch.ones(1)
+        ours, truth = torch.empty_like(z), torch.empty_like(z).double()
+        scored = Scored(-vector, 3 * vector, vector)
+        native.gradient(tile, ours, scored, vector, isa=isa)
+        pytorch.gradient(Tile(z.double(), tile.target, transform), truth, Scored(*(x.double() for x in scored)), vector.double())
+        torch.testing.assert_close(ours[0, target].double(), truth[0, target], rtol=1e-5, atol=0)

@@ -1,4 +1,4 @@
-"""The objective against TRL's own `_compute_loss`, against the specification where they part, and its closed-form slopes."""
+"""The objective against TRL's own `_compute_loss`, against the specification where they part, and what one pass knows beforehand."""
 
 import math
 import random
@@ -13,9 +13,11 @@ from problems import BANDS, draw_config
 from tolerance import assert_all_close, assert_close
 
 from grpo_kernels import GRPOLossConfig, objective
-from grpo_kernels.losses.coefficients import PolicyRows, coefficient, known_zero, on_policy_coefficients, row_terms, slope
-from grpo_kernels.losses.config import CLIPPED_LOSSES, LOSS_TYPES
-from grpo_kernels.losses.objective import prepare, token_weights
+from grpo_kernels.losses.config import LOSS_TYPES
+from grpo_kernels.losses.objective import known_zero, linear_coefficients, prepare
+from grpo_kernels.losses.terms import TERMS, PolicyRows, row_coefficient
+
+CLIPPED = tuple(name for name, term in TERMS.items() if term.kind == "clipped")
 
 
 def draw_tokens(rng, g, config, T=None):
@@ -307,7 +309,7 @@ def test_clipping_table(ratio, A, expected):
     """d loss / d lp = -A w where the unclipped branch is chosen, and 0 where the clipped one is."""
     logps = torch.tensor([[-1.0]], dtype=torch.float64)
     inputs = dict(mask=torch.ones(1, 1), advantages=torch.tensor([A], dtype=torch.float64), old_logps=logps - math.log(ratio))
-    for loss_type in CLIPPED_LOSSES:
+    for loss_type in CLIPPED:
         out = call_objective(logps, logps * 0, inputs, GRPOLossConfig(loss_type=loss_type, max_completion_length=1))
         assert_close(loss_type, out["dlogps"], torch.tensor([[expected]], dtype=torch.float64), 1e-12)
     # two-sided clipping stops the last case
@@ -317,12 +319,13 @@ def test_clipping_table(ratio, A, expected):
 
 def test_the_clip_bounds_are_inclusive():
     for w, A in ((1.25, 1.0), (0.75, -1.0), (1.25, -1.0), (0.75, 1.0)):
-        x = torch.tensor(w, dtype=torch.float64)
-        assert slope(x, torch.tensor(A), GRPOLossConfig(epsilon=0.25)) == -A
-        assert slope(x, torch.tensor(A), GRPOLossConfig(epsilon=0.25, delta=w)) == -A
+        x = torch.tensor(w, dtype=torch.float64, requires_grad=True)
+        for delta in (None, w):
+            s = TERMS["grpo"].function(x, x, x, torch.tensor(A), GRPOLossConfig(epsilon=0.25, delta=delta))
+            assert torch.autograd.grad(s, x) == (-A,)
 
 
-# Closed forms against autograd
+# What one pass makes of a row's own inputs, against autograd of the whole objective
 
 ratios = st.one_of(
     st.floats(1e-3, 8.0), st.sampled_from([0.75, 0.8, 1.0, 1.2, 1.25, 2.0, 2.5, 1e-30, 1e30]),
@@ -339,19 +342,6 @@ clip_options = st.fixed_dictionaries(
         sapo_temperature_neg=st.floats(0.1, 3),
     )
 )
-
-
-@settings(max_examples=400, deadline=None)
-@given(w=ratios, A=advantages, options=clip_options)
-def test_slope_is_the_derivative_of_the_policy_term(w, A, options):
-    config = GRPOLossConfig(**options)
-    # at the objective's door: one token, so that d loss / d lp = ds/dw * w
-    logps = torch.tensor([[-2.0]], dtype=torch.float64)
-    inputs = dict(mask=torch.ones(1, 1), advantages=torch.tensor([A], dtype=torch.float64), old_logps=logps - math.log(w))
-    out = call_objective(logps, logps * 0, inputs, config)
-    ratio = (logps - inputs["old_logps"]).exp()
-    closed = slope(ratio, inputs["advantages"].unsqueeze(1), config) * ratio
-    assert_close("slope", closed, out["dlogps"], 1e-12, floor=1e-13 * ratio.item())
 
 
 rows = st.fixed_dictionaries(
@@ -375,24 +365,25 @@ def test_coefficient_is_the_derivative_of_the_objective(row, options, loss_type)
     if not row["on_policy"]:
         inputs["old_logps"] = logps - row["d"]
     truth = call_objective(logps, logps * 0, inputs, config)["dlogps"]
-    closed, _ = closed_form(logps, inputs, config)
+    closed, _ = of_rows(logps, inputs, config)
     size = math.exp(max(-80, min(80, 0 if row["on_policy"] else row["d"])))  # autograd's own rounding grows with w
     assert_close("coefficient", closed, truth, 1e-10, floor=1e-12 * (1 + size * math.exp(abs(row["r"]))))
 
 
-def closed_form(logps, inputs, config):
-    """d loss / d logps without autograd, [B, T], as the one-pass functions assemble it; and the inputs as prepared."""
-    given = {n: inputs.get(n) for n in ("old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps")}
-    t = prepare(inputs["advantages"], inputs["mask"], logps.dtype, **given, config=config)
-    u = token_weights(t.mask, config, inputs.get("num_items"))
-    on_policy = t.old is None
-    if on_policy:
-        w_policy, advantage = on_policy_coefficients(t, u, config), None
-    else:
-        w_policy = u if t.rho is None else u * t.rho
-        advantage = t.advantages.expand_as(logps)
-    parts = PolicyRows(w_policy, advantage, t.old, t.ref, None if t.ref is None else u * config.beta)
-    return coefficient(logps, parts, row_terms(config, on_policy)), t
+def prepared(inputs, config):
+    names = {"old": "old_logps", "ref": "ref_logps", "rho": "importance_sampling_ratio", "sampling": "sampling_logps"}
+    tensors = {name: inputs.get(given) for name, given in names.items()}
+    return prepare(config, inputs["advantages"].dtype, inputs["advantages"], inputs["mask"], tensors, inputs.get("num_items"))
+
+
+def of_rows(logps, inputs, config):
+    """d loss / d logps, [B, T], from each row's own inputs, as the one-pass functions assemble it; and the inputs as prepared."""
+    t = prepared(inputs, config)
+    linear = linear_coefficients(t, config)
+    weights = t.weights if t.rho is None or config.loss_type == "vespo" else t.weights * t.rho
+    rows = PolicyRows(weights if linear is None else linear, t.advantages.expand_as(logps), t.old, t.ref,
+                      None if t.ref is None else t.weights * config.beta)  # fmt: skip
+    return row_coefficient(logps, rows, config, linear is not None), t
 
 
 @pytest.mark.parametrize("block", range(10))
@@ -407,7 +398,7 @@ def test_one_pass_coefficients_over_whole_batches(block):
         if config.sequence_level and config.beta != 0 and config.use_bias_correction_kl:
             continue
         truth = call_objective(logps, entropy, inputs, config)["dlogps"]
-        closed, t = closed_form(logps, inputs, config)
+        closed, t = of_rows(logps, inputs, config)
         assert_close(f"seed {seed} {config}", closed * t.mask, truth, 1e-10, floor=1e-12)
 
 
@@ -418,9 +409,8 @@ def test_known_zero_rows_have_no_gradient(block):
         rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
         config = draw_config(rng)
         logps, entropy, inputs = draw_tokens(rng, g, config)
-        given = {n: inputs.get(n) for n in ("old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps")}
-        t = prepare(inputs["advantages"], inputs["mask"], logps.dtype, **given, config=config)
-        zero = known_zero(t, token_weights(t.mask, config, inputs.get("num_items")), config)
+        t = prepared(inputs, config)
+        zero = known_zero(t, config)
         out = call_objective(logps, entropy, inputs, config)
         assert not out["dlogps"][zero].any(), f"seed {seed} {config}"
         assert not out["dentropy"][zero].any()
@@ -442,9 +432,7 @@ def test_a_nan_is_never_called_zero():
             if loss_type == "vespo" and poisoned != "old_logps":
                 continue
             config = GRPOLossConfig(loss_type=loss_type, max_completion_length=4)
-            t = prepare(inputs["advantages"], inputs["mask"], logps.dtype, inputs["old_logps"], None,
-                        inputs["importance_sampling_ratio"], None, config)  # fmt: skip
-            zero = known_zero(t, token_weights(t.mask, config), config)
+            zero = known_zero(prepared(inputs, config), config)
             assert not zero[1, 2] and zero.sum() == 11, loss_type
 
 

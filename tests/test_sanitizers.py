@@ -59,7 +59,7 @@ def run(folder, environment, *command):
 def test_the_sanitizers_see_a_wild_write(sanitized):
     folder, environment = sanitized
     code = ("import torch; from grpo_kernels.backends import native as n; t = torch.zeros(1, 64); "
-            "tile = n._native.Tile(t.data_ptr(), 4, 64, 64, 0); n._native.transpose('', 1, tile, torch.zeros(64 * 4).data_ptr())")  # fmt: skip
+            "f = n.params.transpose(t, torch.zeros(64, 1)); f.matrix.rows = 4; n._native.transpose('', 1, f)")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 99 and "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]
 

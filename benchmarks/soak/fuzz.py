@@ -62,29 +62,36 @@ def tensor(b, shape, dtype, generator):
 def rows_case(b, generator):
     """A row kernel of the CPU on a tile."""
     from grpo_kernels.backends import native
+    from grpo_kernels.backends.statistics import Scored, Tile, new_statistics
     from grpo_kernels.losses.config import LogitTransform
+    from grpo_kernels.losses.terms import KINDS, PolicyRows, PolicyTerms
 
     rows, columns, dtype = b.of(_SIZES), b.of(_SIZES), b.of(_DTYPES)
-    tile = tensor(b, (rows, columns), dtype, generator)
+    values = tensor(b, (rows, columns), dtype, generator).clone()
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     n = rows if b.byte() % 8 else b.of(_SIZES)
+    isa, kind = b.of(native.isas()), b.of(("statistics", "stash", "gradient", "from stash", "policy", "transpose"))
+    if kind == "transpose":
+        native.transpose(values, torch.empty(b.of((columns, rows)), n, dtype=b.of((dtype, dtype, torch.float32))), isa=isa)
+        return
+    vector = lambda: tensor(b, (n,), acc if b.byte() % 16 else torch.bfloat16, generator)  # noqa: E731
+    optional = lambda: vector() if b.chance(2) else None  # noqa: E731
     target = torch.randint(-1, max(1, columns), (n,), generator=generator)
     if b.chance(5):
         target = target + b.of((10**12, -(10**12), columns))
     transform = LogitTransform(b.of((1.0, 0.5, -2.0, 0.0)), b.of((None, 5.0, 1e-3)), b.of((1.0, 0.7, 1e-3)))
-    vector = lambda: tensor(b, (n,), b.of((acc, acc, acc, torch.bfloat16)), generator)  # noqa: E731
-    isa = b.of(native.isas())
-    kind = b.of(("statistics", "gradient", "transpose"))
+    bias = tensor(b, (columns,), acc, generator) if b.chance(3) else None
+    tile, scored = Tile(values, target, transform, bias, vector() if b.chance(4) else None), Scored(vector(), vector(), vector())
+    out = b.of((values, values, values[:, 1:], values.to(b.of(_DTYPES), copy=True), tensor(b, (rows, columns), dtype, generator)))
     if kind == "statistics":
-        from grpo_kernels.backends.pytorch import new_statistics
-
-        tile = tile.clone() if b.chance(2) else tile
-        native.statistics(tile, new_statistics(n, acc, "cpu"), target, transform, probs=b.chance(2), isa=isa)
-    elif kind == "gradient":
-        given = [vector() for _ in range(4)]
-        native.gradient(tile.clone(), target, *given, vector() if b.chance(2) else None, transform, isa=isa)
+        native.statistics(tile, new_statistics(n, acc, "cpu"), isa=isa)
+    elif kind == "stash":
+        native.stash(tile, out, scored, isa=isa)
+    elif kind == "policy":
+        weights = PolicyRows(*(optional() for _ in range(6)))
+        native.policy(tile, out, weights, PolicyTerms(b.of(KINDS), delta=b.of((float("inf"), 2.0))), scored, isa=isa)
     else:
-        native.transpose(tile, torch.empty(b.of((columns, rows)), n, dtype=b.of((dtype, dtype, torch.float32))), isa=isa)
+        native.gradient(tile, out, scored, vector(), optional(), from_stash=kind == "from stash", isa=isa)
 
 
 def loss_case(b, generator):

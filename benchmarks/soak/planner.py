@@ -1,4 +1,4 @@
-"""A hundred random calls of the loss: what the process takes beside the formula of grpo_kernels/plan.py."""
+"""A hundred random calls of the loss: what the process takes beside the formula of grpo_kernels/engine/plan.py."""
 
 import json
 import os
@@ -44,8 +44,7 @@ def cases(seed, count):
         dtype, level = dice.choice(["bfloat16", "float32"]), dice.choice(["token", "sequence"])
         needs, budget = dice.choice([["hidden", "weight"], ["hidden"], ["weight"]]), dice.randint(32, 512) * 2**20
         e = 2 if dtype == "bfloat16" else 4
-        problem = Problem(n, 0, v, d, e, e, "weight" in needs, budget)
-        planned = peak_bytes(problem, n, "hidden" in needs, level == "sequence")
+        planned = peak_bytes(Problem(n, 0, v, d, e, e, "hidden" in needs, "weight" in needs, budget, level == "sequence"), n)
         if planned >= LEAST and n * v * d < 4e10:
             found.append(((n, v, d, dtype, level, needs, budget), planned))
     return found

@@ -1,7 +1,6 @@
-"""The backends: each is three row kernels on a tile of logits (`pytorch.py` states the contract), chosen by name."""
+"""The backends: each is a few row kernels on a tile of logits (`pytorch.py` states the contract), chosen by name."""
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -61,11 +60,16 @@ def _on_a_gpu(device, vocab):
     usable = [name for name in ("triton", "cuda") if _why_unavailable(name) is None]
     if triton.INTERPRETED and "triton" in usable:
         usable.remove("triton")
-    if _fastest and vocab and len(usable) == 2:
-        measured = _fastest.get(".".join(map(str, torch.cuda.get_device_capability(device))))
-        if measured:
-            return measured[min(measured, key=lambda v: abs(math.log(int(v) / vocab)))]
+    if vocab and len(usable) == 2 and (measured := _measured(device)):
+        return min(measured, key=lambda row: abs(row[0] - vocab))[1]
     return usable[0] if usable else "torch"
+
+
+@torch.compiler.assume_constant_result
+def _measured(device):
+    """((V, the fastest backend), ...) on a GPU of this kind."""
+    found = _fastest.get(".".join(map(str, torch.cuda.get_device_capability(device))), {}) if _fastest else {}
+    return tuple((int(vocab), name) for vocab, name in found.items())
 
 
 def kernels(name: str):
@@ -84,5 +88,7 @@ def scale_(tensor: torch.Tensor, scale: torch.Tensor, backend: str) -> None:
         tensor.mul_(scale)
 
 
+@torch.compiler.assume_constant_result
 def _why_unavailable(name):
+    """Asks the file system and the driver: once, before torch.compile traces."""
     return _MODULES[name].why_unavailable()

@@ -64,3 +64,56 @@ def merged(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         moment = moment + ((own_moment + drop * total) * factor).where(factor != 0, 0.0)
     target = torch.where(b[:, 3] == -float("inf"), a[:, 3], b[:, 3])
     return torch.stack([peak, others, moment, target], 1)
+
+
+_REQUIRED = ("target", "stats", "logps", "lse", "entropy", "g")
+
+
+def check(tile: Tile, results: dict, out: torch.Tensor | None = None, **tensors):
+    """Raises AssertionError before a kernel reads or writes past an end: names the tensor, what was wanted and what came.
+
+    ``results``: {dtype of a tile: dtypes that may be written}. ``tensors`` are [R] acc, stats [R, 4]; None where it may be absent.
+    """
+    values = tile.values
+    (rows, columns), dtype, device = values.shape, values.dtype, values.device
+    require(dtype in results, f"tile must be one of {', '.join(map(str, results))}, got {dtype}")
+    require_rows("tile", values)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors |= {"target": tile.target, "bias": tile.bias, "temperature": tile.temperature}
+    for name, x in tensors.items():
+        if x is None and name not in _REQUIRED:
+            continue
+        shape = {"stats": (rows, 4), "bias": (columns,)}.get(name, (rows,))
+        wanted = torch.int64 if name == "target" else acc
+        fits = x is not None and (x.shape, x.dtype, x.device) == (shape, wanted, device) and x.is_contiguous()
+        require(fits, f"{name} must be contiguous {shape} {wanted} on {device}, got {described(x)}")
+    if out is None:
+        return
+    require(
+        out.shape == values.shape and out.dtype in results[dtype] and out.device == device,
+        f"out must be {tuple(values.shape)} {' or '.join(map(str, results[dtype]))} on {device}, got {described(out)}",
+    )
+    require_rows("out", out)
+    in_place = out.data_ptr() == values.data_ptr() and out.dtype == dtype and (rows <= 1 or out.stride(0) == values.stride(0))
+    apart = out.data_ptr() >= _end(values) or values.data_ptr() >= _end(out)
+    require(in_place or apart, "out must be the tile's own memory in its own dtype, or other memory")
+
+
+def require(holds, message):
+    # no assert statement: `python -O` must not turn a wrong shape into a wild read
+    if not holds:
+        raise AssertionError(message)
+
+
+def require_rows(name, x):
+    apart = (x.shape[1] <= 1 or x.stride(1) == 1) and (x.shape[0] <= 1 or x.stride(0) >= x.shape[1])
+    require(apart, f"{name}'s columns must be adjacent and its rows apart, got {described(x)}")
+
+
+def described(x):
+    return None if x is None else f"{tuple(x.shape)} {x.dtype} {x.stride()} on {x.device}"
+
+
+def _end(x):
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr() + (last + 1) * x.element_size() if x.numel() else x.data_ptr()

@@ -7,51 +7,53 @@
 Each costs one more read of the tile. None has a gradient.
 """
 
-import dataclasses
+from dataclasses import replace
 
 import torch
 
-from ..backends.pytorch import new_statistics, slabs, transformed
-from ..backends.statistics import finalize
+from ..backends.pytorch import slabs, transformed
+from ..backends.statistics import finalize, new_statistics
 
 NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 class Diagnostics:
-    """Of some rows, a block of the vocabulary after the other, from left to right; ``wanted`` [3] says which of NAMES."""
+    """Of some rows with these targets, a block of the vocabulary after the other, from left to right."""
 
-    def __init__(self, wanted, target, kernels, transform, accumulate, vocab):
-        self.wanted, self.target, self.kernels, self.transform, self.vocab = wanted, target, kernels, transform, vocab
+    def __init__(self, run, target):
+        self.run, self.target, self.wanted = run, target, run.work.diagnostics
         rows, device = target.shape[0], target.device
-        self.doubled = new_statistics(rows, accumulate, device)
-        self.sum = torch.zeros(rows, dtype=accumulate, device=device)
+        self.doubled = new_statistics(rows, run.accumulate, device)
+        self.sum = torch.zeros(rows, dtype=run.accumulate, device=device)
         self.best = torch.full_like(self.sum, -float("inf"))
         self.where = torch.full_like(target, -1)
 
-    def add(self, tile, left, bias, temperature):
-        """Reads a tile of raw logits whose first column is the vocabulary's ``left``."""
+    def add(self, tile, rows, left):
+        """Reads a tile of raw logits of some of the rows, whose first column is the vocabulary's ``left``."""
         squares, mean, top = self.wanted
         if squares:
-            nowhere = torch.full_like(self.target, -1)
-            halved = dataclasses.replace(self.transform, temperature=self.transform.temperature / 2)
-            half = None if temperature is None else temperature / 2
-            self.kernels.statistics(tile, self.doubled, nowhere, halved, bias=bias, temperature=half)
+            halved = replace(tile.transform, temperature=tile.transform.temperature / 2)
+            half = None if tile.temperature is None else tile.temperature / 2
+            nowhere = torch.full_like(tile.target, -1)
+            self.run.kernels.statistics(replace(tile, target=nowhere, transform=halved, temperature=half), self.doubled[rows])
         if not (mean or top):
             return
-        for s in slabs(tile):
-            z, _ = transformed(tile[s], self.transform, bias, None if temperature is None else temperature[s], self.sum.dtype)
+        total, best, where = self.sum[rows], self.best[rows], self.where[rows]
+        for s in slabs(tile.values):
+            z, _ = transformed(tile, s, self.sum.dtype)
             if mean:
-                self.sum[s] += z.sum(1)
+                total[s] += z.sum(1)
             if top:
                 value, column = z.max(1)
-                better = ~(value <= self.best[s])  # a tie is won by the first; NaN wins
-                self.best[s] = torch.where(better, value, self.best[s])
-                self.where[s] = torch.where(better, column + left, self.where[s])
+                better = ~(value <= best[s])  # a tie is won by the first; NaN wins
+                best[s] = torch.where(better, value, best[s])
+                where[s] = torch.where(better, column + left, where[s])
 
     def finish(self, lse):
         """[R, 3] in the order of NAMES; 0 where not wanted."""
         squares, mean, top = self.wanted
         nothing = torch.zeros_like(lse)
-        log_squares = finalize(self.doubled)[1] - 2 * lse if squares else nothing
+        log_squares = finalize(self.doubled).lse - 2 * lse if squares else nothing
         is_top = (self.where == self.target) & ~self.best.isnan()
-        return torch.stack([log_squares, self.sum / self.vocab if mean else nothing, is_top.to(lse.dtype) if top else nothing], 1)
+        means = self.sum / self.run.head.weight.shape[0] if mean else nothing
+        return torch.stack([log_squares, means, is_top.to(lse.dtype) if top else nothing], 1)

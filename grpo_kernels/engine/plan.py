@@ -1,72 +1,59 @@
-"""How a call is cut into tiles: shapes and a budget in, chunk sizes out; no tensor is touched here.
+"""How a call is cut: shapes, a budget and a device in; heights, predicted time and peak memory out. No tensor is touched here.
 
-Peak memory of a call, beyond its inputs and O(N) vectors, in bytes (e = bytes of the inputs' dtype, a = 4, or 8 for float64):
+Peak memory of a call, beyond its inputs and O(N) vectors, is at most
 
-    gradients   N_all D e  (dH)  +  V D e  (dW)                          only those that are asked for
-    + V D (a - e)               the float32 sum behind dW, if e < a and the live rows need more than one tile (one pass)
-                                or more than ``stripe_rows`` rows are recomputed (two phases); dW is its first half, so
-                                that on a GPU the other half stays taken for as long as dW lives
-    + workspace                 tile or stash, gathered hidden rows, float32 sums of dH, and the scratch of one vocabulary block
+    N_all D e  (dH)  +  budget  +  4 V D  (dW: its float32 sum, the final dW its first half; e V D where e >= 4)          bytes
 
-The workspace never exceeds the budget unless the budget is below one row and one narrow block of columns:
-``minimum = 2 V z + 2 * 64 * (D + 64) * a`` bytes (z = bytes of an element of the tile), which is what is then used.
+with e the bytes of an input's element and z those of a logit. dW and dH count only where they are wanted. V' is V padded to
+128 bytes. What the workspace holds, with R rows of dz in the buffer and r rows of logits in the chunk:
 
-Two machines, two plans. A CPU's products go by vocabulary blocks through a scratch that stays in the cache. A GPU's products
-write and add float32 themselves: one product covers the vocabulary, and the only question is how many rows a tile holds.
+    one pass     R (V' e + D e)  +  r V' z where z > e (else the chunk is the buffer)  +  dh_rows D (4 + e)    <= budget
+    direct       the same with R = all live rows; dW is one product in its final dtype      <= budget + 2 V D if e < 4
+    two phases   a stash of onehot - p instead of dz, and D (4 + e) more a row: all live rows by the direct rule, else as many as
+                 the budget holds beside what is recomputed, if these are a quarter of the live rows
+    recomputed   stripe_rows D (4 + 2 e)  +  recompute_columns (recompute_rows e + recompute_chunk z)    <= budget / 2
+    scoring      score_group D e  +  score_rows score_columns z    <= budget / 2
+
+On a CPU a row of the buffer takes its row of dH as well, and one block's operands of dW stand beside it. A budget below one row
+of these and 64 columns is exceeded by at most so much.
+
+The choice is the fastest by the count of cost.py. Heights depend on shape and budget; the number of rows only clips them and
+decides whether all live rows fit.
 """
 
+import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-DEFAULT_WORKSPACE_BYTES = 384 * 2**20
-DEFAULT_GPU_WORKSPACE_BYTES = 768 * 2**20
+from .cost import DEVICES, TILE, Device, Plan, Problem, Step, Tally, device_of, rate, seconds, steps
+
+__all__ = ["DEVICES", "Device", "Plan", "Prediction", "Problem", "Step", "default_budget", "device_of", "peak_bytes", "plan",
+           "predict", "steps"]  # fmt: skip
+
+DEFAULT_WORKSPACE_BYTES = 384 * 2**20  # 1024 rows of a 152k vocabulary in bf16 with their scratch
+DEFAULT_GPU_WORKSPACE_BYTES = 1536 * 2**20
+_CHUNK_ROWS = tuple(TILE * n for n in (1, 2, 3, 4, 6, 8))
+_SCORE_HEIGHTS = (128, 256, 512, 1024)
+_CHUNK_SLACK = 1.02  # a lower chunk that leaves room for all live rows may cost so much more
+_USUAL_ROWS = 16384  # heights are compared at so many rows, rests included; there are none of powers of two
+_ALIGNMENT = 128  # bytes; an odd row stride would push the products off their fast path
 _BLOCK_BYTES = 16 * 2**20
 _MAX_COLUMNS = 8192
 _MIN_COLUMNS = 64
 _SCORE_ROWS = 1024
 _SCORE_COLUMNS = 4096
-_GPU_ROWS = 128  # a GPU's products work on tiles of 128 rows and more
-_GPU_SCORE_ROWS = 4096
-_GPU_SCORE_COLUMNS = 8192
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What a call asks for."""
-
-    live: int  # rows that are scored and may get a gradient
-    dead: int  # rows that are only scored
-    vocab: int
-    depth: int
-    element_size: int  # bytes of the inputs' dtype
-    tile_size: int  # bytes of an element of a tile of logits
-    needs_weight: bool  # a gradient of weight, bias or the adapter's B is wanted
-    budget: int  # bytes
-    sums_directly: bool = False  # products add to their float32 sums themselves (a GPU's)
-    mixed: bool = False  # some of the rows come from a stash: a block of dW is a sum of several products
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The answer; every number is at least 1 except ``stash_rows``."""
-
-    tile_rows: int  # one pass: rows of [., V] processed together
-    tiles: int  # how many such tiles the live rows take
-    columns: int  # width of a vocabulary block of the products
-    score_rows: int  # scoring without gradient: rows and columns of a tile
-    score_columns: int
-    stash_rows: int  # two phases: live rows whose probabilities are kept for the backward
-    stash_tile_rows: int  # of them, those whose logits are in memory together
-    stripe_rows: int  # recomputed rows whose dH is summed together while the vocabulary passes once
-    recompute_rows: int  # rows of a recomputed [., recompute_columns] tile
-    recompute_columns: int
+class Prediction:
+    predicted_ms: float
+    floor_ms: float
+    ratio: float
+    peak_bytes: int
 
 
 def default_budget(device_type: str = "cpu") -> int:
-    """GRPO_KERNELS_WORKSPACE_MB in bytes, or 384 MiB: 1024 rows of a 152k vocabulary in bf16 with their scratch.
-
-    On a GPU 768 MiB: 1280 rows in float32. Fewer would let memory set the pace of the products behind dW.
-    """
+    """GRPO_KERNELS_WORKSPACE_MB in bytes, or 384 MiB on a CPU and 1536 MiB on a GPU."""
     megabytes = os.environ.get("GRPO_KERNELS_WORKSPACE_MB")
     if megabytes is None:
         return DEFAULT_WORKSPACE_BYTES if device_type == "cpu" else DEFAULT_GPU_WORKSPACE_BYTES
@@ -79,106 +66,172 @@ def default_budget(device_type: str = "cpu") -> int:
     return budget
 
 
+def predict(problem: Problem) -> Prediction:
+    """Beside the products that cannot be avoided: 2NVD, 4NVD or 6NVD of live rows and 2NVD of the others, at the device's rate."""
+    p, found = problem, plan(problem)
+    predicted = sum(step.count * seconds(p, step) for step in steps(p, found))
+    rows = p.live + p.dead + p.live * (p.needs_hidden + p.needs_weight)
+    floor = 2 * rows * p.vocab * p.depth / rate(p)
+    return Prediction(predicted * 1e3, floor * 1e3, predicted / floor if floor else 1.0, peak_bytes(p, p.live + p.dead))
+
+
+def peak_bytes(problem: Problem, tokens: int) -> int:
+    """The formula of this file with the heights of the plan, an upper bound: ``tokens`` rows of hidden, kept or not."""
+    p, found = problem, plan(problem)
+    dh = tokens * p.depth * p.element_size * p.needs_hidden
+    scoring = found.score_group * p.depth * p.element_size + found.score_rows * found.score_columns * p.tile_size
+    if not p.trained:
+        return scoring
+    if not p.stashes:
+        return dh + max(scoring, p.dw_bytes(found.direct) + _pass_bytes(p, found.chunk_rows, found.buffer_rows, found.dh_rows))
+    stashed, again = found.stash_rows, 0
+    if stashed < p.live:
+        again = _recompute_bytes(p, found.recompute_columns, found.recompute_chunk, found.stripe_rows, found.recompute_rows)
+    dw = p.dw_bytes(found.direct or (not stashed and p.live <= found.stripe_rows))
+    if not stashed:
+        return dh + max(scoring, dw + again)
+    # making the stash takes no dW, the backward no chunk
+    stash = stashed * _padded(p.vocab, p.element_size) * p.element_size
+    making = _pass_bytes(p, found.chunk_rows, stashed, 0)
+    return dh + max(stash + scoring, making, dw + again + _pass_bytes(p, 0, stashed, found.dh_rows))
+
+
+@functools.lru_cache(maxsize=4096)
 def plan(problem: Problem) -> Plan:
-    """The chunk sizes that keep the peak within the formula above."""
-    return _gpu_plan(problem) if problem.sums_directly else _cpu_plan(problem)
-
-
-def peak_bytes(problem: Problem, tokens: int, needs_hidden=True, two_phases=False) -> int:
-    """The formula above, an upper bound: ``tokens`` rows of hidden, of which the problem's live ones are computed."""
-    p, the_plan = problem, plan(problem)
-    e, accumulate = p.element_size, max(p.element_size, 4)
-    several = p.live - the_plan.stash_rows > the_plan.stripe_rows if two_phases else the_plan.tiles > 1
-    weight_bytes = p.vocab * p.depth * (accumulate if several else e) if p.needs_weight else 0
-    return tokens * p.depth * e * needs_hidden + weight_bytes + min(max(p.budget, _minimum(p)), _whole_bytes(p))
-
-
-def _minimum(p):
-    return 2 * p.vocab * p.tile_size + 2 * _MIN_COLUMNS * (p.depth + 64) * max(p.element_size, 4)
-
-
-def _row_bytes(p, columns):
-    """Of a row in a tile: its logits, its hidden state gathered and the gradient of that, and its part of a block's scratch."""
-    return p.vocab * p.tile_size + p.depth * p.element_size * 2 + (columns * p.element_size if p.needs_weight else 0)
-
-
-def _whole_bytes(p):
-    """Of all rows, live and dead, in one tile."""
-    columns = p.vocab if p.sums_directly else _block_columns(p)
-    return (p.live + p.dead) * _row_bytes(p, columns) + (columns * p.depth * p.element_size if p.needs_weight else 0)
-
-
-def _cpu_plan(p):
-    e, z = p.element_size, p.tile_size
-    columns = _block_columns(p)
-    score_columns = min(p.vocab, _SCORE_COLUMNS, max(_MIN_COLUMNS, p.budget // (4 * z)))
-    score_rows = min(_SCORE_ROWS, max(1, p.budget // (score_columns * z + p.depth * e)))
-
-    row_bytes = _row_bytes(p, columns)
-    block_bytes = columns * p.depth * e if p.needs_weight else 0
-    fit = max(1, (p.budget - block_bytes) // row_bytes)
-    tiles = max(1, -(-p.live // fit))
-    # full tiles and a rest: the peak then does not move with the number of rows
-    tile_rows = max(1, min(p.live, fit))
-
-    # what is recomputed is cut the same way whether or not these rows would fit a stash: a backward that drops rows asks again
-    recompute_columns = max(min(_MIN_COLUMNS, p.vocab), columns // 2)
-    accumulate = max(e, 4)
-    # a block's product and float32 sum; per recomputed row the tile, its transpose and the hidden row
-    block = recompute_columns * p.depth * (e + accumulate)
-    recompute_row = recompute_columns * (z + e) + 2 * p.depth * e
-    recompute_rows = max(1, min(_SCORE_ROWS, (p.budget // 4 - block) // recompute_row))
-    stripe_rows = max(recompute_rows, min(p.live, p.budget // 2 // (p.depth * accumulate)))
-    stash_rows = p.live
-    if p.live * row_bytes + block_bytes > p.budget:
-        # the stash takes what is left, so that the peak does not move with the number of rows here either
-        left = p.budget - block - recompute_rows * recompute_row - stripe_rows * p.depth * accumulate
-        stash_rows = min(p.live, max(0, left) // (p.vocab * z + 2 * p.depth * e + recompute_columns * e))
+    """The fastest heights within the memory of this file's formula."""
+    p = problem
+    (h, chunks), live, rows = _heights(replace(p, live=0, dead=0)), max(1, p.live), max(1, p.live + p.dead)
+    dh_rows, stripe, R = min(h.dh_rows, live), min(h.stripe_rows, live), min(h.buffer_rows, live)
+    heights = (min(r, live) for r in chunks or (live,)) if p.needs_weight else ()
+    r = next((r for r in heights if _all_fit(p, r, dh_rows)), 0)
+    stash = 0
+    if r:
+        stash = R = live
+    elif p.stashes:
+        sums = stripe if p.on_cpu else h.stripe_rows
+        left = p.budget - _recompute_bytes(p, h.recompute_columns, h.recompute_chunk, sums, h.recompute_rows)
+        fixed = _pass_bytes(p, 0, 0, dh_rows)
+        stash = _whole(max(0, left - fixed) // (_pass_bytes(p, 0, 1, dh_rows) - fixed), p)
+        # fewer would not pay for the float32 sum of dW that they need
+        stash = min(stash, live) if 4 * stash >= live else 0
+        R = max(1, stash)
+        chunk_row = _pass_bytes(p, 1, 0, dh_rows) - fixed
+        room = p.budget + p.dw_bytes(False) - _pass_bytes(p, 0, stash, dh_rows)
+        r = max(1, min(h.chunk_rows, _whole(room // chunk_row, p) if p.wide else R))
+    span = min(h.recompute_rows, stripe)
     return Plan(
-        tile_rows, tiles, columns, score_rows, score_columns, stash_rows, max(1, stash_rows), stripe_rows, recompute_rows,
-        recompute_columns,
+        chunk_rows=min(r or h.chunk_rows, R) if p.wide else R, buffer_rows=R, columns=h.columns, direct=p.live <= R,
+        dh_rows=R if p.on_cpu else min(dh_rows, R), score_group=min(h.score_group, rows), score_rows=min(h.score_rows, rows),
+        score_columns=h.score_columns, stash_rows=stash if p.stashes and p.live else 0, stripe_rows=stripe, recompute_rows=span,
+        recompute_chunk=min(h.recompute_chunk, span), recompute_columns=h.recompute_columns,
     )  # fmt: skip
 
 
-def _gpu_plan(p):
+def _all_fit(p, r, dh_rows):
+    """Whether all live rows fit beside a chunk of r: what the float32 sum of dW would take, a direct dW leaves to the buffer."""
+    spare, live = p.dw_bytes(False) - p.dw_bytes(True), max(1, p.live)
+    if p.stashes:  # dW is not there yet while the stash is made, nor the chunk any more when dW is
+        return max(_pass_bytes(p, r, live, 0) - p.dw_bytes(True), _pass_bytes(p, 0, live, dh_rows)) <= p.budget + spare
+    return _pass_bytes(p, r, live, dh_rows) <= p.budget + spare
+
+
+@functools.lru_cache(maxsize=512)
+def _heights(p):
+    """(plan, heights of a chunk beside all live rows, the best first): what the shape says before rows are counted."""
+    return _cpu_heights(p) if p.on_cpu else _gpu_heights(p)
+
+
+def _gpu_heights(p):
+    e, z, V, D, budget = p.element_size, p.tile_size, p.vocab, p.depth, p.budget
+
+    def cost(loop, *args):
+        tally = Tally(p)
+        getattr(tally, loop)(*args)
+        return sum(step.count * seconds(p, step) for step in tally.steps())
+
+    dh_row = _pass_bytes(p, 0, 0, 1)
+    dh_rows = min(_units(budget // 32 // max(1, dh_row)), key=lambda x: cost("dh", 1, x, x) / x)
+    left = max(1, budget - dh_rows * dh_row)
+    most_chunk = left // _pass_bytes(p, 1, 1, 0)
+    chunks = [x for x in _CHUNK_ROWS if x <= most_chunk] or [max(1, most_chunk)]
+
+    def buffers(chunk):
+        """Heights of the buffer beside a chunk; where z is no wider than dz, the chunk is the buffer."""
+        most = (left - _pass_bytes(p, chunk, 0, 0)) // _pass_bytes(p, 0, 1, 0)
+        return [(chunk if p.wide else x, x) for x in _units(most) if 2 * x >= most and x >= chunk] or [(chunk, chunk)]
+
+    pairs = [pair for chunk in (chunks if p.wide else chunks[:1]) for pair in buffers(chunk)]
+    r, R = min(pairs, key=lambda pair: cost("one_pass", _USUAL_ROWS, *pair, dh_rows, V, False))
+    costs = {x: cost("policy", 1, _USUAL_ROWS, x, V) for x in chunks if x <= r}
+    beside = tuple(x for x in reversed(costs) if costs[x] <= _CHUNK_SLACK * min(costs.values())) if p.wide else ()
+
+    in_cache = min(budget // 4, p.device.l2 // 2) // z
+    # blocks of like width: a narrow last one would fill no wave
+    widths = sorted({min(V, -(-V // n // TILE) * TILE) for n in range(1, 65)} | {min(V, 64)})
+    tiles = [(x, c) for c in widths for x in _SCORE_HEIGHTS if x * c <= in_cache]
+    tiles = [(x, c) for x, c in tiles if x * D * e <= budget // 4] or [(1, widths[0])]
+    score_rows, score_columns = min(tiles, key=lambda tile: cost("score", tile[0], *tile, tile[0]) / tile[0])
+    group = max(1, budget // 4 // (D * e) // score_rows) * score_rows
+
+    def stripe(x, c):
+        fixed = _recompute_bytes(p, c, x, 0, 0)
+        return _whole(max(1, (budget // 2 - fixed) // (_recompute_bytes(p, c, x, 1, 1) - fixed)), p)
+
+    x, columns = min(tiles, key=lambda tile: cost("block", 1, stripe(*tile), *tile, False, True) / (stripe(*tile) * tile[1]))
+    n = stripe(x, columns)
+    return Plan(r, R, V, False, dh_rows, group, score_rows, score_columns, 0, n, n, min(x, n), columns), beside
+
+
+def _cpu_heights(p):
+    """Blocks whose operands stay in the cache; everything was measured, nothing is left to the cost model."""
     e, z, accumulate = p.element_size, p.tile_size, max(p.element_size, 4)
-    gathered = 2 * p.depth * e  # a row of hidden, and of dH
-    tile_rows = _whole(max(1, p.budget // (p.vocab * z + gathered)), _GPU_ROWS, most=p.live)
-    tiles = max(1, -(-p.live // tile_rows))
-    score_columns = min(p.vocab, _GPU_SCORE_COLUMNS)
-    score_rows = max(1, min(_GPU_SCORE_ROWS, p.budget // (score_columns * z + gathered)))
-
-    # recomputed: all rows together if their float32 dH is affordable, and as many columns as half of the budget holds
-    summed = p.depth * (accumulate + e)  # a row of dH, and of hidden
-    stripe_rows = max(1, min(p.live, p.budget // 4 // summed))
-    columns = max(_MIN_COLUMNS, p.budget // 2 // (stripe_rows * z))
-    if p.mixed:
-        columns = max(_MIN_COLUMNS, min(columns, p.budget // 4 // (p.depth * accumulate)))
-    columns = _whole(columns, _GPU_ROWS, most=p.vocab)
-
-    # everything stashed: beside it stand the logits of some rows, until they are probabilities
-    stash_row = p.vocab * e + gathered
-    in_place = e == z
-    left = p.budget - p.live * stash_row
-    if left >= (0 if in_place else min(p.live, _GPU_ROWS) * p.vocab * z):
-        stash_rows = p.live
-        stash_tile_rows = max(1, p.live) if in_place else _whole(left // (p.vocab * z), _GPU_ROWS, most=p.live)
-    else:
-        # a part of them, beside what is recomputed; every block of dW is then a sum of two products, in float32
-        left = p.budget - stripe_rows * (summed + columns * z)
-        stash_rows = max(0, left - min(p.budget // 4, columns * p.depth * accumulate)) // (stash_row + p.vocab * (z - e))
-        stash_rows = stash_rows if 4 * stash_rows >= p.live else 0
-        stash_tile_rows = max(1, stash_rows)
-    return Plan(tile_rows, tiles, p.vocab, score_rows, score_columns, stash_rows, stash_tile_rows, stripe_rows, stripe_rows,
-                columns)  # fmt: skip
-
-
-def _whole(count, unit, most):
-    """At most ``count`` and ``most``, in whole units where that many fit; at least 1."""
-    return max(1, min(most, count // unit * unit if count >= unit else count))
+    columns = _block_columns(p)
+    score_columns = min(p.vocab, _SCORE_COLUMNS, max(_MIN_COLUMNS, p.budget // (4 * z)))
+    score_rows = min(_SCORE_ROWS, max(1, p.budget // (score_columns * z + p.depth * e)))
+    fixed = _pass_bytes(p, 0, 0, 0)
+    R = max(1, (p.budget - fixed) // (_pass_bytes(p, 1, 1, 0) - fixed))
+    # what is recomputed is cut the same way whether or not these rows would fit a stash: a backward that drops rows asks again
+    again = max(min(_MIN_COLUMNS, p.vocab), columns // 2)
+    span = max(1, min(_SCORE_ROWS, (p.budget // 4 - _recompute_bytes(p, again, 0, 0, 0)) // (again * (z + e) + 2 * p.depth * e)))
+    stripe = max(span, p.budget // 2 // (p.depth * accumulate))
+    return Plan(R, R, columns, False, R, score_rows, score_rows, score_columns, 0, stripe, span, span, again), ()
 
 
 def _block_columns(p):
-    """Blocks of some 16 MiB of weight: large enough for the products, small beside the tile."""
+    """Blocks of some 16 MiB of weight: large enough for the products, small beside the chunk."""
     by_bytes = min(_BLOCK_BYTES, p.budget // 8) // (p.depth * p.element_size)
     return min(p.vocab, _MAX_COLUMNS, max(_MIN_COLUMNS, by_bytes))
+
+
+def _padded(columns, size):
+    unit = _ALIGNMENT // size
+    return -(-columns // unit) * unit
+
+
+def _pass_bytes(p, r, R, dh_rows):
+    """Chunk, buffer, the rows of hidden behind it, a slice of dH; on a CPU the rows of dH and one block's operands of dW."""
+    e, D = p.element_size, p.depth
+    chunk = r * _padded(p.vocab, p.tile_size) * p.tile_size * p.wide
+    row = _padded(p.vocab, e) * e + D * (e + (4 + e) * p.stashes)  # rows of hidden behind a stash are scaled in float32
+    if not p.on_cpu:
+        return chunk + R * row + dh_rows * D * (e if e >= 4 else 4 + e) * p.needs_hidden
+    columns = _block_columns(p) * p.needs_weight
+    return chunk + R * (row + D * e + columns * e) + columns * D * e
+
+
+def _recompute_bytes(p, columns, chunk, stripe, span):
+    """dH's float32 sum and the rows of hidden of a stripe, dz of a span, the chunk; on a CPU the product of a block and its sum."""
+    e, z, D, accumulate = p.element_size, p.tile_size, p.depth, max(p.element_size, 4)
+    if not p.on_cpu:
+        return stripe * D * (accumulate + 2 * e) + columns * (span * e + chunk * z * p.wide)
+    return stripe * D * accumulate + span * (columns * (z + e) + 2 * D * e) + columns * D * (e + accumulate)
+
+
+def _whole(count, p):
+    """In whole tiles of rows where that many fit."""
+    return count if p.on_cpu or count < TILE else count // TILE * TILE
+
+
+def _units(most):
+    """Multiples of 128 up to ``most``; where it is less, ``most`` alone."""
+    return range(TILE, min(most, _USUAL_ROWS) + 1, TILE) if most >= TILE else (max(1, most),)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..arguments import check_options, kind
+from ..call import check_options, kind
 from ..engine.diagnostics import NAMES as DIAGNOSTICS
 from ..logprobs import token_statistics
 from ..losses.config import GRPOLossConfig

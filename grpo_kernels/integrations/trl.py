@@ -20,11 +20,11 @@ import sys
 
 import torch
 
-from ..arguments import kind
+from ..call import LossArguments, TokenLoss, kind
+from ..distributed import QuantileOnly
 from ..logprobs import token_statistics
 from ..loss import fused_linear_grpo_loss
-from ..losses.config import GRPOLossConfig, QuantileOnly
-from ..losses.objective import objective
+from ..losses.config import GRPOLossConfig
 from .transformers import FusedCausalLMOutput, LMHead, fuse_lm_head, lm_head
 
 try:
@@ -304,7 +304,8 @@ class _FusedPass(_StandIn):
         old = given["old_logps"]
         logps = output.logps if old is None else output.logps.where(mask > 0, old.to(output.logps.dtype))
         self.value, self.seen = loss.detach(), [logps.detach(), output.entropy.detach()]
-        self._prepare_comparison(lambda *seen: objective(*seen, advantages, mask, **given)[0] / divisor, given)
+        same = LossArguments(hidden, None, ids, mask, advantages=advantages, **given)
+        self._prepare_comparison(lambda *seen: TokenLoss(same, wait=True)(*seen)[0] / divisor, given)
         return loss
 
     def _prepare_comparison(self, same_loss, given):

@@ -4,8 +4,9 @@ import dataclasses
 import numbers
 from dataclasses import dataclass
 
-CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo")
+from .terms import BUILT_IN, TERMS
+
+LOSS_TYPES = BUILT_IN
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
 _FLOAT32_MAX = 3.4e38  # options are float32 numbers in the kernels
 _SMALLEST = 1e-30  # a divisor below would overflow finite logits
@@ -16,7 +17,7 @@ class GRPOLossConfig:
     """Options of the GRPO loss family; an option that a ``loss_type`` does not use is ignored.
 
     Args:
-        loss_type: which policy term and reduction; one of ``LOSS_TYPES``.
+        loss_type: which policy term and reduction; one of ``LOSS_TYPES``, or a name given to `register_policy_term`.
         importance_sampling_level: ratio per ``"token"``, or one per ``"sequence"`` (GSPO).
         epsilon: lower clip range; the ratio is clipped at ``1 - epsilon``. >= 0.
         epsilon_high: upper clip range, ``1 + epsilon_high``; None means ``epsilon``. For cispo it is the cap itself. >= 0.
@@ -59,7 +60,7 @@ class GRPOLossConfig:
     vespo_lambda_neg: float = 2.0
 
     def __post_init__(self):
-        self._one_of("loss_type", LOSS_TYPES)
+        self._one_of("loss_type", tuple(TERMS))
         self._one_of("importance_sampling_level", IMPORTANCE_SAMPLING_LEVELS)
         if not isinstance(self.use_bias_correction_kl, bool):
             raise ValueError(f"use_bias_correction_kl must be True or False, got {self.use_bias_correction_kl!r}")
@@ -76,8 +77,8 @@ class GRPOLossConfig:
             self._number(name, lambda x: x > 0, "> 0")
         for name in ("beta", "entropy_coef", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
             self._number(name, lambda x: True, "a finite number")
-        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
-            raise ValueError("max_completion_length must be an integer > 0 for loss_type='dr_grpo', got None")
+        if self.aggregation == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError(f"max_completion_length must be an integer > 0 for loss_type={self.loss_type!r}, got None")
 
     def _one_of(self, name, allowed):
         value = getattr(self, name)
@@ -98,6 +99,11 @@ class GRPOLossConfig:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
+    def aggregation(self) -> str:
+        """The built-in loss_type whose normaliser the loss uses: its own, or that of a registered term."""
+        return TERMS[self.loss_type].aggregation
+
+    @property
     def sequence_level(self) -> bool:
         return self.importance_sampling_level == "sequence"
 
@@ -108,13 +114,6 @@ class GRPOLossConfig:
 
 
 LOSS_FIELDS = tuple(field.name for field in dataclasses.fields(GRPOLossConfig))
-
-
-@dataclass(frozen=True)
-class QuantileOnly:
-    """A data_parallel_group for the entropy quantile alone: means stay those of this rank's tokens, as in TRL."""
-
-    group: object
 
 
 @dataclass(frozen=True)

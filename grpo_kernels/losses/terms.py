@@ -1,5 +1,11 @@
-"""The policy terms: one function a loss, the registry of them, and what the fused row kernels are told of one."""
+"""The policy terms: one function a loss, the registry of them, and what the fused row kernels are told of one.
 
+A term is ``s(w, logps, old_logps, advantages, config)``, per token, to be minimised; w is the clamped importance ratio, one per token
+or, at sequence level, one per sequence. Autograd of these functions is the specification of every coefficient in the kernels.
+"""
+
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +13,99 @@ import torch
 # The terms that the fused row kernels know, by the number that they are handed: the one table of them for every language.
 # linear: the coefficient d loss / d logps is w_policy itself.
 KINDS = ("clipped", "cispo", "sapo", "linear")
+EXP_BOUND = 80.0
+_FLOAT32_EXP_BOUND = 88.0
+
+
+@dataclass(frozen=True)
+class PolicyTerm:
+    """A loss by name: its policy term, and how the tokens' losses are added up."""
+
+    function: Callable
+    aggregation: str  # the built-in loss_type whose normaliser it uses
+    kind: str | None = None  # one of KINDS; None: the row kernels do not know it, autograd of the term makes the coefficient
+    registered: bool = False
+
+
+def clamped_exp(*arguments):
+    """exp of the sum of the arguments, each clamped to +-80, so that finite log-probs give finite ratios; the gradient passes.
+
+    A product of two such exps, w exp(r), would overflow float32: the sum stops at 88 there.
+    """
+    value = sum(x.detach().clamp(-EXP_BOUND, EXP_BOUND) for x in arguments)
+    if value.dtype == torch.float32:
+        value = value.clamp(max=_FLOAT32_EXP_BOUND)
+    # adds exactly 0, or NaN where an argument is not finite
+    return torch.exp(value + sum(x - x.detach() for x in arguments))
+
+
+def _clipped(w, logps, old_logps, A, config):
+    bounded = w if config.delta is None else w.clamp(max=config.delta)
+    return -torch.min(bounded * A, w.clamp(1 - config.epsilon, 1 + config.upper_epsilon) * A)
+
+
+def _cispo(w, logps, old_logps, A, config):
+    return -w.clamp(max=config.upper_epsilon).detach() * A * logps
+
+
+def _sapo(w, logps, old_logps, A, config):
+    tau = choose(A > 0, config.sapo_temperature_pos, config.sapo_temperature_neg, A)
+    return -4 / tau * torch.sigmoid(tau * (w - 1)) * A
+
+
+def choose(positive, first, second, like):
+    """where() of two Python numbers would round them to float32."""
+    return torch.where(positive, like.new_full((), first), like.new_full((), second))
+
+
+TERMS = {name: PolicyTerm(_clipped, name, "clipped") for name in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")}
+TERMS |= {"cispo": PolicyTerm(_cispo, "cispo", "cispo"), "sapo": PolicyTerm(_sapo, "sapo", "sapo")}
+# vespo's phi belongs to a sequence: the objective multiplies it into the weight, and what is left is linear in logps
+TERMS["vespo"] = PolicyTerm(lambda w, logps, old_logps, A, config: -A * logps, "vespo")
+BUILT_IN = tuple(TERMS)
+
+
+def register_policy_term(name: str, term: Callable, *, aggregation: str = "dapo", overwrite: bool = False) -> None:
+    """Makes ``loss_type=name`` a loss everywhere: functions, module, trainer, reference and command line.
+
+    Equals the built-in losses with s = ``term``: ``loss = sum_t u_t s(logps_t, old_logps_t, A_t) + beta k3``, u the weights of
+    ``aggregation``. At token level it costs one pass, as they do; autograd of ``term`` on a chunk's vectors is its coefficient.
+
+    Args:
+        name: the loss_type; not that of a built-in loss.
+        term: ``term(logps, old_logps, advantages, config) -> [R]``, the per-token loss, of three [R] tensors in the compute dtype;
+            elementwise, without state, differentiable in logps by autograd. old_logps is ``logps.detach()`` on-policy. At sequence
+            level logps is ``old_logps`` plus the sequence's mean log-ratio.
+        aggregation: the built-in loss_type whose normaliser it uses.
+        overwrite: replace an earlier term of that name.
+
+    Raises:
+        TypeError: name is no string or term cannot be called. ValueError: the name is taken, or there is no such aggregation.
+    """
+    if not isinstance(name, str) or not callable(term):
+        wanted = ("name", "a string", name) if not isinstance(name, str) else ("term", "a function", term)
+        raise TypeError("{} must be {}, got {!r}".format(*wanted))
+    if not name or name in BUILT_IN:
+        raise ValueError(f"name must be none of the built-in losses {', '.join(BUILT_IN)}, got {name!r}")
+    if name in TERMS and not overwrite:
+        raise ValueError(f"name {name!r} is registered already; overwrite=True replaces it")
+    if aggregation not in BUILT_IN:
+        raise ValueError(f"aggregation must be one of {', '.join(BUILT_IN)}, got {aggregation!r}")
+
+    def function(w, logps, old_logps, A, config):
+        shape = torch.broadcast_shapes(logps.shape, old_logps.shape, A.shape)
+        s = term(*(x.expand(shape).reshape(-1) for x in (logps, old_logps, A)), config)
+        if not isinstance(s, torch.Tensor) or s.numel() != shape.numel():
+            found = list(s.shape) if isinstance(s, torch.Tensor) else type(s).__name__
+            raise ValueError(f"the term of loss_type={name!r} must return one loss a token, [{shape.numel()}], got {found}")
+        return s.reshape(shape)
+
+    TERMS[name] = PolicyTerm(function, aggregation, registered=True)
+
+
+def k3(log_w, w, r, config):
+    """The KL estimate from r = ref - logps, times the ratio w = exp(log_w) where it is bias-corrected."""
+    return clamped_exp(r, log_w) - w * (r + 1) if config.use_bias_correction_kl else clamped_exp(r) - r - 1
 
 
 @dataclass(frozen=True)
@@ -32,3 +131,41 @@ class PolicyRows:
     ref: torch.Tensor | None = None
     w_kl: torch.Tensor | None = None
     w_entropy: torch.Tensor | None = None  # d loss / d entropy
+
+    def of(self, rows):
+        """Some of the rows."""
+        return PolicyRows(*(None if x is None else x[rows] for x in vars(self).values()))
+
+
+def kernel_terms(config, linear) -> PolicyTerms | None:
+    """What the fused row kernels are told of a loss (no config: of the log-prob itself), or None for a term that they do not know."""
+    if config is None:
+        return PolicyTerms("linear")
+    kind = "linear" if linear else TERMS[config.loss_type].kind
+    return None if kind is None else PolicyTerms(
+        kind=kind,
+        epsilon_low=float(config.epsilon),
+        epsilon_high=float(config.upper_epsilon),
+        delta=float("inf") if config.delta is None else float(config.delta),
+        sapo_temperature_pos=float(config.sapo_temperature_pos),
+        sapo_temperature_neg=float(config.sapo_temperature_neg),
+        use_bias_correction_kl=config.use_bias_correction_kl and not config.sequence_level,
+    )  # fmt: skip
+
+
+def row_coefficient(logps, rows: PolicyRows, config, linear):
+    """d loss / d logps [R] of rows whose coefficient depends on themselves alone, by autograd of their term and of k3."""
+    if config is None:
+        return rows.w_policy
+    if config.sequence_level:  # on-policy: the ratio of a sequence is 1 and does not reach its tokens' k3
+        config = dataclasses.replace(config, use_bias_correction_kl=False)
+    with torch.enable_grad():
+        own = logps.detach().requires_grad_()
+        old = logps.detach() if rows.old is None else rows.old
+        log_w = own - old
+        w = clamped_exp(log_w)
+        term = own if linear else TERMS[config.loss_type].function(w, own, old, rows.advantages, config)
+        loss = rows.w_policy * term
+        if rows.ref is not None:
+            loss = loss + rows.w_kl * k3(log_w, w, rows.ref - own, config)
+        return torch.autograd.grad(loss.sum(), own)[0]

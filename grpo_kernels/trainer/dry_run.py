@@ -4,7 +4,7 @@ import inspect
 
 from .. import backends
 from ..engine import plan
-from ..engine.products import sums_directly, tile_dtype
+from ..engine.products import tile_dtype
 from ..integrations.transformers import lm_head
 from ..loss import coefficients_depend_on_their_row_alone
 from .rewards import RESERVED, reward_names
@@ -55,11 +55,12 @@ def describe(trainer):
     needs_weight = weight.requires_grad or (head.lora is not None and head.lora[1].requires_grad)
     backend = backends.resolve("auto", weight.device, weight.dtype, V)
     budget = plan.default_budget(weight.device.type)
-    problem = plan.Problem(
-        live, 0, V, D, weight.element_size(), tile_dtype(weight, backend).itemsize, needs_weight, budget, sums_directly(weight)
-    )
     two_phases = not coefficients_depend_on_their_row_alone(trainer.loss_config, on_policy=args.steps_per_rollout == 1)
-    peak = plan.peak_bytes(problem, live, True, two_phases)
+    problem = plan.Problem(
+        live, 0, V, D, weight.element_size(), tile_dtype(weight, backend).itemsize, True, needs_weight, budget, two_phases,
+        device=plan.device_of(weight.device),
+    )  # fmt: skip
+    peak = plan.peak_bytes(problem, live)
     logits = live * V * (weight.element_size() + 12)
     yield (f"the loss   at most {_bytes(peak)} of memory on top of its inputs, gradients included, per micro-batch of {live:,} "
            f"tokens; through logits some {_bytes(logits)}")  # fmt: skip

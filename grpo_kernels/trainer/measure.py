@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..call import GRPOLossOutput
 from ..loss import fused_linear_grpo_loss
 from ..losses.config import GRPOLossConfig
 from ..losses.objective import objective
-from ..outputs import GRPOLossOutput
 
 
 class Shape(NamedTuple):

@@ -92,14 +92,6 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance, int = 32, int line = __builtin_LINE()) {
   return shim::shuffle(mask, value, shim::lane() ^ unsigned(distance), line);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-  unsigned votes = 0;
-  for (unsigned i = 0; i < 32; i++) {
-    const uint64_t vote = shim::exchange(mask, predicate != 0, mask >> i & 1 ? i : shim::lane(), line);
-    if (mask >> i & 1) votes |= unsigned(vote) << i;
-  }
-  return votes;
-}
 
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 

@@ -1,0 +1,72 @@
+"""The structs of csrc/params.h, filled in: what `native.py` and `cuda.py` hand to compiled kernels after `statistics.check`."""
+
+import ctypes
+
+import torch
+
+from ..losses.terms import KINDS
+from .statistics import require
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+
+
+def struct(name, *members):
+    """A C struct of (type, names) in order."""
+    fields = [(one, kind) for kind, names in members for one in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+INT, POINTER = ctypes.c_int, ctypes.c_void_p
+_INT64, _DOUBLE, _BOOL = ctypes.c_int64, ctypes.c_double, ctypes.c_bool
+_Matrix = struct("Matrix", (POINTER, "data"), (_INT64, "rows columns row_stride"), (INT, "dtype"))
+_Transform = struct("Transform", (_DOUBLE, "logit_scale softcap temperature"))
+_Tile = struct("Tile", (_Matrix, "values"), (POINTER, "target"), (_Transform, "transform"), (POINTER, "bias temperature"))
+_Scored = struct("Scored", (POINTER, "logps lse entropy"))
+_Rows = struct("PolicyRows", (POINTER, "w_policy advantages old ref w_kl w_entropy"))
+_Terms = struct("PolicyTerms", (INT, "kind"), (_DOUBLE, "epsilon_low epsilon_high delta sapo_temperature_pos sapo_temperature_neg"),
+                (_BOOL, "use_bias_correction_kl"))  # fmt: skip
+_Statistics = struct("StatisticsParams", (_Tile, "tile"), (POINTER, "stats"))
+_Gradient = struct("GradientParams", (_Tile, "tile"), (_Matrix, "out"), (_Scored, "scored"), (POINTER, "g g_entropy"),
+                   (_BOOL, "from_stash"))  # fmt: skip
+_Policy = struct("PolicyParams", (_Tile, "tile"), (_Matrix, "out"), (_Rows, "rows"), (_Terms, "terms"), (_Scored, "scored"))
+_Transpose = struct("TransposeParams", (_Matrix, "matrix"), (POINTER, "out"))
+
+
+def statistics(tile, stats):
+    return _Statistics(_tile(tile), _at(stats))
+
+
+def gradient(tile, out, scored, g=None, g_entropy=None, from_stash=False):
+    """Without g those of the stash."""
+    return _Gradient(_tile(tile), _matrix(out), _scored(scored), _at(g), _at(g_entropy), from_stash)
+
+
+def policy(tile, out, rows, terms, scored):
+    require(terms.kind in KINDS, f"terms.kind must be one of {', '.join(KINDS)}, got {terms.kind!r}")
+    require(terms.kind == "linear" or rows.w_policy is None or rows.advantages is not None, "advantages are missing")
+    require(rows.ref is None or rows.w_kl is not None, "w_kl is missing")
+    vectors = _Rows(*(_at(getattr(rows, name)) for name, _ in _Rows._fields_))
+    constants = (getattr(terms, name) for name, _ in _Terms._fields_[1:])
+    return _Policy(_tile(tile), _matrix(out), vectors, _Terms(KINDS.index(terms.kind), *constants), _scored(scored))
+
+
+def transpose(matrix, out):
+    return _Transpose(_matrix(matrix), _at(out))
+
+
+def _at(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _matrix(x):
+    return _Matrix(x.data_ptr(), *x.shape, x.stride(0), _DTYPES.index(x.dtype))
+
+
+def _tile(tile):
+    t = tile.transform
+    transform = _Transform(t.logit_scale, t.softcap or 0.0, t.temperature)
+    return _Tile(_matrix(tile.values), _at(tile.target), transform, _at(tile.bias), _at(tile.temperature))
+
+
+def _scored(scored):
+    return _Scored(*map(_at, scored))

@@ -1,0 +1,250 @@
+"""A call at PyTorch's door: three torch.library ops around the loops of chunks.py, and autograd around the ops.
+
+    one_pass         logps, entropy and all gradients of a loss whose coefficients depend on their rows alone
+    score            logps, entropy, lse, and ``onehot - p`` of the rows that fit the stash
+    score_backward   the gradients of `score` from those of logps and entropy
+
+All take (hidden, head, rows, ...): lists of tensors in the order of `Head.tensors` and `Rows.tensors`, and a `Work` as numbers and a
+string. Only `score_backward`'s caller synchronises with the host, to drop rows that got no gradient.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .chunks import Run, backward, one_pass, padded, score_with_stash
+from .operands import FIELDS, Head, Rows, Work, can_sync, decoded, encoded, plan_of
+from .products import accumulation_dtype, blocks, tile_memory
+
+_COMPACTED_ROWS = 64
+
+
+def _op(mutates=()):
+    """A torch.library op; the public functions cast once under autocast, in here it would round the float32 sums."""
+
+    def register(function):
+        @functools.wraps(function)
+        def run(hidden, *args):
+            with torch.autocast(hidden.device.type, enabled=False):
+                return function(hidden, *args)
+
+        return torch.library.custom_op(f"grpo_kernels::{function.__name__.strip('_')}", mutates_args=mutates)(run)
+
+    return register
+
+
+@_op()
+def _one_pass(
+    hidden: Tensor, head: Sequence[Tensor | None], rows: Sequence[Tensor | None], live: int, numbers: Sequence[float], work: str
+) -> list[Tensor]:
+    run = Run(hidden, head, rows, live, decoded(tuple(numbers), work))
+    gradients = one_pass(run)
+    return [run.scored.logps, run.scored.entropy, *gradients]
+
+
+@_one_pass.register_fake
+def _(hidden, head, rows, live, numbers, work):
+    return [*_fake_vectors(hidden, rows, 2), *_fake_gradients(hidden, head, work)]
+
+
+@_op()
+def _score(
+    hidden: Tensor, head: Sequence[Tensor | None], rows: Sequence[Tensor | None], live: int, stash_rows: int,
+    numbers: Sequence[float], work: str,
+) -> list[Tensor]:  # fmt: skip
+    run = Run(hidden, head, rows, live, decoded(tuple(numbers), work), two_phases=True)
+    stash = score_with_stash(run, stash_rows)
+    return [*run.scored, stash, run.diagnostics]
+
+
+@_score.register_fake
+def _(hidden, head, rows, live, stash_rows, numbers, work):
+    logps, lse, entropy = _fake_vectors(hidden, rows, 3)
+    stash = hidden.new_empty(stash_rows, padded(head[0].shape[0], hidden.element_size()))
+    return [logps, lse, entropy, stash, logps.new_empty(len(logps) if any(_of(work, "diagnostics")) else 0, 3)]
+
+
+@_op(mutates=("stash",))
+def _score_backward(
+    hidden: Tensor, head: Sequence[Tensor | None], rows: Sequence[Tensor | None], scored: Sequence[Tensor], stash: Tensor,
+    incoming: Sequence[Tensor | None], numbers: Sequence[float], work: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    run = Run(hidden, head, rows, rows[0].shape[0], decoded(tuple(numbers), work), two_phases=True)
+    return tuple(backward(run, scored, stash[:, : head[0].shape[0]], *incoming))
+
+
+@_score_backward.register_fake
+def _(hidden, head, rows, scored, stash, incoming, numbers, work):
+    return tuple(_fake_gradients(hidden, head, work))
+
+
+def _fake_vectors(hidden, rows, count):
+    return [hidden.new_empty(rows[0].shape[0], dtype=accumulation_dtype(hidden.dtype)) for _ in range(count)]
+
+
+def _fake_gradients(hidden, head, work):
+    done = []
+    for i, (tensor, needed) in enumerate(zip((hidden, *head), _of(work, "needs"), strict=True)):
+        dtype = accumulation_dtype(hidden.dtype) if i == 2 else hidden.dtype  # that of bias is a sum
+        done.append(torch.empty(tensor.shape if needed else 0, dtype=dtype, device=hidden.device))
+    return done
+
+
+def _of(work, name):
+    """A field of an encoded `Work` that holds no numbers: those may be symbols."""
+    return json.loads(work)[FIELDS.index(name)]
+
+
+# One pass
+
+
+def loss_in_one_pass(head: Head, rows: Rows, work: Work):
+    """(logps, entropy, gradients): of all rows, and of the loss whose coefficients ``rows.policy`` are."""
+    tensors = [None if x is None else x.detach() for x in head.tensors]
+    logps, entropy, *gradients = _one_pass(rows.hidden.detach(), tensors, rows.tensors, rows.live, *encoded(work))
+    return logps, entropy, gradients
+
+
+def with_gradients(loss, gradients, head: Head, rows: Rows, work: Work):
+    """The loss with its gradients, which are known already: a backward multiplies them by the incoming gradient."""
+    return _WithGradients.apply(loss, work.needs, work.backend, len(gradients), rows.hidden, *head.tensors, *gradients)
+
+
+class _WithGradients(torch.autograd.Function):
+    """The gradients are saved tensors, which autograd lets go of before it accumulates: a parameter's ``.grad`` is then the very
+    memory that the forward wrote. The multiplication is in place, since a second full-size gradient would undo what the fusion
+    saves, unless the graph is retained for another backward. A compiled backward may write over what it is the last to read.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, needs, backend, count, *tensors):
+        inputs, gradients = tensors[:count], tensors[count:]
+        ctx.needs, ctx.backend = needs, backend
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        ctx.save_for_backward(loss.isnan(), *gradients)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        is_nan, *grads = ctx.saved_tensors
+        # rows that cost no backward must not hide a NaN of theirs from the gradients
+        scale = g.masked_fill(is_nan, float("nan"))
+        if graph_is_retained():
+            grads = [grad * scale.to(grad.dtype) for grad in grads]
+        else:
+            for grad in grads:
+                backends.scale_(grad, scale, ctx.backend)
+        done = [grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.needs, strict=True)]
+        return None, None, None, None, *done, *(None,) * len(done)
+
+
+# Two phases
+
+
+def row_logprobs(head: Head, rows: Rows, work: Work, entropy_gradient=False):
+    """(logps [N], entropy [N], diagnostics [N, 3] or [0, 3]) of the rows, differentiable where ``work.needs`` anything.
+
+    ``entropy_gradient`` says that a gradient of the entropy will come.
+    """
+    if not any(work.needs):
+        tensors = [None if x is None else x.detach() for x in head.tensors]
+        logps, _, entropy, _, found = _score(rows.hidden.detach(), tensors, rows.tensors[:3], 0, 0, *encoded(work))
+        return logps, entropy, found
+    return _RowLogProbs.apply(work, rows.live, entropy_gradient, rows.hidden, *head.tensors, *rows.tensors[:3])
+
+
+class _RowLogProbs(torch.autograd.Function):
+    """Two phases. A frozen head keeps u = d logps / d hidden; else ``onehot - p`` of as many rows as fit is kept."""
+
+    @staticmethod
+    def forward(ctx, work, live, entropy_gradient, hidden, *tensors):
+        head, rows = tensors[:4], tensors[4:]
+        ctx.set_materialize_grads(False)
+        ctx.work, ctx.stash = work, None
+        ctx.direct = work.needs[0] and not any((*work.needs[1:], entropy_gradient, *work.diagnostics))
+        if ctx.direct:
+            ones = torch.ones(live, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
+            logps, entropy, u, *_ = _one_pass(hidden, head, [*rows, ones, *(None,) * 5], live, *encoded(work))
+            ctx.save_for_backward(hidden, *tensors, logps, None, entropy, u)
+            return logps, entropy, logps.new_empty(0, 3)
+        stash_rows = plan_of(head[0], work, live, rows[0].shape[0] - live, two_phases=True).stash_rows
+        logps, lse, entropy, stash, found = _score(hidden, head, rows, live, stash_rows, *encoded(work))
+        ctx.mark_non_differentiable(found)
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(hidden, *tensors, logps, lse, entropy, stash)
+        else:
+            # not a saved tensor, since the backward overwrites it (a copy, if the graph is retained)
+            ctx.save_for_backward(hidden, *tensors, logps, lse, entropy, None)
+            ctx.stash = stash
+        return logps, entropy, found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, g_entropy, _):
+        hidden, *tensors, logps, lse, entropy, kept = ctx.saved_tensors
+        head, rows, nothing = tensors[:4], tensors[4:], (None,) * 3
+        if g is None and g_entropy is None:
+            return (*nothing, *(None,) * 8)
+        if ctx.direct and g_entropy is None:
+            factor = g.new_zeros(hidden.shape[0]).index_copy(0, rows[0], g).unsqueeze(1)
+            return (*nothing, torch.mul(kept, factor).to(kept.dtype), *(None,) * 7)
+        if ctx.direct:
+            lse, kept = _score(hidden, head, rows, 0, 0, *encoded(ctx.work))[1], hidden.new_empty(0, head[0].shape[0])
+        retained, stash = graph_is_retained(), ctx.stash if kept is None else kept
+        if ctx.stash is not None and retained:
+            stash = stash.clone()
+        else:
+            ctx.stash = None
+        grads = _backward_of_live_rows(hidden, head, rows, [logps, lse, entropy], stash, g, g_entropy, ctx.work)
+        if kept is None and not retained:
+            tile_memory.give_back(stash, ctx.work.budget)
+        done = [grad.to(x.dtype) if needed else None
+                for grad, x, needed in zip(grads, (hidden, *head), ctx.work.needs, strict=True)]  # fmt: skip
+        return (*nothing, *done, None, None, None)
+
+
+def _backward_of_live_rows(hidden, head, rows, scored, stash, g, g_entropy, work):
+    """`_score_backward` of the rows that got a gradient; the stash of the others is overwritten."""
+    g = torch.zeros_like(scored[0]) if g is None else g
+    kept = _rows_with_gradient(g, g_entropy, work.shard)
+    if kept is not None:
+        stash = _compacted(stash, kept[kept < stash.shape[0]])
+        g, rows, scored = g[kept], [None if x is None else x[kept] for x in rows], [x[kept] for x in scored]
+        g_entropy = None if g_entropy is None else g_entropy[kept]
+    return _score_backward(hidden, head, rows, scored, stash, [g, g_entropy], *encoded(work))
+
+
+def _rows_with_gradient(g, g_entropy, shard):
+    """Indices of rows whose gradient is not zero (NaN counts as not zero), on any rank, or None if that is all of them."""
+    if not can_sync(g):
+        return None
+    wanted = g != 0
+    if g_entropy is not None:
+        wanted = wanted | (g_entropy != 0)
+    if shard is not None:
+        wanted = shard.any(wanted)
+    kept = wanted.nonzero().squeeze(1)
+    return None if kept.shape[0] == g.shape[0] else kept
+
+
+def _compacted(stash, kept):
+    """The kept rows of the stash moved to its front, in place."""
+    if kept.shape[0] == stash.shape[0]:
+        return stash
+    # a row's source never lies before it, so a block that was moved is never read again
+    for start, end in blocks(kept.shape[0], 1 if stash.device.type == "cpu" else _COMPACTED_ROWS):
+        stash[start:end] = stash[kept[start:end]]
+    return stash[: kept.shape[0]]
+
+
+def graph_is_retained():
+    """Whether the running backward was asked to keep the graph for another one; True where that cannot be known."""
+    if torch.compiler.is_compiling():
+        return True
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if asked is None else asked()
