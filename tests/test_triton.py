@@ -17,7 +17,7 @@ from tolerance import assert_all_close
 from grpo_kernels import GRPOLossConfig, available_backends, backends, fused_linear_grpo_loss
 from grpo_kernels.backends import triton
 from grpo_kernels.backends.statistics import Scored, Tile, new_statistics
-from grpo_kernels.engine import products, tiles
+from grpo_kernels.engine import ops, products
 from grpo_kernels.losses.terms import PolicyRows
 
 if triton.why_unavailable():
@@ -140,7 +140,7 @@ def test_wrong_arguments_are_refused():
     narrow = values.view(torch.bfloat16)[:, :COLUMNS]
     changed = lambda **changes: dataclasses.replace(tile, **changes)  # noqa: E731
     bad = {
-        "values": lambda: triton.statistics(changed(values=square.T), stats),
+        "tile's columns": lambda: triton.statistics(changed(values=square.T), stats),
         "stats": lambda: triton.statistics(tile, stats[:2]),
         "stats ": lambda: triton.statistics(tile, stats.double()),
         " stats": lambda: triton.statistics(tile, stats.to("meta")),
@@ -149,11 +149,12 @@ def test_wrong_arguments_are_refused():
         "temperature": lambda: triton.statistics(changed(temperature=g.double()), stats),
         "g must": lambda: triton.gradient(tile, values, scored, g[:2]),
         "lse": lambda: triton.gradient(tile, values, scored._replace(lse=g[:2]), g),
-        "out": lambda: triton.gradient(tile, values[:, :4], scored, g),
-        "out ": lambda: triton.gradient(tile, values[:1].expand(ROWS, -1), scored, g),
-        "itself": lambda: triton.gradient(tile, narrow, scored, g),
-        "or other": lambda: triton.stash(changed(values=frame[:ROWS]), frame[1 : ROWS + 1], scored),
-        "or other memory": lambda: triton.policy(tile, narrow, rows, Terms(), scored),
+        "out must": lambda: triton.gradient(tile, values[:, :4], scored, g),
+        "out": lambda: triton.gradient(tile, torch.empty(ROWS, COLUMNS, dtype=torch.float64, device=DEVICE), scored, g),
+        "out's columns": lambda: triton.gradient(tile, values[:1].expand(ROWS, -1), scored, g),
+        "own memory": lambda: triton.gradient(tile, narrow, scored, g),
+        "other": lambda: triton.stash(changed(values=frame[:ROWS]), frame[1 : ROWS + 1], scored),
+        "other memory": lambda: triton.policy(tile, narrow, rows, Terms(), scored),
         "entropy": lambda: triton.policy(tile, values, rows, Terms(), scored._replace(entropy=g.bfloat16())),
         "advantages": lambda: triton.policy(tile, values, dataclasses.replace(rows, advantages=None), Terms(), scored),
         "w_kl": lambda: triton.policy(tile, values, dataclasses.replace(rows, w_kl=None), Terms(), scored),
@@ -196,7 +197,7 @@ def test_scaling_in_place():
 def test_stash_rows_are_moved_to_the_front_in_order():
     stash = torch.arange(12.0).repeat_interleave(3).view(12, 3)
     for kept in ([0, 1, 2], [3, 7, 11], [11], list(range(1, 12)), []):
-        moved = tiles._compacted(stash.clone(), torch.tensor(kept, dtype=torch.long))
+        moved = ops._compacted(stash.clone(), torch.tensor(kept, dtype=torch.long))
         assert torch.equal(moved, stash[kept])
 
 

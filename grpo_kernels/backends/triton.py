@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from ..losses.terms import KINDS
+from .statistics import check, require
 
 _REMEDY = "pip install triton (3.4 or newer)"
 _SCALE_BLOCK = 8192
+_RESULTS = {dtype: (dtype,) for dtype in (torch.bfloat16, torch.float16, torch.float64)}  # of each dtype of a tile
+_RESULTS[torch.float32] = (torch.float32, torch.bfloat16, torch.float16)
 
 try:
     from . import row_kernels_triton as kernels
@@ -58,42 +61,38 @@ def launch_shape(columns: int, element_size: int, reads: int = 1, plain: bool = 
 
 def statistics(tile, stats):
     """Folds a tile into the running statistics [R, 4] of its rows."""
-    if _launchable(tile, stats=stats):
-        _launch(kernels.statistics_kernel, tile, None, stats, shape=_shape(tile))
+    check(tile, _RESULTS, stats=stats)
+    _launch(kernels.statistics_kernel, tile, None, stats, shape=_shape(tile))
 
 
 def gradient(tile, out, scored, g, g_entropy=None, from_stash=False):
     """Writes the gradient of the raw logits, from a tile of logits or of a stash."""
-    if _launchable(tile, out, g=g, g_entropy=g_entropy, **scored._asdict()):
-        mode = kernels.FROM_STASH if from_stash else kernels.FROM_LOGITS
-        shape = _shape(tile, plain=g_entropy is None)
-        _launch(kernels.gradient_kernel, tile, out, scored, g, g_entropy, shape=shape, MODE=mode.value)
+    check(tile, _RESULTS, out, g=g, g_entropy=g_entropy, **scored._asdict())
+    mode, shape = kernels.FROM_STASH if from_stash else kernels.FROM_LOGITS, _shape(tile, plain=g_entropy is None)
+    _launch(kernels.gradient_kernel, tile, out, scored, g, g_entropy, shape=shape, MODE=mode.value)
 
 
 def stash(tile, out, scored):
     """Writes ``onehot - p``, from which `gradient` can be made later without the logits."""
-    if _launchable(tile, out, **scored._asdict()):
-        _launch(kernels.gradient_kernel, tile, out, scored, None, None, shape=_shape(tile), MODE=kernels.TO_STASH.value)
+    check(tile, _RESULTS, out, **scored._asdict())
+    _launch(kernels.gradient_kernel, tile, out, scored, None, None, shape=_shape(tile), MODE=kernels.TO_STASH.value)
 
 
 def policy(tile, out, rows, terms, scored):
     """The fused GRPO kernel: statistics, scores, coefficient and gradient of whole rows in one launch."""
-    vectors = {name: getattr(rows, name) for name in kernels.Rows._fields}
-    if terms.kind != "linear" and rows.w_policy is not None and rows.advantages is None:
-        raise AssertionError("advantages are missing")
-    if rows.ref is not None and rows.w_kl is None:
-        raise AssertionError("w_kl is missing")
-    if _launchable(tile, out, **vectors, **scored._asdict()):
-        numbers = terms.epsilon_low, terms.epsilon_high, terms.delta, terms.sapo_temperature_pos, terms.sapo_temperature_neg
-        _launch(kernels.policy_kernel, tile, out, scored, kernels.Rows(**vectors), numbers=numbers,
-                shape=_shape(tile, reads=2, plain=rows.w_entropy is None),
-                KIND=KINDS.index(terms.kind), BIAS_CORRECTION=bool(terms.use_bias_correction_kl))  # fmt: skip
+    check(tile, _RESULTS, out, **scored._asdict(), **vars(rows))
+    require(terms.kind == "linear" or rows.w_policy is None or rows.advantages is not None, "advantages are missing")
+    require(rows.ref is None or rows.w_kl is not None, "w_kl is missing")
+    numbers = terms.epsilon_low, terms.epsilon_high, terms.delta, terms.sapo_temperature_pos, terms.sapo_temperature_neg
+    _launch(kernels.policy_kernel, tile, out, scored, kernels.Rows(**vars(rows)), numbers=numbers,
+            shape=_shape(tile, reads=2, plain=rows.w_entropy is None),
+            KIND=KINDS.index(terms.kind), BIAS_CORRECTION=bool(terms.use_bias_correction_kl))  # fmt: skip
 
 
 def scale_(tensor, scale):
     """``tensor *= scale`` in place; the 0-dim scale stays on the device, and where it is 1 nothing is read or written."""
-    if not (tensor.is_contiguous() and scale.numel() == 1 and scale.device == tensor.device):
-        raise AssertionError("wanted a contiguous tensor and one number on its device")
+    good = tensor.is_contiguous() and scale.numel() == 1 and scale.device == tensor.device
+    require(good, "wanted a contiguous tensor and one number on its device")
     if tensor.numel():
         with _device(tensor):
             kernels.scale_kernel[(-(-tensor.numel() // _SCALE_BLOCK),)](
@@ -103,6 +102,8 @@ def scale_(tensor, scale):
 
 def _launch(kernel, tile, out, *args, shape, numbers=(), **constants):
     (rows, columns), transform = tile.values.shape, tile.transform
+    if rows == 0:
+        return
     numbers = transform.logit_scale, transform.softcap or 0.0, transform.temperature, *numbers
     matrices = [kernels.Matrix(x, x.stride(0)) for x in (tile.values, out) if x is not None]
     with _device(tile.values):
@@ -115,38 +116,6 @@ def _launch(kernel, tile, out, *args, shape, numbers=(), **constants):
 def _shape(tile, reads=1, plain=True):
     plain = plain and tile.bias is None and tile.transform.softcap is None
     return launch_shape(tile.values.shape[1], tile.values.element_size(), reads, plain)
-
-
-def _launchable(tile, out=None, **vectors):
-    """Whether there are rows to launch for. Raises AssertionError, also under `python -O`, where a kernel would read or write
-    past the end of a tensor."""
-    values = tile.values
-    rows, columns = values.shape
-    acc = torch.float64 if values.dtype == torch.float64 else torch.float32
-    wanted = {"stats": ((rows, 4), acc), "bias": ((columns,), acc), "target": ((rows,), torch.int64)}
-    for name, x in dict(vectors, target=tile.target, bias=tile.bias, temperature=tile.temperature).items():
-        shape, dtype = wanted.get(name, ((rows,), acc))
-        if x is not None and not (x.shape == shape and x.dtype == dtype and x.device == values.device and x.is_contiguous()):
-            raise AssertionError(f"{name} must be contiguous {shape} {dtype} on {values.device}, got {_about(x)}")
-    for name, x in ("values", values), ("out", values if out is None else out):
-        adjacent = (columns <= 1 or x.stride(1) == 1) and (rows <= 1 or x.stride(0) >= columns)
-        if x.shape != values.shape or x.device != values.device or not adjacent:
-            wanted = f"{rows} rows apart of {columns} adjacent columns on {values.device}"
-            raise AssertionError(f"{name} must be {wanted}, got {_about(x)}")
-    if out is not None and rows:
-        itself = out.dtype == values.dtype and out.data_ptr() == values.data_ptr() and out.stride(0) == values.stride(0)
-        if not (itself or _end(out) <= values.data_ptr() or _end(values) <= out.data_ptr()):
-            raise AssertionError("out must be the tile itself or other memory")
-    return rows > 0
-
-
-def _about(tensor):
-    return f"{tuple(tensor.shape)} {tensor.dtype} at strides {tensor.stride()} on {tensor.device}"
-
-
-def _end(matrix):
-    rows, columns = matrix.shape
-    return matrix.data_ptr() + ((rows - 1) * matrix.stride(0) + columns) * matrix.element_size()
 
 
 def _device(tensor):
