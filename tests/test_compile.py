@@ -1,5 +1,8 @@
 """torch.compile without graph breaks equals eager, and the registered ops keep the promises that torch.library asks for."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,8 +11,7 @@ import torch._dynamo.testing
 from problems import make_problem
 from tolerance import assert_all_close
 
-from grpo_kernels import GRPOLossConfig, backends, fused_linear_grpo_loss, grpo_loss_from_logits, linear_logprobs
-from grpo_kernels.backends import triton
+from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, grpo_loss_from_logits, linear_logprobs
 from grpo_kernels.backends.statistics import finalize
 from grpo_kernels.engine.operands import Work, encoded
 from grpo_kernels.losses.config import LogitTransform
@@ -93,20 +95,25 @@ def test_lengths_do_not_recompile(name):
     assert counter.frame_count <= 2
 
 
-def test_the_backend_is_known_before_a_gpu_is_traced(monkeypatch):
-    """Which backends are usable is asked of the file system and the driver; a traced function may do neither."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("get_rng_state", "set_rng_state"):  # which the compiler asks for where there is a GPU
-        monkeypatch.setattr(torch.cuda, name, lambda *args: torch.zeros(1))
-    monkeypatch.setattr(triton, "INTERPRETED", False)
-
-    def function(x):
-        return x * len(backends.resolve("auto", torch.device("cuda"), torch.bfloat16, x.shape[0]))
-
-    x = torch.ones(3)
-    for dynamic in (False, True):
-        compiled = torch.compile(function, fullgraph=True, backend="eager", dynamic=dynamic)
-        assert torch.equal(compiled(x), x * len("triton")) and torch.equal(function(x), compiled(x))
+def test_the_backend_is_known_before_a_gpu_is_traced():
+    """Which backends are usable is asked of the file system and the driver; a traced function may do neither. In a process of its
+    own, which is told of a GPU that is not there."""
+    code = (
+        "import types, torch\n"
+        "from grpo_kernels import backends\n"
+        "device, x = types.SimpleNamespace(type='cuda'), torch.ones(3)  # the compiler would look for a real one\n"
+        "asked = []\n"
+        "torch.cuda.is_available = lambda: asked.append(torch.compiler.is_compiling()) or True\n"
+        "torch.cuda.get_rng_state = torch.cuda.set_rng_state = lambda *args: torch.zeros(1)  # the compiler asks for it\n"
+        "function = lambda x: x * len(backends.resolve('auto', device, torch.bfloat16, x.shape[0]))\n"
+        "for dynamic in (False, True):\n"
+        "    compiled = torch.compile(function, fullgraph=True, backend='eager', dynamic=dynamic)\n"
+        "    assert torch.equal(compiled(x), function(x)) and torch.equal(function(x), x * len('triton'))\n"
+        "assert asked and not any(asked)\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert out.returncode == 0, out.stderr[-3000:]
 
 
 @pytest.mark.parametrize("frozen", [False, True])

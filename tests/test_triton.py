@@ -1,81 +1,49 @@
 """The Triton backend beside what test_row_kernels.py asks of every backend: where results go, launches, choice, compiled code."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from problems import DEVICE, make_problem, run
-from row_kernels import make_tile, new_stats
-from test_row_kernels import Terms, Transform, log_probs
+from row_kernels import NAN, make_tile
+from test_row_kernels import Terms, Transform
 from tolerance import assert_all_close
 
 from grpo_kernels import GRPOLossConfig, available_backends, backends, fused_linear_grpo_loss
 from grpo_kernels.backends import triton
-from grpo_kernels.backends.pytorch import statistics as torch_statistics
+from grpo_kernels.backends.statistics import Scored, Tile, new_statistics
 from grpo_kernels.engine import ops, products
+from grpo_kernels.losses.terms import PolicyRows
 
 if triton.why_unavailable():
     pytest.skip(triton.why_unavailable(), allow_module_level=True)
 
-SENTINEL = 12345.0
 ROWS, COLUMNS = 3, 2048 * 2 + 37  # two full blocks and a rest
 
 
-def on_device(*tensors):
-    return [x.to(DEVICE) for x in tensors]
-
-
-def rows_of(n, device=DEVICE):
-    vector = torch.randn(5, n, device=device)
-    return SimpleNamespace(old=-vector[0].abs() - 4, ref=-vector[1].abs() - 4, advantages=vector[2], w_policy=vector[3].abs(),
-                           w_kl=vector[4].abs(), w_entropy=None)  # fmt: skip
-
-
-def in_frame(values, spare=11):
-    """The values inside a larger block of memory whose every other element is the sentinel: (tile, frame)."""
-    rows, columns = values.shape
-    frame = torch.full((rows + 2, columns + spare), SENTINEL, dtype=values.dtype, device=values.device)
-    tile = frame[1 : rows + 1, :columns]
-    tile.copy_(values)
-    return tile, frame
+def make(rows=ROWS, dtype=torch.float32):
+    """(tile, rows of the policy, Scored of NaN) on the device."""
+    tile = Tile(make_tile(rows, COLUMNS, dtype).to(DEVICE), torch.randint(0, COLUMNS, (rows,), device=DEVICE), Transform())
+    old, ref, advantages, w_policy, w_kl = torch.randn(5, rows, dtype=dtype, device=DEVICE)
+    policy_rows = PolicyRows(w_policy.abs(), advantages, -old.abs() - 4, -ref.abs() - 4, w_kl.abs())
+    return tile, policy_rows, Scored(*torch.full((3, rows), NAN, dtype=dtype, device=DEVICE))
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
-def test_the_gradient_lies_over_the_logits_and_nothing_else_is_written(narrow):
-    logits = make_tile(ROWS, COLUMNS, torch.float32).to(DEVICE)
-    target, rows = torch.randint(0, COLUMNS, (ROWS,), device=DEVICE), rows_of(ROWS)
-    logps, entropy = torch.empty(2, ROWS, device=DEVICE)
-    plain = logits.clone()
-    triton.policy(plain, target, rows, Terms(), Transform(), logps, entropy)
-
-    tile, frame = in_frame(logits)
-    out = tile.view(narrow)[:, :COLUMNS]
-    triton.policy(tile, target, rows, Terms(), Transform(), logps, entropy, out=out)
-    torch.testing.assert_close(out.float(), plain, rtol=2**-7 if narrow == torch.bfloat16 else 2**-10, atol=6e-8)
-    assert (frame[0] == SENTINEL).all() and (frame[-1] == SENTINEL).all() and (frame[1:-1, COLUMNS:] == SENTINEL).all()
-    # behind the gradient the second half of the logits stands as it was
-    assert torch.equal(tile[:, COLUMNS // 2 + 1 :], logits[:, COLUMNS // 2 + 1 :])
-
-
-def test_probabilities_go_to_memory_of_their_own():
-    logits = make_tile(ROWS, COLUMNS, torch.float32).to(DEVICE)
-    target = torch.randint(0, COLUMNS, (ROWS,), device=DEVICE)
-    tile, tile_frame = in_frame(logits)
-    out, out_frame = in_frame(torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16, device=DEVICE), spare=3)
-    stats, expected = new_stats(ROWS, torch.float32).to(DEVICE), new_stats(ROWS, torch.float32).to(DEVICE)
-    triton.statistics(tile, stats, target, Transform(softcap=5.0), probs=True, out=out)
-    by_torch = logits.clone()
-    torch_statistics(by_torch, expected, target, Transform(softcap=5.0), probs=True)
-    torch.testing.assert_close(out.float(), by_torch, rtol=5e-3, atol=1e-9)
-    torch.testing.assert_close(stats, expected)
-    assert torch.equal(tile, logits)
-    for frame in (tile_frame, out_frame):
-        assert (frame[0] == SENTINEL).all() and (frame[-1] == SENTINEL).all() and (frame[1:-1, COLUMNS:] == SENTINEL).all()
+def test_a_gradient_in_other_memory_is_that_of_the_tile_rounded_once(narrow):
+    tile, rows, scored = make()
+    logits, out = tile.values.clone(), torch.full((ROWS, COLUMNS), NAN, dtype=narrow, device=DEVICE)
+    triton.policy(tile, out, rows, Terms(), scored)
+    assert torch.equal(tile.values, logits)
+    triton.policy(tile, tile.values, rows, Terms(), scored)
+    # the interpreter cuts the mantissa of a float16 off
+    expected = tile.values.to(narrow)
+    torch.testing.assert_close(out, expected, rtol=0 if narrow == torch.bfloat16 or DEVICE != "cpu" else 2**-10, atol=6e-8)
 
 
 def test_tiles_hold_float32_and_log_probs_are_never_rounded_to_bfloat16():
@@ -166,37 +134,53 @@ def test_a_record_chooses_between_triton_and_cuda(monkeypatch, tmp_path):
 
 
 def test_wrong_arguments_are_refused():
-    tile, target, stats = torch.zeros(3, 8, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE), new_stats(3, torch.float32).to(DEVICE)
-    vectors = [torch.zeros(3, device=DEVICE)] * 4
-    bad = [
-        lambda: triton.statistics(tile.T, stats, target, Transform()),
-        lambda: triton.statistics(tile, stats[:2], target, Transform()),
-        lambda: triton.statistics(tile, stats.double(), target, Transform()),
-        lambda: triton.statistics(tile, stats, target.int(), Transform()),
-        lambda: triton.statistics(tile, stats, target, Transform(), bias=torch.zeros(7, device=DEVICE)),
-        lambda: triton.statistics(tile, stats.to("meta"), target, Transform()),
-        lambda: triton.gradient(tile, target, *vectors, None, Transform(), out=tile[:, :4]),
-        lambda: triton.gradient(tile, target, *vectors, None, Transform(), out=tile.view(-1)[: 3 * 8].view(torch.bfloat16)[:24].view(3, 8)),
-        lambda: triton.gradient(tile, target, *[v[:2] for v in vectors], None, Transform()),
-    ]
-    for call in bad:
-        with pytest.raises(AssertionError):
+    tile, rows, scored = make()
+    values, g, stats = tile.values, scored.lse, new_statistics(ROWS, torch.float32, DEVICE)
+    square, frame = torch.zeros(ROWS, ROWS, device=DEVICE), torch.zeros(2 * ROWS, COLUMNS, device=DEVICE)
+    narrow = values.view(torch.bfloat16)[:, :COLUMNS]
+    changed = lambda **changes: dataclasses.replace(tile, **changes)  # noqa: E731
+    bad = {
+        "tile's columns": lambda: triton.statistics(changed(values=square.T), stats),
+        "stats": lambda: triton.statistics(tile, stats[:2]),
+        "stats ": lambda: triton.statistics(tile, stats.double()),
+        " stats": lambda: triton.statistics(tile, stats.to("meta")),
+        "target": lambda: triton.statistics(changed(target=tile.target.int()), stats),
+        "bias": lambda: triton.statistics(changed(bias=torch.zeros(7, device=DEVICE)), stats),
+        "temperature": lambda: triton.statistics(changed(temperature=g.double()), stats),
+        "g must": lambda: triton.gradient(tile, values, scored, g[:2]),
+        "lse": lambda: triton.gradient(tile, values, scored._replace(lse=g[:2]), g),
+        "out must": lambda: triton.gradient(tile, values[:, :4], scored, g),
+        "out": lambda: triton.gradient(tile, torch.empty(ROWS, COLUMNS, dtype=torch.float64, device=DEVICE), scored, g),
+        "out's columns": lambda: triton.gradient(tile, values[:1].expand(ROWS, -1), scored, g),
+        "own memory": lambda: triton.gradient(tile, narrow, scored, g),
+        "other": lambda: triton.stash(changed(values=frame[:ROWS]), frame[1 : ROWS + 1], scored),
+        "other memory": lambda: triton.policy(tile, narrow, rows, Terms(), scored),
+        "entropy": lambda: triton.policy(tile, values, rows, Terms(), scored._replace(entropy=g.bfloat16())),
+        "advantages": lambda: triton.policy(tile, values, dataclasses.replace(rows, advantages=None), Terms(), scored),
+        "w_kl": lambda: triton.policy(tile, values, dataclasses.replace(rows, w_kl=None), Terms(), scored),
+    }
+    tile.values[:] = 1.0
+    for name, call in bad.items():
+        with pytest.raises(AssertionError, match=name.strip()):
             call()
+    assert (tile.values == 1).all()
 
 
-def test_a_row_of_the_policy_kernel_equals_the_objective_of_its_log_probs():
-    """One launch against three of the readable backend, at a width of several blocks."""
-    logits = make_tile(4, COLUMNS, torch.float64).to(DEVICE)
-    target, rows = torch.randint(0, COLUMNS, (4,), device=DEVICE), rows_of(4)
-    rows = SimpleNamespace(**{k: None if v is None else v.double() for k, v in vars(rows).items()})
-    exact, _ = log_probs(logits, target)
-    results = []
-    for kernels in (triton, backends.kernels("torch")):
-        tile, out = logits.clone(), torch.empty(2, 4, dtype=torch.float64, device=DEVICE)
-        kernels.policy(tile, target, rows, Terms(delta=1.5), Transform(), *out)
-        results.append({"dz": tile, "logps": out[0], "entropy": out[1]})
-    assert_all_close(*results, 1e-12)
-    torch.testing.assert_close(results[0]["logps"], exact, rtol=1e-12, atol=1e-12)
+def test_tiles_without_rows_launch_nothing():
+    tile, rows, scored = make(rows=0)
+    triton.statistics(tile, new_statistics(0, torch.float32, DEVICE))
+    triton.stash(tile, tile.values, scored)
+    triton.gradient(tile, tile.values, scored, scored.lse)
+    triton.policy(tile, tile.values, rows, Terms(), scored)
+
+
+def test_the_same_input_gives_the_same_bits():
+    tile, rows, scored = make()
+    out = torch.empty(2, ROWS, COLUMNS, dtype=torch.bfloat16, device=DEVICE)
+    triton.policy(tile, out[0], rows, Terms(), scored)
+    once = torch.stack(scored)
+    triton.policy(tile, out[1], rows, Terms(), scored)
+    assert torch.equal(out[0], out[1]) and torch.equal(once, torch.stack(scored))
 
 
 def test_scaling_in_place():

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..losses.terms import KINDS
+from .statistics import Scored
 
 GROUP = tl.constexpr(4)  # elements of one 16-byte load: their maximum needs no exchange between threads
 CLIPPED, CISPO, SAPO, LINEAR = (tl.constexpr(KINDS.index(kind)) for kind in ("clipped", "cispo", "sapo", "linear"))
@@ -31,14 +32,6 @@ class Matrix(NamedTuple):
     stride: object  # elements from row to row
 
 
-class Scored(NamedTuple):
-    """Pointers to acc [R], or the numbers of one row: the fields of `statistics.Scored`."""
-
-    logps: object
-    lse: object
-    entropy: object
-
-
 class Rows(NamedTuple):
     """Per-row inputs of `policy`, pointers to acc [R] or None: the fields of `terms.PolicyRows`."""
 
@@ -51,7 +44,7 @@ class Rows(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of a set of columns, or of one set for each GROUP of lanes, which know no target."""
+    """Of a set of columns."""
 
     peak: object  # max
     others: object  # sum of exp(z - max) without the target's column
@@ -144,14 +137,10 @@ def policy_coefficient(logps, old, ref, advantage, w_policy, w_kl, epsilon_low, 
 
 
 @triton.jit
-def _row_transform(bias_ptr, temperature_ptr, row, logit_scale, softcap, temperature,
-                   ACC: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
+def _row_temperature(temperature_ptr, row, temperature, ACC: tl.constexpr):
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + row)
-    cap = None
-    if SOFTCAP:
-        cap = tl.full((), softcap, ACC)
-    return Transform(bias_ptr, tl.full((), logit_scale, ACC), cap, tl.full((), temperature, ACC))
+    return tl.full((), temperature, ACC)
 
 
 @triton.jit
@@ -179,28 +168,25 @@ def _transformed(x, columns, end, transform):
 
 
 @triton.jit
-def _against(s, peak):
-    """(others, moment) of a set of columns, as they are beside a maximum that is no less than theirs."""
-    shift = _finite(peak)
-    seen = s.others
-    if s.target is not None:
-        seen += _exp(s.target - _finite(s.peak))
-    carry, drop = _exp(s.peak - shift), tl.where(s.peak == float("-inf"), 0.0, s.peak - shift)
-    return carry * s.others, carry * (s.moment + drop * seen)
+def _against(peak, others, moment, seen, new_peak):
+    """(others, moment) of columns with this peak and sum of all exp, beside a maximum that is no less than theirs."""
+    shift = _finite(new_peak)
+    carry, drop = _exp(peak - shift), tl.where(peak == float("-inf"), 0.0, peak - shift)
+    return carry * others, carry * (moment + drop * seen)
 
 
 @triton.jit
 def _merged(a, b):
     """The statistics of two sets of columns without a common one."""
     peak = tl.maximum(a.peak, b.peak)
-    others_a, moment_a = _against(a, peak)
-    others_b, moment_b = _against(b, peak)
+    others_a, moment_a = _against(a.peak, a.others, a.moment, a.others + _exp(a.target - _finite(a.peak)), peak)
+    others_b, moment_b = _against(b.peak, b.others, b.moment, b.others + _exp(b.target - _finite(b.peak)), peak)
     return Statistics(peak, others_a + others_b, moment_a + moment_b, tl.where(b.target == float("-inf"), a.target, b.target))
 
 
 @triton.jit
-def _fold(x, start, end, target, lanes, transform, BLOCK: tl.constexpr):
-    """A block of logits folded into the running statistics, one for each GROUP of lanes."""
+def _fold(x, start, end, target, peak, others, moment, transform, BLOCK: tl.constexpr):
+    """A block of logits folded into (peak, others, moment) without the target, one of each for every GROUP of lanes."""
     columns = start + tl.arange(0, BLOCK)
     z, _ = _transformed(x, columns, end, transform)
     if end is not None:
@@ -208,37 +194,36 @@ def _fold(x, start, end, target, lanes, transform, BLOCK: tl.constexpr):
     if (target >= start) & (target < start + BLOCK):  # one block of a row: the others need not look for it
         z = tl.where(columns == target, float("-inf"), z)
     z = tl.reshape(z, (BLOCK // GROUP, GROUP))
-    peak = tl.maximum(lanes.peak, tl.max(z, 1))
-    others, moment = _against(lanes, peak)
-    d = z - tl.expand_dims(_finite(peak), 1)
+    new_peak = tl.maximum(peak, tl.max(z, 1))
+    others, moment = _against(peak, others, moment, others, new_peak)
+    d = z - tl.expand_dims(_finite(new_peak), 1)
     e = _exp(d)
-    return Statistics(peak, others + tl.sum(e, 1), moment + tl.sum(tl.maximum(d, _LOWEST) * e, 1), None)
+    return new_peak, others + tl.sum(e, 1), moment + tl.sum(tl.maximum(d, _LOWEST) * e, 1)
 
 
 @triton.jit
 def _row_statistics(row_ptr, columns, target, transform, BLOCK: tl.constexpr):
-    at_lane = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, BLOCK)
     nothing = tl.zeros((BLOCK // GROUP,), transform.temperature.dtype)
-    lanes = Statistics(nothing + float("-inf"), nothing, nothing, None)
+    peak, others, moment = nothing + float("-inf"), nothing, nothing
     full = columns // BLOCK
     if full * BLOCK < columns:
-        x = tl.load(row_ptr + full * BLOCK + at_lane, mask=full * BLOCK + at_lane < columns, other=0.0)
-        lanes = _fold(x, full * BLOCK, columns, target, lanes, transform, BLOCK)
-    x = tl.load(row_ptr + (full - 1) * BLOCK + at_lane, mask=at_lane < full * BLOCK, other=0.0)
+        x = tl.load(row_ptr + full * BLOCK + lanes, mask=full * BLOCK + lanes < columns, other=0.0)
+        peak, others, moment = _fold(x, full * BLOCK, columns, target, peak, others, moment, transform, BLOCK)
+    x = tl.load(row_ptr + (full - 1) * BLOCK + lanes, mask=lanes < full * BLOCK, other=0.0)
     for k in range(full):
         start = (full - 1 - k) * BLOCK
-        ahead = tl.load(row_ptr + start - BLOCK + at_lane, mask=at_lane < start, other=0.0)
-        lanes = _fold(x, start, None, target, lanes, transform, BLOCK)
+        ahead = tl.load(row_ptr + start - BLOCK + lanes, mask=lanes < start, other=0.0)
+        peak, others, moment = _fold(x, start, None, target, peak, others, moment, transform, BLOCK)
         x = ahead
-    peak = tl.max(lanes.peak, 0)
-    others, moment = _against(lanes, peak)
-    without = Statistics(peak, tl.sum(others, 0), tl.sum(moment, 0), float("-inf"))
+    row_peak = tl.max(peak, 0)
+    others, moment = _against(peak, others, moment, others, row_peak)
 
     here = (target >= 0) & (target < columns)
     at = tl.where(here, target, 0)
     z, _ = _transformed(tl.load(row_ptr + at), at, None, transform)
-    z, zero = tl.where(here, z, float("-inf")), tl.zeros((), z.dtype)
-    return _merged(without, Statistics(z, zero, zero, z))
+    z, nowhere, zero = tl.where(here, z, float("-inf")), tl.full((), float("-inf"), z.dtype), tl.zeros((), z.dtype)
+    return _merged(Statistics(row_peak, tl.sum(others, 0), tl.sum(moment, 0), nowhere), Statistics(z, zero, zero, z))
 
 
 @triton.jit
@@ -342,7 +327,8 @@ def statistics_kernel(
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 at 14k rows of 152k
     stats_ptr += row * 4
-    transform = _row_transform(bias_ptr, temperature_ptr, row, logit_scale, softcap, temperature, ACC, SOFTCAP)
+    scale, temperature = tl.full((), logit_scale, ACC), _row_temperature(temperature_ptr, row, temperature, ACC)
+    transform = Transform(bias_ptr, scale, tl.full((), softcap, ACC) if SOFTCAP else None, temperature)
     target = tl.load(target_ptr + row).to(tl.int32)
     before = Statistics(tl.load(stats_ptr), tl.load(stats_ptr + 1), tl.load(stats_ptr + 2), tl.load(stats_ptr + 3))
     after = _merged(before, _row_statistics(tile.pointer + row * tile.stride, columns, target, transform, BLOCK))
@@ -357,7 +343,7 @@ def statistics_kernel(
 def gradient_kernel(
     tile,  # Matrix of raw logits, or of a stash: onehot - p
     out,  # Matrix: the tile itself, or other memory
-    scored,  # Scored
+    scored,  # Scored: [R] acc each
     g_ptr,  # [R] acc, d loss / d logps; None: TO_STASH
     g_entropy_ptr,  # [R] acc, d loss / d entropy, or None
     target_ptr,  # [R] int64, relative to the tile's first column
@@ -373,7 +359,8 @@ def gradient_kernel(
 ):
     ACC: tl.constexpr = scored.lse.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    transform = _row_transform(bias_ptr, temperature_ptr, row, logit_scale, softcap, temperature, ACC, SOFTCAP)
+    scale, temperature = tl.full((), logit_scale, ACC), _row_temperature(temperature_ptr, row, temperature, ACC)
+    transform = Transform(bias_ptr, scale, tl.full((), softcap, ACC) if SOFTCAP else None, temperature)
     g, g_entropy = None, None
     if g_ptr is not None:
         g = tl.load(g_ptr + row)
@@ -388,7 +375,7 @@ def gradient_kernel(
 def policy_kernel(
     tile,  # Matrix of raw logits, whole rows
     out,  # Matrix: the tile itself, or other memory
-    scored,  # Scored, written
+    scored,  # Scored: [R] acc each, written
     rows,  # Rows
     target_ptr,  # [R] int64 in [0, C)
     bias_ptr,  # [C] acc or None
@@ -410,7 +397,8 @@ def policy_kernel(
     ACC: tl.constexpr = scored.lse.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     row_ptr = tile.pointer + row * tile.stride
-    transform = _row_transform(bias_ptr, temperature_ptr, row, logit_scale, softcap, temperature, ACC, SOFTCAP)
+    scale, temperature = tl.full((), logit_scale, ACC), _row_temperature(temperature_ptr, row, temperature, ACC)
+    transform = Transform(bias_ptr, scale, tl.full((), softcap, ACC) if SOFTCAP else None, temperature)
     target = tl.load(target_ptr + row).to(tl.int32)
     scores = _finalized(_row_statistics(row_ptr, columns, target, transform, BLOCK))
     tl.store(scored.logps + row, scores.logps)

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from ..losses.terms import KINDS
+from .statistics import check, require
 
 _REMEDY = "pip install triton (3.4 or newer)"
 _SCALE_BLOCK = 8192
+_RESULTS = {dtype: (dtype,) for dtype in (torch.bfloat16, torch.float16, torch.float64)}  # of each dtype of a tile
+_RESULTS[torch.float32] = (torch.float32, torch.bfloat16, torch.float16)
 
 try:
     from . import row_kernels_triton as kernels
@@ -58,40 +61,38 @@ def launch_shape(columns: int, element_size: int, reads: int = 1, plain: bool = 
 
 def statistics(tile, stats):
     """Folds a tile into the running statistics [R, 4] of its rows."""
-    if _has_rows(tile, stats=stats):
-        _launch(kernels.statistics_kernel, tile, _matrix(tile.values), stats, shape=_shape(tile))
+    check(tile, _RESULTS, stats=stats)
+    _launch(kernels.statistics_kernel, tile, None, stats, shape=_shape(tile))
 
 
 def gradient(tile, out, scored, g, g_entropy=None, from_stash=False):
     """Writes the gradient of the raw logits, from a tile of logits or of a stash."""
-    if _has_rows(tile, out, g=g, g_entropy=g_entropy, **scored._asdict()):
-        mode = kernels.FROM_STASH if from_stash else kernels.FROM_LOGITS
-        _launch(kernels.gradient_kernel, tile, _matrix(tile.values), _matrix(out), kernels.Scored(*scored), g, g_entropy,
-                shape=_shape(tile, plain=g_entropy is None), MODE=mode.value)  # fmt: skip
+    check(tile, _RESULTS, out, g=g, g_entropy=g_entropy, **scored._asdict())
+    mode, shape = kernels.FROM_STASH if from_stash else kernels.FROM_LOGITS, _shape(tile, plain=g_entropy is None)
+    _launch(kernels.gradient_kernel, tile, out, scored, g, g_entropy, shape=shape, MODE=mode.value)
 
 
 def stash(tile, out, scored):
     """Writes ``onehot - p``, from which `gradient` can be made later without the logits."""
-    if _has_rows(tile, out, **scored._asdict()):
-        _launch(kernels.gradient_kernel, tile, _matrix(tile.values), _matrix(out), kernels.Scored(*scored), None, None,
-                shape=_shape(tile), MODE=kernels.TO_STASH.value)  # fmt: skip
+    check(tile, _RESULTS, out, **scored._asdict())
+    _launch(kernels.gradient_kernel, tile, out, scored, None, None, shape=_shape(tile), MODE=kernels.TO_STASH.value)
 
 
 def policy(tile, out, rows, terms, scored):
     """The fused GRPO kernel: statistics, scores, coefficient and gradient of whole rows in one launch."""
-    vectors = {name: getattr(rows, name) for name in kernels.Rows._fields}
-    _require(terms.kind == "linear" or rows.w_policy is None or rows.advantages is not None, "advantages are missing")
-    _require(rows.ref is None or rows.w_kl is not None, "w_kl is missing")
-    if _has_rows(tile, out, **vectors, **scored._asdict()):
-        _launch(kernels.policy_kernel, tile, _matrix(tile.values), _matrix(out), kernels.Scored(*scored), kernels.Rows(**vectors),
-                numbers=(terms.epsilon_low, terms.epsilon_high, terms.delta, terms.sapo_temperature_pos, terms.sapo_temperature_neg),
-                shape=_shape(tile, reads=2, plain=rows.w_entropy is None),
-                KIND=KINDS.index(terms.kind), BIAS_CORRECTION=bool(terms.use_bias_correction_kl))  # fmt: skip
+    check(tile, _RESULTS, out, **scored._asdict(), **vars(rows))
+    require(terms.kind == "linear" or rows.w_policy is None or rows.advantages is not None, "advantages are missing")
+    require(rows.ref is None or rows.w_kl is not None, "w_kl is missing")
+    numbers = terms.epsilon_low, terms.epsilon_high, terms.delta, terms.sapo_temperature_pos, terms.sapo_temperature_neg
+    _launch(kernels.policy_kernel, tile, out, scored, kernels.Rows(**vars(rows)), numbers=numbers,
+            shape=_shape(tile, reads=2, plain=rows.w_entropy is None),
+            KIND=KINDS.index(terms.kind), BIAS_CORRECTION=bool(terms.use_bias_correction_kl))  # fmt: skip
 
 
 def scale_(tensor, scale):
     """``tensor *= scale`` in place; the 0-dim scale stays on the device, and where it is 1 nothing is read or written."""
-    _require(tensor.is_contiguous() and scale.numel() == 1 and scale.device == tensor.device, "wanted a contiguous tensor and a number")
+    good = tensor.is_contiguous() and scale.numel() == 1 and scale.device == tensor.device
+    require(good, "wanted a contiguous tensor and one number on its device")
     if tensor.numel():
         with _device(tensor):
             kernels.scale_kernel[(-(-tensor.numel() // _SCALE_BLOCK),)](
@@ -99,57 +100,22 @@ def scale_(tensor, scale):
             )
 
 
-def _launch(kernel, tile, *args, shape, numbers=(), **constants):
-    transform = tile.transform
-    transforms = transform.logit_scale, transform.softcap or 0.0, transform.temperature
+def _launch(kernel, tile, out, *args, shape, numbers=(), **constants):
+    (rows, columns), transform = tile.values.shape, tile.transform
+    if rows == 0:
+        return
+    numbers = transform.logit_scale, transform.softcap or 0.0, transform.temperature, *numbers
+    matrices = [kernels.Matrix(x, x.stride(0)) for x in (tile.values, out) if x is not None]
     with _device(tile.values):
-        kernel[(tile.values.shape[0],)](
-            *args, tile.target, tile.bias, tile.temperature, tile.values.shape[1], *map(float, (*transforms, *numbers)), **constants,
+        kernel[(rows,)](
+            *matrices, *args, tile.target, tile.bias, tile.temperature, columns, *map(float, numbers), **constants,
             SOFTCAP=transform.softcap is not None, BLOCK=shape.block, num_warps=shape.warps,
         )  # fmt: skip
-
-
-def _matrix(tensor):
-    return kernels.Matrix(tensor, tensor.stride(0))
 
 
 def _shape(tile, reads=1, plain=True):
     plain = plain and tile.bias is None and tile.transform.softcap is None
     return launch_shape(tile.values.shape[1], tile.values.element_size(), reads, plain)
-
-
-def _has_rows(tile, out=None, **vectors):
-    """Whether there is anything to launch for. Raises AssertionError before a kernel reads or writes past the end of a tensor."""
-    values = tile.values
-    rows, columns = values.shape
-    acc = torch.float64 if values.dtype == torch.float64 else torch.float32
-    wanted = {"stats": ((rows, 4), acc), "bias": ((columns,), acc), "target": ((rows,), torch.int64)}
-    for name, tensor in dict(vectors, target=tile.target, bias=tile.bias, temperature=tile.temperature).items():
-        shape, dtype = wanted.get(name, ((rows,), acc))
-        if tensor is not None:
-            good = tensor.shape == shape and tensor.dtype == dtype and tensor.device == values.device and tensor.is_contiguous()
-            _require(good, f"{name} must be contiguous {shape} {dtype} on {values.device}, got {tuple(tensor.shape)} {tensor.dtype}")
-    for name, matrix in ("values", values), ("out", out):
-        if matrix is not None:
-            good = matrix.shape == values.shape and matrix.device == values.device
-            adjacent = (columns <= 1 or matrix.stride(1) == 1) and (rows <= 1 or matrix.stride(0) >= columns)
-            _require(good and adjacent, f"{name} must be {rows} rows apart of {columns} adjacent columns on {values.device}, "
-                                        f"got {tuple(matrix.shape)} at strides {matrix.stride()} on {matrix.device}")  # fmt: skip
-    if out is not None and rows:
-        same = out.dtype == values.dtype and out.data_ptr() == values.data_ptr() and out.stride(0) == values.stride(0)
-        _require(same or _end(out) <= values.data_ptr() or _end(values) <= out.data_ptr(), "out must be the tile itself or other memory")
-    return rows > 0
-
-
-def _end(matrix):
-    rows, columns = matrix.shape
-    return matrix.data_ptr() + ((rows - 1) * matrix.stride(0) + columns) * matrix.element_size()
-
-
-def _require(holds, message):
-    # not an assert statement: `python -O` must not turn a wrong shape into a wild write
-    if not holds:
-        raise AssertionError(message)
 
 
 def _device(tensor):

@@ -138,7 +138,7 @@ class PolicyRows:
 
 
 def kernel_terms(config, linear) -> PolicyTerms | None:
-    """What the fused row kernels are told of a loss (without a config the log-prob itself); None for a term that they do not know."""
+    """What the fused row kernels are told of a loss, without a config of the log-prob itself; None for a term they do not know."""
     if config is None:
         return PolicyTerms("linear")
     kind = "linear" if linear else TERMS[config.loss_type].kind
