@@ -398,7 +398,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1) gradient_kernel(const Grad
   using A = acc_of<T>;
   const Row<T, O, Plain, Rows::twice> row(p.tile, p.out);
   const A lse = value<A>(p.scored.lse, row.row), logps = value<A>(p.scored.logps, row.row), entropy = value<A>(p.scored.entropy, row.row);
-  const A g = value(p.g, row.row, A(1)), g_entropy = value<A>(p.g_entropy, row.row);
+  const A g = value(p.g, row.row, A(1)), g_entropy = Plain ? A(0) : value<A>(p.g_entropy, row.row);
   row.template write<From>({row.transform, !p.g, g, g_entropy, lse, A(0), logps, entropy});
 }
 
@@ -409,9 +409,10 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1) policy_kernel(const Policy
     Row<T, O, Plain, Mode> row(p.tile, p.out);
     const RowStatistics<A> s = row.statistics();
     const RowResult<A> result = close(s);
-    if (row.is_first_thread()) write<A>(p.scored, row.row, result);
-    const A g = policy_coefficient<A>(p, row.row, result.logps), g_entropy = value<A>(p.rows.w_entropy, row.row);
+    const A g = policy_coefficient<A>(p, row.row, result.logps), g_entropy = Plain ? A(0) : value<A>(p.rows.w_entropy, row.row);
     row.template write<Source::logits>({row.transform, false, g, g_entropy, s.max, result.log_sum, result.logps, result.entropy});
+    // at the end: sooner, the addresses cost more registers than 1024 threads have
+    if (row.is_first_thread()) write<A>(p.scored, row.row, result);
     row.leave();
   }
 }

@@ -23,7 +23,7 @@ except ImportError as error:
     _import_error = str(error)
 
 from . import params
-from .statistics import check, described, require, require_rows
+from .statistics import check, check_rows, described
 
 _BUILD_INFO = Path(__file__).parent.parent / "_build_info.json"
 _RESULTS = {dtype: (dtype,) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
@@ -84,16 +84,20 @@ def policy(tile, out, rows, terms, scored, isa=None):
 
 def transpose(matrix, out, isa=None):
     """``out.copy_(matrix.T)``: ``[R, C]`` of any row stride into contiguous ``[C, R]`` of the same dtype."""
-    require(matrix.dtype in _RESULTS and matrix.device.type == "cpu", f"matrix must be {_SUPPORTED}, got {described(matrix)}")
-    require_rows("matrix", matrix)
-    fits = out.shape == matrix.shape[::-1] and out.dtype == matrix.dtype and out.device == matrix.device and out.is_contiguous()
-    require(fits, f"out must be contiguous {tuple(matrix.shape[::-1])} {matrix.dtype} on the CPU, got {described(out)}")
+    if matrix.dtype not in _RESULTS or matrix.device.type != "cpu":
+        raise AssertionError(f"matrix must be {_SUPPORTED}, got {described(matrix)}")
+    check_rows("matrix", matrix)
+    shape = matrix.shape[::-1]
+    if out.shape != shape or out.dtype != matrix.dtype or out.device != matrix.device or not out.is_contiguous():
+        raise AssertionError(f"out must be contiguous {tuple(shape)} {matrix.dtype} on the CPU, got {described(out)}")
     _run("transpose", isa, matrix, params.transpose(matrix, out))
 
 
 def _check(tile, out=None, **tensors):
-    require(_native is not None, why_unavailable())
-    require(tile.values.device.type == "cpu", f"tile must be {_SUPPORTED}, got {described(tile.values)}")
+    if _native is None:
+        raise AssertionError(why_unavailable())
+    if tile.values.device.type != "cpu":
+        raise AssertionError(f"tile must be {_SUPPORTED}, got {described(tile.values)}")
     check(tile, _RESULTS, out, **tensors)
 
 
@@ -113,7 +117,8 @@ def release_pages(tensor) -> None:
 
 
 def _advise(tensor, advice):
-    require(tensor.device.type == "cpu" and tensor.is_contiguous(), "wanted a contiguous CPU tensor")
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise AssertionError(f"wanted a contiguous CPU tensor, got {described(tensor)}")
     if advice is None or not sys.platform.startswith("linux"):
         return
     # Whole pages only: the rest of the first and last one may belong to somebody else.

@@ -42,7 +42,8 @@ def gradient(tile, out, scored, g=None, g_entropy=None, from_stash=False):
 
 
 def policy(tile, out, rows, terms, scored):
-    require(terms.kind in KINDS, f"terms.kind must be one of {', '.join(KINDS)}, got {terms.kind!r}")
+    if terms.kind not in KINDS:
+        raise AssertionError(f"terms.kind must be one of {', '.join(KINDS)}, got {terms.kind!r}")
     require(terms.kind == "linear" or rows.w_policy is None or rows.advantages is not None, "advantages are missing")
     require(rows.ref is None or rows.w_kl is not None, "w_kl is missing")
     vectors = _Rows(*(_at(getattr(rows, name)) for name, _ in _Rows._fields_))

@@ -74,40 +74,41 @@ def check(tile: Tile, results: dict, out: torch.Tensor | None = None, **tensors)
 
     ``results``: {dtype of a tile: dtypes that may be written}. ``tensors`` are [R] acc, stats [R, 4]; None where it may be absent.
     """
+    # `if` and `raise`: an assert would be gone under `python -O`, and text built for nothing costs more than the checks
     values = tile.values
     (rows, columns), dtype, device = values.shape, values.dtype, values.device
-    require(dtype in results, f"tile must be one of {', '.join(map(str, results))}, got {dtype}")
-    require_rows("tile", values)
+    if dtype not in results:
+        raise AssertionError(f"tile must be one of {', '.join(map(str, results))}, got {dtype}")
+    check_rows("tile", values)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     tensors |= {"target": tile.target, "bias": tile.bias, "temperature": tile.temperature}
     for name, x in tensors.items():
         if x is None and name not in _REQUIRED:
             continue
-        shape = {"stats": (rows, 4), "bias": (columns,)}.get(name, (rows,))
+        shape = (rows, 4) if name == "stats" else (columns,) if name == "bias" else (rows,)
         wanted = torch.int64 if name == "target" else acc
-        fits = x is not None and (x.shape, x.dtype, x.device) == (shape, wanted, device) and x.is_contiguous()
-        require(fits, f"{name} must be contiguous {shape} {wanted} on {device}, got {described(x)}")
+        if x is None or x.shape != shape or x.dtype != wanted or x.device != device or not x.is_contiguous():
+            raise AssertionError(f"{name} must be contiguous {shape} {wanted} on {device}, got {described(x)}")
     if out is None:
         return
-    require(
-        out.shape == values.shape and out.dtype in results[dtype] and out.device == device,
-        f"out must be {tuple(values.shape)} {' or '.join(map(str, results[dtype]))} on {device}, got {described(out)}",
-    )
-    require_rows("out", out)
-    in_place = out.data_ptr() == values.data_ptr() and out.dtype == dtype and (rows <= 1 or out.stride(0) == values.stride(0))
-    apart = out.data_ptr() >= _end(values) or values.data_ptr() >= _end(out)
-    require(in_place or apart, "out must be the tile's own memory in its own dtype, or other memory")
+    if out.shape != values.shape or out.dtype not in results[dtype] or out.device != device:
+        dtypes = " or ".join(map(str, results[dtype]))
+        raise AssertionError(f"out must be {tuple(values.shape)} {dtypes} on {device}, got {described(out)}")
+    check_rows("out", out)
+    if out.data_ptr() == values.data_ptr() and out.dtype == dtype and (rows <= 1 or out.stride(0) == values.stride(0)):
+        return
+    if out.data_ptr() < _end(values) and values.data_ptr() < _end(out):
+        raise AssertionError("out must be the tile's own memory in its own dtype, or other memory")
 
 
 def require(holds, message):
-    # no assert statement: `python -O` must not turn a wrong shape into a wild read
     if not holds:
         raise AssertionError(message)
 
 
-def require_rows(name, x):
-    apart = (x.shape[1] <= 1 or x.stride(1) == 1) and (x.shape[0] <= 1 or x.stride(0) >= x.shape[1])
-    require(apart, f"{name}'s columns must be adjacent and its rows apart, got {described(x)}")
+def check_rows(name, x):
+    if (x.shape[1] > 1 and x.stride(1) != 1) or (x.shape[0] > 1 and x.stride(0) < x.shape[1]):
+        raise AssertionError(f"{name}'s columns must be adjacent and its rows apart, got {described(x)}")
 
 
 def described(x):
