@@ -87,7 +87,12 @@ def fused_linear_grpo_loss(
 
     Source: ratio, clipping, k3: Shao et al. 2024; the other losses as named in README.md.
     """
-    call = describe(LossArguments(**locals()))
+    args = LossArguments(
+        hidden, weight, completion_ids, mask, config, bias, temperature, lora, vocab_parallel_group, sequence_parallel,
+        workspace_bytes, backend, kept_rows, data_parallel_group, advantages, old_logps, ref_logps, importance_sampling_ratio,
+        sampling_logps, num_items, cu_seqlens,
+    )  # fmt: skip
+    call = describe(args)
     if call.one_pass:
         logps, entropy, gradients = loss_in_one_pass(call.head, call.rows, call.work)
     else:

@@ -38,7 +38,11 @@ def grpo_loss(
     """
     if vocab_parallel_group is not None or sequence_parallel:
         raise ValueError("vocab_parallel_group must be None: the reference holds the whole vocabulary")
-    given = LossArguments(**locals())
+    given = LossArguments(
+        hidden, weight, completion_ids, mask, config, bias, temperature, lora, vocab_parallel_group, sequence_parallel,
+        workspace_bytes, backend, kept_rows, data_parallel_group, advantages, old_logps, ref_logps, importance_sampling_ratio,
+        sampling_logps, num_items, cu_seqlens,
+    )  # fmt: skip
     with validate_across_ranks(group_in_use(config, data_parallel_group), hidden, "data_parallel_group"):
         args = given.checked()
         loss = TokenLoss(args, wait=True)

@@ -2,27 +2,30 @@
 
     kernel      bytes per logit
     statistics  4 read
-    gradient    4 read, 2 written: bf16 over the float32 tile
+    gradient    4 read, 2 written: bf16 into other memory
+    stash       4 read, 2 written
     policy      4 read, 2 written; whoever reads the row a second time from memory pays for it in the share
 
-A kernel overwrites its tile, so a batch walks over several, which are filled again before the next one is timed.
+A batch walks over several tiles, so that none is in the cache when its turn comes. Only the CPU's kernels, whose results have the
+tile's dtype, overwrite theirs, which are filled again before the next batch is timed.
 """
 
 import torch
 
 from grpo_kernels import backends
 from grpo_kernels.backends import pytorch
-from grpo_kernels.backends.statistics import finalize
-from grpo_kernels.losses.coefficients import PolicyRows, PolicyTerms
-from grpo_kernels.losses.config import LogitTransform
+from grpo_kernels.backends.statistics import Scored, Tile, finalize, new_statistics
+from grpo_kernels.losses.config import GRPOLossConfig, LogitTransform
+from grpo_kernels.losses.terms import PolicyRows, kernel_terms, row_coefficient
 
 from .context import Wrong, row
 from .device import Timed
 from .measure import interleaved
 from .providers import our_backends
 
-KERNELS = ("statistics", "gradient", "policy")
-BYTES = {"statistics": 4, "gradient": 6, "policy": 6}
+KERNELS = ("statistics", "gradient", "stash", "policy")
+BYTES = {"statistics": 4, "gradient": 6, "stash": 6, "policy": 6}
+LOSS = GRPOLossConfig(beta=0.04)
 SHAPES = ((1024, 151_936), (1280, 151_936), (6080, 32_000), (1516, 128_256), (741, 262_144))  # rows, V: 620 .. 780 MB of float32
 TINY_SHAPES = ((8, 1009), (5, 127))
 ROUNDS, SLOW_ROUNDS = 15, 3  # the second of plain PyTorch
@@ -54,12 +57,12 @@ def copy_bandwidth(context, size):
 
 def _time(context, name, rows, vocab, bandwidth):
     shape, calls = {"rows": rows, "vocab": vocab}, {}
-    about = {kernel: row(name, kernel, shape, peer=False) for kernel in KERNELS}
-    wanted = [kernel for kernel in KERNELS if not context.already(about[kernel])]
+    module = backends.kernels(backends.resolve(name, context.device, torch.float32))
+    about = {kernel: row(name, kernel, shape, peer=False) for kernel in KERNELS if hasattr(module, kernel)}
+    wanted = [kernel for kernel in about if not context.already(about[kernel])]
     if not wanted:
         return
     with context.attempt(row(name, "tile", shape, peer=False)):
-        module = backends.kernels(backends.resolve(name, context.device, torch.float32))
         case = Case(module, rows, vocab, context.device, context.clock.l2_bytes)
         errors = {}
         for kernel in wanted:
@@ -74,34 +77,34 @@ def _time(context, name, rows, vocab, bandwidth):
 
 
 class Case:
-    """Tiles of one shape with everything that the three kernels of a backend take."""
+    """Tiles of one shape with everything that the kernels of a backend take."""
 
     def __init__(self, module, rows, vocab, device, l2_bytes, seed=0):
         g = torch.Generator(device).manual_seed(seed)
         uniform = lambda: torch.rand(rows, generator=g, device=device)  # noqa: E731
-        padded = -(-vocab // 32) * 32  # rows on 128 bytes
-        self.module, self.transform = module, LogitTransform()
-        self.logits = torch.zeros(rows, padded, device=device)[:, :vocab]
+        matrix = lambda dtype: torch.zeros(rows, -(-vocab // 64) * 64, device=device, dtype=dtype)[:, :vocab]  # noqa: E731
+        self.module, self.in_place = module, module is backends.native
+        self.logits = matrix(torch.float32)
         for some in self.logits.split(64):
             some.copy_(2.5 * torch.randn(some.shape, generator=g, device=device))
-        count = 2 if l2_bytes == 0 else max(2, min(8, 1 + 4 * l2_bytes // (4 * rows * padded)))
-        self.tiles = [torch.zeros(rows, padded, device=device)[:, :vocab] for _ in range(count)]
-        self.in_place = module is backends.native
-        self.target = torch.randint(0, vocab, (rows,), generator=g, device=device)
-        self.stats = pytorch.new_statistics(rows, torch.float32, device)
-        pytorch.statistics(self.logits, self.stats, self.target, self.transform)
-        self.logps, self.lse, self.entropy = finalize(self.stats)
+        count = 2 if l2_bytes == 0 else max(2, min(8, 1 + 4 * l2_bytes // (4 * rows * vocab)))
+        target = torch.randint(0, vocab, (rows,), generator=g, device=device)
+        self.tiles = [Tile(matrix(torch.float32), target, LogitTransform()) for _ in range(count)]
+        self.out = None if self.in_place else matrix(torch.bfloat16)
+        self.stats = new_statistics(rows, torch.float32, device)
+        pytorch.statistics(Tile(self.logits, target, LogitTransform()), self.stats)
+        self.scored = finalize(self.stats)
         self.g = 2 * uniform() - 1
         self.rows = PolicyRows(
-            w_policy=uniform() / rows, advantages=2 * uniform() - 1, old=self.logps - 0.6 * (uniform() - 0.5),
-            ref=self.logps + 0.2 * (uniform() - 0.5), w_kl=0.04 * uniform() / rows,
+            w_policy=uniform() / rows, advantages=2 * uniform() - 1, old=self.scored.logps - 0.6 * (uniform() - 0.5),
+            ref=self.scored.logps + 0.2 * (uniform() - 0.5), w_kl=0.04 * uniform() / rows,
         )  # fmt: skip
-        self.terms = PolicyTerms("clipped")
-        self.scored = torch.empty(2, rows, device=device)
+        self.written = Scored(*(torch.empty(rows, device=device) for _ in range(3)))
+        self.refill()
 
     def refill(self):
         for tile in self.tiles:
-            tile.copy_(self.logits)
+            tile.values.copy_(self.logits)
 
     def run(self, kernel):
         """The kernel on every tile, one after the other."""
@@ -110,32 +113,32 @@ class Case:
 
     def result(self, kernel):
         """What the kernel computes, of the first rows."""
-        self.tiles[0].copy_(self.logits)
+        self.refill()
         if kernel == "statistics":
-            self.stats.copy_(pytorch.new_statistics(self.stats.shape[0], torch.float32, self.stats.device))
+            self.stats.copy_(new_statistics(self.stats.shape[0], torch.float32, self.stats.device))
         out = self._launch(kernel, self.tiles[0])
         some = slice(0, _COMPARED)
         if kernel == "statistics":
             return [x.double() for x in finalize(self.stats[some])]
-        return [out[some].double(), *(self.scored[:, some].double() if kernel == "policy" else ())]
+        return [out[some].double(), *(x[some].double() for x in self.written if kernel == "policy")]
 
     def exact(self, kernel):
-        """The same in float64, by the readable kernels."""
+        """The same in float64, by the readable kernels and autograd."""
         some = slice(0, _COMPARED)
         wide = lambda x: None if x is None else x[some].double()  # noqa: E731
-        tile, target = wide(self.logits), self.target[some]
+        tile = Tile(wide(self.logits), self.tiles[0].target[some], LogitTransform())
+        stats = new_statistics(tile.values.shape[0], torch.float64, tile.values.device)
+        pytorch.statistics(tile, stats)
+        scored, out = finalize(stats), torch.empty_like(tile.values)
         if kernel == "statistics":
-            stats = pytorch.new_statistics(tile.shape[0], torch.float64, tile.device)
-            pytorch.statistics(tile, stats, target, self.transform)
-            return list(finalize(stats))
-        if kernel == "gradient":
-            vectors = [wide(x) for x in (self.lse, self.logps, self.entropy, self.g)]
-            pytorch.gradient(tile, target, *vectors, None, self.transform)
-            return [tile]
-        rows = PolicyRows(**{name: wide(value) for name, value in vars(self.rows).items()})
-        scored = torch.empty(2, tile.shape[0], dtype=torch.float64, device=tile.device)
-        pytorch.policy(tile, target, rows, self.terms, self.transform, *scored)
-        return [tile, *scored]
+            return list(scored)
+        if kernel == "stash":
+            pytorch.stash(tile, out, scored)
+        else:
+            rows = PolicyRows(*map(wide, vars(self.rows).values()))
+            g = wide(self.g) if kernel == "gradient" else row_coefficient(scored.logps, rows, LOSS, linear=False)
+            pytorch.gradient(tile, out, scored, g)
+        return [out, *(scored if kernel == "policy" else ())]
 
     def check(self, kernel):
         """The largest relative error of what the kernel computes."""
@@ -149,13 +152,14 @@ class Case:
         return largest
 
     def _launch(self, kernel, tile):
-        """The gradient, or the tile."""
-        out = None if self.in_place else tile.view(torch.bfloat16)[:, : tile.shape[1]]
+        """What was written, or the tile."""
+        out = tile.values if self.in_place else self.out
         if kernel == "statistics":
-            self.module.statistics(tile, self.stats, self.target, self.transform)
+            self.module.statistics(tile, self.stats)
         elif kernel == "gradient":
-            vectors = (self.lse, self.logps, self.entropy, self.g)
-            self.module.gradient(tile, self.target, *vectors, None, self.transform, out=out)
+            self.module.gradient(tile, out, self.scored, self.g)
+        elif kernel == "stash":
+            self.module.stash(tile, out, self.scored)
         else:
-            self.module.policy(tile, self.target, self.rows, self.terms, self.transform, *self.scored, out=out)
-        return tile if out is None else out
+            self.module.policy(tile, out, self.rows, kernel_terms(LOSS, linear=False), self.written)
+        return out
