@@ -78,19 +78,27 @@ class TokenArguments:
     kept_rows: torch.Tensor | None = None
     data_parallel_group: Any = None
 
+    ids_name = "token_ids"
+
     def checked(self):
-        hidden, weight, bias, lora = check_head(self.hidden, self.weight, self.bias, self.lora, self.vocab_parallel_group)
+        hidden, weight, bias, lora = self.hidden, self.weight, self.bias, self.lora
+        if weight is not None:
+            hidden, weight, bias, lora = check_head(hidden, weight, bias, lora, self.vocab_parallel_group)
         check_options(self.config, self.workspace_bytes, self.backend)
-        tokens, device = hidden.shape[:-1], hidden.device
-        _tensor("token_ids", self.completion_ids, device, (torch.int64,))
-        _shape("token_ids", self.completion_ids, tokens)
-        if self.mask is not None:
+        tokens, device = self.token_shape(hidden), hidden.device
+        _tensor(self.ids_name, self.completion_ids, device, (torch.int64,))
+        _shape(self.ids_name, self.completion_ids, tokens)
+        if self.mask is not None or self.ids_name == "completion_ids":
             _check_mask(self.mask, tokens, device)
         if self.temperature is not None:
             _tensor("temperature", self.temperature, device, FLOAT_DTYPES)
             _shape("temperature", self.temperature, tokens)
         mask = torch.ones(tokens, dtype=torch.bool, device=device) if self.mask is None else self.mask
         return replace(self, hidden=hidden, weight=weight, bias=bias, lora=lora, mask=mask)
+
+    def token_shape(self, hidden):
+        """The shape of every per-token tensor."""
+        return hidden.shape[:-1]
 
     def given(self, *names):
         """Those of the names that are given."""
@@ -113,43 +121,45 @@ class LossArguments(TokenArguments):
     num_items: Any = None
     cu_seqlens: torch.Tensor | None = None
 
-    def checked(self):
-        hidden, weight, bias, lora = self.hidden, self.weight, self.bias, self.lora
-        if weight is None:
-            _tensor("logits", hidden, None, FLOAT_DTYPES)
-        else:
-            hidden, weight, bias, lora = check_head(hidden, weight, bias, lora, self.vocab_parallel_group)
-        check_options(self.config, self.workspace_bytes, self.backend)
-        if weight is None and hidden.shape[-1:] == (0,):
-            raise ValueError(f"logits must have a vocabulary of at least 1, got {list(hidden.shape)}")
-        tokens = _token_shape(hidden, self.cu_seqlens, name="logits" if weight is None else "hidden")
-        self._check_per_token(tokens, hidden.device)
-        if self.kept_rows is not None:
-            _tensor("kept_rows", self.kept_rows, self.mask.device, (torch.int64,))
-            if self.kept_rows.dim() != 1 or self.kept_rows.numel() > self.mask.numel():
-                raise ValueError(
-                    f"kept_rows must be 1-D with at most {self.mask.numel()} indices, got {list(self.kept_rows.shape)}"
-                )
-        group = self.data_parallel_group
-        check_group("data_parallel_group", group.group if isinstance(group, QuantileOnly) else group)
-        return replace(self, hidden=hidden, weight=weight, bias=bias, lora=lora)
+    ids_name = "completion_ids"
 
-    def _check_per_token(self, tokens, device):
+    def checked(self):
+        args = super().checked()
+        tokens, device = args.mask.shape, args.mask.device
         sequences = tokens[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
-        _tensor("completion_ids", self.completion_ids, device, (torch.int64,))
-        _shape("completion_ids", self.completion_ids, tokens)
-        _check_mask(self.mask, tokens, device)
         _tensor("advantages", self.advantages, device, FLOAT_DTYPES)
         _shape("advantages", self.advantages, (sequences,), tokens)
-        for name in self.given("old_logps", "ref_logps", "sampling_logps", "temperature"):
+        for name in self.given("old_logps", "ref_logps", "sampling_logps", "importance_sampling_ratio"):
             _tensor(name, getattr(self, name), device, FLOAT_DTYPES)
-            _shape(name, getattr(self, name), tokens)
-        if self.importance_sampling_ratio is not None:
-            _tensor("importance_sampling_ratio", self.importance_sampling_ratio, device, FLOAT_DTYPES)
-            _shape("importance_sampling_ratio", self.importance_sampling_ratio, (sequences, 1), tokens)
+            per_sequence = [(sequences, 1)] if name == "importance_sampling_ratio" else []
+            _shape(name, getattr(self, name), *per_sequence, tokens)
         if self.config.beta != 0 and self.ref_logps is None:
             raise ValueError(f"ref_logps must be given when beta != 0 (beta = {self.config.beta}), got None")
         _check_num_items(self.num_items, self.config)
+        if (rows := self.kept_rows) is not None:
+            _tensor("kept_rows", rows, device, (torch.int64,))
+            if rows.dim() != 1 or rows.numel() > self.mask.numel():
+                raise ValueError(f"kept_rows must be 1-D with at most {self.mask.numel()} indices, got {list(rows.shape)}")
+        group = self.data_parallel_group
+        check_group("data_parallel_group", group.group if isinstance(group, QuantileOnly) else group)
+        return args
+
+    def token_shape(self, hidden):
+        """[B, T], or [N] in the packed layout."""
+        name, last = ("hidden", "D") if self.weight is not None else ("logits", "V")
+        _tensor(name, hidden, None, FLOAT_DTYPES)
+        if hidden.shape[-1:] == (0,):
+            raise ValueError(f"{name} must have a vocabulary of at least 1, got {list(hidden.shape)}")
+        if self.cu_seqlens is None:
+            if hidden.dim() != 3:
+                raise ValueError(f"{name} must be [B, T, {last}] (or [N, {last}] with cu_seqlens), got {list(hidden.shape)}")
+            return hidden.shape[:2]
+        _tensor("cu_seqlens", self.cu_seqlens, hidden.device, (torch.int32, torch.int64))
+        if self.cu_seqlens.dim() != 1 or self.cu_seqlens.numel() < 1:
+            raise ValueError(f"cu_seqlens must be [B + 1], got {list(self.cu_seqlens.shape)}")
+        if hidden.dim() != 2:
+            raise ValueError(f"{name} must be [N, {last}] with cu_seqlens, got {list(hidden.shape)}")
+        return hidden.shape[:1]
 
     def facts(self):
         return {
@@ -384,21 +394,6 @@ def check_options(config, workspace_bytes, backend):
         raise TypeError(f"backend must be a string, got {kind(backend)}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-
-
-def _token_shape(hidden, cu_seqlens, name):
-    """The shape of every per-token tensor: [B, T], or [N] in the packed layout."""
-    last = "V" if name == "logits" else "D"
-    if cu_seqlens is None:
-        if hidden.dim() != 3:
-            raise ValueError(f"{name} must be [B, T, {last}] (or [N, {last}] with cu_seqlens), got {list(hidden.shape)}")
-        return hidden.shape[:2]
-    _tensor("cu_seqlens", cu_seqlens, hidden.device, (torch.int32, torch.int64))
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(f"cu_seqlens must be [B + 1], got {list(cu_seqlens.shape)}")
-    if hidden.dim() != 2:
-        raise ValueError(f"{name} must be [N, {last}] with cu_seqlens, got {list(hidden.shape)}")
-    return hidden.shape[:1]
 
 
 def _check_num_items(num_items, config):

@@ -13,6 +13,7 @@ from tolerance import assert_all_close
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, grpo_loss_from_logits, linear_logprobs
 from grpo_kernels.backends.statistics import finalize
+from grpo_kernels.engine import ops
 from grpo_kernels.engine.operands import Work, encoded
 from grpo_kernels.losses.config import LogitTransform
 
@@ -57,8 +58,17 @@ def test_the_loss_compiles_without_a_graph_break(name, rows_given, needs):
     assert_all_close(call(compiled, p, needs, **more), call(fused_linear_grpo_loss, p, needs, **more), 1e-10)
 
 
-def test_the_loss_compiles_with_the_default_backend_inside_a_step():
-    """A model around it: hidden states from a layer, the loss mixed with another term, parameters' gradients."""
+def test_the_loss_compiles_with_the_default_backend_inside_a_step(monkeypatch):
+    """A model around it: hidden states from a layer, the loss mixed with another term, parameters' gradients. dW is scaled in the
+    memory that the forward wrote: a second one would undo what the fusion saves."""
+    written, one_pass = [], ops.one_pass
+
+    def recorded(run):
+        gradients = one_pass(run)
+        written.append(gradients[1].data_ptr())
+        return gradients
+
+    monkeypatch.setattr(ops, "one_pass", recorded)
     p = problem(CONFIGS["one pass"], garbage=False)
     layer = torch.nn.Linear(8, 8, dtype=torch.float64)
 
@@ -74,6 +84,7 @@ def test_the_loss_compiles_with_the_default_backend_inside_a_step():
         loss, kl = function(p.hidden, weight, p.completion_ids, p.advantages, p.mask, p.old_logps, p.ref_logps, p.config)
         loss.backward()
         results.append({"loss": loss, "kl": kl, "layer": layer.weight.grad.clone(), "head": weight.grad})
+        assert weight.grad.data_ptr() == written[-1]
     assert_all_close(*results, 1e-10)
 
 
@@ -168,34 +179,34 @@ def op_inputs(adapter):
 @pytest.mark.parametrize("adapter", [False, True])
 def test_opcheck(adapter):
     """Schemas, fake tensors with shapes and dtypes of the real ones, nothing mutated or aliased that is not declared."""
-    ops, checks = torch.ops.grpo_kernels, ("test_schema", "test_faketensor")
+    registered, checks = torch.ops.grpo_kernels, ("test_schema", "test_faketensor")
     (hidden, *head), rows, target, normal = op_inputs(adapter)
     w, advantages, old, ref = torch.rand(5, dtype=torch.float64), normal(5), -normal(5).abs(), -normal(5).abs()
     for budget in (1, 10**6):
         work = Work(LogitTransform(1.0, 3.0, 0.8), "torch", budget, (True, True, True, adapter, adapter), lora_scale=0.5)
         loss = encoded(replace(work, config=GRPOLossConfig(beta=0.1)))
         vectors = [x[:3] for x in (w, advantages, old, ref, w)]
-        torch.library.opcheck(ops.one_pass.default, (hidden, head, [rows, target, None, *vectors, None], 3, *loss), test_utils=checks)
+        torch.library.opcheck(registered.one_pass.default, (hidden, head, [rows, target, None, *vectors, None], 3, *loss), test_utils=checks)
         for stash_rows, wanted in ((0, (False,) * 3), (3, (False,) * 3), (3, (True, False, True))):
             two_phases = encoded(replace(work, diagnostics=wanted))
             score = (hidden, head, [rows, target, w + 0.5], 4, stash_rows, *two_phases)
-            torch.library.opcheck(ops.score.default, score, test_utils=checks)
-            *scored, stash, _ = ops.score(*score)
+            torch.library.opcheck(registered.score.default, score, test_utils=checks)
+            *scored, stash, _ = registered.score(*score)
             incoming = [normal(5), normal(5)]
             back = (hidden, head, [rows, target, w + 0.5], scored, stash, incoming, *two_phases)
-            torch.library.opcheck(ops.score_backward.default, back, test_utils=checks)
+            torch.library.opcheck(registered.score_backward.default, back, test_utils=checks)
 
 
 def test_opcheck_of_the_logits_ops():
-    ops, checks = torch.ops.grpo_kernels, ("test_schema", "test_faketensor")
+    registered, checks = torch.ops.grpo_kernels, ("test_schema", "test_faketensor")
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 7, generator=g)
     target, kept = torch.randint(0, 7, (2, 3), generator=g), torch.tensor([[1, 1, 0], [0, 0, 0]]).bool()
     work = encoded(Work(LogitTransform(), "torch", 0, (True, *(False,) * 4)))
     score = (logits, target, kept, None, *work)
-    torch.library.opcheck(ops.score_logits.default, score, test_utils=checks)
-    back = (logits.clone(), target, None, ops.score_logits(*score), [kept.float(), None], *work)
-    torch.library.opcheck(ops.logits_to_gradient.default, back, test_utils=checks)
+    torch.library.opcheck(registered.score_logits.default, score, test_utils=checks)
+    back = (logits.clone(), target, None, registered.score_logits(*score), [kept.float(), None], *work)
+    torch.library.opcheck(registered.logits_to_gradient.default, back, test_utils=checks)
 
 
 def test_statistics_become_log_probs():
