@@ -63,7 +63,7 @@ def handed_to_collectives(model: Model, step: Step, element: int = ELEMENT, accu
 
 def handed_to_data_parallel(tokens: int, means: int, quantile: bool, accumulate: int = FLOAT32) -> dict:
     """Bytes that one rank hands to the collectives over its ``data_parallel_group``: ``tokens`` is B T of the longest rank, masked
-    ones too; ``means`` how many counts bnpo and the entropy bonus take: one each in two phases, two in one pass.
+    ones too; ``means`` how many counts bnpo and the entropy bonus take: one together, and one of the tokens above a quantile.
     """
     handed = {"sizes": REFUSALS}
     if means:

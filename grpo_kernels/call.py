@@ -29,7 +29,7 @@ from .engine.operands import Head, Rows, Work, can_sync
 from .engine.plan import default_budget
 from .engine.products import accumulation_dtype
 from .losses.config import GRPOLossConfig
-from .losses.objective import depends_on_its_row_alone, evaluate, known_zero, linear_coefficients, prepare
+from .losses.objective import depends_on_its_row_alone, evaluate, known_zero, linear_coefficients, prepare, weighed_over
 from .losses.terms import PolicyRows
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -77,10 +77,13 @@ class TokenArguments:
     backend: str = "auto"
     kept_rows: torch.Tensor | None = None
     data_parallel_group: Any = None
+    options: dict | None = None  # of a config that is yet to be validated
 
     ids_name = "token_ids"
 
     def checked(self):
+        if self.options is not None:
+            return replace(self, config=GRPOLossConfig(**self.options), options=None).checked()
         hidden, weight, bias, lora = self.hidden, self.weight, self.bias, self.lora
         if weight is not None:
             hidden, weight, bias, lora = check_head(hidden, weight, bias, lora, self.vocab_parallel_group)
@@ -205,12 +208,21 @@ def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -
             hidden, weight, bias, lora = of_dtensors(hidden, args.weight, args.bias, args.lora, group)
             args = replace(args, hidden=hidden, weight=weight, bias=bias, lora=lora, vocab_parallel_group=group).checked()
             head, work = _head_and_work(args, tuple(map(bool, diagnostics)))
+            if group is not None and any(diagnostics):
+                raise ValueError("diagnostics must be empty with a vocab_parallel_group")
             if group is not None:
                 _bring_facts(meeting, args, work)
             loss = TokenLoss(args, wait) if isinstance(args, LossArguments) else None
         if group is not None:
             work = replace(work, shard=VocabShard.of(meeting, sums_hidden and not args.sequence_parallel))
-        return _with_rows(args, head, work, loss, wait)
+        call = _with_rows(args, head, work, loss, wait)
+    if loss is None:
+        return call
+    loss.weigh()
+    if not (any(work.needs) and depends_on_its_row_alone(args.config, on_policy=args.old_logps is None)):
+        return call
+    policy, linear = loss.coefficients(call.rows.index[: call.rows.live])
+    return replace(call, rows=replace(call.rows, policy=policy), work=replace(work, config=args.config, linear=linear))
 
 
 def _head_and_work(args, diagnostics):
@@ -278,11 +290,7 @@ def _with_rows(args, head, work, loss, wait):
         temperature = None if temperature is None else temperature.where(temperature > 0, 1.0)
     if shard is not None:
         target = target - shard.offset
-    policy = None
-    if loss is not None and trains and depends_on_its_row_alone(args.config, on_policy=args.old_logps is None):
-        policy, linear = loss.coefficients(index[:n_live])
-        work = replace(work, config=args.config, linear=linear)
-    rows = Rows(hidden.reshape(-1, hidden.shape[-1]).contiguous(), index, n_live, target, temperature, policy)
+    rows = Rows(hidden.reshape(-1, hidden.shape[-1]).contiguous(), index, n_live, target, temperature)
     return Call(head, rows, work, mask, correction, loss)
 
 
@@ -309,8 +317,15 @@ class TokenLoss:
         }  # fmt: skip
         self.advantages = self.layout.pad_advantages(args.advantages)
         dtype = accumulation_dtype(args.hidden.dtype)
-        count = token_count(mask.to(dtype), self.config, self.group)
-        self.inputs = prepare(self.config, dtype, self.advantages, mask, tensors, args.num_items, count)
+        self.inputs = prepare(self.config, dtype, self.advantages, mask, tensors, args.num_items)
+
+    def weigh(self):
+        """Where means are over the ranks' tokens, asks them: a collective, so only once no rank can refuse its arguments."""
+        if self.config.aggregation != "bnpo" and self.config.top_entropy_quantile < 1:
+            return  # a bonus divides by the tokens of the quantile
+        count = token_count(self.inputs.mask, self.config, self.group)
+        if count is not None:
+            self.inputs = weighed_over(self.inputs, self.config, count)
 
     def live(self):
         """Tokens that may get a gradient, in the layout of the caller."""

@@ -110,7 +110,9 @@ def plan(argv):
     chosen = choose(problem)
     found, prediction = steps(problem, chosen), predict(problem)
     if args.json:
-        heights = {"r": chosen.chunk_rows, "R": chosen.buffer_rows, **asdict(chosen)}
+        again = problem.stashes and not chosen.stash_rows
+        r, R = (chosen.recompute_chunk, chosen.recompute_rows) if again else (chosen.chunk_rows, chosen.buffer_rows)
+        heights = {"r": r, "R": R, **asdict(chosen)}
         print(json.dumps({"device": args.device, "heights": heights, "steps": [asdict(x) for x in found], **asdict(prediction)}))
         return
     print(f"device   {args.device}, {args.dtype}, workspace {budget / 2**20:g} MiB")

@@ -75,6 +75,7 @@ def grpo_loss_from_logits(
         if not isinstance(inplace_backward, bool):
             raise TypeError(f"inplace_backward must be True or False, got {type(inplace_backward).__name__}")
 
+    loss.weigh()
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
     kept = mask.bool()
     target = completion_ids.where(kept, 0).clamp(0, vocab - 1)

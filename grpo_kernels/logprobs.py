@@ -5,7 +5,6 @@ import torch
 from .call import LogProbs, TokenArguments, describe
 from .engine.diagnostics import NAMES
 from .engine.ops import row_logprobs
-from .losses.config import GRPOLossConfig
 
 
 def linear_logprobs(
@@ -71,16 +70,12 @@ def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, tempera
     """
     per_token = isinstance(temperature, torch.Tensor) and temperature.dim() > 0
     wanted = [name in diagnostics for name in NAMES]
-    if vocab_parallel_group is not None and any(wanted):
-        raise ValueError("diagnostics must be empty with a vocab_parallel_group")
     if isinstance(temperature, torch.Tensor) and not per_token:
         temperature = temperature.item()
-    config = GRPOLossConfig(temperature=1.0 if per_token else temperature, logit_scale=logit_scale, softcap=softcap)
-    call = describe(
-        TokenArguments(hidden, weight, token_ids, mask, config, bias, temperature if per_token else None, lora,
-                       vocab_parallel_group, sequence_parallel, workspace_bytes, backend),
-        wanted, sums_hidden,
-    )  # fmt: skip
+    options = {"temperature": 1.0 if per_token else temperature, "logit_scale": logit_scale, "softcap": softcap}
+    args = TokenArguments(hidden, weight, token_ids, mask, None, bias, temperature if per_token else None, lora,
+                          vocab_parallel_group, sequence_parallel, workspace_bytes, backend, options=options)  # fmt: skip
+    call = describe(args, wanted, sums_hidden)
     logps, entropy, found = row_logprobs(call.head, call.rows, call.work)
     found = [call.scatter(x) if want else None for x, want in zip(found.unbind(1), wanted, strict=True)]
     found[2] = None if found[2] is None else found[2] > 0

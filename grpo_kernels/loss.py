@@ -89,8 +89,9 @@ def fused_linear_grpo_loss(
     """
     args = LossArguments(
         hidden, weight, completion_ids, mask, config, bias, temperature, lora, vocab_parallel_group, sequence_parallel,
-        workspace_bytes, backend, kept_rows, data_parallel_group, advantages, old_logps, ref_logps, importance_sampling_ratio,
-        sampling_logps, num_items, cu_seqlens,
+        workspace_bytes, backend, kept_rows, data_parallel_group, advantages=advantages, old_logps=old_logps, ref_logps=ref_logps,
+        importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
+        cu_seqlens=cu_seqlens,
     )  # fmt: skip
     call = describe(args)
     if call.one_pass:

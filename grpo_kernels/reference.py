@@ -40,13 +40,15 @@ def grpo_loss(
         raise ValueError("vocab_parallel_group must be None: the reference holds the whole vocabulary")
     given = LossArguments(
         hidden, weight, completion_ids, mask, config, bias, temperature, lora, vocab_parallel_group, sequence_parallel,
-        workspace_bytes, backend, kept_rows, data_parallel_group, advantages, old_logps, ref_logps, importance_sampling_ratio,
-        sampling_logps, num_items, cu_seqlens,
+        workspace_bytes, backend, kept_rows, data_parallel_group, advantages=advantages, old_logps=old_logps, ref_logps=ref_logps,
+        importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
+        cu_seqlens=cu_seqlens,
     )  # fmt: skip
     with validate_across_ranks(group_in_use(config, data_parallel_group), hidden, "data_parallel_group"):
         args = given.checked()
         loss = TokenLoss(args, wait=True)
         raise_bad_values(value_flags(args, weight.shape[0], loss).tolist(), weight.shape[0])
+    loss.weigh()
 
     rows = args.hidden.where(mask.bool().unsqueeze(-1), 0.0)
     z = hidden_to_logits(rows, args.weight, args.bias, args.lora)

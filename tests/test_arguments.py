@@ -4,9 +4,10 @@ import dataclasses
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
-from problems import make_problem, packed
+from problems import make_problem, packed, run
 
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig, reference
@@ -285,3 +286,10 @@ def test_every_legal_boundary_is_accepted():
 def test_what_belongs_to_the_call_is_not_an_option_of_the_module():
     with pytest.raises(TypeError, match="backend, workspace_bytes must be given to the call"):
         grpo_kernels.FusedLinearGRPOLoss(loss_type="grpo", backend="torch", workspace_bytes=1)
+
+
+def test_numbers_of_numpy_are_numbers():
+    p = make_problem(B=2, T=3, D=4, V=9, config=GRPOLossConfig(epsilon=np.float32(0.25), delta=np.int64(2), temperature=np.float64(0.5)))
+    plain = p.with_config(epsilon=0.25, delta=2, temperature=0.5)
+    assert type(p.config.epsilon) is float and type(p.config.delta) is int and p.config == plain.config
+    assert run(grpo_kernels.fused_linear_grpo_loss, p).loss == run(grpo_kernels.fused_linear_grpo_loss, plain).loss

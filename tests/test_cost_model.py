@@ -60,7 +60,7 @@ def communicated(rank, world):
             )
         results.append((dict(bytes), flops, *counts(p), two))
     across = []
-    for options, means, quantile in ((dict(loss_type="bnpo"), 2, False), (dict(entropy_coef=0.1, top_entropy_quantile=0.5), 1, True)):
+    for options, means, quantile in ((dict(loss_type="bnpo", entropy_coef=0.1), 1, False), (dict(entropy_coef=0.1, top_entropy_quantile=0.5), 1, True)):
         p = make_problem(B=6, V=V, D=D, config=GRPOLossConfig(**options))
         with counted() as bytes:
             run(fused_linear_grpo_loss, p, data_parallel_group=dist.group.WORLD)

@@ -6,8 +6,7 @@ from problems import make_problem, run
 from tolerance import assert_all_close, assert_close
 
 from grpo_kernels import GRPOLossConfig, backends, fused_linear_grpo_loss, linear_logprobs
-from grpo_kernels.backends.pytorch import new_statistics
-from grpo_kernels.backends.statistics import finalize
+from grpo_kernels.backends.statistics import Tile, finalize, new_statistics
 from grpo_kernels.engine import products
 from grpo_kernels.losses.config import LogitTransform
 
@@ -75,14 +74,14 @@ def test_a_tile_beyond_two_to_the_31_elements(backend):
         part.normal_()
     target = torch.randint(0, vocab, (rows,), device="cuda")
     stats = new_statistics(rows, torch.float32, "cuda")
-    kernels.statistics(tile, stats, target, LogitTransform(1.0, None, 1.0))
-    logps, lse, entropy = finalize(stats)
+    kernels.statistics(Tile(tile, target, LogitTransform()), stats)
+    scored = finalize(stats)
     last = tile[-3:].double()
-    assert_close("lse", lse[-3:], last.logsumexp(1), 1e-6)
+    assert_close("lse", scored.lse[-3:], last.logsumexp(1), 1e-6)
     g = torch.zeros(rows, device="cuda")
     g[-1] = 1.0
     expected = torch.nn.functional.one_hot(target[-1], vocab) - last[-1].softmax(0)
-    kernels.gradient(tile, target, lse, logps, entropy, g, None, LogitTransform(1.0, None, 1.0))
+    kernels.gradient(Tile(tile, target, LogitTransform()), tile, scored, g)
     assert_close("gradient", tile[-1], expected, 1e-2)
     assert not tile[: rows - 1].any()
 

@@ -810,3 +810,26 @@ def test_wrong_ends_of_sequences_with_kept_rows_are_a_nan_loss(config, ends):
     assert fused_linear_grpo_loss(*arguments, **more, kept_rows=torch.arange(3)).loss.isnan()
     more["cu_seqlens"] = torch.tensor((0, 2, 3), dtype=torch.int32)
     assert fused_linear_grpo_loss(*arguments, **more, kept_rows=torch.arange(3)).loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.float16, 65536.0), (torch.bfloat16, 1 / 3)])
+def test_a_loss_scale_is_not_rounded_where_the_graph_is_retained(dtype, scale):
+    """65536, a gradient scaler's first scale, is infinite in float16."""
+    p = make_problem(B=4, T=6, D=16, V=101, dtype=dtype, config=GRPOLossConfig(), zero_advantages=False)
+    gradients = []
+    for retained in (False, True):
+        positional, keywords, leaves = p.arguments()
+        (fused_linear_grpo_loss(*positional, **keywords).loss * scale).backward(retain_graph=retained)
+        gradients.append(leaves["weight"].grad)
+    assert gradients[0].isfinite().all() and torch.equal(*gradients)
+
+
+def test_a_nan_stays_in_its_row_where_live_rows_were_moved_to_the_front():
+    """Of two sequences the second trains alone; the first one's NaN must not reach its gradient of hidden."""
+    p = make_problem(B=2, T=3, D=8, V=33, dtype=torch.float64, config=PATHS["sequence"], masked=0.0)
+    p = p.with_config(beta=0.0)
+    p.advantages = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    p.hidden[0, 0] = torch.nan
+    for workspace in (1, None):
+        ours = run(fused_linear_grpo_loss, p, workspace_bytes=workspace).gradients["hidden"].isnan().any(-1)
+        assert torch.equal(ours, run(reference.grpo_loss, p).gradients["hidden"].isnan().any(-1))

@@ -169,8 +169,9 @@ def test_it_compiles_without_a_graph_break():
     [
         ((3, my_dapo), TypeError, "name must be a string, got 3"),
         (("mine", "dapo"), TypeError, "term must be a function, got 'dapo'"),
-        (("dapo", my_dapo), ValueError, "name must be none of the built-in losses .*, got 'dapo'"),
+        (("dapo", my_dapo), ValueError, "none of the built-in losses .*, got 'dapo'"),
         (("", my_dapo), ValueError, "got ''"),
+        (("#int", my_dapo), ValueError, "name must be an identifier"),
         (("twice", my_dapo), ValueError, "'twice' is registered already; overwrite=True"),
     ],
 )
@@ -181,6 +182,27 @@ def test_a_wrong_registration_is_an_error(arguments, error, message):
     register_policy_term("twice", my_cispo, overwrite=True)
     with pytest.raises(ValueError, match="aggregation must be one of grpo, .*, got 'twice'"):
         register_policy_term("mine", my_dapo, aggregation="twice")
+    with pytest.raises(ValueError, match="aggregation of 'twice' must stay 'dapo', got 'grpo'"):
+        register_policy_term("twice", my_dapo, aggregation="grpo", overwrite=True)
+
+
+def test_a_constant_term_and_one_that_writes_its_inputs():
+    """Neither reaches the log-probs that the gradient is made of."""
+    def writes(logps, old_logps, advantages, config):
+        loss = my_dapo(logps, old_logps.clone(), advantages, config)
+        old_logps.add_(1.0)
+        return loss
+
+    register_policy_term("constant", lambda logps, old_logps, advantages, config: advantages * 2)
+    register_policy_term("writes", writes)
+    for name in ("constant", "writes"):
+        p = make_problem(B=3, T=4, D=8, V=33, dtype=torch.float64, config=GRPOLossConfig(loss_type=name), on_policy=True)
+        loss = GRPOLossConfig(loss_type="dapo") if name == "writes" else p.config
+        ours = run(fused_linear_grpo_loss, p).gradients
+        truth = run(reference.grpo_loss, dataclasses.replace(p, config=loss)).gradients
+        for leaf, gradient in ours.items():  # autograd makes none of a constant
+            exact = torch.zeros_like(gradient) if truth[leaf] is None else truth[leaf]
+            assert_all_close({leaf: gradient}, {leaf: exact}, 1e-10)
 
 
 def test_a_term_of_another_shape_and_an_unknown_loss_are_errors():
@@ -190,9 +212,9 @@ def test_a_term_of_another_shape_and_an_unknown_loss_are_errors():
     p = make_problem(B=3, T=4, D=8, V=33, config=GRPOLossConfig(loss_type="mine"), sampling=True)
     with pytest.raises(ValueError, match="the term of loss_type='mine' must return one loss a token"):
         run(fused_linear_grpo_loss, p)
-    register_policy_term("mine", my_dapo, aggregation="dr_grpo", overwrite=True)
-    with pytest.raises(ValueError, match="max_completion_length must be an integer > 0 for loss_type='mine'"):
-        GRPOLossConfig(loss_type="mine")
+    register_policy_term("constant_divisor", my_dapo, aggregation="dr_grpo")
+    with pytest.raises(ValueError, match="max_completion_length must be an integer > 0 for loss_type='constant_divisor'"):
+        GRPOLossConfig(loss_type="constant_divisor")
 
 
 def test_the_command_line_knows_the_terms_of_a_reward_module(tmp_path):

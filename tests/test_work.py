@@ -54,8 +54,8 @@ def units(problem, rows, *, needs=("hidden", "weight"), grad=True, scale=1.0, **
 
 
 def problem(config=TOKEN, **more):
-    return make_problem(B=4, T=5, D=D, V=V, dtype=torch.float32, config=config, sampling=True,
-                        **{"zero_advantages": False, **more})  # fmt: skip
+    return make_problem(D=D, V=V, dtype=torch.float32, config=config, sampling=True,
+                        **{"B": 4, "T": 5, "zero_advantages": False, **more})  # fmt: skip
 
 
 def live_rows(p):
@@ -156,7 +156,7 @@ def test_frozen_hidden_states_are_4(workspace, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_phases_are_6_within_the_stash_and_8_beyond(dtype, backend):
     for config in (SEQUENCE, GRPOLossConfig(loss_type="vespo"), GRPOLossConfig(top_entropy_quantile=1e-9, entropy_coef=0.1)):
-        p = problem(config)
+        p = problem(config, B=8, T=12)
         p.dtype = dtype
         trained = p.kept
         if config.top_entropy_quantile < 1:
@@ -164,7 +164,7 @@ def test_two_phases_are_6_within_the_stash_and_8_beyond(dtype, backend):
         assert units(p, trained, backend=backend) == 6
         assert units(p, trained, workspace_bytes=1, backend=backend) == 8
         rows = p.kept * V * dtype.itemsize
-        counts = [units(p, trained, workspace_bytes=int(factor * rows), backend=backend) for factor in (x / 4 for x in range(2, 17))]
+        counts = [units(p, trained, workspace_bytes=int(factor * rows), backend=backend) for factor in (x / 8 for x in range(1, 33))]
         assert counts == sorted(counts, reverse=True) and any(6 < count < 8 for count in counts)
 
 

@@ -20,10 +20,10 @@ class WeightSum:
     With one product every block is written in its final dtype. With several they are added in float32: over one block if the
     vocabulary is outermost (`close` casts it), over all of [V, K] else (`finish` casts in place, the final rows at the front of
     the float32 memory, so that no second full copy exists). On a CPU, whose products of 16-bit inputs cannot write float32, each
-    passes through a buffer of some rows in the inputs' dtype.
+    passes through a buffer of at most ``most`` rows in the inputs' dtype.
     """
 
-    def __init__(self, rows, columns, like, additions, wide, block=None):
+    def __init__(self, rows, columns, like, additions, wide, most, block=None):
         self.dtype = like.dtype
         accumulate = like.dtype if additions <= 1 else accumulation_dtype(like.dtype)
         self.rounded = accumulate != like.dtype
@@ -31,7 +31,7 @@ class WeightSum:
         height = min(block or rows, rows)
         self.product, self.step = None, height
         if self.rounded and not (wide and (like.device.type == "cpu" or float32_sums(like.device, like.dtype))):
-            self.step = max(1, min(height, _PRODUCT_BYTES // (max(columns, 1) * accumulate.itemsize)))
+            self.step = max(1, min(height, most, _PRODUCT_BYTES // (max(columns, 1) * accumulate.itemsize)))
             self.product = torch.empty(self.step, columns, dtype=accumulate if wide else like.dtype, device=like.device)
         self.sum = empty(height if self.blockwise else rows, columns, like=like, dtype=accumulate)
         self.final = empty(rows, columns, like=like) if self.blockwise else None
@@ -88,7 +88,7 @@ class Gradients:
         needs_hidden, needs_weight, needs_bias, needs_a, needs_b = work.needs
         vocab, depth = head.weight.shape
         zeros = lambda like: torch.zeros(like.shape, dtype=run.accumulate, device=hidden.device)  # noqa: E731
-        of_weight = lambda width: WeightSum(vocab, width, hidden, additions, run.wide, block)  # noqa: E731
+        of_weight = lambda width: WeightSum(vocab, width, hidden, additions, run.wide, run.plan.columns, block)  # noqa: E731
         self.hidden = None
         if needs_hidden:  # rows that are not computed, or have no gradient, stay 0
             self.hidden = empty(*hidden.shape, like=hidden) if run.all_live else torch.zeros_like(hidden)
@@ -154,7 +154,12 @@ class Gradients:
             self._place(dh.to(self.hidden.dtype), where, is_there)
 
     def _adapter_product(self, dz):
-        return dz @ self.run.head.lora_b if self.needs_adapter else None
+        if not self.needs_adapter:
+            return None
+        lora_b = self.run.head.lora_b
+        out = torch.empty(dz.shape[0], lora_b.shape[1], dtype=self.run.tile_dtype, device=dz.device)
+        multiply(dz, lora_b, out)
+        return out
 
     def _place(self, dh, where, is_there):
         """dh into its rows; with a sharded vocabulary once the other ranks' parts have been added, while the next is made."""

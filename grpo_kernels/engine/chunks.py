@@ -36,7 +36,7 @@ class _NoColumns:
 class Run:
     """One op at work: its operands, its plan, and the steps that the loops share."""
 
-    def __init__(self, hidden, head, rows, live, work, two_phases=False):
+    def __init__(self, hidden, head, rows, live, work, two_phases=False, backward=False):
         self.work, self.accumulate = work, accumulation_dtype(hidden.dtype)
         weight, bias, *lora = head
         self.head = Head(weight, None if bias is None else bias.to(self.accumulate).contiguous(), *lora)
@@ -45,8 +45,8 @@ class Run:
         self.tile_dtype = tile_dtype(weight, self.work.backend)
         self.wide = self.tile_dtype != hidden.dtype
         n = self.rows.index.shape[0]
-        # with every row of hidden kept, the index is in order unless the live ones had to be moved to the front
-        self.in_order = n == hidden.shape[0] and live in (0, n)
+        # with every row of hidden kept, the index is in order unless the live ones were moved to the front; a backward cannot tell
+        self.in_order = n == hidden.shape[0] and live in (0, n) and not backward
         self.all_live = self.in_order and live == n
         self.plan = plan(problem_of(weight, self.work, live, n - live, two_phases))
         self.scored = Scored(*(torch.empty(n, dtype=self.accumulate, device=hidden.device) for _ in range(3)))
@@ -218,7 +218,7 @@ def _stashed_rows(run, gradients, scored, stash, g, g_entropy):
 def _recomputed_rows(run, gradients, stripe, scored, g, g_entropy):
     """A stripe of rows whose float32 dH is summed while the vocabulary passes once, outermost."""
     heights, head, needs, (first, last) = run.plan, run.head, run.work.needs, stripe
-    vocab, columns = head.weight.shape[0], min(heights.recompute_columns, head.weight.shape[0])
+    vocab, columns = head.weight.shape[0], min(heights.recompute_columns, max(1, head.weight.shape[0]))
     h, t, where = run.gather(first, last)
     zeros = lambda width: h.new_zeros(last - first, width, dtype=run.accumulate)  # noqa: E731
     dh = zeros(h.shape[1]) if needs[0] else None

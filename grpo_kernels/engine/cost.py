@@ -56,6 +56,7 @@ class Problem:
     two_phases: bool = False
     reads_once: bool = False  # the row kernel keeps a row instead of reading it twice
     device: Device = DEVICES["cpu"]
+    sums_weight: bool = True  # of these the weight's own, [V, D]: what its float32 sum would take is to spare
 
     @property
     def trained(self):
@@ -76,7 +77,8 @@ class Problem:
 
     def dw_bytes(self, direct):
         """Of dW, or of the float32 sum in whose memory it is rounded."""
-        return self.vocab * self.depth * (self.element_size if direct else max(self.element_size, 4)) * self.needs_weight
+        size = self.element_size if direct else max(self.element_size, 4)
+        return self.vocab * self.depth * size * (self.needs_weight and self.sums_weight)
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def steps(problem: Problem, plan: Plan) -> list[Step]:
         tally.scale(stashed)
         tally.dh(1, stashed, plan.dh_rows)
         # both parts of dW are summed by the same blocks
-        tally.dw(1, stashed, plan.recompute_columns if recomputed else plan.columns, False, plan.direct)
+        tally.dw(1, stashed, plan.columns, False, plan.direct)
     final, started = not stashed and recomputed <= plan.recompute_rows, stashed > 0
     for s, n in _cuts(recomputed, plan.stripe_rows):
         tally.gather(s, n)

@@ -120,5 +120,5 @@ def problem_of(weight, work: Work, live, dead, two_phases=False) -> Problem:
     return Problem(
         live=live, dead=dead, vocab=vocab, depth=weight.shape[1], element_size=weight.element_size(),
         tile_size=tile_dtype(weight, work.backend).itemsize, needs_hidden=work.needs[0], needs_weight=work.needs_weight,
-        budget=work.budget, two_phases=two_phases, device=device_of(weight.device),
+        budget=work.budget, two_phases=two_phases, device=device_of(weight.device), sums_weight=work.needs[1],
     )  # fmt: skip

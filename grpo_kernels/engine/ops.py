@@ -22,6 +22,7 @@ from .plan import stash_rows_of
 from .products import accumulation_dtype, blocks, tile_memory
 
 _COMPACTED_ROWS = 64
+_SCALED_ROWS = 2048
 
 
 def _op(mutates=()):
@@ -74,7 +75,7 @@ def _score_backward(
     hidden: Tensor, head: Sequence[Tensor | None], rows: Sequence[Tensor | None], scored: Sequence[Tensor], stash: Tensor,
     incoming: Sequence[Tensor | None], numbers: Sequence[float], work: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    run = Run(hidden, head, rows, rows[0].shape[0], decoded(tuple(numbers), work), two_phases=True)
+    run = Run(hidden, head, rows, rows[0].shape[0], decoded(tuple(numbers), work), two_phases=True, backward=True)
     return tuple(backward(run, scored, stash[:, : head[0].shape[0]], *incoming))
 
 
@@ -136,7 +137,7 @@ class _WithGradients(torch.autograd.Function):
         # rows that cost no backward must not hide a NaN of theirs from the gradients
         scale = g.masked_fill(is_nan, float("nan"))
         if graph_is_retained():
-            grads = [grad * scale.to(grad.dtype) for grad in grads]
+            grads = [torch.mul(grad, scale) for grad in grads]  # in float32: rounded first, a loss scale may be inf
         else:
             for grad in grads:
                 backends.scale_(grad, scale, ctx.backend)
@@ -187,22 +188,22 @@ class _RowLogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, g_entropy, _):
-        hidden, *tensors, logps, lse, entropy, kept = ctx.saved_tensors
+        hidden, *tensors, logps, lse, entropy, saved = ctx.saved_tensors
         head, rows, nothing = tensors[:4], tensors[4:], (None,) * 3
         if g is None and g_entropy is None:
             return (*nothing, *(None,) * 8)
         if ctx.direct and g_entropy is None:
             factor = g.new_zeros(hidden.shape[0]).index_copy(0, rows[0], g).unsqueeze(1)
-            return (*nothing, torch.mul(kept, factor).to(kept.dtype), *(None,) * 7)
+            return (*nothing, _scaled_rows(saved, factor), *(None,) * 7)
         if ctx.direct:
-            lse, kept = _score(hidden, head, rows, 0, 0, *encoded(ctx.work))[1], hidden.new_empty(0, head[0].shape[0])
-        retained, stash = graph_is_retained(), ctx.stash if kept is None else kept
+            lse, saved = _score(hidden, head, rows, 0, 0, *encoded(ctx.work))[1], hidden.new_empty(0, head[0].shape[0])
+        retained, stash = graph_is_retained(), ctx.stash if saved is None else saved
         if ctx.stash is not None and retained:
             stash = stash.clone()
         else:
             ctx.stash = None
         grads = _backward_of_live_rows(hidden, head, rows, [logps, lse, entropy], stash, g, g_entropy, ctx.work)
-        if kept is None and not retained:
+        if saved is None and not retained:
             tile_memory.give_back(stash, ctx.work.budget)
         done = [grad.to(x.dtype) if needed else None
                 for grad, x, needed in zip(grads, (hidden, *head), ctx.work.needs, strict=True)]  # fmt: skip
@@ -212,11 +213,11 @@ class _RowLogProbs(torch.autograd.Function):
 def _backward_of_live_rows(hidden, head, rows, scored, stash, g, g_entropy, work):
     """`_score_backward` of the rows that got a gradient; the stash of the others is overwritten."""
     g = torch.zeros_like(scored[0]) if g is None else g
-    kept = _rows_with_gradient(g, g_entropy, work.shard)
-    if kept is not None:
-        stash = _compacted(stash, kept[kept < stash.shape[0]])
-        g, rows, scored = g[kept], [None if x is None else x[kept] for x in rows], [x[kept] for x in scored]
-        g_entropy = None if g_entropy is None else g_entropy[kept]
+    chosen = _rows_with_gradient(g, g_entropy, work.shard)
+    if chosen is not None:
+        stash = _compacted(stash, chosen[chosen < stash.shape[0]])
+        g, rows, scored = g[chosen], [None if x is None else x[chosen] for x in rows], [x[chosen] for x in scored]
+        g_entropy = None if g_entropy is None else g_entropy[chosen]
     return _score_backward(hidden, head, rows, scored, stash, [g, g_entropy], *encoded(work))
 
 
@@ -229,18 +230,28 @@ def _rows_with_gradient(g, g_entropy, shard):
         wanted = wanted | (g_entropy != 0)
     if shard is not None:
         wanted = shard.any(wanted)
-    kept = wanted.nonzero().squeeze(1)
-    return None if kept.shape[0] == g.shape[0] else kept
+    chosen = wanted.nonzero().squeeze(1)
+    return None if chosen.shape[0] == g.shape[0] else chosen
 
 
-def _compacted(stash, kept):
-    """The kept rows of the stash moved to its front, in place."""
-    if kept.shape[0] == stash.shape[0]:
+def _scaled_rows(u, factor):
+    """u [M, D] times a float32 factor a row, in u's dtype; a block at a time, for the product is float32 before it is rounded."""
+    if torch.compiler.is_compiling():
+        return torch.mul(u, factor).to(u.dtype)
+    out = torch.empty_like(u)
+    for start, end in blocks(u.shape[0], _SCALED_ROWS):
+        out[start:end] = u[start:end] * factor[start:end]
+    return out
+
+
+def _compacted(stash, chosen):
+    """The chosen rows of the stash moved to its front, in place."""
+    if chosen.shape[0] == stash.shape[0]:
         return stash
     # a row's source never lies before it, so a block that was moved is never read again
-    for start, end in blocks(kept.shape[0], 1 if stash.device.type == "cpu" else _COMPACTED_ROWS):
-        stash[start:end] = stash[kept[start:end]]
-    return stash[: kept.shape[0]]
+    for start, end in blocks(chosen.shape[0], 1 if stash.device.type == "cpu" else _COMPACTED_ROWS):
+        stash[start:end] = stash[chosen[start:end]]
+    return stash[: chosen.shape[0]]
 
 
 def graph_is_retained():

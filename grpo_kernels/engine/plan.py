@@ -4,7 +4,8 @@ Peak memory of a call, beyond its inputs and O(N) vectors, is at most
 
     N_all D e  (dH)  +  budget  +  4 V D  (dW: its float32 sum, the final dW its first half; e V D where e >= 4)          bytes
 
-with e the bytes of an input's element and z those of a logit. dW and dH count only where they are wanted. V' is V padded to
+with e the bytes of an input's element and z those of a logit. dW and dH count only where they are wanted, dH twice where a frozen
+head in two phases keeps u = d logps / d hidden. V' is V padded to
 128 bytes. What the workspace holds, with R rows of dz in the buffer and r rows of logits in the chunk:
 
     one pass     R (V' e + D e)  +  r V' z where z > e (else the chunk is the buffer)  +  dh_rows D (4 + e)    <= budget
@@ -17,8 +18,8 @@ with e the bytes of an input's element and z those of a logit. dW and dH count o
 On a CPU a row of the buffer takes its row of dH as well, and one block's operands of dW stand beside it. A budget below one row
 of these and 64 columns is exceeded by at most so much.
 
-The choice is the fastest by the count of cost.py. Heights depend on shape and budget; the number of rows only clips them and
-decides whether all live rows fit.
+Heights are the fastest by the count of cost.py at 16,384 rows of a shape and budget. The number of rows clips them, and decides
+whether all live rows fit: then dW is direct, and everything is stashed.
 """
 
 import functools
@@ -81,6 +82,8 @@ def peak_bytes(problem: Problem, tokens: int) -> int:
     """The formula of this file with the heights of the plan, an upper bound: ``tokens`` rows of hidden, kept or not."""
     p, found = problem, plan(problem)
     dh = tokens * p.depth * p.element_size * p.needs_hidden
+    if p.two_phases and not p.stashes:
+        dh *= 2  # u stays until the backward has made dH of it
     scoring = found.score_group * p.depth * p.element_size + found.score_rows * found.score_columns * p.tile_size
     if not p.trained:
         return dh + p.dw_bytes(True) + scoring
@@ -135,8 +138,9 @@ def stash_rows_of(problem: Problem) -> int:
     """
     if not torch.compiler.is_compiling():
         return plan(problem).stash_rows
-    fits = _all_fit(problem, TILE, problem.budget // 32 // _pass_bytes(problem, 0, 0, 1))
-    return problem.live if problem.stashes and fits else 0
+    if not problem.stashes:
+        return 0
+    return problem.live if _all_fit(problem, TILE, problem.budget // 32 // max(1, _pass_bytes(problem, 0, 0, 1))) else 0
 
 
 def _all_fit(p, r, dh_rows):

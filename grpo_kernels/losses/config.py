@@ -92,6 +92,8 @@ class GRPOLossConfig:
         real = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= _FLOAT32_MAX
         if not real or not holds(value):
             raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        if type(value) not in (int, float):  # numpy's and others: written down as Python's
+            object.__setattr__(self, name, int(value) if isinstance(value, numbers.Integral) else float(value))
 
     @property
     def upper_epsilon(self) -> float:

@@ -8,7 +8,7 @@ Nothing here knows a process group: what depends on other ranks comes in as numb
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -74,11 +74,10 @@ class TokenInputs:
     sampling: torch.Tensor | None = None  # [B, T]
 
 
-def prepare(config, dtype, advantages, mask, tensors, num_items=None, token_count=None) -> TokenInputs:
+def prepare(config, dtype, advantages, mask, tensors, num_items=None) -> TokenInputs:
     """Casts the per-token inputs to the compute dtype, replaces what they hold where the mask is 0, and weighs the tokens.
 
-    ``tensors``: old, ref, rho and sampling by name. ``token_count``: what bnpo and the entropy bonus divide by instead of the
-    kept tokens.
+    ``tensors``: old, ref, rho and sampling by name.
     """
     kept = mask.bool()
 
@@ -92,7 +91,7 @@ def prepare(config, dtype, advantages, mask, tensors, num_items=None, token_coun
         return x.where(kept.any(1, keepdim=True) | x.isfinite(), fill)
 
     m = kept.to(dtype)
-    count = m.sum().clamp(min=1) if token_count is None else token_count
+    count = m.sum().clamp(min=1)
     return TokenInputs(
         mask=m,
         weights=m / _divisor(config, m, num_items, count),
@@ -104,6 +103,11 @@ def prepare(config, dtype, advantages, mask, tensors, num_items=None, token_coun
         rho=clean(tensors["rho"], 1.0),
         sampling=clean(tensors["sampling"]) if config.off_policy_mask_threshold is not None else None,
     )
+
+
+def weighed_over(t: TokenInputs, config, count) -> TokenInputs:
+    """The inputs whose means over tokens, bnpo's and the entropy bonus's, are over so many."""
+    return replace(t, count=count, weights=t.mask / count if config.aggregation == "bnpo" else t.weights)
 
 
 def _divisor(config, m, num_items, token_count):

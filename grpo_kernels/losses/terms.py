@@ -4,7 +4,6 @@ A term is ``s(w, logps, old_logps, advantages, config)``, per token, to be minim
 token or, at sequence level, one per sequence. Autograd of these functions is the specification of every coefficient in the kernels.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -75,9 +74,10 @@ def register_policy_term(name: str, term: Callable, *, aggregation: str = "dapo"
         name: the loss_type; not that of a built-in loss.
         term: ``term(logps, old_logps, advantages, config) -> [R]``, the per-token loss, of three [R] tensors in the compute dtype;
             elementwise, without state, differentiable in logps by autograd. old_logps is ``logps.detach()`` on-policy. At sequence
-            level logps is ``old_logps`` plus the sequence's mean log-ratio.
+            level logps is ``old_logps`` plus the sequence's mean log-ratio. Gradients of anything
+            else in it are lost.
         aggregation: the built-in loss_type whose normaliser it uses.
-        overwrite: replace an earlier term of that name.
+        overwrite: replace an earlier term of that name and aggregation.
 
     Raises:
         TypeError: name is no string or term cannot be called. ValueError: the name is taken, or there is no such aggregation.
@@ -85,19 +85,22 @@ def register_policy_term(name: str, term: Callable, *, aggregation: str = "dapo"
     if not isinstance(name, str) or not callable(term):
         wanted = ("name", "a string", name) if not isinstance(name, str) else ("term", "a function", term)
         raise TypeError("{} must be {}, got {!r}".format(*wanted))
-    if not name or name in BUILT_IN:
-        raise ValueError(f"name must be none of the built-in losses {', '.join(BUILT_IN)}, got {name!r}")
+    if not name.isidentifier() or name in BUILT_IN:
+        raise ValueError(f"name must be an identifier and none of the built-in losses {', '.join(BUILT_IN)}, got {name!r}")
     if name in TERMS and not overwrite:
         raise ValueError(f"name {name!r} is registered already; overwrite=True replaces it")
     if aggregation not in BUILT_IN:
         raise ValueError(f"aggregation must be one of {', '.join(BUILT_IN)}, got {aggregation!r}")
+    if name in TERMS and TERMS[name].aggregation != aggregation:  # configs of that name were validated with it
+        raise ValueError(f"aggregation of {name!r} must stay {TERMS[name].aggregation!r}, got {aggregation!r}")
 
     def function(w, logps, old_logps, A, config):
         shape = torch.broadcast_shapes(logps.shape, old_logps.shape, A.shape)
         s = term(*(x.expand(shape).reshape(-1) for x in (logps, old_logps, A)), config)
-        if not isinstance(s, torch.Tensor) or s.numel() != shape.numel():
-            found = list(s.shape) if isinstance(s, torch.Tensor) else type(s).__name__
-            raise ValueError(f"the term of loss_type={name!r} must return one loss a token, [{shape.numel()}], got {found}")
+        if not isinstance(s, torch.Tensor) or s.shape != (shape.numel(),) or s.dtype != logps.dtype:
+            found = f"{list(s.shape)} {s.dtype}" if isinstance(s, torch.Tensor) else type(s).__name__
+            wanted = f"one loss a token, [{shape.numel()}] {logps.dtype}"
+            raise ValueError(f"the term of loss_type={name!r} must return {wanted}, got {found}")
         return s.reshape(shape)
 
     TERMS[name] = PolicyTerm(function, aggregation, registered=True)
@@ -157,10 +160,8 @@ def row_coefficient(logps, rows: PolicyRows, config, linear):
     """d loss / d logps [R] of rows whose coefficient depends on themselves alone, by autograd of their term and of k3."""
     if config is None:
         return rows.w_policy
-    if config.sequence_level:  # on-policy: the ratio of a sequence is 1 and does not reach its tokens' k3
-        config = dataclasses.replace(config, use_bias_correction_kl=False)
     with torch.enable_grad():
-        own = logps.detach().requires_grad_()
+        own = logps.detach().clone().requires_grad_()
         old = logps.detach() if rows.old is None else rows.old
         log_w = own - old
         w = clamped_exp(log_w)
@@ -168,4 +169,5 @@ def row_coefficient(logps, rows: PolicyRows, config, linear):
         loss = rows.w_policy * term
         if rows.ref is not None:
             loss = loss + rows.w_kl * k3(log_w, w, rows.ref - own, config)
-        return torch.autograd.grad(loss.sum(), own)[0]
+        # a term may be constant
+        return torch.autograd.grad((loss + 0 * own).sum(), own)[0]

@@ -11,6 +11,7 @@ import torch
 import yaml
 from transformers import BitsAndBytesConfig, HfArgumentParser
 
+from ..losses.config import LOSS_TYPES
 from .config import GRPOConfig
 from .rewards import load_reward
 
@@ -95,9 +96,9 @@ def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
     run = {**given, **settings, **{name: value for name, value in given.items() if value is not None}}
     if run["model"] is None and run["data"] is None and not {"-h", "--help"} & set(argv):
         parser.set_defaults(**demo_defaults)
-    else:
+    elif _loss_type(argv, settings) not in LOSS_TYPES:
         for spec in run["reward"] or ():
-            load_reward(spec)  # whose module may register the loss_type
+            load_reward(spec)  # whose module may register it
     parser.set_defaults(**settings)
     run, args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
@@ -113,6 +114,13 @@ def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
             raise ValueError("--load_in_4bit, --load_in_8bit and model_init_kwargs' quantization_config exclude each other")
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": quantized}
     return run, args
+
+
+def _loss_type(argv, settings):
+    """What is asked for, before it can be validated."""
+    parser = _Parser(allow_abbrev=False, add_help=False, dataclass_types=())
+    parser.add_argument("--loss_type", default=settings.get("loss_type", GRPOConfig.loss_type))
+    return parser.parse_known_args(argv)[0].loss_type
 
 
 def leave_together(args):
