@@ -96,7 +96,8 @@ def register_policy_term(name: str, term: Callable, *, aggregation: str = "dapo"
 
     def function(w, logps, old_logps, A, config):
         shape = torch.broadcast_shapes(logps.shape, old_logps.shape, A.shape)
-        s = term(*(x.expand(shape).reshape(-1) for x in (logps, old_logps, A)), config)
+        # copies of what shares memory with the rest of the call
+        s = term(logps.expand(shape).reshape(-1), *(x.expand(shape).reshape(-1).clone() for x in (old_logps, A)), config)
         if not isinstance(s, torch.Tensor) or s.shape != (shape.numel(),) or s.dtype != logps.dtype:
             found = f"{list(s.shape)} {s.dtype}" if isinstance(s, torch.Tensor) else type(s).__name__
             wanted = f"one loss a token, [{shape.numel()}] {logps.dtype}"
@@ -161,7 +162,7 @@ def row_coefficient(logps, rows: PolicyRows, config, linear):
     if config is None:
         return rows.w_policy
     with torch.enable_grad():
-        own = logps.detach().clone().requires_grad_()
+        own = logps.detach().requires_grad_()
         old = logps.detach() if rows.old is None else rows.old
         log_w = own - old
         w = clamped_exp(log_w)
