@@ -7,44 +7,16 @@ from .distributed import group_in_use, validate_across_ranks
 from .losses.config import GRPOLossConfig
 
 
-def grpo_loss(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    completion_ids: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    bias=None,
-    old_logps=None,
-    ref_logps=None,
-    importance_sampling_ratio=None,
-    sampling_logps=None,
-    num_items=None,
-    config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 - frozen
-    temperature=None,
-    lora=None,
-    vocab_parallel_group=None,
-    sequence_parallel=False,
-    data_parallel_group=None,
-    cu_seqlens=None,
-    kept_rows=None,
-    workspace_bytes=None,
-    backend="auto",
-) -> GRPOLossOutput:
+def grpo_loss(hidden, weight, completion_ids, advantages, mask, *, config=GRPOLossConfig(), **options) -> GRPOLossOutput:  # noqa: B008
     """The GRPO loss through the full [B, T, V] logits; same arguments, results and errors as `fused_linear_grpo_loss`.
 
     Plain autograd all the way: differentiable in hidden, weight, bias and lora, any number of times. ``kept_rows``,
     ``workspace_bytes`` and ``backend`` are accepted and change nothing; ``vocab_parallel_group`` must be None.
     """
-    if vocab_parallel_group is not None or sequence_parallel:
+    given = LossArguments(hidden, weight, completion_ids, mask, config, advantages=advantages, **options)
+    if given.vocab_parallel_group is not None or given.sequence_parallel:
         raise ValueError("vocab_parallel_group must be None: the reference holds the whole vocabulary")
-    given = LossArguments(
-        hidden, weight, completion_ids, mask, config, bias, temperature, lora, vocab_parallel_group, sequence_parallel,
-        workspace_bytes, backend, kept_rows, data_parallel_group, advantages=advantages, old_logps=old_logps, ref_logps=ref_logps,
-        importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
-        cu_seqlens=cu_seqlens,
-    )  # fmt: skip
-    with validate_across_ranks(group_in_use(config, data_parallel_group), hidden, "data_parallel_group"):
+    with validate_across_ranks(group_in_use(config, given.data_parallel_group), hidden, "data_parallel_group"):
         args = given.checked()
         loss = TokenLoss(args, wait=True)
         raise_bad_values(value_flags(args, weight.shape[0], loss).tolist(), weight.shape[0])

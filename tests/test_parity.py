@@ -24,7 +24,7 @@ from grpo_kernels.backends import triton
 from grpo_kernels.engine import products
 from grpo_kernels.losses.config import LOSS_TYPES
 
-NAMES = ("torch", "cpu", "triton") if DEVICE == "cpu" else ("torch", "triton")
+NAMES = ("torch", "cpu", "triton") if DEVICE == "cpu" else ("torch", "triton", "cuda")
 BACKENDS = [name for name, reason in available_backends().items() if reason is None and name in NAMES]
 on_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="its tensors are on the CPU")
 WORKSPACES = (1, 700, 3000, 20_000, 300_000, None)
