@@ -85,8 +85,8 @@ def plan(argv):
     parser = _Parser(prog="grpo-kernels plan", allow_abbrev=False)
     for name in ("tokens", "vocab", "depth"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--device", choices=sorted(DEVICES), default="h200")
-    parser.add_argument("--dtype", choices=_BYTES, default="bf16")
+    parser.add_argument("--device", type=str.lower, choices=sorted(DEVICES), default="h200", help="h200")
+    parser.add_argument("--dtype", choices=_BYTES, default="bf16", help="bf16")
     wanted = parser.add_mutually_exclusive_group()
     wanted.add_argument("--frozen", action="store_true", help="no gradient of the head")
     wanted.add_argument("--logprobs", action="store_true", help="no gradient at all")
@@ -116,8 +116,12 @@ def plan(argv):
         print(json.dumps({"device": args.device, "heights": heights, "steps": [asdict(x) for x in found], **asdict(prediction)}))
         return
     print(f"device   {args.device}, {args.dtype}, workspace {budget / 2**20:g} MiB")
-    print("heights  " + ", ".join(f"{name} {value}" for name, value in asdict(chosen).items()))
-    print(f"\n{'step':16}{'count':>7}{'m':>9}{'n':>9}{'k':>9}{'MiB read':>11}{'written':>10}{'in L2':>9}{'ms':>10}")
+    used = ("chunk_rows", "buffer_rows", "direct", "dh_rows") if gradient else ("score_group", "score_rows", "score_columns")
+    if problem.stashes:
+        used = (*used, "stash_rows", *(name for name in asdict(chosen) if "recompute" in name and chosen.stash_rows < args.tokens))
+    print("heights  " + ", ".join(f"{name} {getattr(chosen, name)}" for name in used))
+    print(f"\n{'':50}{'MiB of one:':>11}{'':19}{'in all:':>10}")
+    print(f"{'step':16}{'count':>7}{'m':>9}{'n':>9}{'k':>9}{'read':>11}{'written':>10}{'in L2':>9}{'ms':>10}")
     for x in found:
         mib = [size / 2**20 for size in (x.read, x.written, x.cached)]
         print(f"{x.what:16}{x.count:>7}{x.m:>9}{x.n:>9}{x.k or '':>9}{mib[0]:>11.1f}{mib[1]:>10.1f}{mib[2]:>9.1f}"

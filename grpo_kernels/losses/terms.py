@@ -67,7 +67,7 @@ BUILT_IN = tuple(TERMS)
 def register_policy_term(name: str, term: Callable, *, aggregation: str = "dapo", overwrite: bool = False) -> None:
     """Makes ``loss_type=name`` a loss everywhere: functions, module, trainer, reference and command line.
 
-    Equals the built-in losses with s = ``term``: ``loss = sum_t u_t s(logps_t, old_logps_t, A_t) + beta k3``, u the weights of
+    Equals the built-in losses with s = ``term``: ``loss = sum_t u_t s(logps_t, old_logps_t, A_t)`` and their KL, u the weights of
     ``aggregation``. At token level it costs one pass, as they do; autograd of ``term`` on a chunk's vectors is its coefficient.
 
     Args:
