@@ -12,7 +12,7 @@ from test_cuda_kernels import sanitizer_libraries
 from grpo_kernels.backends import native
 
 ROOT = Path(__file__).parent.parent
-SECONDS = {"fuzz": 60, "fuzz under sanitizers": 5}
+SECONDS = {"fuzz": 60, "fuzz under sanitizers": 10}
 FLAGS = "-g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 pytestmark = [
     pytest.mark.unpoisoned,
