@@ -1,4 +1,4 @@
-// The three row kernels and the transpose on the CPU, compiled once per instruction set under another GK_ISA.
+// The row kernels and the transpose on the CPU, compiled once per instruction set under another GK_ISA.
 //
 //   statistics  reads a tile once. Per element: 1 exp, 2 fused multiply-adds, 1 maximum.
 //   gradient    reads and writes it once. Per element: 1 exp, 1 multiplication. The stash is its special case g = 1 without the

@@ -29,7 +29,7 @@ class Path(Workload):
 
     beta: float = 0.0
     idle: float = 0.0  # share of the rows whose advantage is 0
-    stash: bool = False  # the workspace has room for the softmax of all rows
+    stash: bool = False  # the workspace has room for the stash of all rows
     recompute: bool = False  # two phases within the default workspace: the floor multiplies by the head twice
 
     def products(self, rows, live):

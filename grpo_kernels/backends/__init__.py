@@ -8,7 +8,7 @@ import torch
 
 from . import cuda, native, pytorch, triton
 
-FLOAT32_TILES = ("triton", "cuda")  # take float32 logits and write a 16-bit gradient over them
+FLOAT32_TILES = ("triton", "cuda")  # take float32 logits and write a 16-bit gradient elsewhere
 _MODULES = {"torch": pytorch, "cpu": native, "triton": triton, "cuda": cuda}
 _NAMES = tuple(_MODULES)
 # {compute capability: {V: the backend whose fused kernel was the fastest}}, written by `make gpu` from what it measured

@@ -24,7 +24,7 @@ _Launch = params.struct("CudaLaunch", (params.INT, "device"), (params.POINTER, "
 
 
 class Kernels:
-    """The three functions of a backend over one shared library; ``shape`` is what a launch is not to choose itself.
+    """The functions of a backend over one shared library; ``shape`` is what a launch is not to choose itself.
 
     That is variant (1: two reads of the tile, 2: the row kept by a cluster of blocks), cluster (blocks) and threads (of a block).
     """
