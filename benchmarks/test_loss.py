@@ -1,4 +1,4 @@
-"""The quick set under pytest-benchmark, for its comparisons and its storage: `python -m pytest benchmarks --benchmark-only -k dense`.
+"""The quick set under pytest-benchmark, for its comparisons: `python -m pytest benchmarks --benchmark-only -k dense`.
 
 Checked first, one call a timing. `grpo-kernels bench --quick` is the same with interleaved rounds, ratios and memory.
 GRPO_KERNELS_BENCH_TINY=1 takes a small vocabulary: seconds, to see that everything runs.
