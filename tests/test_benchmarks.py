@@ -73,10 +73,8 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
         (["--shapes", "100x8x64"], ["multiples of 64", "100x8x64"]),
         (["--tokens", "100"], ["multiple of 64"]),
         (["--rounds", "0"], ["--rounds", "at least 1"]),
-        (["--fit-memory", "-2"], ["--fit-memory", "-2"]),
         (["--from", "nowhere.json"], ["nowhere.json"]),
         (["--only"], ["--only", "--scaling"]),
-        (["--fit-memory", "inf"], ["--fit-memory", "inf"]),
         (["--workloads", ""], ["--workloads", "nothing"]),
         (["--json", "."], ["--json", "folder"]),
         (["--from", "x.json", "--json", "y.json"], ["--from", "--json"]),
@@ -97,7 +95,7 @@ def test_shapes_by_name_and_by_numbers():
 
 def found(*extra, workload="dense"):
     chosen = [PROVIDERS["products"], *extra]
-    rows = measure.measure(TINY, WORKLOADS[workload], chosen, clocks.Cpu(), measure.Effort(2, processes=0))
+    rows = measure.measure(TINY, WORKLOADS[workload], chosen, clocks.Cpu(), measure.Effort(2, memory=False))
     return {r["provider"]: r for r in rows}
 
 
@@ -338,8 +336,6 @@ def test_logits_look_like_a_trained_models():
     low, high = exact.entropy.flatten().quantile(torch.tensor([0.5, 0.85], dtype=torch.float64)).tolist()
     assert low < 0.1 and high > 0.67
     assert exact.logps.mean() > -1.2
-    flat = truth(make_problem(Shape(length=8, depth=256, vocab=8192), WORKLOADS["flat"])).entropy
-    assert flat.min() > 1 and flat.median() > 4
 
 
 def test_the_ratios_reach_both_sides_of_the_clip_range():
@@ -350,17 +346,10 @@ def test_the_ratios_reach_both_sides_of_the_clip_range():
         assert (own < 0.8).any() and ((own > 0.8) & (own < 1.2)).any() and (own > 1.2).any()
 
 
-def test_exponents_and_what_fits_on_made_up_data():
+def test_exponents_on_made_up_data():
     assert scaling.slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
     assert scaling.slope([1, 2, 4], [5, 5, 5]) == pytest.approx(0)
     assert scaling.slope([1], [5]) is None and scaling.slope([], []) is None
-    points = [{"shape": {"tokens": n}, "peak_bytes": n * 2**20} for n in (1024, 2048, 4096)]
-    assert scaling.largest("x", points, 3)["largest"] == 3072
-    assert scaling.largest("x", points, 8)["largest"] == 8192 and "line" in scaling.largest("x", points, 8)["note"]
-    assert scaling.largest("x", points, 0.5)["largest"] is None
-    flat = [{"shape": {"tokens": n}, "peak_bytes": 2**20} for n in (1024, 2048)]
-    assert "does not grow" in scaling.largest("x", flat, 8)["note"]
-    assert "at least" in scaling.largest("x", flat[:1], 8)["note"]
 
 
 INDEPENDENT = """

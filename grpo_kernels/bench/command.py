@@ -32,7 +32,7 @@ with the reason. Exit status: 0; 1 if this library itself failed or was wrong; 2
 
   grpo-kernels bench --quick                                three to six minutes on two cores
   grpo-kernels bench --shapes qwen3-8b --json here.json     one head, everybody
-  grpo-kernels bench --scaling --fit-memory 8 --plot pics   how time and memory grow, and what fits
+  grpo-kernels bench --scaling --plot pics                  how time and memory grow
   grpo-kernels bench --from here.json --plot pics           the table and the pictures again, measuring nothing
 """
 
@@ -53,12 +53,11 @@ def parser():
     p.add_argument("--rounds", type=int, help="timings of each provider (7; slow ones take three)")
     p.add_argument("--tokens", type=int, help=f"of a model's shape ({CPU_TOKENS}; {GPU_TOKENS} on a GPU; a multiple of 64)")
     p.add_argument("--scaling", action="store_true", help="also: time and memory over 1k to 64k tokens and 32k to 262k vocabulary")
-    p.add_argument("--fit-memory", type=float, metavar="GIB", help="also: the most tokens whose peak is within this memory")
     p.add_argument("--step", action="store_true", help="also: one optimiser step of whole trainers, and the head's share of it")
     p.add_argument("--json", type=Path, metavar="FILE", help="write one JSON array of rows")
     p.add_argument("--plot", type=Path, metavar="DIR", help="write pictures (SVG)")
     p.add_argument("--from", type=Path, dest="source", metavar="FILE", help="take the rows of this JSON file, measure nothing")
-    p.add_argument("--only", action="store_true", help="with --scaling, --fit-memory or --step: only these, no table of workloads")
+    p.add_argument("--only", action="store_true", help="with --scaling or --step: only these, no table of workloads")
     p.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # seconds, to see that everything runs
     return p
 
@@ -101,10 +100,8 @@ def _check(options):
                 raise Refused(f"{option} {folder}: {error.strerror}") from error
     if options.rounds is not None and options.rounds < 1:
         raise Refused(f"--rounds must be at least 1, got {options.rounds}")
-    if options.fit_memory is not None and not 0 < options.fit_memory < math.inf:
-        raise Refused(f"--fit-memory must be a number of GiB > 0, got {options.fit_memory:g}")
-    if options.only and not (options.scaling or options.fit_memory or options.step):
-        raise Refused("--only needs --scaling, --fit-memory or --step")
+    if options.only and not (options.scaling or options.step):
+        raise Refused("--only needs --scaling or --step")
     if options.only and options.workloads:
         raise Refused("--only leaves the workloads out, so it excludes --workloads")
 
@@ -135,8 +132,7 @@ def run(options, started, say=_say):
             slow, shared, before = {}, [], shape
         now = time.monotonic()
         effort = Effort(
-            options.rounds or (QUICK_ROUNDS if options.quick else 7), processes=1 if options.quick else 3,
-            until=now + max(0.0, started + allowed - now) / len(left),
+            options.rounds or (QUICK_ROUNDS if options.quick else 7), until=now + max(0.0, started + allowed - now) / len(left)
         )  # fmt: skip
         more = measure(shape, workload, [p for p in providers if p.name not in slow], clock, effort, say, shared)
         # who was too slow for one workload of a head is not asked for the others
@@ -145,25 +141,14 @@ def run(options, started, say=_say):
                  if r["status"] == "too slow" and r["provider"] not in slow}  # fmt: skip
         found(more)
         left.pop(0)
-    if options.scaling or options.fit_memory:
+    if options.scaling:
         scaled = [p for p in providers if p.name in _SCALED or (options.providers and p.name != PRODUCTS)]
-        over = scaling.axes(TINY if options.tiny else shapes[0])[: None if options.scaling and not options.tiny else 1]
-        points = scaling.sweep(scaled, [(axis, few[:3]) for axis, few in over] if options.tiny else over, clock, say)
-        found(points)
-        if options.fit_memory:
-            found(fits(points, over[0][1][0].vocab, options.fit_memory))
+        over = [("tokens", scaling.axes(TINY)[0][1][:3])] if options.tiny else scaling.axes(shapes[0])
+        found(scaling.sweep(scaled, over, clock, say))
     if options.step:
         lengths, layers = ((16,), 0) if options.tiny else (step.LENGTHS, 24)
         found(step.measure(lengths, layers, options.rounds or 3, say))
     return rows
-
-
-def fits(rows, vocab, gib):
-    own = {}
-    for r in rows:
-        if r["kind"] == "scaling" and r["shape"]["vocab"] == vocab and r["peak_bytes"] is not None:
-            own.setdefault(r["provider"], []).append(r)
-    return [scaling.largest(name, points, gib) for name, points in own.items()]
 
 
 def chosen(options, clock):

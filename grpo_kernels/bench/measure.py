@@ -27,9 +27,7 @@ from .providers import FULL, OURS, PRODUCTS
 
 _SLOW, _SLOW_ROUNDS = 4, 3  # who takes four times as long as the fastest is timed three times
 _ALWAYS = (PRODUCTS, FULL)  # whatever the time, as ours
-_PROCESS_SECONDS = 8  # of a fresh process, its call apart
 _LONGEST_CALL, _LONGEST_OWN = 60.0, 600.0  # seconds of a first call behind which another library, or ours, is given up
-_REPEATED = 2.0  # seconds: who is faster gets as many processes as are asked for, whoever it is; the others one
 _SHARE_OF_MEMORY = 0.85  # of what is free may be taken
 _STATUS = {Absent: "absent", AssertionError: "wrong", memory.TooLong: "too slow", MemoryError: "out of memory",
            torch.OutOfMemoryError: "out of memory"}  # fmt: skip
@@ -38,11 +36,11 @@ _STATUS = {Absent: "absent", AssertionError: "wrong", memory.TooLong: "too slow"
 @dataclass(frozen=True)
 class Effort:
     rounds: int = 7
-    processes: int = 1  # on a CPU: fresh ones per point of memory, whose median is kept
+    memory: bool = True  # on a CPU: in a fresh process
     until: float = float("inf")  # time.monotonic() after which no further round and no other library is begun
 
-    def allows(self, provider, seconds=0.0):
-        return provider.name in _ALWAYS or provider.ours or time.monotonic() + seconds < self.until
+    def allows(self, provider):
+        return provider.name in _ALWAYS or provider.ours or time.monotonic() < self.until
 
 
 @dataclass
@@ -59,12 +57,12 @@ def measure(shape, workload, providers, clock, effort=Effort(), say=lambda text:
     problem = make_problem(shape, workload, device=clock.device)
     rows, title = _Rows(problem, clock), f"{problem.shape} {workload.name}"
     able = [p for p in providers if _can(p, problem, rows, effort)]
-    alone = effort.processes if clock.device.type == "cpu" else 0
-    for provider in able if alone else ():
+    for provider in able if effort.memory and clock.device.type == "cpu" else ():
         if provider.name != PRODUCTS:
             say(f"{title}: {provider.name} alone")
             with rows.attempt(provider):
-                rows.found[provider.name] = _alone(provider, workload, shape, alone, effort)
+                longest = _LONGEST_OWN if provider.ours or provider.name in _ALWAYS else _LONGEST_CALL
+                rows.found[provider.name] = memory.in_fresh_process(provider.name, workload.name, shape, longest)
     known = None
     if any(p.name != PRODUCTS for p in able):
         say(f"{title}: float64 reference")
@@ -175,17 +173,6 @@ def _missing(clock, needed):
     if free is not None and needed > _SHARE_OF_MEMORY * free:
         return f"takes some {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
     return None
-
-
-def _alone(provider, workload, shape, processes, effort):
-    """The fields of a row that fresh processes find."""
-    longest = _LONGEST_OWN if provider.ours or provider.name in _ALWAYS else _LONGEST_CALL
-    points = []
-    for i in range(processes):
-        if i and (points[0]["cold_seconds"] > _REPEATED or not effort.allows(provider, _PROCESS_SECONDS)):
-            break
-        points.append(memory.in_fresh_process(provider.name, workload.name, shape, longest))
-    return memory.median(points)
 
 
 def rounds(calls, clock, effort, say=lambda text: None, title="", peaks=None):

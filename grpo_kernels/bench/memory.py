@@ -8,7 +8,6 @@ has loaded what libraries load on first use. On a GPU the same process asks the 
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -52,14 +51,6 @@ def measure(provider, workload, shape) -> dict:
         "peak_bytes": peak, "data_bytes": held, "gradient_bytes": size(result.d_hidden) + size(result.d_weight),
         "workspace_bytes": default_budget(clock.device.type) if provider.ours else None, "cold_seconds": seconds,
     }  # fmt: skip
-
-
-def median(points) -> dict:
-    """Of the same point several times: malloc and the scratch memory of oneDNN's threads move the mark by some tens of MiB."""
-    points = sorted(points, key=lambda r: r["peak_bytes"] or 0)
-    marks = [r["peak_bytes"] or 0 for r in points]
-    first = {"cold_seconds": statistics.median(r["cold_seconds"] for r in points)}
-    return {**points[len(points) // 2], **first, "peak_repeats": len(points), "peak_spread": marks[-1] - marks[0]}
 
 
 def in_fresh_process(provider, workload, shape, longest) -> dict:

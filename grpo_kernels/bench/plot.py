@@ -1,4 +1,4 @@
-"""Rows -> light SVG pictures: time against the floor, memory against tokens, the optimiser step."""
+"""Rows -> light SVG pictures: time against the floor, memory against tokens."""
 
 from pathlib import Path
 
@@ -33,7 +33,6 @@ def plot(rows, folder) -> list[Path]:
     pictures = {
         "time": (_time, [r for r in good if r.get("kind", "loss") == "loss" and r["ratio"]]),
         "memory": (_memory, [r for r in good if r.get("kind") == "scaling" and (r["peak_bytes"] or 0) > 0]),
-        "step": (_step, [r for r in good if r.get("kind") == "step" and r["median"]]),
     }
     files = []
     # the same rows give the same bytes, and text stays text
@@ -93,19 +92,6 @@ def _memory(axis, rows):
     axis.set_ylabel("peak memory above the inputs, GiB")
     axis.legend(frameon=False)
     axis.set_title(f"Memory against tokens: D {depth}, V {vocab}, {rows[0]['path']}", loc="left")
-
-
-def _step(axis, rows):
-    lengths, names = list(dict.fromkeys(r["shape"]["tokens"] for r in rows)), list(dict.fromkeys(r["provider"] for r in rows))
-    for i, name in enumerate(names):
-        points = {r["shape"]["tokens"]: r["median"] for r in rows if r["provider"] == name}
-        places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j, n in enumerate(lengths) if n in points]
-        colour = _OWN if name == "trl fused" else _OTHERS[i]
-        axis.bar(places, [points[n] for n in lengths if n in points], 0.8 / len(names), label=name, color=colour)
-    axis.set_xticks(range(len(lengths)), [f"{n} tokens" for n in lengths])
-    axis.set_ylabel("seconds per optimiser step")
-    axis.legend(frameon=False)
-    axis.set_title("One optimiser step" + ("; `model` is the step without a head" if "model" in names else ""), loc="left")
 
 
 def _names(rows):

@@ -57,7 +57,7 @@ def make_problem(shape: Shape, workload: Workload, seed=0, device="cpu") -> Prob
     dtype = getattr(torch, shape.dtype)
     weight = torch.empty(V, D, dtype=dtype, device=device).normal_(generator=large).mul_(D**-0.5)
     noise = torch.empty(B * T, D, device=device).normal_(generator=large)
-    hidden, ids = _flat(noise, V, g) if workload.flat else _peaked(noise, weight, g)
+    hidden, ids = _peaked(noise, weight, g)
     hidden = hidden.to(dtype)
     mask, advantages = draw_batch(workload, B, T, g)
     logps = None if workload.beta == 0 and not workload.off_policy else _logps(hidden, weight, ids).view(B, T)
@@ -66,12 +66,6 @@ def make_problem(shape: Shape, workload: Workload, seed=0, device="cpu") -> Prob
     ref = logps - 0.1 * torch.randn(B, T, generator=g).to(device) if workload.beta else None
     hidden, ids, advantages, mask = hidden.view(B, T, D), ids.view(B, T), advantages.to(device), mask.to(device)
     return Problem(shape, workload, workload.config(), hidden, weight, ids, advantages, mask, old, ref)
-
-
-def _flat(noise, V, g):
-    N = noise.shape[0]
-    spread = 1 + 3 * torch.rand(N, 1, generator=g)
-    return noise * spread.to(noise.device), torch.randint(V, (N,), generator=g).to(noise.device)
 
 
 def _peaked(noise, weight, g):

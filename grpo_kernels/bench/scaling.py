@@ -1,4 +1,4 @@
-"""Time and peak memory over tokens and over the vocabulary, their exponents, and the most tokens that fit a memory.
+"""Time and peak memory over tokens and over the vocabulary, and their exponents.
 
 Every point is a fresh process, on policy and dense; its one call is timed cold, after a tiny call. A provider whose last point took
 long or much is not asked for the larger ones, and the row says so. Everybody is checked against float64 at the smallest point.
@@ -99,21 +99,3 @@ def slope(x, y):
     a, b = [math.log(v) for v in x], [math.log(v) for v in y]
     mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
     return sum((p - mean_a) * (q - mean_b) for p, q in zip(a, b, strict=True)) / sum((p - mean_a) ** 2 for p in a)
-
-
-def largest(name, points, gib):
-    """The most tokens whose peak is within ``gib`` GiB, on the line through the two largest points on either side of it."""
-    limit = gib * 2**30
-    good = [(p["shape"]["tokens"], p["peak_bytes"]) for p in points if p["peak_bytes"] is not None]
-    fit = lambda tokens, note: _row(name, points[0]["shape"], kind="fit", memory_gib=gib, largest=tokens, note=note)  # noqa: E731
-    if good[0][1] > limit:
-        return fit(None, f"{good[0][0]} tokens already take more")
-    over = next((i for i, (_, peak) in enumerate(good) if peak > limit), None)
-    if over is None and len(good) < 2:
-        return fit(good[-1][0], "at least: no larger point was measured")
-    # less than a twentieth while the tokens double is what malloc and oneDNN move by themselves
-    if over is None and good[-1][1] < 1.05 * good[-2][1]:
-        return fit(good[-1][0], "and more: the peak does not grow")
-    (n0, m0), (n1, m1) = good[over - 1 : over + 1] if over else good[-2:]
-    note = "between two measured points" if over else "by the line through the two largest points"
-    return fit(int(n0 + (n1 - n0) * (limit - m0) / max(1, m1 - m0)), note)

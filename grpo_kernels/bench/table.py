@@ -80,10 +80,6 @@ def _exponent(r):
             f"peak ~ {axis}^{_cell(r['memory_exponent'], '{:.2f}')}  ({r['points']} points)")  # fmt: skip
 
 
-def _fit(r):
-    return f"  {r['provider']:20} within {r['memory_gib']:g} GiB: {_cell(r['largest'], '{} tokens')}  ({r['note']})"
-
-
 def _other(r):
     """``says`` is the row in words, for kinds that only the GPU's stages have."""
     shape = "x".join(str(n) for n in (r["shape"] or {}).values())
@@ -92,7 +88,7 @@ def _other(r):
     return f"  {r['provider']:20} {r['path']:18} {shape:24} {median:>12} {r.get('says') or ''} {status}"
 
 
-_LINES = {"scaling": _point, "exponent": _exponent, "fit": _fit}
+_LINES = {"scaling": _point, "exponent": _exponent}
 
 
 def _steps(rows):
