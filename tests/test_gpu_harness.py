@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
 
 from benchmarks.gpu import __main__ as command  # noqa: E402
 from benchmarks.gpu import decide, kernels, programs  # noqa: E402
-from benchmarks.gpu.stage import LIMIT, Stage, read, show  # noqa: E402
+from benchmarks.gpu.stage import Stage, read  # noqa: E402
 from grpo_kernels import build_cuda, devices  # noqa: E402
 from grpo_kernels.backends import native, row_kernels_triton  # noqa: E402
 from grpo_kernels.bench import record  # noqa: E402
@@ -65,8 +65,10 @@ def test_every_stage_runs_on_the_cpu(run):
     verdicts = {r["path"]: (r["status"], r["note"]) for rows in found.values() for r in rows if r.get("kind") == "stage"}
     assert status == 0, (verdicts, printed)
     skipped = {name for name, (status, _) in verdicts.items() if status == "skipped"}
-    assert skipped == {"build", "sanitize"} and found.keys() == command.STAGES.keys()
-    assert verdicts.keys() == command.STAGES.keys() - {"peers"} | {"peers full_logits", "peers trl"}
+    assert {"build", "sanitize"} <= skipped <= {"build", "sanitize", "peers:trl"}
+    peers = {name for name in command.STAGES if name.startswith("peers:")}
+    assert verdicts.keys() == command.STAGES.keys() - peers | {"peers:full_logits", "peers:trl"}
+    assert found.keys() == {name.partition(":")[0] for name in command.STAGES}
 
     of = {name: [(r.get("kind"), r["provider"], r["path"]) for r in rows] for name, rows in found.items()}
     for depth in ("D 32", "D 16"):
@@ -74,7 +76,7 @@ def test_every_stage_runs_on_the_cpu(run):
     ours = decide.OURS + "-cpu" if native.why_unavailable() is None else decide.OURS + "-torch"
     for path in decide.PATHS:
         assert (None, ours, path) in of["decide"] and (None, "products", path) in of["decide"]
-    assert {("rate", "device", "copy"), ("error", ours, "log-probs")} <= set(of["decide"])
+    assert {("rate", "device", "copy"), ("error", ours, "log-probs, D 32")} <= set(of["decide"])
     assert any(kind == "kernel" for kind, *_ in of["kernels"]) and any(kind == "height" for kind, *_ in of["plan"])
     assert {("program", "pytest", "without inductor"), ("program", "pytest", "inductor")} <= set(of["test"])
     assert {(None, "full_logits", "dense"), (None, "grpo_kernels", "frozen")} <= set(of["peers"])
@@ -82,7 +84,7 @@ def test_every_stage_runs_on_the_cpu(run):
         assert {"device", "commit", "versions", "date", "status", "kind"} <= r.keys() | {"kind"}
     predicted = [r for r in found["decide"] if r["provider"] == ours and r["path"] == "dense"]
     assert predicted and all(r["predicted"] > 0 for r in predicted)
-    assert "log-probs" in printed and len(printed) < LIMIT + 2000
+    assert "log-probs" in printed and len(printed) < 12_000
 
 
 BROKEN = """
@@ -129,7 +131,7 @@ def test_a_stage_that_fails_stops_no_other_and_leaves_its_rows(run, monkeypatch)
     assert verdicts["wrong"] == ("failed", "triton policy wrong")
     assert [(r["path"], r["status"]) for r in found["wrong"][1:]] == [("policy", "wrong"), ("stash", "ok")]
     assert verdicts["good"] == ("ok", ""), "another library's failure is its own"
-    assert "hangs : its time was over" in printed and "dies : exit status -6" in printed and "good : exit status 0" in printed
+    assert "hangs: its time was over" in printed and "dies: exit status -6" in printed and "good: exit status 0" in printed
 
 
 def test_limits_share_the_minutes(run, monkeypatch):
@@ -164,7 +166,8 @@ def as_on_a_gpu(stage, monkeypatch):
     """The stage where products write float32 and the plan is an H200's: what the engine does there, in plain PyTorch."""
     device = replace(plan.DEVICES["h200"], l2=1 << 16)
     monkeypatch.setattr(products, "FLOAT32_TILES", ("torch", "triton"))
-    monkeypatch.setattr(operands, "device_of", lambda _: device)
+    for module in (operands, plan):
+        monkeypatch.setattr(module, "device_of", lambda _: device)
     stage.backends, stage.ours = ["torch"], "grpo_kernels-torch"
     monkeypatch.setenv("GRPO_KERNELS_WORKSPACE_MB", "0.3")
     return stage
@@ -175,12 +178,12 @@ def test_decide_and_plan_as_on_a_gpu(as_on_a_gpu, tmp_path):
     decide.run(stage)
     found = rows_of(stage, "product")
     assert {way for r in found for way in r["planned"]} == {"float32", "sum"} and {r["provider"] for r in found} == {"logits", "dH", "dW"}
-    assert all(r["ways"].keys() == {"bf16", "float32", "sum"} and r["median"] > 0 and "*" in r["says"] for r in found)
+    assert all(r["ways"].keys() == {"16-bit", "float32", "sum"} and r["median"] > 0 and "*" in r["says"] for r in found)
     shapes = {(r["path"], *r["shape"].values()) for r in found}
     for depth in stage.depths:  # all of them, and no other
         wanted = set()
         for name in decide.PATHS:
-            problem = decide.asked(stage, name, replace(stage.shape, depth=depth))
+            problem = decide.asked(stage, name, depth)
             wanted |= {(f"D {depth}", s.m, s.n, s.k) for s in plan.steps(problem, plan.plan(problem)) if s.k}
         assert {s for s in shapes if s[0] == f"D {depth}"} == wanted
     assert stage.end("ok") == 0, read(stage.file)[0]
@@ -220,20 +223,20 @@ def test_products_have_the_layouts_of_the_engine(as_on_a_gpu, monkeypatch):
 
 
 def test_log_probs_are_judged_by_the_product(stage, monkeypatch):
-    decide.log_probs(stage)
-    (row,) = rows_of(stage, "error")
-    assert row["status"] == "ok" and row["ours"]["logps_max"] > 0, row
     provider = decide.PROVIDERS[stage.ours]
-    for factor, status in ((1.05, "ok"), (1.2, "wrong")):
+    about = "error", stage.ours, "log-probs, D 32"
+    for factor, status in ((1.0, "ok"), (1.05, "ok"), (1.2, "wrong")):
 
         def worse(p, factor=factor):
             exact = decide.truth(p).logps
             return lambda: replace(provider.make(p)(), logps=exact + factor * (provider.make(p)().logps - exact))
 
         monkeypatch.setitem(decide.PROVIDERS, stage.ours, replace(provider, make=worse))
-        decide.log_probs(stage)
-        assert [r["status"] for r in rows_of(stage, "error")] == [status]
-    assert stage.end("ok") == 1
+        with stage.attempt(*about):
+            decide.log_probs(stage, 32)
+        (row,) = rows_of(stage, "error")
+        assert row["status"] == status and (status == "wrong" or row["ours"]["logps_max"] > 0), row
+    assert "of the product" in row["note"] and stage.end("ok") == 1
 
 
 def test_a_wrong_kernel_is_not_timed(stage, monkeypatch):
@@ -288,9 +291,9 @@ def test_the_table_is_short_whatever_happened(tmp_path, capsys):
     rows = [record.row(f"p{i}", path, shape, status="failed", note="x" * 300) for i in range(60) for path in decide.PATHS]
     rows += [record.row("stage", "decide", None, kind="stage", status="failed", note="m" * 500, seconds=60.0)]
     record.write(tmp_path / "a.json", rows)
-    show([tmp_path / "a.json", tmp_path / "missing.json"])
+    assert not command.main(["--show", str(tmp_path / "a.json"), str(tmp_path / "missing.json")])
     printed = capsys.readouterr().out
-    assert len(printed) <= LIMIT + 1 and printed.startswith("decide") and "cut" in printed
+    assert len(printed) <= 9500 and printed.startswith("decide") and "cut" in printed
 
 
 # ---- constants of a device ----
@@ -305,9 +308,9 @@ def planted():
     for D in (4096, 2048, 896):
         for what, m, n, k in (("logits", 512, 151_936, D), ("logits", 128, 151_936, D), ("logits", 512, 12_672, D),
                               ("dH", 1536, D, 151_936), ("dH", 1024, D, 151_936), ("dW", 151_936, D, 4096), ("dW", 25_344, D, 5888)):  # fmt: skip
-            for size, adds in ((2, False), (4, False), (4, True)):
+            for way in fit.WAYS:
                 noise = 1 + 0.06 * (torch.rand((), generator=g).item() - 0.5)
-                measured.append(((what, m, n, k, size, adds), noise * cost.seconds(*fit.product(PLANTED, what, m, n, k, size, adds))))
+                measured.append(((what, m, n, k, way), noise * cost.seconds(*fit.product(PLANTED, what, m, n, k, way))))
     measured[5] = measured[5][0], 3 * measured[5][1]
     rates = {"copy": PLANTED.bandwidth, "launch": 1 / PLANTED.launch, "cube float32": PLANTED.float32_tflops * 1e12}
     for path, share in fit.SHARES.items():

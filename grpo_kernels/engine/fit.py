@@ -8,15 +8,26 @@ least, which one product that is far off moves little.
 import math
 from dataclasses import replace
 
-from .cost import Device, Problem, Tally, seconds
+from .cost import Device, Problem, Tally, seconds, steps
+from .plan import plan
 
+WAYS = {"16-bit": (2, False), "float32": (4, False), "sum": (4, True)}  # bytes of an element that is written, or added to
 SHARES = {f"{i}/8 of L2": i / 8 for i in range(1, 9)}  # that source and result of a repeated kernel fill
 _HOT = 1.5  # times the bandwidth of memory is the cache's
 
 
-def product(device: Device, what: str, m: int, n: int, k: int, size: int, adds: bool):
-    """(problem, step) of one product of 16-bit matrices, with ``size`` bytes of an element written, or added to."""
-    tally = Tally(Problem(0, 0, n, k, 2, 4, True, True, 1, device=device))
+def products_of(problem: Problem) -> list:
+    """(what, m, n, k, way) of every product of 16-bit matrices that the plan makes."""
+    made = [s for s in steps(problem, plan(problem)) if s.k]
+    size = lambda s: (s.written + s.cached) // (s.m * s.n)  # noqa: E731
+    adds = lambda s: s.read > problem.element_size * (s.m + s.n) * s.k  # noqa: E731
+    names = {way: name for name, way in WAYS.items()}
+    return [(s.what, s.m, s.n, s.k, names[size(s), adds(s)]) for s in made]
+
+
+def product(device: Device, what: str, m: int, n: int, k: int, way: str):
+    """(problem, step) of one product."""
+    tally, (size, adds) = Tally(Problem(0, 0, n, k, 2, 4, True, True, 1, device=device)), WAYS[way]
     tally.product(1, what, m, n, k, size, adds, what != "dW" and tally.in_cache(m, n, size))
     return tally.p, tally.steps()[0]
 
