@@ -1,14 +1,11 @@
 """What is kept beside `grpo-kernels bench`, whose harness is the package's own `grpo_kernels/bench/`.
 
-    test_loss.py     the quick set as a pytest-benchmark suite, checked first; conftest.py has its options
-    limits.py        what a record of a quiet machine must show
-    savings.py       what the trainer does not compute, and the time of it
-    soak/            what takes too long for every test run, `make soak`
-    compiled.py, compiled_cuda.py, occupancy.py     the compiled kernels, without a GPU
-    gpu/             everything a GPU can prove, `make gpu`
-    results/         records
-
-    grpo-kernels bench --json benchmarks/results/cpu.json --scaling
-    python -m benchmarks.limits benchmarks/results/cpu.json
-    python -m pytest benchmarks --benchmark-only
+    compiled.py, compiled_cuda.py, occupancy.py     judges of the compiled kernels, without a GPU: `make kernels`
+    gpu/, shims.py       a GPU's first minutes: `make gpu`
+    soak/                what takes too long for every test run: `make soak`
+    savings.py           what the trainer does not compute, and the time of it
+    cost_model.py        the arithmetic of docs/scaling.md
+    rounding.py          the arithmetic of docs/precision.md
+    test_loss.py         the quick set under pytest-benchmark
+    results/             records
 """

@@ -13,9 +13,9 @@ import torch
 
 from grpo_kernels import cli
 from grpo_kernels.bench import clock as clocks
-from grpo_kernels.bench import measure, memory, providers, record, scaling, step, step_process, step_trl, table, workloads
+from grpo_kernels.bench import floor, measure, memory, providers, record, scaling, step, step_process, table, workloads
+from grpo_kernels.bench.floor import Floor
 from grpo_kernels.bench.problem import make_problem, truth
-from grpo_kernels.bench.progress import Progress
 from grpo_kernels.bench.providers import PROVIDERS, Provider
 from grpo_kernels.bench.shapes import TINY, Shape, parse
 from grpo_kernels.bench.workloads import WORKLOADS
@@ -30,8 +30,8 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="t
 pytestmark = pytest.mark.unpoisoned
 
 
-def python(*arguments):
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+def python(*arguments, **environment):
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -39,20 +39,22 @@ def python(*arguments):
 @linux
 def test_the_command_from_end_to_end(tmp_path, capsys):
     file, pictures = tmp_path / "rows.json", tmp_path / "pictures"
-    options = ("bench", "--tiny", "--quick", "--rounds", "2", "--workloads", "dense,realistic", "--providers", "grpo_kernels,full_logits,quack")
+    options = ("bench", "--tiny", "--quick", "--rounds", "2", "--workloads", "dense,realistic", "--providers", "grpo_kernels,full_logits,cce")
     out = python("-m", "grpo_kernels", *options, "--json", str(file), "--plot", str(pictures))
     rows = json.loads(file.read_text())
     assert [(r["path"], r["provider"]) for r in rows] == [
-        (w, p) for w in ("dense", "realistic") for p in ("products", "grpo_kernels", "full_logits", "quack")
+        (w, p) for w in ("dense", "realistic") for p in ("products", "grpo_kernels", "full_logits", "cce")
     ]
     assert all(r.keys() >= KEYS and r["shape"]["vocab"] == 1009 for r in rows)
     for r in rows:
-        if r["provider"] == "quack":
+        if r["provider"] == "cce":
             assert r["status"] == "absent" and r["note"] in out
-        else:
-            assert r["status"] == "ok" and r["median"] > 0 and r["ratio"] > 0 and r["rounds"] == 2 and r["peak_bytes"] is not None
-            assert (r["error"] is None) == (r["provider"] == "products")
-    assert {f.name for f in pictures.iterdir()} == {"time.svg", "memory.svg", "error.svg"}
+            continue
+        assert r["status"] == "ok" and r["median"] > 0 and r["ratio"] > 0 and r["rounds"] == 2
+        assert (r["error"] is None) == (r["peak_bytes"] is None) == (r["provider"] == "products")
+        assert (r["settings"].keys() >= {"rows", "columns", "contiguous"}) == (r["provider"] == "products")
+    assert "the fastest of" in out
+    assert {f.name for f in pictures.iterdir()} == {"time.svg"}
     assert all(f.stat().st_size < 100_000 for f in pictures.iterdir())
     assert cli.main(["bench", "--from", str(file), "--plot", str(tmp_path / "again")]) == 0
     again = capsys.readouterr().out
@@ -71,10 +73,8 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
         (["--shapes", "100x8x64"], ["multiples of 64", "100x8x64"]),
         (["--tokens", "100"], ["multiple of 64"]),
         (["--rounds", "0"], ["--rounds", "at least 1"]),
-        (["--fit-memory", "-2"], ["--fit-memory", "-2"]),
         (["--from", "nowhere.json"], ["nowhere.json"]),
         (["--only"], ["--only", "--scaling"]),
-        (["--fit-memory", "inf"], ["--fit-memory", "inf"]),
         (["--workloads", ""], ["--workloads", "nothing"]),
         (["--json", "."], ["--json", "folder"]),
         (["--from", "x.json", "--json", "y.json"], ["--from", "--json"]),
@@ -95,8 +95,7 @@ def test_shapes_by_name_and_by_numbers():
 
 def found(*extra, workload="dense"):
     chosen = [PROVIDERS["products"], *extra]
-    effort = measure.Effort(2, memory=False)
-    rows = measure.measure(TINY, WORKLOADS[workload], chosen, clocks.Cpu(), effort, Progress(quiet=True))
+    rows = measure.measure(TINY, WORKLOADS[workload], chosen, clocks.Cpu(), measure.Effort(2, memory=False))
     return {r["provider"]: r for r in rows}
 
 
@@ -175,7 +174,7 @@ def test_who_is_too_slow_is_said_so(monkeypatch):
 
     monkeypatch.setattr(memory, "in_fresh_process", point)
     names = ("products", "full_logits", "liger")
-    rows = measure.measure(TINY, WORKLOADS["dense"], [PROVIDERS[n] for n in names], clocks.Cpu(), measure.Effort(1), Progress(quiet=True))
+    rows = measure.measure(TINY, WORKLOADS["dense"], [PROVIDERS[n] for n in names], clocks.Cpu(), measure.Effort(1))
     assert [r["status"] for r in rows] == ["ok", "ok", "too slow"] and "61 s" in rows[2]["note"]
     assert rows[1]["cold_seconds"] == 1.0 and rows[1]["peak_bytes"] == 2**20
 
@@ -192,7 +191,7 @@ def test_the_truth_is_shared_by_workloads_on_the_same_data():
     assert measure.find_truth(sequence, clocks.Cpu(), shared)[0].problem is sequence and len(shared) == 1
 
 
-def test_the_floor_multiplies_what_is_needed_and_no_more():
+def test_the_floor_multiplies_what_is_needed_and_no_more(monkeypatch):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
@@ -203,13 +202,36 @@ def test_the_floor_multiplies_what_is_needed_and_no_more():
                 self.operations += args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
             return function(*args, **(kwargs or {}))
 
-    for workload, products in (("dense", 3), ("frozen", 2), ("logprobs", 1), ("realistic", None)):
-        p = make_problem(Shape(length=64, depth=32, vocab=1009), WORKLOADS[workload])
-        call = PROVIDERS["products"].make(p)
-        with Count() as count:
-            call()
+    monkeypatch.setattr(floor, "COLUMNS", (None, 300))
+    for workload, products in (("dense", 3), ("frozen", 2), ("logprobs", 1), ("realistic", None), ("entropy", None)):
+        p = make_problem(Shape(length=96, depth=32, vocab=1009), WORKLOADS[workload])
+        found = Floor(p, clocks.Cpu())
+        heights = {min(256, p.kept), min(512, p.kept), p.kept}
+        assert found.way == min(found.seconds, key=found.seconds.get) and {way.rows for way in found.seconds} == heights
+        assert len(found.seconds) == len(heights) * 2 * (2 if found.trains_head else 1)
         rows = p.kept + 2 * p.live if products is None else products * p.shape.tokens
-        assert count.operations == rows * 32 * 1009
+        for way in found.seconds:
+            found._allocate(way.rows, 1009, way.contiguous)
+            with Count() as count:
+                found.run(way)
+            assert count.operations == rows * 32 * 1009, way
+
+
+def test_the_floor_computes_what_it_says():
+    """The products themselves, of each way: logits, dH and dW of dz = what stands in the tile."""
+    p = make_problem(Shape(length=40, depth=32, vocab=1009, dtype="float32"), WORKLOADS["dense"])
+    found = Floor(p, clocks.Cpu())
+    whole = [way for way in found.seconds if way.rows == 320]
+    assert len(whole) == len(found.seconds) / 2
+    logits = found.rows @ p.weight.T
+    for way in whole:
+        found._allocate(320, 1009, way.contiguous)
+        if way.contiguous:
+            found.dz_t.copy_(logits.T)
+        found.run(way)
+        torch.testing.assert_close(found.z, logits)
+        torch.testing.assert_close(found.dh, logits @ p.weight, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found.dw, logits.T @ found.rows, rtol=1e-4, atol=1e-3)
 
 
 def test_the_step_benchmark_runs(monkeypatch, capsys):
@@ -222,8 +244,7 @@ def test_the_step_benchmark_runs(monkeypatch, capsys):
     def here(module, point, limit):
         if point[0] == "thin trainer":
             return apart(module, point, limit)
-        makers = {step.PROCESS["own"]: step_process.own_trainer, step.PROCESS["trl"]: step_trl.trl_trainer}
-        return json.loads(json.dumps(step_process.measure(makers[module], *point)))
+        return json.loads(json.dumps(step_process.measure(*point)))
 
     monkeypatch.setattr(memory, "run", here)
     try:
@@ -239,7 +260,7 @@ def test_the_step_benchmark_runs(monkeypatch, capsys):
 def test_rows_of_the_steps_that_failed_are_shown(tmp_path):
     fine = record.row("thin trainer", "grpo step", TINY, [1.0], kind="step", head_share=None)
     gone = record.row("trl stock", "grpo step", None, status="absent", note="no trl", kind="step", head_share=None)
-    text = "\n".join(table.step_table([fine, gone]))
+    text = "\n".join(table.table([fine, gone]))
     assert "no trl" in text and "thin trainer" in text
     file = tmp_path / "rows.json"
     record.write(file, [fine | {"error": math.nan, "errors": {"loss": math.inf}}])
@@ -247,7 +268,6 @@ def test_rows_of_the_steps_that_failed_are_shown(tmp_path):
 
 
 def test_a_step_must_train_what_stock_trains():
-    from grpo_kernels.bench import step
 
     stock = {"losses": [0.1, 0.2], "gradients": [3.0, 4.0]}
     assert step.agree(stock, {"losses": [0.101, 0.2], "gradients": [3.01, 4.0]})
@@ -285,11 +305,11 @@ def test_rounds_interleave_in_changing_orders(monkeypatch):
     monkeypatch.setattr(measure, "_SLOW", float("inf"))  # calls of microseconds: any of them may be held up
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    times = measure.rounds(calls, clocks.Cpu(), measure.Effort(6), Progress(quiet=True), "", {})
+    times = measure.rounds(calls, clocks.Cpu(), measure.Effort(6))
     assert all(sorted(order[i : i + 3]) == ["a", "b", "c"] for i in range(0, 18, 3))
     assert len({tuple(order[i : i + 3]) for i in range(0, 18, 3)}) > 2, "nobody always follows the same one"
     assert all(set(t) == set(range(6)) for t in times.values())
-    late = measure.rounds(calls, clocks.Cpu(), measure.Effort(3, until=0.0), Progress(quiet=True), "", {})
+    late = measure.rounds(calls, clocks.Cpu(), measure.Effort(3, until=0.0))
     assert all(set(t) == {0} for t in late.values()), "at least one round, whatever the time"
 
 
@@ -316,8 +336,6 @@ def test_logits_look_like_a_trained_models():
     low, high = exact.entropy.flatten().quantile(torch.tensor([0.5, 0.85], dtype=torch.float64)).tolist()
     assert low < 0.1 and high > 0.67
     assert exact.logps.mean() > -1.2
-    flat = truth(make_problem(Shape(length=8, depth=256, vocab=8192), WORKLOADS["flat"])).entropy
-    assert flat.min() > 1 and flat.median() > 4
 
 
 def test_the_ratios_reach_both_sides_of_the_clip_range():
@@ -328,17 +346,10 @@ def test_the_ratios_reach_both_sides_of_the_clip_range():
         assert (own < 0.8).any() and ((own > 0.8) & (own < 1.2)).any() and (own > 1.2).any()
 
 
-def test_exponents_and_what_fits_on_made_up_data():
+def test_exponents_on_made_up_data():
     assert scaling.slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
     assert scaling.slope([1, 2, 4], [5, 5, 5]) == pytest.approx(0)
     assert scaling.slope([1], [5]) is None and scaling.slope([], []) is None
-    points = [{"shape": {"tokens": n}, "peak_bytes": n * 2**20} for n in (1024, 2048, 4096)]
-    assert scaling.largest("x", points, 3)["largest"] == 3072
-    assert scaling.largest("x", points, 8)["largest"] == 8192 and "line" in scaling.largest("x", points, 8)["note"]
-    assert scaling.largest("x", points, 0.5)["largest"] is None
-    flat = [{"shape": {"tokens": n}, "peak_bytes": 2**20} for n in (1024, 2048)]
-    assert "does not grow" in scaling.largest("x", flat, 8)["note"]
-    assert "at least" in scaling.largest("x", flat[:1], 8)["note"]
 
 
 INDEPENDENT = """
@@ -375,7 +386,7 @@ print(status("VmHWM") - before)
 def test_the_memory_column_agrees_with_an_independent_measurement(provider, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     shape = Shape(length=64, depth=256, vocab=65_536)
-    column = memory.in_fresh_process(provider, "dense", shape)["peak_bytes"]
+    column = memory.in_fresh_process(provider, "dense", shape, 60)["peak_bytes"]
     fields = json.dumps({"sequences": 8, "length": 64, "depth": 256, "vocab": 65_536})
     independent = int(python("-c", INDEPENDENT, provider, fields).split()[-1])
     assert column == pytest.approx(independent, rel=0.10), (column / 2**20, independent / 2**20)
@@ -383,40 +394,11 @@ def test_the_memory_column_agrees_with_an_independent_measurement(provider, monk
 
 @linux
 def test_a_point_that_fails_says_why():
-    with pytest.raises(memory.PointError, match="quack"):
-        memory.in_fresh_process("quack", "dense", TINY)
+    with pytest.raises(memory.PointError, match="cut_cross_entropy"):
+        memory.in_fresh_process("cce", "dense", TINY, 60)
 
 
 def test_the_quick_set_under_pytest_benchmark():
     pytest.importorskip("pytest_benchmark")
-    options = ("--tiny", "--workloads=dense,logprobs", "--providers=products,grpo_kernels,full_logits")
-    assert "6 passed" in python("-m", "pytest", "benchmarks", "-q", "--benchmark-only", *options)
-
-
-def test_the_limits_are_held_against_a_record():
-    sys.path.insert(0, str(ROOT))
-    from benchmarks import limits
-
-    shape = Shape()
-    ours = record.row("grpo_kernels", "dense", shape, [0.5], ratios=[1.05])
-    full = record.row("full_logits", "dense", shape, [0.8], ratios=[1.7])
-    products = record.row("products", "dense", shape, [0.48], ratios=[1.0])
-    assert [holds for holds, _ in limits.verdicts([products, ours, full])] == [True, False]
-    point = {"gradient_bytes": 2 * shape.depth * (shape.vocab + 1024), "workspace_bytes": 384 * 2**20, "live": 1024}
-    for excess, fits in ((340 * 2**20, True), (480 * 2**20, False)):
-        one = record.row("grpo_kernels", "dense", shape, [0.5], **point | {"peak_bytes": point["gradient_bytes"] + excess})
-        assert [holds for holds, _ in limits.verdicts([one])] == [fits]
-
-
-def test_two_records_agree_where_their_ranges_meet():
-    sys.path.insert(0, str(ROOT))
-    from benchmarks import limits
-
-    def rows(dense, frozen, times=(1.0, 1.0)):
-        return [record.row("grpo_kernels", path, Shape(), times, ratios=x) for path, x in (("dense", dense), ("frozen", frozen))]
-
-    found = list(limits.repeats(rows([0.9, 1.0, 1.1], [0.9, 1.0]), rows([1.05, 1.2], [1.1, 1.2])))
-    assert [holds for holds, _ in found] == [True, False]
-    assert "dense, grpo_kernels: 1.00 [0.90 1.10] and 1.1" in found[0][1]
-    once = rows([1.0], [1.0], times=(1.0,))
-    assert list(limits.repeats(once, rows([1.0, 1.1], [2.0, 2.1]))) == [], "one timing has no range"
+    options = ("--benchmark-only", "-k", "(dense or logprobs) and not trl and not liger")
+    assert "6 passed" in python("-m", "pytest", "benchmarks/test_loss.py", "-q", *options, GRPO_KERNELS_BENCH_TINY="1")

@@ -9,23 +9,12 @@ import ctypes
 import gc
 import mmap
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 _AHEAD_CYCLES = 4_000_000  # 2 ms at 2 GHz: the host has then enqueued a batch before the device begins it
 _STATUS = Path("/proc/self/status")
-
-
-@dataclass(frozen=True)
-class Timed:
-    """What is timed, what is done before it outside of the timing, and whether the host may enqueue it ahead of the device."""
-
-    call: Callable
-    before: Callable | None = None
-    ahead: bool = False
 
 
 class Cuda:
@@ -37,15 +26,18 @@ class Cuda:
         self._cold = torch.empty(4 * self.l2_bytes, dtype=torch.uint8, device=self.device)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def seconds(self, timed):
-        """From the device's first work for the call to its last; with ``ahead`` without what the host takes to enqueue it."""
-        if timed.before:
-            timed.before()
+    def seconds(self, call, before=None, ahead=False):
+        """From the device's first work for the call to its last; with ``ahead`` without what the host takes to enqueue it.
+
+        ``before`` is called outside of the timing.
+        """
+        if before:
+            before()
         self._cold.zero_()
-        if timed.ahead:
+        if ahead:
             torch.cuda._sleep(_AHEAD_CYCLES)
         self._start.record()
-        timed.call()
+        call()
         self._end.record()
         self._end.synchronize()
         return self._start.elapsed_time(self._end) * 1e-3
@@ -82,11 +74,11 @@ class Cpu:
     def __init__(self):
         self.device, self.l2_bytes = torch.device("cpu"), 0
 
-    def seconds(self, timed):
-        if timed.before:
-            timed.before()
+    def seconds(self, call, before=None, ahead=False):
+        if before:
+            before()
         start = time.perf_counter()
-        timed.call()
+        call()
         return time.perf_counter() - start
 
     def peak(self, call, held=None):
@@ -118,7 +110,8 @@ class Cpu:
         _trim()
 
 
-def clock(name):
+def of(name):
+    """The clock of ``cpu`` or ``cuda``."""
     if name == "cpu":
         return Cpu()
     if not torch.cuda.is_available():
@@ -128,7 +121,7 @@ def clock(name):
 
 def here():
     """The clock of the GPU where there is one."""
-    return clock("cuda" if torch.cuda.is_available() else "cpu")
+    return of("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def reset_peak() -> bool:

@@ -4,16 +4,15 @@ import argparse
 import difflib
 import json
 import math
-import os
+import sys
 import time
 from pathlib import Path
 
 from . import clock as clocks
 from . import plot, record, scaling, step, table
 from .measure import Effort, measure
-from .progress import Progress
 from .providers import FULL, LIGER, OURS, PRODUCTS, PROVIDERS, TRL, default_names
-from .shapes import MODELS, TINY, Shape, parse
+from .shapes import MODELS, TINY, parse
 from .workloads import WORKLOADS
 
 QUICK_WORKLOADS = ("dense", "frozen", "logprobs", "realistic")
@@ -21,17 +20,19 @@ QUICK_ROUNDS = 5
 QUICK_TOKENS, CPU_TOKENS, GPU_TOKENS = 512, 1024, 8192
 QUICK_SECONDS, QUICK_SECONDS_PEERS = 120, 310  # nothing that may be left out is begun after them; 180 and 360 are promised
 _SCALED = (OURS, FULL, TRL, LIGER)
-_EPILOG = """\
-models:      {models}
-workloads:   {workloads}
-providers:   {providers}
+_KEYS = {"provider", "path", "shape", "status", "note", "median", "ratio", "peak_bytes", "error", "settings", "versions", "commit",
+         "device", "cpu", "threads"}  # fmt: skip
+_EPILOG = f"""\
+models:      {", ".join(MODELS)}
+workloads:   {", ".join(WORKLOADS)}
+providers:   {", ".join(PROVIDERS)}
 
 Every provider is checked against float64 before it is timed; who is absent, fails, is too slow or computes something else is shown
 with the reason. Exit status: 0; 1 if this library itself failed or was wrong; 2 if the command line was.
 
   grpo-kernels bench --quick                                three to six minutes on two cores
   grpo-kernels bench --shapes qwen3-8b --json here.json     one head, everybody
-  grpo-kernels bench --scaling --fit-memory 8 --plot pics   how time and memory grow, and what fits
+  grpo-kernels bench --scaling --plot pics                  how time and memory grow
   grpo-kernels bench --from here.json --plot pics           the table and the pictures again, measuring nothing
 """
 
@@ -40,15 +41,10 @@ class Refused(Exception):
     """What was asked for cannot be done; the message says why."""
 
 
-class UnknownName(Refused):
-    """A name that is not known; the message suggests some that are."""
-
-
 def parser():
     p = argparse.ArgumentParser(
-        prog="grpo-kernels bench", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="grpo-kernels bench", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EPILOG,
         description="Time, memory and error of the loss on this machine, beside bare matrix products and other libraries.",
-        epilog=_EPILOG.format(models=", ".join(MODELS), workloads=", ".join(WORKLOADS), providers=", ".join(PROVIDERS)),
     )  # fmt: skip
     p.add_argument("--quick", action="store_true", help=f"{QUICK_TOKENS} tokens of one model, few workloads and providers, minutes")
     p.add_argument("--shapes", metavar="NAME,...", help="models from the list below, or TOKENSxDxV such as 1024x896x151936")
@@ -57,12 +53,11 @@ def parser():
     p.add_argument("--rounds", type=int, help="timings of each provider (7; slow ones take three)")
     p.add_argument("--tokens", type=int, help=f"of a model's shape ({CPU_TOKENS}; {GPU_TOKENS} on a GPU; a multiple of 64)")
     p.add_argument("--scaling", action="store_true", help="also: time and memory over 1k to 64k tokens and 32k to 262k vocabulary")
-    p.add_argument("--fit-memory", type=float, metavar="GIB", help="also: the most tokens whose peak is within this memory")
     p.add_argument("--step", action="store_true", help="also: one optimiser step of whole trainers, and the head's share of it")
     p.add_argument("--json", type=Path, metavar="FILE", help="write one JSON array of rows")
     p.add_argument("--plot", type=Path, metavar="DIR", help="write pictures (SVG)")
     p.add_argument("--from", type=Path, dest="source", metavar="FILE", help="take the rows of this JSON file, measure nothing")
-    p.add_argument("--only", action="store_true", help="with --scaling, --fit-memory or --step: only these, no table of workloads")
+    p.add_argument("--only", action="store_true", help="with --scaling or --step: only these, no table of workloads")
     p.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # seconds, to see that everything runs
     return p
 
@@ -72,18 +67,18 @@ def main(argv) -> int:
     options = parser().parse_args(argv)
     _check(options)
     started = time.monotonic()
-    rows = read(options.source) if options.source else run(options, started, _writer(options.json))
-    show(rows)
-    if not options.source:
-        print(f"\n{time.monotonic() - started:.0f} s" + (f", rows in {options.json}" if options.json else ""))
+    rows = read(options.source) if options.source else run(options, started)
+    for line in table.table(rows):
+        print(line)
     if options.plot:
         for file in plot.plot(rows, options.plot):
             print(file)
     if options.source:
         return 0
-    ours = [r for r in rows if _is_ours(r)]
-    bad = any(r["status"] in ("wrong", "failed", "out of memory", "too slow") for r in ours)
-    return 1 if bad or (ours and all(r["status"] != "ok" for r in ours)) else 0
+    print(f"\n{time.monotonic() - started:.0f} s" + (f", rows in {options.json}" if options.json else ""))
+    ours = [r["status"] for r in rows if r["provider"].startswith(OURS) or r["provider"] in step.OURS]
+    bad = {"wrong", "failed", "out of memory", "too slow"} & set(ours)
+    return 1 if bad or (ours and "ok" not in ours) else 0
 
 
 def _check(options):
@@ -93,97 +88,67 @@ def _check(options):
         raise Refused(f"--from measures nothing, so it excludes {', '.join(given)}")
     if options.plot:
         plot.need_matplotlib()
-        _make_folder("--plot", options.plot)
-    if options.json:
-        if options.json.is_dir():
-            raise Refused(f"--json {options.json}: is a folder")
-        _make_folder("--json", options.json.parent)
-    for name in ("workloads", "providers", "shapes"):
-        if getattr(options, name) is not None and not _split(getattr(options, name)):
-            raise Refused(f"--{name} names nothing")
+    if options.json and options.json.is_dir():
+        raise Refused(f"--json {options.json}: is a folder")
+    for option, folder in (("--plot", options.plot), ("--json", options.json and options.json.parent)):
+        if folder:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / ".grpo_kernels").touch()
+                (folder / ".grpo_kernels").unlink()
+            except OSError as error:
+                raise Refused(f"{option} {folder}: {error.strerror}") from error
     if options.rounds is not None and options.rounds < 1:
         raise Refused(f"--rounds must be at least 1, got {options.rounds}")
-    if options.fit_memory is not None and not 0 < options.fit_memory < math.inf:
-        raise Refused(f"--fit-memory must be a number of GiB > 0, got {options.fit_memory:g}")
-    if options.only and not (options.scaling or options.fit_memory or options.step):
-        raise Refused("--only needs --scaling, --fit-memory or --step")
+    if options.only and not (options.scaling or options.step):
+        raise Refused("--only needs --scaling or --step")
     if options.only and options.workloads:
         raise Refused("--only leaves the workloads out, so it excludes --workloads")
 
 
-def _make_folder(option, path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"{option} {path}: {error.strerror}") from error
-    if not os.access(path, os.W_OK):
-        raise Refused(f"{option} {path}: not to be written")
+def _say(text):
+    """A line on stderr, in the place of the last one on a terminal."""
+    on_terminal = sys.stderr.isatty()
+    print(f"\r\033[K{text[:100]}" if on_terminal else text, end="" if on_terminal else "\n", file=sys.stderr, flush=True)
 
 
-def _writer(path):
-    """Writes the rows found so far, so that a run that is broken off has not been in vain."""
-    return (lambda rows: record.write(path, rows)) if path else (lambda rows: None)
-
-
-def run(options, started, save):
-    """The rows of everything that was asked for."""
-    clock = clocks.here()
+def run(options, started, say=_say):
+    """The rows of everything that was asked for. They are written as they are found: a run that is broken off was not in vain."""
+    clock, rows = clocks.here(), []
     shapes, workloads, providers = chosen(options, clock)
+
+    def found(more):
+        rows.extend(more)
+        if options.json:
+            record.write(options.json, rows)
+
+    left = [] if options.only else [(shape, workload) for shape in shapes for workload in workloads]
     peers = any(p.name in (TRL, LIGER) for p in providers)
-    count = len(shapes) * len(workloads)
-    most = options.rounds or (QUICK_ROUNDS if options.quick else 7)
-    extra = options.scaling or options.fit_memory
-    progress = Progress(0 if options.only else count * (2 * len(providers) + most))
-    rows = []
-    try:
-        if not options.only:
-            allowed = QUICK_SECONDS_PEERS if peers else QUICK_SECONDS
-            for shape in shapes:
-                slow, shared = {}, []
-                for workload in workloads:
-                    until = float("inf")
-                    if options.quick:
-                        now, left = time.monotonic(), count - len({(str(r["shape"]), r["path"]) for r in rows})
-                        until = now + max(0.0, started + allowed - now) / max(1, left)
-                    effort = Effort(most, repeats=1 if options.quick else 3, until=until)
-                    able = [p for p in providers if p.name not in slow]
-                    found = measure(shape, workload, able, clock, effort, progress, shared)
-                    # who was too slow for one workload of a head is not asked for the others
-                    laid_out = workload.laid_out(shape)
-                    found += [record.row(n, workload.name, laid_out, status="too slow", note=why) for n, why in slow.items()]
-                    slow |= {r["provider"]: f"{r['note']}, in {workload.name}" for r in found
-                             if r["status"] == "too slow" and r["provider"] not in slow}  # fmt: skip
-                    rows += found
-                    save(rows)
-        if extra:
-            scaled = [p for p in providers if p.name in _SCALED or (options.providers and p.name != PRODUCTS)]
-            only = None if options.scaling else scaling.axes(shapes[0])[:1]
-            if options.tiny:
-                only = [(axis, few[:3]) for axis, few in scaling.axes(TINY)[:1]]
-            found = scaling.sweep(scaled, shapes[0], clock, progress, only=only)
-            rows += found
-            if options.fit_memory:
-                rows += fits(scaled, found, shapes[0].vocab, options)
-            save(rows)
-        if options.step:
-            lengths, layers = ((16,), 0) if options.tiny else (step.LENGTHS, 24)
-            rows += step.measure(lengths, layers, options.rounds or 3, progress)
-            save(rows)
-    finally:
-        progress.close()
+    allowed = (QUICK_SECONDS_PEERS if peers else QUICK_SECONDS) if options.quick else math.inf
+    slow, shared, before = {}, [], None
+    while left:
+        shape, workload = left[0]
+        if shape != before:
+            slow, shared, before = {}, [], shape
+        now = time.monotonic()
+        effort = Effort(
+            options.rounds or (QUICK_ROUNDS if options.quick else 7), until=now + max(0.0, started + allowed - now) / len(left)
+        )  # fmt: skip
+        more = measure(shape, workload, [p for p in providers if p.name not in slow], clock, effort, say, shared)
+        # who was too slow for one workload of a head is not asked for the others
+        more += [record.row(n, workload.name, workload.laid_out(shape), status="too slow", note=why) for n, why in slow.items()]
+        slow |= {r["provider"]: f"{r['note']}, in {workload.name}" for r in more
+                 if r["status"] == "too slow" and r["provider"] not in slow}  # fmt: skip
+        found(more)
+        left.pop(0)
+    if options.scaling:
+        scaled = [p for p in providers if p.name in _SCALED or (options.providers and p.name != PRODUCTS)]
+        over = [("tokens", scaling.axes(TINY)[0][1][:3])] if options.tiny else scaling.axes(shapes[0])
+        found(scaling.sweep(scaled, over, clock, say))
+    if options.step:
+        lengths, layers = ((16,), 0) if options.tiny else (step.LENGTHS, 24)
+        found(step.measure(lengths, layers, options.rounds or 3, say))
     return rows
-
-
-def fits(providers, found, vocab, options):
-    points = lambda name: [  # noqa: E731
-        r for r in found
-        if r["provider"] == name and r["kind"] == "scaling" and (options.tiny or r["shape"]["vocab"] == vocab)
-    ]  # fmt: skip
-    return [scaling.largest(p.name, points(p.name), options.fit_memory) for p in providers if any(map(_measured, points(p.name)))]
-
-
-def _measured(r):
-    return r["median"] is not None
 
 
 def chosen(options, clock):
@@ -192,42 +157,34 @@ def chosen(options, clock):
     tokens = options.tokens or (QUICK_TOKENS if options.quick else GPU_TOKENS if on_gpu else CPU_TOKENS)
     if tokens < 64 or tokens % 64:
         raise Refused(f"--tokens must be a multiple of 64, got {tokens}")
-    names = _split(options.shapes) or (list(MODELS)[:1] if options.quick or not on_gpu else list(MODELS))
-    shapes = [_shape(name, tokens) for name in names]
-    if options.tiny:
-        shapes = [TINY]
-    workloads = _named("--workloads", options.workloads, WORKLOADS) or (
-        [WORKLOADS[n] for n in QUICK_WORKLOADS] if options.quick else list(WORKLOADS.values())
-    )
-    providers = _named("--providers", options.providers, PROVIDERS)
-    if providers is None:
-        providers = [PROVIDERS[n] for n in default_names(options.quick, clock.device)]
-    elif PROVIDERS[PRODUCTS] not in providers:
-        providers.insert(0, PROVIDERS[PRODUCTS])
-    return shapes, workloads, providers
+    names = _split("--shapes", options.shapes) or list(MODELS)[: 1 if options.quick or not on_gpu else None]
+    shapes = [TINY] if options.tiny else [_shape(name, tokens) for name in names]
+    workloads = _split("--workloads", options.workloads, WORKLOADS) or (QUICK_WORKLOADS if options.quick else WORKLOADS)
+    named = _split("--providers", options.providers, PROVIDERS)
+    providers = default_names(options.quick, clock.device) if named is None else dict.fromkeys([PRODUCTS, *named])
+    return shapes, [WORKLOADS[n] for n in workloads], [PROVIDERS[n] for n in providers]
 
 
-def _shape(name, tokens) -> Shape:
+def _shape(name, tokens):
     try:
         return parse(name, tokens)
     except KeyError:
-        raise UnknownName(f"--shapes: unknown model {name!r}{_suggest(name, MODELS)}") from None
+        raise Refused(f"--shapes: unknown model {name!r}{_suggest(name, MODELS)}") from None
     except ValueError as error:
         raise Refused(f"--shapes: {error}") from error
 
 
-def _named(option, text, known):
-    names = _split(text)
-    if names is None:
+def _split(option, text, known=None):
+    """The names in a list by comma, or None where the option was not given."""
+    if text is None:
         return None
-    for name in names:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise Refused(f"{option} names nothing")
+    for name in names if known else ():
         if name not in known:
-            raise UnknownName(f"{option}: unknown name {name!r}{_suggest(name, known)}")
-    return [known[name] for name in dict.fromkeys(names)]
-
-
-def _split(text):
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+            raise Refused(f"{option}: unknown name {name!r}{_suggest(name, known)}")
+    return names
 
 
 def _suggest(name, known):
@@ -243,23 +200,6 @@ def read(path):
         raise Refused(f"--from {path}: {error.strerror}") from error
     except ValueError as error:
         raise Refused(f"--from {path}: not JSON ({error})") from error
-    keys = {"provider", "path", "shape", "status", "note", "median", "peak_bytes", "error", "versions", "commit", "device", "cpu",
-            "threads"}  # fmt: skip
-    if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) and keys <= r.keys() for r in rows):
+    if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) and r.keys() >= _KEYS for r in rows):
         raise Refused(f"--from {path}: wanted the array of rows that --json writes")
     return rows
-
-
-def show(rows):
-    """Everything as text."""
-    if rows:
-        r = rows[0]
-        versions = ", ".join(f"{name} {v}" for name, v in r["versions"].items())
-        print(f"{r['device']}; {r['cpu']}, {r['threads']} threads; commit {r['commit']}\n{versions}")
-    for line in (*table.table(rows), *table.scaling_table(rows), *table.step_table(rows)):
-        print(line)
-
-
-def _is_ours(r):
-    return r["provider"].startswith(OURS) or r["provider"] in ("thin trainer", "trl fused", "trl patched")
-

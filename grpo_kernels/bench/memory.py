@@ -1,14 +1,13 @@
-"""Peak memory: a fresh process per point, its high-water mark reset behind the making of the data.
+"""Peak memory on a CPU: a fresh process per point, its high-water mark reset behind the making of the data.
 
-``peak_bytes`` is how far the process grew above what it held when the data was there, gradients included (on a GPU: the allocator's
-most above what was allocated). A tiny call before that has loaded what libraries load on first use.
+``peak_bytes`` is how far the process grew above what it held when the data was there, gradients included. A tiny call before that
+has loaded what libraries load on first use. On a GPU the same process asks the allocator.
 
     python -m grpo_kernels.bench.memory '["grpo_kernels", "dense", {"sequences": 8, ...}]'
 """
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -51,23 +50,13 @@ def measure(provider, workload, shape) -> dict:
     return {
         "peak_bytes": peak, "data_bytes": held, "gradient_bytes": size(result.d_hidden) + size(result.d_weight),
         "workspace_bytes": default_budget(clock.device.type) if provider.ours else None, "cold_seconds": seconds,
-        "peak_note": "the peak mark cannot be reset here: /proc/self/clear_refs is not to be written" if peak is None else None,
     }  # fmt: skip
 
 
-def median(points) -> dict:
-    """Of the same point several times: malloc and the scratch memory of oneDNN's threads move the mark by some tens of MiB."""
-    points = sorted(points, key=lambda r: r["peak_bytes"] or 0)
-    marks = [r["peak_bytes"] or 0 for r in points]
-    first = {"cold_seconds": statistics.median(r["cold_seconds"] for r in points)}
-    return {**points[len(points) // 2], **first, "peak_repeats": len(points), "peak_spread": marks[-1] - marks[0]}
-
-
-def in_fresh_process(provider, workload, shape, longest=None) -> dict:
+def in_fresh_process(provider, workload, shape, longest) -> dict:
     """``longest``: seconds for the call; making its data is allowed as much again, and a minute."""
-    limit = None if longest is None else 2 * longest + 60
-    point = run("grpo_kernels.bench.memory", [provider, workload, asdict(shape)], limit)
-    if longest is not None and point["cold_seconds"] > longest:
+    point = run("grpo_kernels.bench.memory", [provider, workload, asdict(shape)], 2 * longest + 60)
+    if point["cold_seconds"] > longest:
         raise TooLong(f"its first call took {point['cold_seconds']:.0f} s, more than {longest:.0f}")
     return point
 

@@ -7,9 +7,6 @@ where it has no such path.
 import contextlib
 import functools
 import importlib
-import importlib.util
-import sys
-import types
 
 import torch
 
@@ -22,7 +19,7 @@ class Absent(Exception):
 
 
 _TRL_COLUMNS = 32768  # TRL 1.16's trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
-TRL_SETTINGS = {"columns": _TRL_COLUMNS, "its_trainer": "hands over kept rows on a GPU, all rows on a CPU"}
+TRL_SETTINGS = {"columns": _TRL_COLUMNS}
 LIGER_ROWS = 1024  # of a chunk on a GPU; on a CPU everything is one chunk, which is fastest
 
 
@@ -58,14 +55,7 @@ def _compiled(function):
 def trl(p):
     with _absent_unless_imported():
         from trl.kernels import ChunkedLogProbFunction
-    try:
-        importlib.import_module("trl.trainer.utils")
-    except Exception as error:
-        # the backward wants one function of it, which does nothing without DeepSpeed; the module wants `datasets` and more
-        TRL_SETTINGS["trainer_utils"] = f"replaced, since it cannot be imported: {error}"
-        stub = types.ModuleType("trl.trainer.utils")
-        stub.maybe_gather_lm_head_ctx = lambda *a: contextlib.nullcontext()
-        sys.modules["trl.trainer.utils"] = stub
+        importlib.import_module("trl.trainer.utils")  # which the backward takes a function from
 
     def scores(hidden, weight, ids):  # entropy beside the log-probs, as its trainer wants it
         return ChunkedLogProbFunction.apply(hidden, weight, None, ids, 1.0, _TRL_COLUMNS, None, 1.0, ("entropy",))[:2]
@@ -162,24 +152,9 @@ def verl_torch(p):
     return _with_objective(p, lambda hidden, weight, ids: fused(hidden, weight, ids, 1.0))
 
 
-@functools.cache
 def _verl_function(name="verl.utils.kernel.linear_cross_entropy", function="linear_cross_entropy"):
     with _absent_unless_imported():
-        try:
-            return getattr(importlib.import_module(name), function)
-        except ImportError:
-            # verl's own __init__ wants ray, tensordict and more, none of which the kernels use: bare packages in their place
-            found = importlib.util.find_spec("verl")
-            if found is None:
-                raise
-            for module in [m for m in sys.modules if m == "verl" or m.startswith("verl.")]:
-                del sys.modules[module]
-            folder = found.submodule_search_locations[0]
-            for package in ("verl", "verl.utils", "verl.plugin", "verl.utils.experimental"):
-                bare = types.ModuleType(package)
-                bare.__path__ = [folder + package.removeprefix("verl").replace(".", "/")]
-                sys.modules[package] = bare
-            return getattr(importlib.import_module(name), function)
+        return getattr(importlib.import_module(name), function)
 
 
 def cut_cross_entropy(p):
@@ -207,12 +182,6 @@ def torch_linear_cross_entropy(p, chunked=False):
         return -function(hidden, weight, ids, reduction="none", options=options).float(), None
 
     return _with_objective(p, scores)
-
-
-def quack(p):
-    with _absent_unless_imported():
-        importlib.import_module("quack")
-    raise Absent("its fused linear cross-entropy returns a mean or a sum, whose tokens cannot be weighted by their advantages")
 
 
 def _needs_entropy(p):

@@ -1,4 +1,4 @@
-"""Rows -> light SVG pictures: time against the floor, memory against tokens, errors of the log-probs, the step."""
+"""Rows -> light SVG pictures: time against the floor, memory against tokens."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ _INK, _GRID, _OWN = "#333333", "#e6e6e6", "#1f5fa8"
 _OTHERS = ("#8c8c8c", "#d1902f", "#c4503c", "#5f9a5f", "#8a6fb5", "#3f8fa5", "#a5793f", "#d070a0")
 _MARKERS = "sD^vP"  # with the colours as many looks as there are providers, and more
 # those that most pictures show have a colour of their own
-_FIRST = ("full_logits", "full_logits-compiled", "trl", "liger", "torch-lce", "verl", "cce", "quack")
+_FIRST = ("full_logits", "full_logits-compiled", "trl", "liger", "torch-lce", "verl", "cce")
 
 
 class NoMatplotlib(RuntimeError):
@@ -29,57 +29,55 @@ def plot(rows, folder) -> list[Path]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    good = [r for r in rows if r["status"] == "ok"]
-    loss = [r for r in good if r.get("kind", "loss") == "loss"]
+    good = [r for r in rows if r["status"] == "ok" and r["provider"] != PRODUCTS]
+    pictures = {
+        "time": (_time, [r for r in good if r.get("kind", "loss") == "loss" and r["ratio"]]),
+        "memory": (_memory, [r for r in good if r.get("kind") == "scaling" and (r["peak_bytes"] or 0) > 0]),
+    }
     files = []
     # the same rows give the same bytes, and text stays text
     with matplotlib.rc_context({"font.size": 10.5, "svg.fonttype": "none", "svg.hashsalt": "grpo", "axes.edgecolor": "#999999"}):
-        for name, draw, chosen in (
-            ("time", _time, [r for r in loss if r.get("ratio") and r["provider"] != PRODUCTS]),
-            ("memory", _memory, [r for r in loss + [r for r in good if r.get("kind") == "scaling"]
-                                 if (r["peak_bytes"] or 0) > 0 and r["provider"] != PRODUCTS]),
-            ("error", _error, [r for r in loss if "logps_max" in r.get("errors", {})]),
-            ("step", _step, [r for r in good if r.get("kind") == "step" and r["median"]]),
-        ):  # fmt: skip
-            if not chosen:
-                continue
-            figure = Figure(figsize=(8, 4.2), layout="constrained")
-            axis = figure.subplots()
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.set_axisbelow(True)
-            draw(axis, chosen)
-            file = folder / f"{name}.svg"
-            figure.savefig(file, metadata={"Date": None})
-            files.append(file)
+        for name, (draw, chosen) in pictures.items():
+            if chosen:
+                figure = Figure(figsize=(8, 4.2), layout="constrained")
+                axis = figure.subplots()
+                axis.spines[["top", "right"]].set_visible(False)
+                axis.set_axisbelow(True)
+                draw(axis, chosen)
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                files.append(Path(folder, f"{name}.svg"))
+                figure.savefig(files[-1], metadata={"Date": None})
     return files
 
 
 def _time(axis, rows):
     """Medians over the workloads of the shape that most rows have, with the range of the rounds."""
-    shape = _commonest(rows)
+    shapes = [named(r["shape"]) for r in rows]
+    shape = max(dict.fromkeys(shapes), key=shapes.count)
     rows = [r for r in rows if named(r["shape"]) == shape]
-    _points(axis, rows, lambda r: r["ratio"], lambda r: r.get("ratio_range"))
+    paths, names = list(dict.fromkeys(r["path"] for r in rows)), _names(rows)
+    for i, name in enumerate(names):
+        own = [r for r in rows if r["provider"] == name]
+        at = [paths.index(r["path"]) + (i - (len(names) - 1) / 2) * 0.8 / len(names) for r in own]
+        bars = [[r["ratio"] - r["ratio_range"][0] for r in own], [r["ratio_range"][1] - r["ratio"] for r in own]]
+        colour, marker = _look(name, names)
+        axis.errorbar(at, [r["ratio"] for r in own], bars, fmt=marker, label=name, color=colour, markersize=6, elinewidth=1)
+    for j in range(1, len(paths)):
+        axis.axvline(j - 0.5, color=_GRID, linewidth=0.8)
+    axis.set_xticks(range(len(paths)), paths)
+    axis.grid(axis="y", color=_GRID, linewidth=0.8)
     axis.axhline(1, color=_INK, linewidth=1, linestyle="--")
     axis.set_ylabel("time / bare matrix products")
     axis.set_yscale("log")
+    axis.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set_title(f"Time against the floor: {shape}", loc="left")
 
 
 def _memory(axis, rows):
-    """Over tokens where they were swept, at the head that was swept most; else over workloads."""
-    scaling = [r for r in rows if r.get("kind") == "scaling"]
-    if not scaling:
-        shape = _commonest(rows)
-        _points(axis, [r for r in rows if named(r["shape"]) == shape], lambda r: r["peak_bytes"] / 2**20, lambda r: None)
-        axis.set_yscale("log")
-        axis.set_ylabel("peak memory above the inputs, MiB")
-        axis.set_title(f"Memory: {shape}", loc="left")
-        return
-    heads = [(r["shape"]["depth"], r["shape"]["vocab"]) for r in scaling]
+    """Over tokens, at the head that was swept most."""
+    heads = [(r["shape"]["depth"], r["shape"]["vocab"]) for r in rows]
     depth, vocab = max(dict.fromkeys(heads), key=heads.count)
-    rows = [r for r in scaling if (r["shape"]["depth"], r["shape"]["vocab"]) == (depth, vocab)]
+    rows = [r for r in rows if (r["shape"]["depth"], r["shape"]["vocab"]) == (depth, vocab)]
     names = _names(rows)
     for name in names:
         points = sorted({r["shape"]["tokens"]: r["peak_bytes"] / 2**30 for r in rows if r["provider"] == name}.items())
@@ -96,64 +94,13 @@ def _memory(axis, rows):
     axis.set_title(f"Memory against tokens: D {depth}, V {vocab}, {rows[0]['path']}", loc="left")
 
 
-def _error(axis, rows):
-    """The largest error of a log-prob, and from the mean up to it as an error bar."""
-    shape = _commonest(rows)
-    rows = [r for r in rows if named(r["shape"]) == shape]
-    middle = lambda r: r["errors"].get("logps_mean") or r["errors"]["logps_max"]  # noqa: E731
-    _points(axis, rows, middle, lambda r: (middle(r), r["errors"]["logps_max"]))
-    axis.set_yscale("log")
-    axis.set_ylabel("log-prob error, nats: mean, line to the largest")
-    axis.set_title(f"Log-prob error against float64: {shape}", loc="left")
-
-
-def _step(axis, rows):
-    lengths = list(dict.fromkeys(r["shape"]["tokens"] for r in rows))
-    names = list(dict.fromkeys(r["provider"] for r in rows))
-    for i, name in enumerate(names):
-        points = {r["shape"]["tokens"]: r["median"] for r in rows if r["provider"] == name}
-        places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j, n in enumerate(lengths) if n in points]
-        axis.bar(places, [points[n] for n in lengths if n in points], 0.8 / len(names), label=name,
-                 color=_OWN if name == "trl fused" else _OTHERS[i])  # fmt: skip
-    axis.set_xticks(range(len(lengths)), [f"{n} tokens" for n in lengths])
-    axis.set_ylabel("seconds per optimiser step")
-    axis.legend(frameon=False)
-    without = "; `model` is the step without a head" if "model" in names else ""
-    axis.set_title(f"One optimiser step{without}", loc="left")
-
-
-def _points(axis, rows, value, limits):
-    paths, names = list(dict.fromkeys(r["path"] for r in rows)), _names(rows)
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        own = {r["path"]: r for r in rows if r["provider"] == name}
-        chosen = [(j + (i - (len(names) - 1) / 2) * width, own[path]) for j, path in enumerate(paths) if path in own]
-        heights = [value(r) for _, r in chosen]
-        spans = [limits(r) or (h, h) for (_, r), h in zip(chosen, heights, strict=True)]
-        bars = [[max(0.0, h - low) for h, (low, _) in zip(heights, spans, strict=True)],
-                [max(0.0, high - h) for h, (_, high) in zip(heights, spans, strict=True)]]  # fmt: skip
-        colour, marker = _look(name, names)
-        axis.errorbar([x for x, _ in chosen], heights, bars, fmt=marker, label=name, color=colour, markersize=6, elinewidth=1)
-    for j in range(1, len(paths)):
-        axis.axvline(j - 0.5, color=_GRID, linewidth=0.8)
-    axis.set_xticks(range(len(paths)), paths)
-    axis.grid(axis="y", color=_GRID, linewidth=0.8)
-    axis.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def _commonest(rows):
-    shapes = [named(r["shape"]) for r in rows]
-    return max(dict.fromkeys(shapes), key=shapes.count)
-
-
 def _names(rows):
     return sorted(dict.fromkeys(r["provider"] for r in rows), key=lambda name: not name.startswith(OURS))
 
 
 def _look(name, names):
-    """(colour, marker)"""
+    """(colour, marker), the same in every picture."""
     if name == OURS:
         return _OWN, "o"
-    others = dict.fromkeys([*_FIRST, *PROVIDERS, *names])  # the same in every picture
-    i = [n for n in others if n not in (OURS, PRODUCTS)].index(name)
+    i = [n for n in dict.fromkeys([*_FIRST, *PROVIDERS, *names]) if n not in (OURS, PRODUCTS)].index(name)
     return _OTHERS[i % len(_OTHERS)], _MARKERS[i % len(_MARKERS)]

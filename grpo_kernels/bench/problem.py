@@ -44,41 +44,35 @@ class Problem:
 
     @property
     def live(self):
-        """Kept tokens of sequences whose advantage is not 0, without those that the entropy leaves out."""
-        live = int((self.mask & (self.advantages != 0).unsqueeze(1)).sum())
+        """Kept tokens that get a gradient: of sequences whose advantage is not 0, unless there is a KL, and of high entropy."""
+        live = self.kept if self.config.beta else int((self.mask & (self.advantages != 0).unsqueeze(1)).sum())
         return live if self.config.top_entropy_quantile == 1 else min(live, math.ceil(self.config.top_entropy_quantile * self.kept))
 
 
 def make_problem(shape: Shape, workload: Workload, seed=0, device="cpu") -> Problem:
-    """Drawn on the CPU, whatever the device, so that the same numbers are measured everywhere."""
-    g = torch.Generator().manual_seed(seed)
+    """The head and the hidden states are drawn on the device, by its own generator; everything small on the CPU."""
+    g, large = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
     shape = workload.laid_out(shape)
     B, T, D, V = shape.sequences, shape.length, shape.depth, shape.vocab
     dtype = getattr(torch, shape.dtype)
-    weight = torch.empty(V, D, dtype=dtype).normal_(generator=g).mul_(D**-0.5)
-    hidden, ids = _flat(B * T, D, V, g) if workload.flat else _peaked(B * T, weight, g)
-    hidden, weight, ids = hidden.to(dtype).to(device), weight.to(device), ids.to(device)
+    weight = torch.empty(V, D, dtype=dtype, device=device).normal_(generator=large).mul_(D**-0.5)
+    noise = torch.empty(B * T, D, device=device).normal_(generator=large)
+    hidden, ids = _peaked(noise, weight, g)
+    hidden = hidden.to(dtype)
     mask, advantages = draw_batch(workload, B, T, g)
-    old = None
-    if workload.off_policy:
-        # rounded as the dtype rounds it: the bands of the ratios leave room for that
-        log_ratios = draw_log_ratios(workload.level, advantages, T, g)
-        old = _logps(hidden, weight, ids).view(B, T) - log_ratios.to(device)
+    logps = None if workload.beta == 0 and not workload.off_policy else _logps(hidden, weight, ids).view(B, T)
+    # rounded as the dtype rounds it: the bands of the ratios leave room for that
+    old = logps - draw_log_ratios(workload.level, advantages, T, g).to(device) if workload.off_policy else None
+    ref = logps - 0.1 * torch.randn(B, T, generator=g).to(device) if workload.beta else None
     hidden, ids, advantages, mask = hidden.view(B, T, D), ids.view(B, T), advantages.to(device), mask.to(device)
-    return Problem(shape, workload, workload.config(), hidden, weight, ids, advantages, mask, old)
+    return Problem(shape, workload, workload.config(), hidden, weight, ids, advantages, mask, old, ref)
 
 
-def _flat(N, D, V, g):
-    spread = 1 + 3 * torch.rand(N, 1, generator=g)
-    return torch.randn(N, D, generator=g) * spread, torch.randint(V, (N,), generator=g)
-
-
-def _peaked(N, weight, g):
+def _peaked(noise, weight, g):
     """(hidden [N, D], ids [N])."""
-    V, D = weight.shape
+    V, N, device = weight.shape[0], noise.shape[0], noise.device
     uniform = lambda *size: torch.rand(size, generator=g)  # noqa: E731
     spread = 1 + uniform(N, 1)
-    hidden = torch.randn(N, D, generator=g) * spread
     kind = uniform(N)
     fork, likely = kind < FORKS, (kind >= FORKS) & (kind < FORKS + LIKELY)
     low, high = (
@@ -90,13 +84,15 @@ def _peaked(N, weight, g):
     used[~fork, 1:] = 0.0
     # sum over exp of normal logits: ln V + variance / 2
     height = math.log(V) + spread.squeeze(1).square() / 2 + odds - used.sum(1).log()
+    hidden = noise * spread.to(device)
     for j in range(FORK_TOKENS):
-        direction = weight[candidates[:, j]].float()
+        direction = weight[candidates[:, j].to(device)].float()
         own = (hidden * direction).sum(1)  # of the noise: taken out, so that the odds are the ones drawn
         norm = direction.square().sum(1)
-        hidden += direction * (used[:, j] * (height - own) / norm).unsqueeze(1)
+        hidden += direction * (used[:, j].to(device) * (height.to(device) - own) / norm).unsqueeze(1)
     chosen = candidates.gather(1, (uniform(N) * used.sum(1)).long().unsqueeze(1)).squeeze(1)
-    return hidden, torch.where(uniform(N) < odds.sigmoid(), chosen, torch.randint(V, (N,), generator=g))
+    ids = torch.where(uniform(N) < odds.sigmoid(), chosen, torch.randint(V, (N,), generator=g))
+    return hidden, ids.to(device)
 
 
 def same_data(a: Problem, b: Problem) -> bool:

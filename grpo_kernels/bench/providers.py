@@ -1,7 +1,7 @@
 """Who computes the loss: a function problem -> a call without arguments that returns a `Result`.
 
-What is made in the function (preallocated outputs, flattened views) is not timed; everything the call does is. A provider that
-cannot run, or not this workload, raises `Absent` with the reason.
+What is made in the function is not timed; everything the call does is. A provider that cannot run, or not this workload, raises
+`Absent` with the reason.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,12 @@ import torch
 from .. import backends
 from ..logprobs import linear_logprobs
 from ..loss import fused_linear_grpo_loss
+from . import clock as clocks
 from . import peers
+from .floor import Floor
 from .peers import Absent
 from .problem import Problem, Result
 
-PRODUCT_ROWS = 512
 _OWN = "grpo_kernels"
 
 
@@ -62,38 +63,12 @@ def ours(backend="auto"):
     return make
 
 
-def _products(p: Problem):
-    """The floor: nothing but the products that are needed, on outputs that exist already, dW overwritten per chunk.
-
-    Rows that need no gradient are only multiplied by the head, masked ones not at all. 512 rows at a time, dz^T as a view, is as
-    fast as other heights and as transposed copies on the CPUs it was tried on; a fused call that is cut otherwise can be below it.
-    """
-    kept = p.mask.flatten().nonzero().squeeze(1)
-    rows = p.hidden.flatten(0, 1)[kept]
-    live = p.live if p.workload.gradients else 0
-    z = rows.new_empty(min(PRODUCT_ROWS, rows.shape[0]), p.shape.vocab)
-    dh, dw = torch.empty_like(rows), torch.empty_like(p.weight)
-
-    def run():
-        for start in range(0, rows.shape[0], PRODUCT_ROWS):
-            h = rows[start : start + PRODUCT_ROWS]
-            tile = torch.mm(h, p.weight.T, out=z[: h.shape[0]])
-            n = min(max(live - start, 0), h.shape[0])
-            if n:
-                torch.mm(tile[:n], p.weight, out=dh[start : start + n])
-                if p.workload.trains_head:
-                    torch.mm(tile[:n].T, h[:n], out=dw)
-        return Result()
-
-    return run
-
-
 PRODUCTS, OURS, FULL, TRL, LIGER = "products", _OWN, "full_logits", "trl", "liger"
 _SCORES_ONLY = "asked for log-probs per token, under our objective in PyTorch"
 PROVIDERS = {
     p.name: p
     for p in (
-        Provider(PRODUCTS, _products, "the matrix products alone: the floor", quick=True, settings={"rows": PRODUCT_ROWS}),
+        Provider(PRODUCTS, lambda p: Floor(p, clocks.of(p.hidden.device.type)), "the matrix products alone: the floor", quick=True),
         Provider(OURS, ours(), "this library, backend='auto'", quick=True),
         *(Provider(f"{_OWN}-{name}", ours(name), f"this library, backend={name!r}") for name in backends.available_backends()),
         Provider(FULL, peers.full_logits, "plain PyTorch through all logits", quick=True, logits=14),
@@ -113,7 +88,6 @@ PROVIDERS = {
                  note=f"{_SCORES_ONLY}; options=None, its reference path"),
         Provider("torch-lce-chunked", lambda p: peers.torch_linear_cross_entropy(p, chunked=True), "the same, with its chunking",
                  note=f"{_SCORES_ONLY}; LinearCrossEntropyOptions() as it comes"),
-        Provider("quack", peers.quack, "quack's linear cross-entropy"),
     )
 }  # fmt: skip
 

@@ -1,10 +1,12 @@
 """One row of the JSON: who, what, on which shape, how long, how much memory, how far from the truth, on what."""
 
+import datetime
 import functools
 import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -15,8 +17,7 @@ import torch
 from .. import __version__
 
 PACKAGES = (
-    "torch", "triton", "transformers", "trl", "liger-kernel", "nvidia-cutlass-dsl", "verl", "cut-cross-entropy",
-    "quack-kernels", "numpy",
+    "torch", "triton", "transformers", "trl", "liger-kernel", "nvidia-cutlass-dsl", "verl", "cut-cross-entropy", "numpy",
 )  # fmt: skip
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -38,6 +39,7 @@ def row(provider, path, shape, times=(), *, status="ok", note=None, ratios=(), *
         "ratio_range": [min(ratios), max(ratios)] if ratios else None,
         "peak_bytes": None,
         "error": None,
+        "settings": {},
         **more,
         **environment(),
     }
@@ -55,13 +57,20 @@ def spread(times):
     return high - low
 
 
+@functools.cache
 def environment() -> dict:
+    """On what, and with what, the figures of a row were found."""
     on_gpu = torch.cuda.is_available()
     known = {name: found for name in PACKAGES if (found := installed(name))}
+    of_gpu = {
+        "capability": list(torch.cuda.get_device_capability()), "driver": _driver(), "cuda": torch.version.cuda
+    } if on_gpu else {}  # fmt: skip
     return {
         "versions": {"grpo-kernels": __version__, **known, "python": platform.python_version()},
         "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        **of_gpu,
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -71,7 +80,12 @@ def environment() -> dict:
 
 @functools.cache
 def commit():
-    """The short hash of the source tree, with + behind it if files were changed since; None outside of a checkout."""
+    """The short hash of the source tree, with + behind it if files were changed since; None outside of a checkout.
+
+    GRPO_KERNELS_COMMIT names it where the tree was copied without its history.
+    """
+    if given := os.environ.get("GRPO_KERNELS_COMMIT"):
+        return given
     run = lambda *a: subprocess.run(["git", *a], cwd=_PACKAGE, capture_output=True, text=True)  # noqa: E731
     try:
         top = run("rev-parse", "--show-toplevel")
@@ -108,6 +122,15 @@ def installed(name):
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _driver():
+    """The version of NVIDIA's driver, or None."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return None
+    return next((word for word in words if re.fullmatch(r"\d+\.\d+(\.\d+)?", word)), None)
 
 
 def _cpu():

@@ -9,7 +9,7 @@ import math
 from . import memory, record
 
 VARIANTS = ("model", "thin trainer", "trl stock", "trl patched", "trl fused")
-MODEL, STOCK = "model", "trl stock"
+MODEL, STOCK, OURS = "model", "trl stock", ("thin trainer", "trl patched", "trl fused")
 LENGTHS = (64, 256)
 _TOLERANCE, _SMALLEST = 0.05, 0.01  # relative; of a loss that nearly cancels, of this
 _LONGEST = 900.0  # seconds of a process

@@ -13,85 +13,96 @@ _LEGEND = (
 
 
 def table(rows):
-    """Lines, one block per shape and workload."""
-    blocks = {}
+    """Lines: what was measured on what, a block per shape and workload, then what else there is, a line a row."""
+    if not rows:
+        return
+    r = rows[0]
+    yield f"{r['device']}; {r['cpu']}, {r['threads']} threads; commit {r['commit']}"
+    yield ", ".join(f"{name} {v}" for name, v in r["versions"].items())
+    blocks, steps = {}, []
     for r in rows:
-        if r.get("kind", "loss") == "loss":
+        if (kind := r.get("kind", "loss")) == "loss":
             blocks.setdefault((named(r["shape"]), r["path"]), []).append(r)
+        elif kind == "step":
+            steps.append(r)
+        else:
+            yield _LINES.get(kind, _other)(r).rstrip()
     for (shape, path), block in blocks.items():
-        first = block[0]
-        counts = f", {first['kept']} kept, {first['live']} trained" if "kept" in first else ""
-        yield f"\n{path}: {shape}{counts}"
-        yield f"  {'provider':20}" + " ".join(f"{name:>{width}}" for name, width in _COLUMNS) + "  error"
-        ours = next((r["median"] for r in block if r["provider"] == OURS), None)
-        timed = [r for r in block if r["status"] == "ok"]
-        for r in sorted(timed, key=lambda r: r["median"]):
-            yield _line(r, ours)
-        for r in block:
-            if r["status"] != "ok":
-                yield f"  {r['provider']:20}{r['status']}: {r['note']}"
-        yield from _verdict(timed)
+        yield from _block(f"{path}: {shape}", block)
     if blocks:
         yield from _LEGEND
+    if steps:
+        yield from _steps(steps)
 
 
-def _line(r, ours):
-    span = r.get("ratio_range")
-    cells = (
-        _cell(r["median"], lambda x: f"{x * 1e3:.1f}"),
-        _cell(r["spread"], lambda x: f"{x * 1e3:.1f}"),
-        _cell(r.get("ratio"), lambda x: f"{x:.2f}"),
-        _cell(span, lambda x: f"[{x[0]:.2f} {x[1]:.2f}]"),
-        _cell(ours, lambda x: f"{r['median'] / x:.2f}"),
-        _cell(r.get("cold_seconds"), lambda x: f"{x * 1e3:.0f}"),
-        _cell(r["peak_bytes"], lambda x: f"{x / 2**20:.0f}"),
-    )
-    aligned = " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
-    notes = "; ".join(filter(None, (r.get("note"), r.get("peak_note"))))
-    return f"  {r['provider']:20}{aligned}  {_cell(r['error'], lambda x: f'{x:.1e}')}" + (f"  ({notes})" if notes else "")
-
-
-def _verdict(timed):
-    """Who was faster, or smaller, than ours: said in words, so that a loss is as easy to see as a win."""
+def _block(title, rows):
+    first = rows[0]
+    yield f"\n{title}" + (f", {first['kept']} kept, {first['live']} trained" if "kept" in first else "")
+    yield f"  {'provider':20}" + " ".join(f"{name:>{width}}" for name, width in _COLUMNS) + "  error"
+    timed = sorted((r for r in rows if r["status"] == "ok"), key=lambda r: r["median"])
     ours = next((r for r in timed if r["provider"] == OURS), None)
-    if ours is None:
-        return
+    for r in timed:
+        span = r.get("ratio_range")
+        cells = (
+            _cell(r["median"], "{:.1f}", 1e3), _cell(r["spread"], "{:.1f}", 1e3), _cell(r.get("ratio"), "{:.2f}"),
+            "[{:.2f} {:.2f}]".format(*span) if span else "-", _cell(ours and r["median"] / ours["median"], "{:.2f}"),
+            _cell(r.get("cold_seconds"), "{:.0f}", 1e3), _cell(r["peak_bytes"], "{:.0f}", 2**-20),
+        )  # fmt: skip
+        aligned = " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
+        note = _way(r["settings"]) if r["provider"] == PRODUCTS else r["note"]
+        yield f"  {r['provider']:20}{aligned}  {_cell(r['error'], '{:.1e}')}" + (f"  ({note})" if note else "")
+    for r in rows:
+        if r["status"] != "ok":
+            yield f"  {r['provider']:20}{r['status']}: {r['note']}"
     others = [r for r in timed if not r["provider"].startswith(OURS) and r["provider"] != PRODUCTS]
     for word, key in (("faster", "median"), ("faster in the first call", "cold_seconds"), ("smaller", "peak_bytes")):
-        names = [r["provider"] for r in others if None not in (r.get(key), ours.get(key)) and r[key] < ours[key]]
+        # said in words, so that a loss is as easy to see as a win
+        names = [r["provider"] for r in others if ours and r.get(key) and ours.get(key) and r[key] < ours[key]]
         if names:
             yield f"  {word} than ours here: {', '.join(names)}"
 
 
-def scaling_table(rows):
-    """Lines: points and the fitted exponents."""
-    rows = [r for r in rows if r.get("kind") in ("scaling", "exponent", "fit")]
-    for r in rows:
-        if r["kind"] == "exponent":
-            yield (f"  {r['provider']:20} over {r['axis']:6}: seconds ~ {r['axis']}^{_cell(r['time_exponent'], '{:.2f}'.format)}, "
-                   f"peak ~ {r['axis']}^{_cell(r['memory_exponent'], '{:.2f}'.format)}  ({r['points']} points)")  # fmt: skip
-        elif r["kind"] == "fit":
-            yield f"  {r['provider']:20} within {r['memory_gib']:g} GiB: {_cell(r['largest'], '{} tokens'.format)}  ({r['note']})"
-        else:
-            seconds, peak = _cell(r["median"], "{:.2f} s".format), _cell(r["peak_bytes"], lambda x: f"{x / 2**20:.0f} MiB")
-            yield f"  {r['provider']:20} {named(r['shape']):32} {seconds:>10} {peak:>10}  {r['note'] or ''}".rstrip()
+def _way(settings):
+    if "columns" not in settings:
+        return None
+    laid = ", dz^T contiguous" if settings["contiguous"] else ""
+    return f"the fastest of {settings['ways']} ways: {settings['rows']} rows x {settings['columns']} columns{laid}"
 
 
-def step_table(rows):
-    rows = [r for r in rows if r.get("kind") == "step"]
-    if rows:
-        yield f"\n{'one optimiser step':20}{'tokens':>8}{'seconds':>9}{'x stock':>9}{'head':>7}{'peak MiB':>10}"
+def _point(r):
+    seconds, peak = _cell(r["median"], "{:.2f} s"), _cell(r["peak_bytes"], "{:.0f} MiB", 2**-20)
+    return f"  {r['provider']:20} {named(r['shape']):32} {seconds:>10} {peak:>10}  {r['note'] or ''}"
+
+
+def _exponent(r):
+    axis = r["axis"]
+    return (f"  {r['provider']:20} over {axis:6}: seconds ~ {axis}^{_cell(r['time_exponent'], '{:.2f}')}, "
+            f"peak ~ {axis}^{_cell(r['memory_exponent'], '{:.2f}')}  ({r['points']} points)")  # fmt: skip
+
+
+def _other(r):
+    """``says`` is the row in words, for kinds that only the GPU's stages have."""
+    shape = "x".join(str(n) for n in (r["shape"] or {}).values())
+    status = "" if r["status"] == "ok" else f"{r['status']}: {r['note'] or ''}"
+    median = _cell(r["median"], "{:.3f} ms", 1e3)
+    return f"  {r['provider']:20} {r['path']:18} {shape:24} {median:>12} {r.get('says') or ''} {status}"
+
+
+_LINES = {"scaling": _point, "exponent": _exponent}
+
+
+def _steps(rows):
+    yield f"\n{'one optimiser step':20}{'tokens':>8}{'seconds':>9}{'x stock':>9}{'head':>7}{'peak MiB':>10}"
     stock = {r["shape"]["tokens"]: r["median"] for r in rows if r["provider"] == "trl stock" and r["shape"]}
     for r in rows:
-        base = stock.get(r["shape"]["tokens"] if r["shape"] else None)
+        trouble = "" if r["status"] == "ok" else f"  {r['status']}: {r['note']}"
         if r["median"] is None:
-            yield f"{r['provider']:20}{r['status']}: {r['note']}"
+            yield f"{r['provider']:20}{trouble.strip()}"
             continue
-        ratio = "-" if base is None else f"{r['median'] / base:.2f}"
-        yield (f"{r['provider']:20}{r['shape']['tokens']:8}{r['median']:9.2f}{ratio:>9}"
-               f"{_cell(r['head_share'], '{:.0%}'.format):>7}{_cell(r['peak_bytes'], lambda x: f'{x / 2**20:.0f}'):>10}"
-               + (f"  {r['status']}: {r['note']}" if r["status"] != "ok" else ""))  # fmt: skip
+        base = stock.get(r["shape"]["tokens"])
+        yield (f"{r['provider']:20}{r['shape']['tokens']:8}{r['median']:9.2f}{_cell(base and r['median'] / base, '{:.2f}'):>9}"
+               f"{_cell(r['head_share'], '{:.0%}'):>7}{_cell(r['peak_bytes'], '{:.0f}', 2**-20):>10}{trouble}")  # fmt: skip
 
 
-def _cell(value, form):
-    return "-" if value is None else form(value)
+def _cell(value, form, unit=None):
+    return "-" if value is None else form.format(value if unit is None else value * unit)

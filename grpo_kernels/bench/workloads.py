@@ -11,8 +11,7 @@ All others keep every token, with advantages that are not 0: the case least favo
 Logits: a fifth of the rows are forks, where four tokens share most of the probability; on three in ten one token has odds of
 e^3 to e^7 against all others, on the remaining half odds of e^6 to e^12: most tokens of a trained model are nearly certain
 (Wang et al. 2025, "Beyond the 80/20 rule": over half of the entropies below 0.01, a fifth above 0.67; ours: half below 0.05, a
-fifth above 0.7, the noise of a random head having a heavier tail). Under that lies noise of standard deviation 1 to 2. With
-``flat`` there is only noise, of standard deviation 1 to 4: entropies from 4 to 11 nats.
+fifth above 0.7, the noise of a random head having a heavier tail). Under that lies noise of standard deviation 1 to 2.
 
 Ratios: old log-probs are the policy's own minus the logarithm of a ratio drawn from three bands, below, inside and above the
 clip range and further from its bounds than bf16 logits can move them. Fresh random old log-probs would clip every token and
@@ -47,16 +46,18 @@ class Workload:
     level: str = "token"
     quantile: float = 1.0  # of the entropy: tokens below it are not trained
     off_policy: bool = True
-    flat: bool = False
+    beta: float = 0.0
 
     def config(self):
-        return GRPOLossConfig(loss_type="dapo", importance_sampling_level=self.level, top_entropy_quantile=self.quantile)
+        return GRPOLossConfig(
+            loss_type="dapo", importance_sampling_level=self.level, top_entropy_quantile=self.quantile, beta=self.beta
+        )
 
     def laid_out(self, shape):
         """The shape with as many sequences as this workload has; the tokens stay."""
         if not self.realistic:
             return shape
-        # few groups could all be without variance, short rows have no lengths to speak of
+        # short rows have no lengths to speak of
         able = [n for n in (8, 4, 2) if shape.tokens % (GROUP * n) == 0 and shape.tokens // (GROUP * n) >= SHORTEST]
         groups = able[0] if able else 1
         return replace(shape, sequences=GROUP * groups, length=max(1, shape.tokens // (GROUP * groups)))
@@ -70,9 +71,9 @@ WORKLOADS = {
         Workload("frozen", "dense, the head is frozen", trains_head=False),
         Workload("logprobs", "log-probs only, no gradient", gradients=False),
         Workload("realistic", "prompts, lengths and groups without variance as drawn", realistic=True),
+        Workload("kl", "dense, with a KL to a reference", beta=0.04),
         Workload("sequence", "dense, ratio per sequence", level="sequence"),
         Workload("entropy", "dense, the fifth of highest entropy is trained", quantile=0.2),
-        Workload("flat", "dense, logits are plain noise", flat=True),
         Workload("onpolicy", "dense, one step per rollout: no old log-probs", off_policy=False),
     )
 }
@@ -88,8 +89,11 @@ def draw_batch(workload, B, T, g):
     completion = (log_normal(B, *COMPLETION_SHARE, g) * T).ceil().long()
     position = torch.arange(T)
     mask = (position >= prompt.unsqueeze(1)) & (position < (prompt + completion).unsqueeze(1))
-    rewards = (torch.rand(B, generator=g) < pass_rates(groups, g).repeat_interleave(GROUP)).float()
-    return mask, group_advantages(rewards, torch.arange(B) // GROUP)
+    advantages = torch.zeros(B)
+    while not advantages.any():  # few groups can all be without variance: a batch that trains nothing is drawn again
+        rewards = (torch.rand(B, generator=g) < pass_rates(groups, g).repeat_interleave(GROUP)).float()
+        advantages = group_advantages(rewards, torch.arange(B) // GROUP)
+    return mask, advantages
 
 
 def pass_rates(count, g):
