@@ -4,7 +4,6 @@ A library is imported from its installed package when it is first asked for, and
 where it has no such path.
 """
 
-import contextlib
 import functools
 import importlib
 
@@ -26,13 +25,13 @@ LIGER_ROWS = 1024  # of a chunk on a GPU; on a CPU everything is one chunk, whic
 def full_logits(p, compiled=False):
     """The head's product in the inputs' dtype, of kept rows; log-probs in float32; the entropy only where it is asked for."""
     function = _scores if not p.workload.gradients or _needs_entropy(p) else _log_probs
-    if compiled:
-        function = _compiled(function)
+    if not compiled:
+        return _with_objective(p, function)
+    function = _compiled(function)
 
-    def scores(hidden, weight, ids):
-        if compiled:  # one graph for every number of rows, as a trainer needs
-            torch._dynamo.maybe_mark_dynamic(hidden, 0)
-            torch._dynamo.maybe_mark_dynamic(ids, 0)
+    def scores(hidden, weight, ids):  # one graph for every number of rows, as a trainer needs
+        torch._dynamo.maybe_mark_dynamic(hidden, 0)
+        torch._dynamo.maybe_mark_dynamic(ids, 0)
         return function(hidden, weight, ids)
 
     return _with_objective(p, scores)
@@ -47,18 +46,15 @@ def _scores(hidden, weight, ids):
     return log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
-@functools.cache
-def _compiled(function):
-    return torch.compile(function)
+_compiled = functools.cache(torch.compile)
 
 
 def trl(p):
-    with _absent_unless_imported():
-        from trl.kernels import ChunkedLogProbFunction
-        importlib.import_module("trl.trainer.utils")  # which the backward takes a function from
+    function = _imported("trl.kernels").ChunkedLogProbFunction
+    _imported("trl.trainer.utils")  # which the backward takes a function from
 
     def scores(hidden, weight, ids):  # entropy beside the log-probs, as its trainer wants it
-        return ChunkedLogProbFunction.apply(hidden, weight, None, ids, 1.0, _TRL_COLUMNS, None, 1.0, ("entropy",))[:2]
+        return function.apply(hidden, weight, None, ids, 1.0, _TRL_COLUMNS, None, 1.0, ("entropy",))[:2]
 
     return _with_objective(p, scores)
 
@@ -68,10 +64,8 @@ def liger(p, one_by_one=False):
 
     ``one_by_one`` is the constructor's chunk of one sequence; else as many together as make it fastest.
     """
-    with _absent_unless_imported():
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-    if not p.workload.gradients:
-        raise Absent("it has no log-probs of its own")
+    LigerFusedLinearGRPOLoss = _imported("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
+    _need_gradients(p)
     _refuse_entropy(p)
     c, rows = p.config, LIGER_ROWS if p.hidden.is_cuda else p.shape.tokens
     needed = p.mask.any(0).nonzero()
@@ -99,12 +93,9 @@ def liger(p, one_by_one=False):
 
 def liger_from_logits(p):
     """Its Triton kernel on logits that plain PyTorch has made."""
-    with _absent_unless_imported():
-        from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-    if not p.hidden.is_cuda:
-        raise Absent("its kernels need a GPU")
-    if not p.workload.gradients:
-        raise Absent("it has no log-probs of its own")
+    triton_grpo_loss = _imported("liger_kernel.transformers.grpo_loss").triton_grpo_loss
+    _need_gpu(p)
+    _need_gradients(p)
     _refuse_entropy(p)
     c = p.config
 
@@ -124,44 +115,34 @@ def liger_from_logits(p):
 
 
 def liger_scaled_cross_entropy(p):
-    with _absent_unless_imported():
-        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as Function
+    function = _imported("liger_kernel.ops.fused_linear_scaled_cross_entropy").LigerFusedLinearScaledCrossEntropyFunction
     if p.hidden.is_cuda:
         if torch.cuda.get_device_capability() != (9, 0):
             raise Absent("its kernel is Hopper's; elsewhere it is a chunked loop in PyTorch")
-        with _absent_unless_imported():
-            importlib.import_module("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90")
+        _imported("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90")
 
     def scores(hidden, weight, ids):
-        nll, entropy = Function.apply(hidden, weight, ids, 1.0, -100, 1, True)
+        nll, entropy = function.apply(hidden, weight, ids, 1.0, -100, 1, True)
         return -nll, entropy.float()
 
     return _with_objective(p, scores)
 
 
 def verl(p):
-    linear_cross_entropy = _verl_function()
-    if not p.hidden.is_cuda:
-        raise Absent("its kernels need a GPU")
+    linear_cross_entropy = _imported("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+    _need_gpu(p)
     return _with_objective(p, lambda hidden, weight, ids: linear_cross_entropy(hidden, weight, ids, 1.0, "none"))
 
 
 def verl_torch(p):
     """verl's chunked loop in PyTorch, without kernels."""
-    fused = _verl_function("verl.utils.experimental.torch_functional", "FusedLinearForPPO")()
+    fused = _imported("verl.utils.experimental.torch_functional").FusedLinearForPPO()
     return _with_objective(p, lambda hidden, weight, ids: fused(hidden, weight, ids, 1.0))
 
 
-def _verl_function(name="verl.utils.kernel.linear_cross_entropy", function="linear_cross_entropy"):
-    with _absent_unless_imported():
-        return getattr(importlib.import_module(name), function)
-
-
 def cut_cross_entropy(p):
-    with _absent_unless_imported():
-        from cut_cross_entropy import linear_cross_entropy
-    if not p.hidden.is_cuda:
-        raise Absent("its kernels need a GPU")
+    linear_cross_entropy = _imported("cut_cross_entropy").linear_cross_entropy
+    _need_gpu(p)
     _refuse_entropy(p)
 
     def scores(hidden, weight, ids):
@@ -193,10 +174,19 @@ def _refuse_entropy(p):
         raise Absent("it has no entropy to choose tokens by")
 
 
-@contextlib.contextmanager
-def _absent_unless_imported():
+def _need_gpu(p):
+    if not p.hidden.is_cuda:
+        raise Absent("its kernels need a GPU")
+
+
+def _need_gradients(p):
+    if not p.workload.gradients:
+        raise Absent("it has no log-probs of its own")
+
+
+def _imported(module):
     try:
-        yield
+        return importlib.import_module(module)
     except Exception as error:
         raise Absent(f"cannot be imported: {type(error).__name__}: {error}") from error
 

@@ -16,7 +16,7 @@ from .workloads import WORKLOADS
 TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 VOCABULARIES = (32_000, 65_536, 128_256, 262_144)
 WORKLOAD = "onpolicy"
-_LONGEST = 200.0  # seconds of a call behind which a doubled one is not asked for
+_LONGEST = 60.0  # seconds of a call behind which a doubled one is not asked for
 _SHARE = 0.85
 
 
