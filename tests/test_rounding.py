@@ -1,6 +1,8 @@
 """The emulated accumulators of benchmarks/rounding.py against sums made by hand, and what their errors must look like."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,9 @@ import torch
 
 from benchmarks import rounding
 from benchmarks.rounding import A100, HOPPER, IN_ORDER, OFTEN, ROUNDING, V100, dot
+from grpo_kernels import backends
+from grpo_kernels.backends.statistics import Tile, finalize, new_statistics
+from grpo_kernels.losses.config import LogitTransform
 
 ALL = (V100, A100, HOPPER, ROUNDING, OFTEN, IN_ORDER)
 ULP = 2.0**-23  # of 1
@@ -172,3 +177,27 @@ def test_the_command_prints_a_table_of_everybody(capsys):
     assert [len(line) for line in lines].count(7) == 3 * 7  # two depths, and one without outliers
     assert sum(line[0] in ("| dH", "| dW") for line in lines) == 2 * 6
     assert not any("nan" in cell or "inf" in cell for line in lines for cell in line)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_on_exact_logits_our_log_probs_are_within_what_the_promise_leaves_to_them(backend):
+    """The 5e-7 of docs/precision.md: float32 logits of a whole vocabulary, log-probs of drawn tokens, rms against float64."""
+    if reason := backends.available_backends()[backend]:
+        pytest.skip(reason)
+    g = torch.Generator().manual_seed(0)
+    z = 2 * torch.randn(48, 151_936, generator=g)
+    z[:, :4] += torch.linspace(16, 26, 48).unsqueeze(1)
+    token = z.softmax(1).multinomial(1, generator=g)
+    exact = z.double().log_softmax(1).gather(1, token).squeeze(1)
+    stats = new_statistics(48, torch.float32, "cpu")
+    backends.kernels(backend).statistics(Tile(z, token.squeeze(1), LogitTransform()), stats)
+    assert exact.min() < -3 and (finalize(stats).logps - exact).square().mean().sqrt() < 5e-7
+
+
+def test_docs_hold_what_the_command_prints_first():
+    docs = (Path(__file__).parent.parent / "docs" / "precision.md").read_text()
+    printed = re.search(r"\| D 896 \| H100, H200, B200 \| (\S+), .*?\| .*?\| .*?\| (\S+), ", docs)
+    torch.manual_seed(0)
+    found = rounding.log_prob_errors(HOPPER, *rounding.inputs(32, 896, 151_936)[:3])
+    # a quarter of the rows; not the drawn tokens' log-probs, whose mean a single token moves
+    assert [float(x) for x in printed.groups()] == pytest.approx([found[0].mean(), np.abs(found[3]).mean()], rel=0.1)
