@@ -10,7 +10,9 @@ from test_vocab_parallel import SHARDS, V, sharded, spawn
 from test_work import operations as counted_operations
 
 from benchmarks.cost_model import (
+    KEPT,
     MODELS,
+    TRAINED,
     Model,
     Step,
     handed_to_collectives,
@@ -18,7 +20,7 @@ from benchmarks.cost_model import (
     operations,
     problem,
     sent,
-    tables,
+    table,
 )
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss
 from grpo_kernels.distributed import counted
@@ -88,19 +90,19 @@ def test_rings():
 
 
 def test_heights_bytes_time_and_peak_are_those_of_the_plan():
-    model, step = MODELS[0], Step(8192, 6144)
+    model, step = MODELS[0], Step(KEPT, TRAINED)
     for ranks in (1, 8):
         asked = problem(model, step, ranks=ranks)
         found, time = plan(asked), predict(asked)
         moved = sum(x.count * (x.read + x.written) for x in steps(asked, found)) / 2**30
-        assert asked.live == found.buffer_rows == 6144 and asked.dead == 2048
+        assert asked.live == found.buffer_rows == TRAINED and asked.dead == KEPT - TRAINED
         assert sum(2 * x.count * x.m * x.n * x.k for x in steps(asked, found)) == operations(model, step, ranks)
         cells = [f"{ranks} x .", f"6144, {found.chunk_rows}", r"[\d.]+", f"{moved:.1f}", f"{time.predicted_ms:.1f}", f"{time.ratio:.2f}"]
-        row = re.search(rf"8B[^|]*\| {' . '.join(cells)} .*", tables(step)).group()
+        row = re.search(rf"8B[^|]*\| {' . '.join(cells)} .*", table()).group()
         assert f"| {peak_bytes(asked, step.kept) / 2**30:.2f} GiB |" in row
 
 
-def test_the_tables_in_the_docs_are_these():
+def test_the_table_in_the_docs_is_this():
     text = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
-    assert tables() in text
+    assert table() in text
     assert re.search(r"8B.*8 x 1", text)

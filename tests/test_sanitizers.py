@@ -32,7 +32,7 @@ def sanitized(tmp_path_factory):
     if libraries is None:
         pytest.skip("g++ has no sanitizer libraries")
     folder = tmp_path_factory.mktemp("sanitized")
-    for name in ("grpo_kernels", "csrc", "tests", "benchmarks"):
+    for name in ("grpo_kernels", "csrc", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"))
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, folder)
@@ -74,7 +74,7 @@ def test_the_kernels_own_tests_under_sanitizers(sanitized):
 @one_build
 def test_random_calls_under_sanitizers(sanitized):
     folder, environment = sanitized
-    code = "import sys; sys.modules['atheris'] = None; from benchmarks.soak import fuzz; fuzz.main(float(sys.argv[1]), [])"
+    code = "import sys; sys.modules['atheris'] = None; sys.path.insert(0, 'tests'); import fuzz; fuzz.main(float(sys.argv[1]), [])"
     out = run(folder, environment, "-c", code, str(SECONDS["fuzz under sanitizers"]))
     assert int(out.split()[-2]) > 100, out
 
@@ -82,7 +82,7 @@ def test_random_calls_under_sanitizers(sanitized):
 def test_random_calls_guided_by_coverage():
     pytest.importorskip("atheris")
     environment = {**outer(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.soak.fuzz", str(SECONDS["fuzz"]), "-seed=1"]
+    command = [sys.executable, "tests/fuzz.py", str(SECONDS["fuzz"]), "-seed=1"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "Done " in done.stderr + done.stdout

@@ -1,17 +1,17 @@
 """Random calls of the compiled kernels and of the public functions: a result or an error that says what was wrong, nothing else.
 
-    python -m benchmarks.soak.fuzz SECONDS [libFuzzer's options]
+    python tests/fuzz.py SECONDS [libFuzzer's options]
 
-With atheris installed its coverage of our Python guides the bytes; without it they come from a seeded generator. Under a library
-built with sanitizers (tests/test_sanitizers.py) a wild read or write ends the process.
+With atheris its coverage of our Python guides the bytes; without it they come from a generator, seeded by FUZZ_SEED. Under a
+library built with sanitizers (tests/test_sanitizers.py) a wild read or write ends the process.
 """
 
 import importlib.util
 import linecache
 import os
 import random
-import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -145,8 +145,6 @@ def main(seconds, arguments):
     except ImportError:
         atheris = None
     if atheris is None:
-        import time
-
         dice, end, calls = random.Random(int(os.environ.get("FUZZ_SEED", "0"))), time.monotonic() + seconds, 0
         while time.monotonic() < end:
             one(dice.randbytes(dice.randint(4, 96)))
@@ -157,15 +155,6 @@ def main(seconds, arguments):
         import grpo_kernels.backends.native  # noqa: F401
     atheris.Setup([sys.argv[0], f"-max_total_time={seconds:g}", "-max_len=96", "-rss_limit_mb=4096", *arguments], one)
     atheris.Fuzz()
-
-
-def run(options):
-    command = [sys.executable, "-m", __spec__.name, str(int(options.seconds)), f"-seed={options.seed + 1}"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FUZZ_SEED": str(options.seed)})
-    said = (done.stdout + done.stderr).splitlines()
-    runs = next((line for line in reversed(said) if line.startswith("Done ")), "")
-    guided = any("INFO: Running with" in line for line in said)
-    return {"holds": done.returncode == 0, "says": runs or "\n".join(said[-30:]), "atheris": guided}
 
 
 if __name__ == "__main__":
