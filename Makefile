@@ -22,8 +22,8 @@ BENCH_ARGS ?=
 SOAK_ARGS ?=
 # Also judges the Triton kernels: what PyTorch 2.11 comes with
 OTHER_TRITON ?= 3.6.0
-# make gpu PART=paths,kernels GPU_ARGS="--minutes 20"; its parts are listed in benchmarks/gpu/parts.py
-PART ?=
+# make gpu STAGE=decide,test=300 GPU_ARGS="--minutes 20 --commit 0123abc"; its stages are listed in benchmarks/gpu/__main__.py
+STAGE ?=
 GPU_ARGS ?=
 
 .PHONY: demo test test-verl sanitize soak bench kernels gpu lint clean
@@ -61,8 +61,9 @@ $(VENV)/triton-$(OTHER_TRITON)/triton: | $(STAMP)
 
 # With the Python that is given, whose PyTorch knows the GPU: nothing is installed or downloaded.
 gpu:
-	@$(PYTHON) -c "import torch, triton, pytest" || { echo "make gpu: $(PYTHON) has no torch, triton or pytest; give another, PYTHON=..." >&2; exit 2; }
-	$(PYTHON) -m benchmarks.gpu $(if $(PART),--part $(PART)) $(GPU_ARGS)
+	@$(PYTHON) -c "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ('torch', 'triton', 'pytest'))))" \
+		|| { echo "make gpu: $(PYTHON) has no torch, triton or pytest; give another, PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m benchmarks.gpu $(if $(STAGE),--stage $(STAGE)) $(GPU_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -51,6 +51,7 @@ class _NoCases:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "unpoisoned: run with torch.empty as in production")
+    config.addinivalue_line("markers", "inductor: compiles for seconds; `make gpu` runs it last")
 
 
 @pytest.fixture

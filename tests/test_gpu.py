@@ -175,6 +175,7 @@ def test_a_cuda_graph_captures_forward_and_backward(backend, config, packed_layo
         assert_close("replayed with other numbers", ours, truth, 2e-3)
 
 
+@pytest.mark.inductor
 @every_path
 def test_compiled_without_a_graph_break(backend, config):
     torch._dynamo.reset()

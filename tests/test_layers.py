@@ -21,7 +21,7 @@ FLOORS = (
     ("call",),
     ("engine",),
     ("backends", "distributed"),
-    ("losses", "build_cuda"),
+    ("losses", "build_cuda", "devices"),
 )
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPTIONAL = {"peft", "trl", "liger_kernel", "verl", "datasets", "triton", "yaml", "matplotlib", "tqdm", "cut_cross_entropy", "pyarrow", "quack"}

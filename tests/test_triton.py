@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from row_kernels import NAN, make_tile
 from test_row_kernels import Terms, Transform
 from tolerance import assert_all_close
 
-from grpo_kernels import GRPOLossConfig, available_backends, backends, fused_linear_grpo_loss
+from grpo_kernels import GRPOLossConfig, available_backends, backends, devices, fused_linear_grpo_loss
 from grpo_kernels.backends import triton
 from grpo_kernels.backends.statistics import Scored, Tile, new_statistics
 from grpo_kernels.engine import ops, products
@@ -102,31 +101,32 @@ def test_the_backend_is_chosen_by_device_and_named_ones_are_never_replaced(monke
 
 
 def test_a_record_chooses_between_triton_and_cuda(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))  # benchmarks/ is no part of the package
-    from benchmarks.gpu import fastest
-
     def row(provider, vocab, seconds, rows=100, status="ok", path="policy"):
-        return dict(provider=provider, path=path, shape={"rows": rows, "vocab": vocab}, median=seconds, status=status)
+        return dict(kind="kernel", provider=provider, path=path, shape={"rows": rows, "vocab": vocab}, median=seconds, status=status,
+                    device="NVIDIA H200")  # fmt: skip
 
     rows = [row("triton", 32_000, 1.0), row("cuda", 32_000, 2.0), row("triton", 151_936, 2.0), row("cuda", 151_936, 1.0),
-            row("triton", 262_144, 1.0), row("cuda", 999, 1.0, status="wrong"), row("cuda", 32_000, 0.1, path="gradient")]  # fmt: skip
-    content = {"capability": [9, 0], "parts": {"kernels": {"rows": rows}}}
-    path = tmp_path / "fastest.json"
-    path.write_text('{"8.0": {"32000": "triton"}}')
-    assert fastest.write(content, path) and not fastest.write({"capability": [9, 0], "parts": {}}, path)
-    found = json.loads(path.read_text())
-    assert found == {"8.0": {"32000": "triton"}, "9.0": {"32000": "triton", "151936": "cuda"}}
+            row("triton", 262_144, 1.0), row("cuda", 262_144, 1.0, status="wrong"), row("cuda", 32_000, 0.1, path="gradient")]  # fmt: skip
+    file = tmp_path / "devices.json"
+    file.write_text('{"NVIDIA A100": {"tflops": 240.0, "fastest": {"32000": "triton"}}}')
+    devices.adopt(rows, file)
+    devices.adopt([], file)
+    found = json.loads(file.read_text())
+    assert found["NVIDIA H200"] == {"fastest": {"32000": "triton", "151936": "cuda"}}
+    assert found["NVIDIA A100"] == {"tflops": 240.0, "fastest": {"32000": "triton"}}
 
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(backends, "_why_unavailable", lambda name: None)
     monkeypatch.setattr(triton, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.delenv("GRPO_KERNELS_BACKEND", raising=False)
     choose = lambda vocab: backends.resolve("auto", gpu, torch.bfloat16, vocab)  # noqa: E731
-    monkeypatch.setattr(backends, "_fastest", {})
+    monkeypatch.setattr(devices, "FILE", tmp_path / "none.json")
     assert choose(151_936) == "triton", "without a record"
-    monkeypatch.setattr(backends, "_fastest", found)
+    monkeypatch.setattr(devices, "FILE", file)
     assert [choose(vocab) for vocab in (1000, 32_000, 128_256, 262_144)] == ["triton", "triton", "cuda", "cuda"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA B200")
+    assert choose(151_936) == "triton", "a record of other devices"
     monkeypatch.setattr(backends, "_why_unavailable", lambda name: "no" if name == "cuda" else None)
     assert choose(151_936) == "triton"
     monkeypatch.setattr(backends, "_why_unavailable", lambda name: "no" if name == "triton" else None)

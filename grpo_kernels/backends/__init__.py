@@ -1,19 +1,15 @@
 """The backends: each is a few row kernels on a tile of logits (`pytorch.py` states the contract), chosen by name."""
 
-import json
 import os
-from pathlib import Path
 
 import torch
 
+from .. import devices
 from . import cuda, native, pytorch, triton
 
 FLOAT32_TILES = ("triton", "cuda")  # take float32 logits and write a 16-bit gradient elsewhere
 _MODULES = {"torch": pytorch, "cpu": native, "triton": triton, "cuda": cuda}
 _NAMES = tuple(_MODULES)
-# {compute capability: {V: the backend whose fused kernel was the fastest}}, written by `make gpu` from what it measured
-FASTEST = Path(__file__).with_name("fastest.json")
-_fastest = json.loads(FASTEST.read_text()) if FASTEST.exists() else {}
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -25,7 +21,7 @@ def available_backends() -> dict[str, str | None]:
 def resolve(name: str, device: torch.device, dtype: torch.dtype, vocab: int | None = None) -> str:
     """The backend that a call with these tensors uses; ``auto`` follows GRPO_KERNELS_BACKEND, then the device.
 
-    On a GPU that is what `fastest.json` has measured at the nearest vocabulary; without a record Triton, then CUDA C++.
+    On a GPU that is whose fused kernel was the faster at the nearest vocabulary (`devices.py`), else Triton, then CUDA C++.
 
     Raises RuntimeError if a backend that was asked for by name cannot be used.
     """
@@ -68,8 +64,7 @@ def _on_a_gpu(device, vocab):
 @torch.compiler.assume_constant_result
 def _measured(device):
     """((V, the fastest backend), ...) on a GPU of this kind."""
-    found = _fastest.get(".".join(map(str, torch.cuda.get_device_capability(device))), {}) if _fastest else {}
-    return tuple((int(vocab), name) for vocab, name in found.items())
+    return tuple(devices.fastest(torch.cuda.get_device_name(device)).items())
 
 
 def kernels(name: str):

@@ -50,8 +50,8 @@ def launch_shape(columns: int, element_size: int, reads: int = 1, plain: bool = 
     multiprocessor, so that few rows are in flight and the second read finds as much as can be of its row in the L2 cache. With
     a softcap, a bias or a gradient of the entropy, 64 registers are too few for that, and arithmetic sets the pace anyway;
     there, and where a row is read once, several programs share a multiprocessor, so that one's reductions hide behind
-    another's loads. Reasoned from the compiled code (``make kernels``), not measured yet: ``make gpu PART=sweep`` times the
-    alternatives.
+    another's loads. Reasoned from the compiled code (``make kernels``), not measured yet: ``make gpu
+    STAGE=kernels`` holds each kernel against the bandwidth of a copy.
     """
     for least, block, warps in ((65536, 8192, 32), (16384, 4096, 16), (2048, 2048, 8), (0, 1024, 4)):
         if columns >= least and (warps < 32 or (reads > 1 and plain)) and (warps < 16 or plain):

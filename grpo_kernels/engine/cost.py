@@ -2,17 +2,17 @@
 
 A product takes the longer of its bytes and of its arithmetic, in whole waves of 128 x 256 or 128 x 128 tiles over the
 multiprocessors; a third of its output's traffic is exposed on top. A row kernel takes its bytes. A chunk that fits half of the
-L2 cache stays there.
+L2 cache stays there. Numbers come from data sheets until `make gpu` has measured a device, see devices.py.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-_LAUNCH_SECONDS = 2e-6  # the next kernel of a full queue starts so much later
+from ..devices import constants
+
 _L2_SPEED = 2  # of L2 beside memory, at least: an A100's 5120 bytes a clock are 3.5 times its memory
-_EXPOSED = 1 / 3  # of a product's output: the tiles of a wave are written while the next wave computes, but not the last
 TILE = 128  # rows and columns of a tile of a GPU's product; wide tiles have twice the columns
 
 
@@ -24,6 +24,13 @@ class Device:
     float32_tflops: float  # of float32 products without TF32
     bandwidth: float  # bytes a second of a copy, read and written
     l2: int  # bytes
+    exposed: float = 1 / 3  # of a product's output: the tiles of a wave are written while the next wave computes, but not the last
+    launch: float = 2e-6  # seconds by which the next kernel of a full queue starts later
+    l2_share: float = 0.5  # that a chunk may fill: the rest is for what streams past
+
+    @property
+    def cache(self):
+        return int(self.l2 * self.l2_share)
 
 
 # H200: 80 % of the data sheet's products, 90 % of its memory; the other GPUs by their data sheets likewise
@@ -116,7 +123,7 @@ class Step:
 
 @torch.compiler.assume_constant_result  # which would trace the asking
 def device_of(torch_device) -> Device:
-    """The table's entry by the GPU's name, or what its properties say; nothing is timed."""
+    """What was measured on this GPU, else the table's entry by its name, else what its properties say; nothing is timed here."""
     return _device(torch_device)
 
 
@@ -125,6 +132,10 @@ def _device(torch_device):
     if torch_device.type != "cuda":
         return DEVICES["cpu"]
     found = torch.cuda.get_device_properties(torch_device)
+    return replace(_by_data_sheet(found), **constants(found.name))
+
+
+def _by_data_sheet(found):
     for name in found.name.lower().replace("-", " ").split():
         # a part of a GPU, or a slower sibling of the same name, has fewer multiprocessors
         if name in DEVICES and DEVICES[name].multiprocessors == found.multi_processor_count:
@@ -141,11 +152,11 @@ def rate(p):
 
 
 def seconds(p: Problem, step: Step) -> float:
-    """Of one execution: the longer of arithmetic and bytes, a third of a product's output, the launch."""
+    """Of one execution: the longer of arithmetic and bytes, what of a product's output is exposed, the launch."""
     d, from_memory = p.device, step.read + step.written
     bytes_moved = max(from_memory, (from_memory + step.cached) / _L2_SPEED)  # the two stream side by side
     if not step.k:
-        return bytes_moved / d.bandwidth + _LAUNCH_SECONDS
+        return bytes_moved / d.bandwidth + d.launch
     each = rate(p)
     work = 2 * step.m * step.n * step.k / each
     if not p.on_cpu:
@@ -154,7 +165,7 @@ def seconds(p: Problem, step: Step) -> float:
         tiles = [-(-step.m // TILE) * -(-step.n // width) for width in (TILE, 2 * TILE)]
         work = wave * min(-(-tiles[0] // d.multiprocessors), 2 * -(-tiles[1] // d.multiprocessors))
     output = step.written + step.read - (step.m + step.n) * step.k * p.element_size  # read again where it is added to
-    return max(work, bytes_moved / d.bandwidth) + output * _EXPOSED / d.bandwidth + _LAUNCH_SECONDS
+    return max(work, bytes_moved / d.bandwidth) + output * d.exposed / d.bandwidth + d.launch
 
 
 def steps(problem: Problem, plan: Plan) -> list[Step]:
@@ -215,15 +226,14 @@ class Tally:
 
     def kernel(self, count, what, m, n, reads, size):
         """A second read walks the row back, so it meets first what was read last. With a row in flight on each multiprocessor,
-        half of the L2 still holds this share of it."""
+        the cache still holds this share of it."""
         chunk, device = m * n * self.p.tile_size, self.p.device
-        again = min(1.0, device.l2 / 2 / (device.multiprocessors * n * self.p.tile_size))
+        again = min(1.0, device.cache / (device.multiprocessors * n * self.p.tile_size))
         cached = chunk * reads if self.in_cache(m, n) else int(chunk * (reads - 1) * again)
         self.add(count, what, m, n, 0, chunk * reads - cached, m * n * size, cached)
 
     def in_cache(self, m, n, size=None):
-        """Half of the L2: the other half is for what streams past."""
-        return m * n * (size or self.p.tile_size) <= self.p.device.l2 // 2
+        return m * n * (size or self.p.tile_size) <= self.p.device.cache
 
     def gather(self, count, rows):
         size = rows * self.p.depth * self.p.element_size

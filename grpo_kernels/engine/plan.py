@@ -181,7 +181,7 @@ def _gpu_heights(p):
     costs = {x: cost("policy", 1, _USUAL_ROWS, x, V) for x in chunks if x <= r}
     beside = tuple(x for x in reversed(costs) if costs[x] <= _CHUNK_SLACK * min(costs.values())) if p.wide else ()
 
-    in_cache = min(budget // 4, p.device.l2 // 2) // z
+    in_cache = min(budget // 4, p.device.cache) // z
     # blocks of like width: a narrow last one would fill no wave
     widths = sorted({min(V, -(-V // n // TILE) * TILE) for n in range(1, 65)} | {min(V, 64)})
     tiles = [(x, c) for c in widths for x in _SCORE_HEIGHTS if x * c <= in_cache]
