@@ -211,7 +211,7 @@ def test_the_floor_multiplies_what_is_needed_and_no_more(monkeypatch):
         assert len(found.seconds) == len(heights) * 2 * (2 if found.trains_head else 1)
         rows = p.kept + 2 * p.live if products is None else products * p.shape.tokens
         for way in found.seconds:
-            found._allocate(way.rows, 1009, way.contiguous)
+            found._allocate(way.rows, way.contiguous)
             with Count() as count:
                 found.run(way)
             assert count.operations == rows * 32 * 1009, way
@@ -225,7 +225,7 @@ def test_the_floor_computes_what_it_says():
     assert len(whole) == len(found.seconds) / 2
     logits = found.rows @ p.weight.T
     for way in whole:
-        found._allocate(320, 1009, way.contiguous)
+        found._allocate(320, way.contiguous)
         if way.contiguous:
             found.dz_t.copy_(logits.T)
         found.run(way)
