@@ -352,6 +352,25 @@ def test_exponents_on_made_up_data():
     assert scaling.slope([1], [5]) is None and scaling.slope([], []) is None
 
 
+def test_a_sweep_asks_for_larger_points_as_long_as_they_are_worth_it(monkeypatch):
+    """Ours grows as the tokens do, plain PyTorch would take too long for the third point, who is wrong has no point."""
+
+    def point(provider, workload, shape, longest):
+        seconds = {"grpo_kernels": 1e-3, "full_logits": 0.4}[provider] * shape.tokens
+        return {"peak_bytes": 100 * shape.tokens, "data_bytes": 1, "cold_seconds": seconds}
+
+    monkeypatch.setattr(memory, "in_fresh_process", point)
+    lazy = Provider("lazy", lambda p: lambda: replace(PROVIDERS["full_logits"].make(p)(), d_weight=torch.zeros_like(p.weight)))
+    over = [("tokens", [TINY.of(n) for n in (64, 128, 256)])]
+    rows = scaling.sweep([PROVIDERS["grpo_kernels"], PROVIDERS["full_logits"], lazy], over, clocks.Cpu(), lambda text: None)
+    assert [r["status"] for r in rows] == ["wrong", "ok", "ok", "ok", "ok", "ok", "ok", "absent", "ok"]
+    assert rows[0]["provider"] == "lazy" and "more than 60 s" in rows[7]["note"]
+    ours, full = (r for r in rows if r["kind"] == "exponent")
+    assert (ours["points"], full["points"]) == (3, 2) and ours["time_exponent"] == pytest.approx(1) == full["memory_exponent"]
+    text = "\n".join(table.table(rows))
+    assert "seconds ~ tokens^1.00" in text and "error of d_weight" in text and "would take more" in text
+
+
 INDEPENDENT = """
 import ctypes, json, sys, torch
 from grpo_kernels import fused_linear_grpo_loss

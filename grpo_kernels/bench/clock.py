@@ -61,6 +61,7 @@ class Cuda:
 
     def recover(self):
         """Frees what a failed step left behind; raises if the device no longer answers."""
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 

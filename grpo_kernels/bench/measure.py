@@ -1,15 +1,16 @@
 """One shape and workload: everybody is checked, then all are timed round by round.
 
-Checked means: loss and gradients (or log-probs) of the very call that is timed, against float64 autograd of the reference; plain
+Checked is the very call that is timed, its loss and gradients (or log-probs), against float64 autograd of the reference; plain
 PyTorch in the same dtype is the yardstick. Who fails is a row with the reason, and is not timed. Every round times every provider
 once, in an order of its own, so that what is compared ran within seconds, and nobody always follows the one that leaves the caches
 worst. Ratios to the bare products are taken inside of a round.
 
-On a CPU everybody runs alone in a fresh process first: that gives peak memory and the seconds of a first call, and ends whatever
-hangs or crashes. On a GPU the allocator knows the peak of the call that is checked.
+On a CPU a fresh process comes first: it gives peak memory and the seconds of a first call, and ends whatever hangs or crashes.
+On a GPU the allocator knows the peak of the call that is checked.
 """
 
 import contextlib
+import functools
 import gc
 import random
 import statistics
@@ -26,7 +27,6 @@ from .problem import Problem, Result, make_problem, same_data, truth, truth_byte
 from .providers import FULL, OURS, PRODUCTS
 
 _SLOW, _SLOW_ROUNDS = 4, 3  # who takes four times as long as the fastest is timed three times
-_ALWAYS = (PRODUCTS, FULL)  # whatever the time, as ours
 _LONGEST_CALL, _LONGEST_OWN = 60.0, 600.0  # seconds of a first call behind which another library, or ours, is given up
 _SHARE_OF_MEMORY = 0.85  # of what is free may be taken
 _STATUS = {Absent: "absent", AssertionError: "wrong", memory.TooLong: "too slow", MemoryError: "out of memory",
@@ -38,9 +38,6 @@ class Effort:
     rounds: int = 7
     memory: bool = True  # on a CPU: in a fresh process
     until: float = float("inf")  # time.monotonic() after which no further round and no other library is begun
-
-    def allows(self, provider):
-        return provider.name in _ALWAYS or provider.ours or time.monotonic() < self.until
 
 
 @dataclass
@@ -55,34 +52,28 @@ class Truth:
 def measure(shape, workload, providers, clock, effort=Effort(), say=lambda text: None, shared=None):
     """A row per provider, in their order. ``shared`` holds the `Truth` of the workload before, if any, and then this one's."""
     problem = make_problem(shape, workload, device=clock.device)
-    rows, title = _Rows(problem, clock), f"{problem.shape} {workload.name}"
-    able = [p for p in providers if _can(p, problem, rows, effort)]
-    for provider in able if effort.memory and clock.device.type == "cpu" else ():
-        if provider.name != PRODUCTS:
-            say(f"{title}: {provider.name} alone")
-            with rows.attempt(provider):
-                longest = _LONGEST_OWN if provider.ours or provider.name in _ALWAYS else _LONGEST_CALL
-                rows.found[provider.name] = memory.in_fresh_process(provider.name, workload.name, shape, longest)
-    known = None
-    if any(p.name != PRODUCTS for p in able):
+    rows, title, calls, known = _Rows(problem, clock), f"{problem.shape} {workload.name}", {}, None
+    able = [p for p in providers if _can(p, rows, effort)]
+    others = [p for p in able if p.name != PRODUCTS]
+    for provider in others if effort.memory and clock.device.type == "cpu" else ():
+        say(f"{title}: {provider.name} alone")
+        with rows.attempt(provider):
+            longest = _LONGEST_OWN if _always(provider.name) else _LONGEST_CALL
+            rows.found[provider.name] |= memory.in_fresh_process(provider.name, workload.name, shape, longest)
+    if others:
         say(f"{title}: float64 reference")
         known, note = find_truth(problem, clock, [] if shared is None else shared)
-    calls = {}
-    for provider in able:
-        if provider.name in rows.done:
-            continue
+    for provider in (p for p in able if p.name not in rows.done):
         say(f"{title}: {'search for the floor' if provider.name == PRODUCTS else f'check {provider.name}'}")
         with rows.attempt(provider):
             if known is None and provider.name != PRODUCTS:
                 raise Absent(note)
             calls[provider.name] = checked(provider, problem, known, rows.found[provider.name], clock)
     times = rounds(calls, clock, effort, say, title, {name: found.get("peak_bytes") for name, found in rows.found.items()})
-    for provider in able:
-        if provider.name in times:
-            own, call = times[provider.name], calls[provider.name]
-            rows.add(provider, times=list(own.values()), ratios=record.ratios(own, times.get(PRODUCTS, {})),
-                     settings=getattr(call, "settings", provider.settings))  # fmt: skip
-    return [rows.done[p.name] for p in providers if p.name in rows.done]
+    for provider in (p for p in able if p.name in times):
+        own, settings = times[provider.name], getattr(calls[provider.name], "settings", provider.settings)
+        rows.add(provider, times=list(own.values()), ratios=record.ratios(own, times.get(PRODUCTS, {})), settings=settings)
+    return [rows.done[p.name] for p in providers]
 
 
 def find_truth(problem, clock, shared):
@@ -92,11 +83,11 @@ def find_truth(problem, clock, shared):
         b = before.problem.workload
         if same_data(before.problem, problem) and (b.gradients or not w.gradients) and (b.trains_head or not w.trains_head):
             return before, None
-    before = b = None
+    before = b = None  # their memory, too
     shared.clear()
     clock.recover()
-    if missing := _missing(clock, truth_bytes(problem)):
-        return None, f"not checked, so not timed: the float64 truth {missing}"
+    if short := missing(clock, truth_bytes(problem)):
+        return None, f"not checked, so not timed: the float64 truth {short}"
     exact = truth(problem)
     try:
         plain = full_logits(problem)()
@@ -115,12 +106,19 @@ def checked(provider, problem, known, found, clock):
         result = call()
     else:
         result, found["peak_bytes"] = clock.peak(call)
-    scale = problem.advantages.abs().mean().item()
-    found["errors"] = errors(result, known.exact, scale, problem.mask)
+    compare = functools.partial(errors, exact=known.exact, loss_scale=problem.advantages.abs().mean().item(), mask=problem.mask)
+    found["errors"] = compare(result)
     found["error"] = worst(found["errors"], problem.workload.gradients)
-    plain = None if known.plain is None else errors(known.plain, known.exact, scale, problem.mask)
-    accept(provider.name, found["errors"], problem.workload, plain)
+    accept(provider.name, found["errors"], problem.workload, known.plain and compare(known.plain))
     return call
+
+
+def failure(error):
+    """(status, note) of a row for whatever a provider raised."""
+    note = (str(error).strip() or repr(error)).splitlines()[0][:300]
+    status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), "failed")
+    named = status in ("failed", "out of memory") and not isinstance(error, memory.PointError)
+    return status, f"{type(error).__name__}: {note}" if named else note
 
 
 class _Rows:
@@ -131,10 +129,9 @@ class _Rows:
         self.done, self.found = {}, {}
 
     def add(self, provider, **fields):
-        p, about = self.problem, {"kept": self.problem.kept, "live": self.problem.live, "note": provider.note, "settings": {}}
-        self.done[provider.name] = record.row(
-            provider.name, p.workload.name, p.shape, **about | self.found.get(provider.name, {}) | fields
-        )
+        p = self.problem
+        known = {"kept": p.kept, "live": p.live, "note": provider.note, **self.found.get(provider.name, {}), **fields}
+        self.done[provider.name] = record.row(provider.name, p.workload.name, p.shape, **known)
 
     @contextlib.contextmanager
     def attempt(self, provider):
@@ -144,31 +141,33 @@ class _Rows:
             yield
             return
         except Exception as error:
-            status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), "failed")
+            status, note = failure(error)
             if status == "failed" and provider.ours:
                 traceback.print_exc()
-            note = (str(error).strip() or repr(error)).splitlines()[0][:300]
-            if status in ("failed", "out of memory") and not isinstance(error, memory.PointError):
-                note = f"{type(error).__name__}: {note}"
             self.add(provider, status=status, note=note)
-        gc.collect()
         self.clock.recover()
 
 
-def _can(provider, problem, rows, effort):
+def _can(provider, rows, effort):
     """Whether the provider exists, fits and has the time; it has a row otherwise."""
-    if not effort.allows(provider):
+    if time.monotonic() > effort.until and not _always(provider.name):
         rows.add(provider, status="no time", note="neither checked nor timed; name it with --providers, or leave --quick out")
         return False
     with rows.attempt(provider):
         if provider.name != PRODUCTS:
-            provider.make(problem)
-        if missing := _missing(rows.clock, provider.logits * problem.kept * problem.shape.vocab):
-            raise Absent(missing)
+            provider.make(rows.problem)
+        if short := missing(rows.clock, provider.logits * rows.problem.kept * rows.problem.shape.vocab):
+            raise Absent(short)
     return provider.name not in rows.done
 
 
-def _missing(clock, needed):
+def _always(name):
+    """Of ours, full logits and the floor there is a figure, whatever the time."""
+    return name in (PRODUCTS, FULL) or name.startswith(OURS)
+
+
+def missing(clock, needed):
+    """The reason if so many bytes are more than may be taken; None if they are not."""
     free = clock.free()
     if free is not None and needed > _SHARE_OF_MEMORY * free:
         return f"takes some {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
@@ -185,7 +184,7 @@ def rounds(calls, clock, effort, say=lambda text: None, title="", peaks=None):
             names = list(times)
             if i and time.monotonic() > effort.until:
                 # a ratio without a spread cannot be believed: who is fast anyway gets three
-                names = [n for n in names if i < _SLOW_ROUNDS and (n in _ALWAYS or n.startswith(OURS))]
+                names = [n for n in names if i < _SLOW_ROUNDS and _always(n)]
             random.Random(i).shuffle(names)
             fastest = min((statistics.median(t.values()) for t in times.values() if t), default=0)
             for name in names:
