@@ -17,8 +17,7 @@ class Absent(Exception):
     """A provider cannot do this here; the message says why."""
 
 
-_TRL_COLUMNS = 32768  # TRL 1.16's trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
-TRL_SETTINGS = {"columns": _TRL_COLUMNS}
+TRL_COLUMNS = 32768  # TRL 1.16's trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 LIGER_ROWS = 1024  # of a chunk on a GPU; on a CPU everything is one chunk, which is fastest
 
 
@@ -54,24 +53,20 @@ def trl(p):
     _imported("trl.trainer.utils")  # which the backward takes a function from
 
     def scores(hidden, weight, ids):  # entropy beside the log-probs, as its trainer wants it
-        return function.apply(hidden, weight, None, ids, 1.0, _TRL_COLUMNS, None, 1.0, ("entropy",))[:2]
+        return function.apply(hidden, weight, None, ids, 1.0, TRL_COLUMNS, None, 1.0, ("entropy",))[:2]
 
     return _with_objective(p, scores)
 
 
-def liger(p, one_by_one=False):
-    """Positions that are masked in every sequence are cut off: it has no other way to leave them out.
-
-    ``one_by_one`` is the constructor's chunk of one sequence; else as many together as make it fastest.
-    """
+def liger(p):
+    """Positions that are masked in every sequence are cut off: it has no other way to leave them out."""
     LigerFusedLinearGRPOLoss = _imported("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
-    _need_gradients(p)
-    _refuse_entropy(p)
+    _lacks(p, "log-probs", "entropy")
     c, rows = p.config, LIGER_ROWS if p.hidden.is_cuda else p.shape.tokens
     needed = p.mask.any(0).nonzero()
     columns = slice(int(needed.min()), int(needed.max()) + 1)
     cut = lambda x: None if x is None else x[:, columns]  # noqa: E731
-    chunk = 1 if one_by_one else max(1, rows // (columns.stop - columns.start))
+    chunk = max(1, rows // (columns.stop - columns.start))  # as many sequences together as make it fastest
     # compiled=True, its default, takes as long in a call, and tens of seconds in the first
     fused = LigerFusedLinearGRPOLoss(
         beta=c.beta, compiled=False, use_ref_model=c.beta != 0, chunk_size=chunk,
@@ -94,9 +89,7 @@ def liger(p, one_by_one=False):
 def liger_from_logits(p):
     """Its Triton kernel on logits that plain PyTorch has made."""
     triton_grpo_loss = _imported("liger_kernel.transformers.grpo_loss").triton_grpo_loss
-    _need_gpu(p)
-    _need_gradients(p)
-    _refuse_entropy(p)
+    _lacks(p, "cpu", "log-probs", "entropy")
     c = p.config
 
     def run():
@@ -114,36 +107,15 @@ def liger_from_logits(p):
     return run
 
 
-def liger_scaled_cross_entropy(p):
-    function = _imported("liger_kernel.ops.fused_linear_scaled_cross_entropy").LigerFusedLinearScaledCrossEntropyFunction
-    if p.hidden.is_cuda:
-        if torch.cuda.get_device_capability() != (9, 0):
-            raise Absent("its kernel is Hopper's; elsewhere it is a chunked loop in PyTorch")
-        _imported("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90")
-
-    def scores(hidden, weight, ids):
-        nll, entropy = function.apply(hidden, weight, ids, 1.0, -100, 1, True)
-        return -nll, entropy.float()
-
-    return _with_objective(p, scores)
-
-
 def verl(p):
     linear_cross_entropy = _imported("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
-    _need_gpu(p)
+    _lacks(p, "cpu")
     return _with_objective(p, lambda hidden, weight, ids: linear_cross_entropy(hidden, weight, ids, 1.0, "none"))
-
-
-def verl_torch(p):
-    """verl's chunked loop in PyTorch, without kernels."""
-    fused = _imported("verl.utils.experimental.torch_functional").FusedLinearForPPO()
-    return _with_objective(p, lambda hidden, weight, ids: fused(hidden, weight, ids, 1.0))
 
 
 def cut_cross_entropy(p):
     linear_cross_entropy = _imported("cut_cross_entropy").linear_cross_entropy
-    _need_gpu(p)
-    _refuse_entropy(p)
+    _lacks(p, "cpu", "entropy")
 
     def scores(hidden, weight, ids):
         return -linear_cross_entropy(hidden, weight, ids, reduction="none").float(), None
@@ -151,16 +123,15 @@ def cut_cross_entropy(p):
     return _with_objective(p, scores)
 
 
-def torch_linear_cross_entropy(p, chunked=False):
-    """torch 2.13's own, per token; without its options it is the full logits and a cross-entropy in their dtype."""
+def torch_linear_cross_entropy(p):
+    """torch 2.13's own, per token, without its options: full logits and a cross-entropy in their dtype."""
     function = getattr(torch.nn.functional, "linear_cross_entropy", None)
     if function is None:
         raise Absent(f"torch {torch.__version__} has no linear_cross_entropy")
-    _refuse_entropy(p)
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    _lacks(p, "entropy")
 
     def scores(hidden, weight, ids):
-        return -function(hidden, weight, ids, reduction="none", options=options).float(), None
+        return -function(hidden, weight, ids, reduction="none").float(), None
 
     return _with_objective(p, scores)
 
@@ -169,19 +140,18 @@ def _needs_entropy(p):
     return p.config.top_entropy_quantile < 1
 
 
-def _refuse_entropy(p):
-    if _needs_entropy(p):
-        raise Absent("it has no entropy to choose tokens by")
+_LACKS = {
+    "log-probs": (lambda p: not p.workload.gradients, "it has no log-probs of its own"),
+    "entropy": (_needs_entropy, "it has no entropy to choose tokens by"),
+    "cpu": (lambda p: not p.hidden.is_cuda, "its kernels need a GPU"),
+}
 
 
-def _need_gpu(p):
-    if not p.hidden.is_cuda:
-        raise Absent("its kernels need a GPU")
-
-
-def _need_gradients(p):
-    if not p.workload.gradients:
-        raise Absent("it has no log-probs of its own")
+def _lacks(p, *names):
+    """Raises `Absent` where the problem needs something of `_LACKS` that the library does not have."""
+    for needed, reason in map(_LACKS.get, names):
+        if needed(p):
+            raise Absent(reason)
 
 
 def _imported(module):
@@ -214,8 +184,6 @@ def _with_objective(p, scores):
             ref_logps=p.ref_logps, config=p.config,
         )  # fmt: skip
         loss.backward()
-        return Result(
-            loss.detach(), logps.detach(), hidden.grad, weight.grad, None if entropy is None else entropy.detach()
-        )
+        return Result(loss.detach(), logps.detach(), hidden.grad, weight.grad)
 
     return run

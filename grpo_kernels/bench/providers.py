@@ -73,26 +73,20 @@ PROVIDERS = {
         *(Provider(f"{_OWN}-{name}", ours(name), f"this library, backend={name!r}") for name in backends.available_backends()),
         Provider(FULL, peers.full_logits, "plain PyTorch through all logits", quick=True, logits=14),
         Provider("full_logits-compiled", lambda p: peers.full_logits(p, compiled=True), "the same under torch.compile", logits=14),
-        Provider(TRL, peers.trl, "TRL's chunked log-probs", quick=True, settings=peers.TRL_SETTINGS, note=_SCORES_ONLY),
+        Provider(TRL, peers.trl, "TRL's chunked log-probs", quick=True, settings={"columns": peers.TRL_COLUMNS}, note=_SCORES_ONLY),
         Provider(LIGER, peers.liger, "LigerFusedLinearGRPOLoss, chunks as large as make it fastest", quick=True,
                  settings={"compiled": False, "chunk_rows": {"cuda": peers.LIGER_ROWS, "cpu": "all"}}),
-        Provider("liger-default", lambda p: peers.liger(p, one_by_one=True), "the same in its default chunks of one sequence",
-                 settings={"compiled": False, "chunk_size": 1}),
         Provider("liger-logits", peers.liger_from_logits, "Liger's Triton loss on full logits", logits=8),
-        Provider("liger-scaled-ce", peers.liger_scaled_cross_entropy, "Liger's scaled cross-entropy", note=_SCORES_ONLY),
         Provider("verl", peers.verl, "verl's Triton kernel", note=_SCORES_ONLY),
-        Provider("verl-torch", peers.verl_torch, "verl's chunks in PyTorch", note=_SCORES_ONLY),
         Provider("cce", peers.cut_cross_entropy, "Apple's cut cross-entropy", note=_SCORES_ONLY,
                  settings={"filter_eps": "default"}),
         Provider("torch-lce", peers.torch_linear_cross_entropy, "torch's own linear_cross_entropy", logits=14,
                  note=f"{_SCORES_ONLY}; options=None, its reference path"),
-        Provider("torch-lce-chunked", lambda p: peers.torch_linear_cross_entropy(p, chunked=True), "the same, with its chunking",
-                 note=f"{_SCORES_ONLY}; LinearCrossEntropyOptions() as it comes"),
     )
 }  # fmt: skip
 
 
-def default_names(quick, device, dtype=torch.bfloat16):
+def default_names(quick, device):
     """All of them, our backends only where they are not what "auto" takes; a quick run has a few."""
-    resolved = backends.resolve("auto", device, dtype)
+    resolved = backends.resolve("auto", device, torch.bfloat16)
     return [name for name, p in PROVIDERS.items() if (p.quick or not quick) and name != f"{_OWN}-{resolved}"]
