@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -68,42 +69,38 @@ def main(argv) -> int:
     _check(options)
     started = time.monotonic()
     rows = read(options.source) if options.source else run(options, started)
-    for line in table.table(rows):
-        print(line)
+    print(*table.table(rows), sep="\n")
     if options.plot:
         for file in plot.plot(rows, options.plot):
             print(file)
     if options.source:
         return 0
     print(f"\n{time.monotonic() - started:.0f} s" + (f", rows in {options.json}" if options.json else ""))
-    ours = [r["status"] for r in rows if r["provider"].startswith(OURS) or r["provider"] in step.OURS]
-    bad = {"wrong", "failed", "out of memory", "too slow"} & set(ours)
-    return 1 if bad or (ours and "ok" not in ours) else 0
+    ours = {r["status"] for r in rows if r["provider"].startswith(OURS) or r["provider"] in step.OURS}
+    return int(bool(ours & {"wrong", "failed", "out of memory", "too slow"}) or (bool(ours) and "ok" not in ours))
 
 
 def _check(options):
     """Before anything is measured: what would only be found out behind it."""
     given = [f"--{n}" for n in ("json", "quick", "scaling", "step", "only") if getattr(options, n)]
-    if options.source and given:
-        raise Refused(f"--from measures nothing, so it excludes {', '.join(given)}")
+    for wrong, why in (
+        (options.source and given, f"--from measures nothing, so it excludes {', '.join(given)}"),
+        (options.json and options.json.is_dir(), f"--json {options.json}: is a folder"),
+        (options.rounds is not None and options.rounds < 1, f"--rounds must be at least 1, got {options.rounds}"),
+        (options.only and not (options.scaling or options.step), "--only needs --scaling or --step"),
+        (options.only and options.workloads, "--only leaves the workloads out, so it excludes --workloads"),
+    ):
+        if wrong:
+            raise Refused(why)
     if options.plot:
         plot.need_matplotlib()
-    if options.json and options.json.is_dir():
-        raise Refused(f"--json {options.json}: is a folder")
     for option, folder in (("--plot", options.plot), ("--json", options.json and options.json.parent)):
         if folder:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / ".grpo_kernels").touch()
-                (folder / ".grpo_kernels").unlink()
+                tempfile.TemporaryFile(dir=folder).close()
             except OSError as error:
                 raise Refused(f"{option} {folder}: {error.strerror}") from error
-    if options.rounds is not None and options.rounds < 1:
-        raise Refused(f"--rounds must be at least 1, got {options.rounds}")
-    if options.only and not (options.scaling or options.step):
-        raise Refused("--only needs --scaling or --step")
-    if options.only and options.workloads:
-        raise Refused("--only leaves the workloads out, so it excludes --workloads")
 
 
 def _say(text):
@@ -122,25 +119,21 @@ def run(options, started, say=_say):
         if options.json:
             record.write(options.json, rows)
 
-    left = [] if options.only else [(shape, workload) for shape in shapes for workload in workloads]
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else 7)
     peers = any(p.name in (TRL, LIGER) for p in providers)
-    allowed = (QUICK_SECONDS_PEERS if peers else QUICK_SECONDS) if options.quick else math.inf
-    slow, shared, before = {}, [], None
-    while left:
-        shape, workload = left[0]
-        if shape != before:
-            slow, shared, before = {}, [], shape
-        now = time.monotonic()
-        effort = Effort(
-            options.rounds or (QUICK_ROUNDS if options.quick else 7), until=now + max(0.0, started + allowed - now) / len(left)
-        )  # fmt: skip
-        more = measure(shape, workload, [p for p in providers if p.name not in slow], clock, effort, say, shared)
-        # who was too slow for one workload of a head is not asked for the others
-        more += [record.row(n, workload.name, workload.laid_out(shape), status="too slow", note=why) for n, why in slow.items()]
-        slow |= {r["provider"]: f"{r['note']}, in {workload.name}" for r in more
-                 if r["status"] == "too slow" and r["provider"] not in slow}  # fmt: skip
-        found(more)
-        left.pop(0)
+    seconds = (QUICK_SECONDS_PEERS if peers else QUICK_SECONDS) if options.quick else math.inf
+    left = 0 if options.only else len(shapes) * len(workloads)
+    for shape in shapes if left else ():
+        slow, shared = {}, []
+        for workload in workloads:
+            now = time.monotonic()
+            effort = Effort(rounds, until=now + max(0.0, started + seconds - now) / left)
+            more = measure(shape, workload, [p for p in providers if p.name not in slow], clock, effort, say, shared)
+            # who was too slow for one workload of a head is not asked for the others
+            found(more + [record.row(n, workload.name, workload.laid_out(shape), **row) for n, row in slow.items()])
+            late = [r for r in more if r["status"] == "too slow"]
+            slow |= {r["provider"]: {"status": "too slow", "note": f"{r['note']}, in {workload.name}"} for r in late}
+            left -= 1
     if options.scaling:
         scaled = [p for p in providers if p.name in _SCALED or (options.providers and p.name != PRODUCTS)]
         over = [("tokens", scaling.axes(TINY)[0][1][:3])] if options.tiny else scaling.axes(shapes[0])

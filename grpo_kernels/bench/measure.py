@@ -26,10 +26,15 @@ from .peers import Absent, full_logits
 from .problem import Problem, Result, make_problem, same_data, truth, truth_bytes
 from .providers import FULL, OURS, PRODUCTS
 
+
+class NoTime(Exception):
+    """A provider was not begun; the message says what to do."""
+
+
 _SLOW, _SLOW_ROUNDS = 4, 3  # who takes four times as long as the fastest is timed three times
 _LONGEST_CALL, _LONGEST_OWN = 60.0, 600.0  # seconds of a first call behind which another library, or ours, is given up
 _SHARE_OF_MEMORY = 0.85  # of what is free may be taken
-_STATUS = {Absent: "absent", AssertionError: "wrong", memory.TooLong: "too slow", MemoryError: "out of memory",
+_STATUS = {NoTime: "no time", Absent: "absent", AssertionError: "wrong", memory.TooLong: "too slow", MemoryError: "out of memory",
            torch.OutOfMemoryError: "out of memory"}  # fmt: skip
 
 
@@ -52,28 +57,42 @@ class Truth:
 def measure(shape, workload, providers, clock, effort=Effort(), say=lambda text: None, shared=None):
     """A row per provider, in their order. ``shared`` holds the `Truth` of the workload before, if any, and then this one's."""
     problem = make_problem(shape, workload, device=clock.device)
-    rows, title, calls, known = _Rows(problem, clock), f"{problem.shape} {workload.name}", {}, None
-    able = [p for p in providers if _can(p, rows, effort)]
-    others = [p for p in able if p.name != PRODUCTS]
-    for provider in others if effort.memory and clock.device.type == "cpu" else ():
-        say(f"{title}: {provider.name} alone")
-        with rows.attempt(provider):
-            longest = _LONGEST_OWN if _always(provider.name) else _LONGEST_CALL
-            rows.found[provider.name] |= memory.in_fresh_process(provider.name, workload.name, shape, longest)
-    if others:
+    title, calls, found = f"{problem.shape} {workload.name}", {}, {p.name: {} for p in providers}
+    known = None
+    late, alone = time.monotonic() > effort.until, effort.memory and clock.device.type == "cpu"
+    for provider in providers:
+        with _attempt(provider, found[provider.name], clock):
+            if late and not _always(provider.name):
+                raise NoTime("neither checked nor timed; name it with --providers, or leave --quick out")
+            if provider.name == PRODUCTS:
+                continue
+            provider.make(problem)
+            if short := missing(clock, provider.logits * problem.kept * shape.vocab):
+                raise Absent(short)
+            if alone:
+                say(f"{title}: {provider.name} alone")
+                longest = _LONGEST_OWN if _always(provider.name) else _LONGEST_CALL
+                found[provider.name] |= memory.in_fresh_process(provider.name, workload.name, shape, longest)
+    able = [p for p in providers if "status" not in found[p.name]]
+    if any(p.name != PRODUCTS for p in able):
         say(f"{title}: float64 reference")
-        known, note = find_truth(problem, clock, [] if shared is None else shared)
-    for provider in (p for p in able if p.name not in rows.done):
+        known, why = find_truth(problem, clock, [] if shared is None else shared)
+    for provider in able:
         say(f"{title}: {'search for the floor' if provider.name == PRODUCTS else f'check {provider.name}'}")
-        with rows.attempt(provider):
-            if known is None and provider.name != PRODUCTS:
-                raise Absent(note)
-            calls[provider.name] = checked(provider, problem, known, rows.found[provider.name], clock)
-    times = rounds(calls, clock, effort, say, title, {name: found.get("peak_bytes") for name, found in rows.found.items()})
-    for provider in (p for p in able if p.name in times):
-        own, settings = times[provider.name], getattr(calls[provider.name], "settings", provider.settings)
-        rows.add(provider, times=list(own.values()), ratios=record.ratios(own, times.get(PRODUCTS, {})), settings=settings)
-    return [rows.done[p.name] for p in providers]
+        with _attempt(provider, found[provider.name], clock):
+            if provider.name != PRODUCTS and known is None:
+                raise Absent(why)
+            calls[provider.name] = checked(provider, problem, known, found[provider.name], clock)
+    times = rounds(calls, clock, effort, say, title, {name: of.get("peak_bytes") for name, of in found.items()})
+    rows = []
+    for provider in providers:
+        name, own = provider.name, times.get(provider.name, {})
+        about = {"kept": problem.kept, "live": problem.live, "note": provider.note, **found[name]}
+        if own:
+            about["settings"] = getattr(calls[name], "settings", provider.settings)
+        ratios = record.ratios(own, times.get(PRODUCTS, {}))
+        rows.append(record.row(name, workload.name, problem.shape, list(own.values()), ratios=ratios, **about))
+    return rows
 
 
 def find_truth(problem, clock, shared):
@@ -121,44 +140,17 @@ def failure(error):
     return status, f"{type(error).__name__}: {note}" if named else note
 
 
-class _Rows:
-    """Rows by provider, and how a failure becomes one."""
-
-    def __init__(self, problem, clock):
-        self.problem, self.clock = problem, clock
-        self.done, self.found = {}, {}
-
-    def add(self, provider, **fields):
-        p = self.problem
-        known = {"kept": p.kept, "live": p.live, "note": provider.note, **self.found.get(provider.name, {}), **fields}
-        self.done[provider.name] = record.row(provider.name, p.workload.name, p.shape, **known)
-
-    @contextlib.contextmanager
-    def attempt(self, provider):
-        """Whatever goes wrong inside is a row."""
-        self.found.setdefault(provider.name, {})
-        try:
-            yield
-            return
-        except Exception as error:
-            status, note = failure(error)
-            if status == "failed" and provider.ours:
-                traceback.print_exc()
-            self.add(provider, status=status, note=note)
-        self.clock.recover()
-
-
-def _can(provider, rows, effort):
-    """Whether the provider exists, fits and has the time; it has a row otherwise."""
-    if time.monotonic() > effort.until and not _always(provider.name):
-        rows.add(provider, status="no time", note="neither checked nor timed; name it with --providers, or leave --quick out")
-        return False
-    with rows.attempt(provider):
-        if provider.name != PRODUCTS:
-            provider.make(rows.problem)
-        if short := missing(rows.clock, provider.logits * rows.problem.kept * rows.problem.shape.vocab):
-            raise Absent(short)
-    return provider.name not in rows.done
+@contextlib.contextmanager
+def _attempt(provider, found, clock):
+    """Whatever goes wrong inside is the row's status."""
+    try:
+        yield
+        return
+    except Exception as error:
+        found["status"], found["note"] = failure(error)
+        if found["status"] == "failed" and provider.ours:
+            traceback.print_exc()
+    clock.recover()
 
 
 def _always(name):
@@ -181,10 +173,9 @@ def rounds(calls, clock, effort, say=lambda text: None, title="", peaks=None):
     gc.disable()
     try:
         for i in range(effort.rounds):
-            names = list(times)
-            if i and time.monotonic() > effort.until:
-                # a ratio without a spread cannot be believed: who is fast anyway gets three
-                names = [n for n in names if i < _SLOW_ROUNDS and _always(n)]
+            late = i and time.monotonic() > effort.until
+            # a ratio without a spread cannot be believed: ours and what it is held against get three rounds
+            names = [n for n in times if not late or (i < _SLOW_ROUNDS and _always(n))]
             random.Random(i).shuffle(names)
             fastest = min((statistics.median(t.values()) for t in times.values() if t), default=0)
             for name in names:

@@ -74,16 +74,8 @@ def liger(p):
         importance_sampling_level=c.importance_sampling_level, use_bias_correction_kl=c.use_bias_correction_kl,
     )  # fmt: skip
 
-    def run():
-        hidden, weight = p.leaves()
-        loss, _ = fused(
-            cut(hidden), weight, cut(p.ids), cut(p.mask), p.advantages, ref_per_token_logps=cut(p.ref_logps),
-            old_per_token_logps=cut(p.old_logps),
-        )  # fmt: skip
-        loss.backward()
-        return Result(loss.detach(), None, hidden.grad, weight.grad)
-
-    return run
+    given = {"ref_per_token_logps": cut(p.ref_logps), "old_per_token_logps": cut(p.old_logps)}
+    return _with_own_loss(p, lambda hidden, weight: fused(cut(hidden), weight, cut(p.ids), cut(p.mask), p.advantages, **given))
 
 
 def liger_from_logits(p):
@@ -92,19 +84,16 @@ def liger_from_logits(p):
     _lacks(p, "cpu", "log-probs", "entropy")
     c = p.config
 
-    def run():
-        hidden, weight = p.leaves()
+    def loss(hidden, weight):
         # it drops the last position of every sequence, as the logits of a whole model have one too many
         logits = torch.nn.functional.pad(hidden, (0, 0, 0, 1)) @ weight.T
-        loss, _ = triton_grpo_loss(
+        return triton_grpo_loss(
             logits, p.old_logps, p.ref_logps, p.ids, p.advantages, p.mask, temperature=1.0, beta=c.beta, eps_low=c.epsilon,
             eps_high=c.upper_epsilon, loss_type=c.loss_type, importance_sampling_level=c.importance_sampling_level, reduce=True,
             use_bias_correction_kl=c.use_bias_correction_kl,
         )  # fmt: skip
-        loss.backward()
-        return Result(loss.detach(), None, hidden.grad, weight.grad)
 
-    return run
+    return _with_own_loss(p, loss)
 
 
 def verl(p):
@@ -159,6 +148,16 @@ def _imported(module):
         return importlib.import_module(module)
     except Exception as error:
         raise Absent(f"cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _with_own_loss(p, loss_of):
+    def run():
+        hidden, weight = p.leaves()
+        loss, _ = loss_of(hidden, weight)
+        loss.backward()
+        return Result(loss.detach(), None, hidden.grad, weight.grad)
+
+    return run
 
 
 def _with_objective(p, scores):

@@ -85,17 +85,13 @@ def commit():
     """
     if given := os.environ.get("GRPO_KERNELS_COMMIT"):
         return given
-    run = lambda *a: subprocess.run(["git", *a], cwd=_PACKAGE, capture_output=True, text=True)  # noqa: E731
-    try:
-        top = run("rev-parse", "--show-toplevel")
+    git = lambda *a: subprocess.run(["git", *a], cwd=_PACKAGE, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         # an environment inside of somebody's repository is no checkout of this one
-        if top.returncode or Path(top.stdout.strip(), _PACKAGE.name).resolve() != _PACKAGE:
-            return None
-        head = run("rev-parse", "--short", "HEAD")
-        changed = run("status", "--porcelain", "--", ".", "../csrc", "../benchmarks/*.py")
-    except OSError:
-        return None
-    return None if head.returncode else head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+        if Path(git("rev-parse", "--show-toplevel"), _PACKAGE.name).resolve() == _PACKAGE:
+            changed = git("status", "--porcelain", "--", ".", "../csrc", "../benchmarks/*.py")
+            return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
+    return None
 
 
 def write(path, rows):
