@@ -1,7 +1,6 @@
 """`grpo-kernels bench`: what is measured, in which order, and what is printed."""
 
 import argparse
-import difflib
 import json
 import math
 import sys
@@ -13,7 +12,7 @@ from . import clock as clocks
 from . import plot, record, scaling, step, table
 from .measure import Effort, measure
 from .providers import FULL, LIGER, OURS, PRODUCTS, PROVIDERS, TRL, default_names
-from .shapes import MODELS, TINY, parse
+from .shapes import MODELS, TINY, parse, unknown
 from .workloads import WORKLOADS
 
 QUICK_WORKLOADS = ("dense", "frozen", "logprobs", "realistic")
@@ -151,23 +150,17 @@ def chosen(options, clock):
     if tokens < 64 or tokens % 64:
         raise Refused(f"--tokens must be a multiple of 64, got {tokens}")
     names = _split("--shapes", options.shapes) or list(MODELS)[: 1 if options.quick or not on_gpu else None]
-    shapes = [TINY] if options.tiny else [_shape(name, tokens) for name in names]
+    try:
+        shapes = [TINY] if options.tiny else [parse(name, tokens) for name in names]
+    except ValueError as error:
+        raise Refused(f"--shapes: {error}") from error
     workloads = _split("--workloads", options.workloads, WORKLOADS) or (QUICK_WORKLOADS if options.quick else WORKLOADS)
     named = _split("--providers", options.providers, PROVIDERS)
     providers = default_names(options.quick, clock.device) if named is None else dict.fromkeys([PRODUCTS, *named])
     return shapes, [WORKLOADS[n] for n in workloads], [PROVIDERS[n] for n in providers]
 
 
-def _shape(name, tokens):
-    try:
-        return parse(name, tokens)
-    except KeyError:
-        raise Refused(f"--shapes: unknown model {name!r}{_suggest(name, MODELS)}") from None
-    except ValueError as error:
-        raise Refused(f"--shapes: {error}") from error
-
-
-def _split(option, text, known=None):
+def _split(option, text, known=()):
     """The names in a list by comma, or None where the option was not given."""
     if text is None:
         return None
@@ -176,13 +169,8 @@ def _split(option, text, known=None):
         raise Refused(f"{option} names nothing")
     for name in names if known else ():
         if name not in known:
-            raise Refused(f"{option}: unknown name {name!r}{_suggest(name, known)}")
+            raise Refused(f"{option}: {unknown(name, known)}")
     return names
-
-
-def _suggest(name, known):
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(known)}, and TOKENSxDxV for a shape"
 
 
 def read(path):

@@ -1,12 +1,10 @@
 """The floor: the matrix products that a workload cannot do without, multiplied in the fastest way that is found.
 
 Logits of every kept row, dH and, unless the head is frozen, dW of every row that is trained; nothing else. Outputs exist already
-and are overwritten, so that no sum is counted; dz^T lies as the product likes it, so that no copy is. A row's logits are whole
-before its gradient begins, as a softmax needs them.
+and are overwritten: no sum is counted, no copy of dz. A row's logits are whole before its gradient begins, as a softmax needs them.
 
-The ways: chunks of 256, 512, 1024 or all rows; the whole vocabulary or blocks of it; dz^T as a transposed view or contiguous. All
-are timed twice, the three best twice more, on the tensors that are measured then. The way of the fastest call is the floor of the
-run, and its row says which it was.
+The ways: chunks of some rows or all; the vocabulary whole or in blocks; dz^T as a transposed view or contiguous. All are timed
+twice, the best twice more, on the tensors that are measured then. The row says which was the fastest.
 """
 
 import itertools

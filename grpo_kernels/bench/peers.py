@@ -24,16 +24,19 @@ LIGER_ROWS = 1024  # of a chunk on a GPU; on a CPU everything is one chunk, whic
 def full_logits(p, compiled=False):
     """The head's product in the inputs' dtype, of kept rows; log-probs in float32; the entropy only where it is asked for."""
     function = _scores if not p.workload.gradients or _needs_entropy(p) else _log_probs
-    if not compiled:
-        return _with_objective(p, function)
-    function = _compiled(function)
+    return _with_objective(p, _compiled(function) if compiled else function)
+
+
+@functools.cache
+def _compiled(function):
+    graph = torch.compile(function)
 
     def scores(hidden, weight, ids):  # one graph for every number of rows, as a trainer needs
         torch._dynamo.maybe_mark_dynamic(hidden, 0)
         torch._dynamo.maybe_mark_dynamic(ids, 0)
-        return function(hidden, weight, ids)
+        return graph(hidden, weight, ids)
 
-    return _with_objective(p, scores)
+    return scores
 
 
 def _log_probs(hidden, weight, ids):
@@ -45,12 +48,9 @@ def _scores(hidden, weight, ids):
     return log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
-_compiled = functools.cache(torch.compile)
-
-
 def trl(p):
-    function = _imported("trl.kernels").ChunkedLogProbFunction
-    _imported("trl.trainer.utils")  # which the backward takes a function from
+    function = _imported("trl.kernels", "ChunkedLogProbFunction")
+    _imported("trl.trainer.utils", "maybe_gather_lm_head_ctx")  # which the backward imports
 
     def scores(hidden, weight, ids):  # entropy beside the log-probs, as its trainer wants it
         return function.apply(hidden, weight, None, ids, 1.0, TRL_COLUMNS, None, 1.0, ("entropy",))[:2]
@@ -60,7 +60,7 @@ def trl(p):
 
 def liger(p):
     """Positions that are masked in every sequence are cut off: it has no other way to leave them out."""
-    LigerFusedLinearGRPOLoss = _imported("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
+    LigerFusedLinearGRPOLoss = _imported("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
     _lacks(p, "log-probs", "entropy")
     c, rows = p.config, LIGER_ROWS if p.hidden.is_cuda else p.shape.tokens
     needed = p.mask.any(0).nonzero()
@@ -80,7 +80,7 @@ def liger(p):
 
 def liger_from_logits(p):
     """Its Triton kernel on logits that plain PyTorch has made."""
-    triton_grpo_loss = _imported("liger_kernel.transformers.grpo_loss").triton_grpo_loss
+    triton_grpo_loss = _imported("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
     _lacks(p, "cpu", "log-probs", "entropy")
     c = p.config
 
@@ -97,32 +97,16 @@ def liger_from_logits(p):
 
 
 def verl(p):
-    linear_cross_entropy = _imported("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+    function = _imported("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
     _lacks(p, "cpu")
-    return _with_objective(p, lambda hidden, weight, ids: linear_cross_entropy(hidden, weight, ids, 1.0, "none"))
+    return _with_objective(p, lambda hidden, weight, ids: function(hidden, weight, ids, 1.0, "none"))
 
 
-def cut_cross_entropy(p):
-    linear_cross_entropy = _imported("cut_cross_entropy").linear_cross_entropy
-    _lacks(p, "cpu", "entropy")
-
-    def scores(hidden, weight, ids):
-        return -linear_cross_entropy(hidden, weight, ids, reduction="none").float(), None
-
-    return _with_objective(p, scores)
-
-
-def torch_linear_cross_entropy(p):
-    """torch 2.13's own, per token, without its options: full logits and a cross-entropy in their dtype."""
-    function = getattr(torch.nn.functional, "linear_cross_entropy", None)
-    if function is None:
-        raise Absent(f"torch {torch.__version__} has no linear_cross_entropy")
-    _lacks(p, "entropy")
-
-    def scores(hidden, weight, ids):
-        return -function(hidden, weight, ids, reduction="none").float(), None
-
-    return _with_objective(p, scores)
+def cross_entropy(p, module, *lacks):
+    """A module's linear_cross_entropy, per token."""
+    function = _imported(module, "linear_cross_entropy")
+    _lacks(p, "entropy", *lacks)
+    return _with_objective(p, lambda hidden, weight, ids: (-function(hidden, weight, ids, reduction="none").float(), None))
 
 
 def _needs_entropy(p):
@@ -143,9 +127,9 @@ def _lacks(p, *names):
             raise Absent(reason)
 
 
-def _imported(module):
+def _imported(module, name):
     try:
-        return importlib.import_module(module)
+        return getattr(importlib.import_module(module), name)
     except Exception as error:
         raise Absent(f"cannot be imported: {type(error).__name__}: {error}") from error
 

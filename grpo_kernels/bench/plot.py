@@ -1,5 +1,6 @@
 """Rows -> light SVG pictures: time against the floor, memory against tokens."""
 
+import importlib.util
 import statistics
 from pathlib import Path
 
@@ -16,10 +17,8 @@ class NoMatplotlib(RuntimeError):
 
 
 def need_matplotlib():
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise NoMatplotlib("--plot needs matplotlib; pip install matplotlib") from error
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NoMatplotlib("--plot needs matplotlib; pip install matplotlib")
 
 
 def plot(rows, folder) -> list[Path]:
@@ -34,6 +33,7 @@ def plot(rows, folder) -> list[Path]:
         "memory": (_memory, [r for r in good if r.get("kind") == "scaling" and (r["peak_bytes"] or 0) > 0]),
     }
     files = []
+    Path(folder).mkdir(parents=True, exist_ok=True)
     # the same rows give the same bytes, and text stays text
     with matplotlib.rc_context({"font.size": 10.5, "svg.fonttype": "none", "svg.hashsalt": "grpo", "axes.edgecolor": "#999999"}):
         for name, (draw, chosen) in pictures.items():
@@ -43,7 +43,6 @@ def plot(rows, folder) -> list[Path]:
                 axis.spines[["top", "right"]].set_visible(False)
                 axis.set_axisbelow(True)
                 draw(axis, chosen)
-                Path(folder).mkdir(parents=True, exist_ok=True)
                 files.append(Path(folder, f"{name}.svg"))
                 figure.savefig(files[-1], metadata={"Date": None})
     return files
@@ -61,11 +60,9 @@ def _time(axis, rows):
         axis.errorbar(at, [r["ratio"] for r in own], bars, fmt=marker, label=name, color=colour, markersize=6, elinewidth=1)
     for j in range(1, len(paths)):
         axis.axvline(j - 0.5, color=_GRID, linewidth=0.8)
-    axis.set_xticks(range(len(paths)), paths)
+    axis.set(xticks=range(len(paths)), xticklabels=paths, ylabel="time / bare matrix products", yscale="log")
     axis.grid(axis="y", color=_GRID, linewidth=0.8)
     axis.axhline(1, color=_INK, linewidth=1, linestyle="--")
-    axis.set_ylabel("time / bare matrix products")
-    axis.set_yscale("log")
     axis.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set_title(f"Time against the floor: {shape}", loc="left")
 
@@ -77,12 +74,11 @@ def _memory(axis, rows):
         points = sorted({r["shape"]["tokens"]: r["peak_bytes"] / 2**30 for r in rows if r["provider"] == name}.items())
         colour, marker = _look(name)
         axis.plot(*zip(*points, strict=True), marker + "-", color=colour, label=name)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
-    axis.grid(color=_GRID, linewidth=0.8)
-    for one, label in ((axis.xaxis, "tokens"), (axis.yaxis, "peak memory above the inputs, GiB")):
+    axis.set(xlabel="tokens", ylabel="peak memory above the inputs, GiB")
+    axis.loglog(base=2)
+    for one in (axis.xaxis, axis.yaxis):
         one.set_major_formatter(lambda x, _: f"{x:g}")
-        one.set_label_text(label)
+    axis.grid(color=_GRID, linewidth=0.8)
     axis.legend(frameon=False)
     axis.set_title(f"Memory against tokens: D {depth}, V {vocab}, {rows[0]['path']}", loc="left")
 

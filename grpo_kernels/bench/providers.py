@@ -78,9 +78,9 @@ PROVIDERS = {
                  settings={"compiled": False, "chunk_rows": {"cuda": peers.LIGER_ROWS, "cpu": "all"}}),
         Provider("liger-logits", peers.liger_from_logits, "Liger's Triton loss on full logits", logits=8),
         Provider("verl", peers.verl, "verl's Triton kernel", note=_SCORES_ONLY),
-        Provider("cce", peers.cut_cross_entropy, "Apple's cut cross-entropy", note=_SCORES_ONLY,
-                 settings={"filter_eps": "default"}),
-        Provider("torch-lce", peers.torch_linear_cross_entropy, "torch's own linear_cross_entropy", logits=14,
+        Provider("cce", lambda p: peers.cross_entropy(p, "cut_cross_entropy", "cpu"), "Apple's cut cross-entropy",
+                 note=_SCORES_ONLY, settings={"filter_eps": "default"}),
+        Provider("torch-lce", lambda p: peers.cross_entropy(p, "torch.nn.functional"), "torch's own, in their dtype", logits=14,
                  note=f"{_SCORES_ONLY}; options=None, its reference path"),
     )
 }  # fmt: skip

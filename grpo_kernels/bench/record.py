@@ -23,24 +23,15 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 def row(provider, path, shape, times=(), *, status="ok", note=None, ratios=(), **more) -> dict:
     """``median`` and ``spread`` (the interquartile range) in seconds; ``ratio`` to the bare products, likewise, over the rounds."""
     return {
-        "provider": provider,
-        "path": path,
-        "shape": shape if shape is None or isinstance(shape, dict) else shape.fields(),
-        "status": status,
-        "note": note,
-        "median": statistics.median(times) if times else None,
-        "spread": spread(times),
-        "rounds": len(times),
+        "provider": provider, "path": path, "shape": shape if shape is None or isinstance(shape, dict) else shape.fields(),
+        "status": status, "note": note,
+        "median": statistics.median(times) if times else None, "spread": spread(times), "rounds": len(times),
         "times": [round(t, 6) for t in times],
-        "ratio": statistics.median(ratios) if ratios else None,
-        "ratio_spread": spread(ratios),
+        "ratio": statistics.median(ratios) if ratios else None, "ratio_spread": spread(ratios),
         "ratio_range": [min(ratios), max(ratios)] if ratios else None,
-        "peak_bytes": None,
-        "error": None,
-        "settings": {},
-        **more,
-        **environment(),
-    }
+        "peak_bytes": None, "error": None, "settings": {},
+        **more, **environment(),
+    }  # fmt: skip
 
 
 def ratios(times, floor):
@@ -65,16 +56,12 @@ def environment() -> dict:
         gpu = {"capability": list(torch.cuda.get_device_capability()), "driver": driver and driver[1], "cuda": torch.version.cuda}
         device = torch.cuda.get_device_name()
     return {
-        "versions": {"grpo-kernels": __version__, **_installed(), "python": platform.python_version()},
-        "commit": commit(),
+        "versions": {"grpo-kernels": __version__, **_installed(), "python": platform.python_version()}, "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
-        "device": device,
-        **gpu,
-        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-    }
+        "device": device, **gpu,
+        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "isa": torch.backends.cpu.get_cpu_capability(),
+    }  # fmt: skip
 
 
 @functools.cache

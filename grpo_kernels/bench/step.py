@@ -23,13 +23,12 @@ def _measure(length, layers, rounds, say):
     rows = {}
     for variant in VARIANTS:
         say(f"one step of {variant}, completions of {length}")
-        about = {"kind": "step", "head_share": None}
         try:
-            fields = memory.run("grpo_kernels.bench.step_process", [variant, length, layers, rounds], _LONGEST)
-            rows[variant] = record.row(variant, "grpo step", fields.pop("shape"), fields.pop("times"), **about | fields)
+            found = memory.run("grpo_kernels.bench.step_process", [variant, length, layers, rounds], _LONGEST)
         except memory.PointError as error:
-            status = "absent" if any(word in str(error) for word in ("ModuleNotFoundError", "ImportError")) else "failed"
-            rows[variant] = record.row(variant, "grpo step", None, status=status, note=str(error), **about)
+            absent = "ModuleNotFoundError" in str(error) or "ImportError" in str(error)
+            found = {"shape": None, "status": "absent" if absent else "failed", "note": str(error)}
+        rows[variant] = record.row(variant, "grpo step", **found, kind="step", head_share=None)
     model, stock = rows[MODEL], rows[STOCK]
     for row in (row for row in rows.values() if row is not model and row["status"] == "ok"):
         if stock["status"] == "ok" and not agree(stock, row):
