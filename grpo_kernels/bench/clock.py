@@ -120,11 +120,9 @@ class Cpu:
 
 def of(name):
     """The clock of ``cpu`` or ``cuda``."""
-    if name == "cpu":
-        return Cpu()
-    if not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("there is no GPU; --device cpu --tiny only shows that everything runs")
-    return Cuda()
+    return {"cpu": Cpu, "cuda": Cuda}[name]()
 
 
 def here():

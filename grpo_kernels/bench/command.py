@@ -177,10 +177,8 @@ def read(path):
     """The rows of a JSON file that `--json` wrote; raises `Refused` for anything else."""
     try:
         rows = json.loads(path.read_text())
-    except OSError as error:
-        raise Refused(f"--from {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise Refused(f"--from {path}: not JSON ({error})") from error
+    except (OSError, ValueError) as error:
+        raise Refused(f"--from {path}: not a file of JSON ({error})") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) and r.keys() >= _KEYS for r in rows):
         raise Refused(f"--from {path}: wanted the array of rows that --json writes")
     return rows

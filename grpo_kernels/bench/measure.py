@@ -23,18 +23,13 @@ import torch
 from . import memory, record
 from .check import accept, errors, worst
 from .peers import Absent, full_logits
-from .problem import Problem, Result, make_problem, same_data, truth, truth_bytes
+from .problem import Problem, Result, make_problem, serves, truth, truth_bytes
 from .providers import FULL, OURS, PRODUCTS
-
-
-class NoTime(Exception):
-    """A provider was not begun; the message says what to do."""
-
 
 _SLOW, _SLOW_ROUNDS = 4, 3  # who takes four times as long as the fastest is timed three times
 _LONGEST_CALL, _LONGEST_OWN = 60.0, 600.0  # seconds of a first call behind which another library, or ours, is given up
 _SHARE_OF_MEMORY = 0.85  # of what is free may be taken
-_STATUS = {NoTime: "no time", Absent: "absent", AssertionError: "wrong", memory.TooLong: "too slow", MemoryError: "out of memory",
+_STATUS = {Absent: "absent", AssertionError: "wrong", memory.TooLong: "too slow", MemoryError: "out of memory",
            torch.OutOfMemoryError: "out of memory"}  # fmt: skip
 
 
@@ -61,11 +56,12 @@ def measure(shape, workload, providers, clock, effort=Effort(), say=lambda text:
     known = None
     late, alone = time.monotonic() > effort.until, effort.memory and clock.device.type == "cpu"
     for provider in providers:
+        if late and not _always(provider.name):
+            note = "neither checked nor timed; name it with --providers, or leave --quick out"
+            found[provider.name] |= {"status": "no time", "note": note}
+        if provider.name == PRODUCTS or found[provider.name]:
+            continue
         with _attempt(provider, found[provider.name], clock):
-            if late and not _always(provider.name):
-                raise NoTime("neither checked nor timed; name it with --providers, or leave --quick out")
-            if provider.name == PRODUCTS:
-                continue
             provider.make(problem)
             if short := missing(clock, provider.logits * problem.kept * shape.vocab):
                 raise Absent(short)
@@ -97,12 +93,8 @@ def measure(shape, workload, providers, clock, effort=Effort(), say=lambda text:
 
 def find_truth(problem, clock, shared):
     """(`Truth` of the problem or None, why not); the one in ``shared`` is used again if it is of the same data, else replaced."""
-    w = problem.workload
-    for before in shared:
-        b = before.problem.workload
-        if same_data(before.problem, problem) and (b.gradients or not w.gradients) and (b.trains_head or not w.trains_head):
-            return before, None
-    before = b = None  # their memory, too
+    if shared and serves(shared[0].problem, problem):
+        return shared[0], None
     shared.clear()
     clock.recover()
     if short := missing(clock, truth_bytes(problem)):

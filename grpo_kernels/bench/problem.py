@@ -6,9 +6,11 @@ with their probability, any other otherwise.
 """
 
 import math
+import operator
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from .. import reference
 from ..losses.config import GRPOLossConfig
@@ -92,20 +94,18 @@ def _peaked(noise, weight, g):
     return hidden, ids.to(device)
 
 
-def same_data(a: Problem, b: Problem) -> bool:
-    """Whether two problems hold the same tensors and ask for the same loss, though perhaps not for all of its gradients."""
+def serves(a: Problem, b: Problem) -> bool:
+    """Whether the truth of a is one of b: the same tensors and loss, and at least the gradients."""
     drawn = lambda p: replace(p.workload, name="", about="", trains_head=True, gradients=True)  # noqa: E731
-    return a.shape == b.shape and drawn(a) == drawn(b)
+    wants = [(p.workload.gradients, p.workload.trains_head) for p in (a, b)]
+    return a.shape == b.shape and drawn(a) == drawn(b) and all(map(operator.ge, *wants))
 
 
 @torch.no_grad()
 def _logps(hidden, weight, ids):
     """Log-probs [N] float32, of logits in the inputs' dtype."""
-    found = []
-    for h, token in zip(hidden.split(_ROWS), ids.split(_ROWS), strict=True):
-        z = (h @ weight.T).float()
-        found.append(z.gather(1, token.unsqueeze(1)).squeeze(1) - z.logsumexp(-1))
-    return torch.cat(found)
+    logits = ((h @ weight.T).float() for h in hidden.split(_ROWS))
+    return torch.cat([-cross_entropy(z, token, reduction="none") for z, token in zip(logits, ids.split(_ROWS), strict=True)])
 
 
 @dataclass
