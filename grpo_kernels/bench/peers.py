@@ -18,7 +18,7 @@ class Absent(Exception):
 
 
 TRL_COLUMNS = 32768  # TRL 1.16's trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
-LIGER_ROWS = 1024  # of a chunk on a GPU; on a CPU everything is one chunk, which is fastest
+LIGER_ROWS = {"cuda": 1024, "cpu": "all"}  # of a chunk: as many as make it fastest
 
 
 def full_logits(p, compiled=False):
@@ -62,11 +62,11 @@ def liger(p):
     """Positions that are masked in every sequence are cut off: it has no other way to leave them out."""
     LigerFusedLinearGRPOLoss = _imported("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
     _lacks(p, "log-probs", "entropy")
-    c, rows = p.config, LIGER_ROWS if p.hidden.is_cuda else p.shape.tokens
+    c, rows = p.config, LIGER_ROWS["cuda"] if p.hidden.is_cuda else p.shape.tokens
     needed = p.mask.any(0).nonzero()
     columns = slice(int(needed.min()), int(needed.max()) + 1)
     cut = lambda x: None if x is None else x[:, columns]  # noqa: E731
-    chunk = max(1, rows // (columns.stop - columns.start))  # as many sequences together as make it fastest
+    chunk = max(1, rows // (columns.stop - columns.start))  # sequences
     # compiled=True, its default, takes as long in a call, and tens of seconds in the first
     fused = LigerFusedLinearGRPOLoss(
         beta=c.beta, compiled=False, use_ref_model=c.beta != 0, chunk_size=chunk,
@@ -146,20 +146,16 @@ def _with_own_loss(p, loss_of):
 
 def _with_objective(p, scores):
     """Log-probs of another library under our objective; ``scores`` takes [N, D], [V, D] and [N] of the tokens that are kept."""
-    whole = bool(p.mask.all())
-    kept, shape = p.mask.bool().flatten(), p.mask.shape
-    ids = p.ids.flatten() if whole else p.ids.flatten()[kept]
-
-    def spread(x):
-        if x is None:
-            return None
-        return x.view(shape) if whole else x.new_zeros(kept.shape).masked_scatter(kept, x).view(shape)
+    kept = None if p.mask.all() else p.mask.flatten()
+    select = lambda x: x if kept is None else x[kept]  # noqa: E731
+    spread = lambda x: x if kept is None else x.new_zeros(kept.shape).masked_scatter(kept, x)  # noqa: E731
+    ids = select(p.ids.flatten())
 
     def run():
         hidden, weight = p.leaves()
         with torch.set_grad_enabled(p.workload.gradients):
-            rows = hidden.flatten(0, 1)
-            logps, entropy = map(spread, scores(rows if whole else rows[kept], weight, ids))
+            found = scores(select(hidden.flatten(0, 1)), weight, ids)
+            logps, entropy = (None if x is None else spread(x).view(p.mask.shape) for x in found)
         if not p.workload.gradients:
             return Result(logps=logps, entropy=entropy)
         loss, _ = objective(

@@ -26,7 +26,7 @@ def table(rows):
         elif kind == "step":
             steps.append(r)
         else:
-            yield _LINES.get(kind, _other)(r).rstrip()
+            yield _line(r).rstrip()
     for (shape, path), block in blocks.items():
         yield from _block(f"{path}: {shape}", block)
     if blocks:
@@ -69,23 +69,16 @@ def _way(settings):
     return f"the fastest of {settings['ways']} ways: {settings['rows']} rows x {settings['columns']} columns{laid}"
 
 
-def _point(r):
-    seconds, peak = _cell(r["median"], "{:.2f} s"), _cell(r["peak_bytes"], "{:.0f} MiB", 2**-20)
-    return f"  {r['provider']:20} {named(r['shape']):32} {seconds:>10} {peak:>10}  {r['note'] or ''}"
-
-
-def _exponent(r):
-    axis, time, peak = r["axis"], _cell(r["time_exponent"], "{:.2f}"), _cell(r["memory_exponent"], "{:.2f}")
-    return f"  {r['provider']:20} over {axis:6}: seconds ~ {axis}^{time}, peak ~ {axis}^{peak}  ({r['points']} points)"
-
-
-def _other(r):
-    """``says`` is the row in words, for kinds that only the GPU's stages have."""
-    shape, median = "x".join(str(n) for n in (r["shape"] or {}).values()), _cell(r["median"], "{:.3f} ms", 1e3)
-    return f"  {r['provider']:20} {r['path']:18} {shape:24} {median:>12} {r.get('says') or ''} {_trouble(r)}"
-
-
-_LINES = {"scaling": _point, "exponent": _exponent}
+def _line(r):
+    start, median, peak = f"  {r['provider']:20}", r["median"], _cell(r["peak_bytes"], "{:.0f} MiB", 2**-20)
+    if r["kind"] == "scaling":
+        return f"{start} {named(r['shape']):32} {_cell(median, '{:.2f} s'):>10} {peak:>10}  {r['note'] or ''}"
+    if r["kind"] == "exponent":
+        axis, time, memory = r["axis"], _cell(r["time_exponent"], "{:.2f}"), _cell(r["memory_exponent"], "{:.2f}")
+        return f"{start} over {axis:6}: seconds ~ {axis}^{time}, peak ~ {axis}^{memory}  ({r['points']} points)"
+    # kinds that only the GPU's stages have; ``says`` is the row in words
+    shape, median = "x".join(str(n) for n in (r["shape"] or {}).values()), _cell(median, "{:.3f} ms", 1e3)
+    return f"{start} {r['path']:18} {shape:24} {median:>12} {r.get('says') or ''} {_trouble(r)}"
 
 
 def _steps(rows):
