@@ -46,7 +46,7 @@ class Truth:
 
     problem: Problem
     exact: Result
-    plain: Result | None  # plain PyTorch's answer in the inputs' dtype, the yardstick
+    plain: dict | None  # errors of plain PyTorch in the inputs' dtype, the yardstick
 
 
 def measure(shape, workload, providers, clock, effort=Effort(), say=lambda text: None, shared=None):
@@ -79,7 +79,9 @@ def measure(shape, workload, providers, clock, effort=Effort(), say=lambda text:
             if provider.name != PRODUCTS and known is None:
                 raise Absent(why)
             calls[provider.name] = checked(provider, problem, known, found[provider.name], clock)
-    times = rounds(calls, clock, effort, say, title, {name: of.get("peak_bytes") for name, of in found.items()})
+    peaks = {name: of.get("peak_bytes") for name, of in found.items()}
+    trying = {p.name: functools.partial(_attempt, p, found[p.name], clock) for p in able}
+    times = rounds(calls, clock, effort, say, title, peaks, trying)
     rows = []
     for provider in providers:
         name, own = provider.name, times.get(provider.name, {})
@@ -101,7 +103,7 @@ def find_truth(problem, clock, shared):
         return None, f"not checked, so not timed: the float64 truth {short}"
     exact = truth(problem)
     try:
-        plain = full_logits(problem)()
+        plain = _errors(problem, full_logits(problem)(), exact)
     except (MemoryError, torch.OutOfMemoryError):
         plain = None
     shared.append(Truth(problem, exact, plain))
@@ -117,11 +119,14 @@ def checked(provider, problem, known, found, clock):
         result = call()
     else:
         result, found["peak_bytes"] = clock.peak(call)
-    compare = functools.partial(errors, exact=known.exact, loss_scale=problem.advantages.abs().mean().item(), mask=problem.mask)
-    found["errors"] = compare(result)
+    found["errors"] = _errors(problem, result, known.exact)
     found["error"] = worst(found["errors"], problem.workload.gradients)
-    accept(provider.name, found["errors"], problem.workload, known.plain and compare(known.plain))
+    accept(provider.name, found["errors"], problem.workload, known.plain)
     return call
+
+
+def _errors(problem, result, exact):
+    return errors(result, exact, problem.advantages.abs().mean().item(), problem.mask)
 
 
 def failure(error):
@@ -158,8 +163,11 @@ def missing(clock, needed):
     return None
 
 
-def rounds(calls, clock, effort, say=lambda text: None, title="", peaks=None):
-    """name -> {round: seconds}; whatever the time, at least one round of all and three of ours, the floor and full logits."""
+def rounds(calls, clock, effort, say=lambda text: None, title="", peaks=None, trying=None):
+    """name -> {round: seconds}; whatever the time, at least one round of all and three of ours, the floor and full logits.
+
+    ``peaks``: name -> bytes that the machine should have at hand; ``trying``: name -> what makes the context of each of its calls.
+    """
     times = {name: {} for name in calls}
     gc.collect()
     gc.disable()
@@ -175,7 +183,8 @@ def rounds(calls, clock, effort, say=lambda text: None, title="", peaks=None):
                 if len(done) < _SLOW_ROUNDS or statistics.median(done) <= _SLOW * fastest:
                     say(f"{title}: round {i + 1} of {effort.rounds}, {name}")
                     size = (peaks or {}).get(name)
-                    times[name][i] = clock.seconds(calls[name], before=lambda size=size: clock.ready(size))
+                    with trying[name]() if trying else contextlib.nullcontext():
+                        times[name][i] = clock.seconds(calls[name], before=lambda size=size: clock.ready(size))
     finally:
         gc.enable()
     return times

@@ -22,7 +22,8 @@ def measure(lengths, layers, rounds, say):
         for variant in VARIANTS:
             say(f"one step of {variant}, completions of {length}")
             try:
-                found = memory.run("grpo_kernels.bench.step_process", [variant, length, layers, rounds], _LONGEST)
+                module = f"grpo_kernels.bench.step_{'trl' if variant.startswith('trl') else 'process'}"
+                found = memory.run(module, [variant, length, layers, rounds], _LONGEST)
             except memory.PointError as error:
                 absent = "ModuleNotFoundError" in str(error) or "ImportError" in str(error)
                 found = {"shape": None, "status": "absent" if absent else "failed", "note": str(error)}
