@@ -75,11 +75,10 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
         (["--tokens", "100"], ["multiple of 64"]),
         (["--rounds", "0"], ["--rounds", "at least 1"]),
         (["--from", "nowhere.json"], ["nowhere.json"]),
-        (["--only"], ["--only", "--scaling"]),
         (["--workloads", ""], ["--workloads", "nothing"]),
         (["--json", "."], ["--json", "folder"]),
         (["--from", "x.json", "--json", "y.json"], ["--from", "--json"]),
-        (["--only", "--step", "--workloads", "dense"], ["--only", "--workloads"]),
+        (["--step", "--workloads", "dense"], ["--step", "a workload of their own"]),
     ],
 )
 def test_what_is_wrong_is_named(capsys, argv, words):
@@ -250,7 +249,7 @@ def test_the_step_benchmark_runs(monkeypatch, capsys):
 
     monkeypatch.setattr(memory, "run", here)
     try:
-        assert cli.main(["bench", "--step", "--only", "--tiny", "--rounds", "1"]) == 0
+        assert cli.main(["bench", "--step", "--tiny", "--rounds", "1"]) == 0
     finally:
         unpatch_trl()
     lines = capsys.readouterr().out.splitlines()

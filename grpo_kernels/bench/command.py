@@ -52,12 +52,11 @@ def parser():
     p.add_argument("--providers", metavar="NAME,...", help="who computes it, from the list below; the bare products always run")
     p.add_argument("--rounds", type=int, help="timings of each provider (7; slow ones take three)")
     p.add_argument("--tokens", type=int, help=f"of a model's shape ({CPU_TOKENS}; {GPU_TOKENS} on a GPU; a multiple of 64)")
-    p.add_argument("--scaling", action="store_true", help="also: time and memory over 1k to 64k tokens and 32k to 262k vocabulary")
-    p.add_argument("--step", action="store_true", help="also: one optimiser step of whole trainers, and the head's share of it")
+    p.add_argument("--scaling", action="store_true", help="instead: time and memory over 1k to 64k tokens and 32k to 262k vocabulary")
+    p.add_argument("--step", action="store_true", help="instead: one optimiser step of whole trainers, and the head's share of it")
     p.add_argument("--json", type=Path, metavar="FILE", help="write one JSON array of rows")
     p.add_argument("--plot", type=Path, metavar="DIR", help="write pictures (SVG)")
     p.add_argument("--from", type=Path, dest="source", metavar="FILE", help="take the rows of this JSON file, measure nothing")
-    p.add_argument("--only", action="store_true", help="with --scaling or --step: only these, no table of workloads")
     p.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # seconds, to see that everything runs
     return p
 
@@ -81,13 +80,12 @@ def main(argv) -> int:
 
 def _check(options):
     """Before anything is measured: what would only be found out behind it."""
-    given = [f"--{n}" for n in ("json", "quick", "scaling", "step", "only") if getattr(options, n)]
+    given = [f"--{n}" for n in ("json", "quick", "scaling", "step") if getattr(options, n)]
     for wrong, why in (
         (options.source and given, f"--from measures nothing, so it excludes {', '.join(given)}"),
         (options.json and options.json.is_dir(), f"--json {options.json}: is a folder"),
         (options.rounds is not None and options.rounds < 1, f"--rounds must be at least 1, got {options.rounds}"),
-        (options.only and not (options.scaling or options.step), "--only needs --scaling or --step"),
-        (options.only and options.workloads, "--only leaves the workloads out, so it excludes --workloads"),
+        ((options.scaling or options.step) and options.workloads, "--scaling and --step have a workload of their own"),
     ):
         if wrong:
             raise Refused(why)
@@ -121,8 +119,8 @@ def run(options, started, say=_say):
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else 7)
     peers = any(p.name in (TRL, LIGER) for p in providers)
     seconds = (QUICK_SECONDS_PEERS if peers else QUICK_SECONDS) if options.quick else math.inf
-    left = 0 if options.only else len(shapes) * len(workloads)
-    for shape in shapes if left else ():
+    left = len(shapes) * len(workloads)
+    for shape in () if options.scaling or options.step else shapes:
         slow, shared = {}, []
         for workload in workloads:
             now = time.monotonic()
