@@ -18,14 +18,14 @@ from pathlib import Path
 
 from .programs import ROOT, limited
 
-PEERS = ("full_logits", "trl", "liger", "liger-logits", "verl", "cce", "torch-lce", "full_logits-compiled")
+PEERS = ("full_logits", "trl", "liger", "liger-logits", "verl", "cce", "torch-lce", "full_logits-compiled")  # a process each
 STAGES = {  # seconds; who runs it
     "decide": (60, "benchmarks.gpu.decide:run"),
     "build": (40, "benchmarks.gpu.kernels:build"),
-    "kernels": (40, "benchmarks.gpu.kernels:run"),
+    "kernels": (45, "benchmarks.gpu.kernels:run"),
     "test": (150, "benchmarks.gpu.programs:test"),
-    "plan": (40, "benchmarks.gpu.decide:tune"),
-    **{f"peers:{name}": (20, "benchmarks.gpu.decide:peer") for name in PEERS},  # which may take their process down
+    "plan": (45, "benchmarks.gpu.decide:tune"),
+    **{f"peers:{name}": (50 if "compiled" in name else 20, "benchmarks.gpu.decide:peer") for name in PEERS},
     "sanitize": (600, "benchmarks.gpu.programs:sanitize"),  # what is left of the minutes
 }
 

@@ -4,8 +4,6 @@ A logit of a tile is 4 bytes read, and 2 written elsewhere where there is a grad
 pays for it in the share.
 """
 
-import time
-
 import torch
 
 from grpo_kernels import backends, build_cuda
@@ -14,9 +12,6 @@ from grpo_kernels.backends.statistics import Scored, Tile, finalize, new_statist
 from grpo_kernels.losses.config import GRPOLossConfig, LogitTransform
 from grpo_kernels.losses.terms import PolicyRows, kernel_terms, row_coefficient
 
-from .decide import copy
-
-BYTES = {"statistics": 4, "gradient": 6, "stash": 6, "policy": 6}
 LOSS = GRPOLossConfig(beta=0.04)
 SHAPES = ((1024, 151_936), (1280, 151_936), (6080, 32_000), (1516, 128_256), (741, 262_144))  # rows, V: 620 .. 780 MB of float32
 
@@ -24,13 +19,12 @@ SHAPES = ((1024, 151_936), (1280, 151_936), (6080, 32_000), (1516, 128_256), (74
 def build(stage):
     if stage.options.device == "cpu":
         return "nvcc builds for the GPU that is there"
-    start, (major, minor) = time.monotonic(), torch.cuda.get_device_capability()
-    command = build_cuda.build(only=10 * major + minor)
-    stage.row("program", "nvcc", "build", None, [time.monotonic() - start], command=command)
+    major, minor = torch.cuda.get_device_capability()
+    stage.row("program", "nvcc", "build", says=build_cuda.build(only=10 * major + minor))
 
 
 def run(stage):
-    bandwidth = copy(stage)
+    bandwidth = stage.copy()
     for rows, vocab in ((8, 1009), (5, 127)) if stage.tiny else SHAPES:
         for name in stage.backends:
             for kernel, (launch, results) in launches(backends.kernels(name), rows, vocab, stage.clock.device).items():
@@ -41,7 +35,7 @@ def run(stage):
                     error = ((ours - plain).norm() / plain.norm()).item()
                     assert error <= (1e-3 if ours.dtype == torch.float32 else 1e-2), f"relative error {error:.1e}"
                     times = stage.timed(launch, 9)
-                    share = rows * vocab * BYTES[kernel] / min(times) / bandwidth
+                    share = rows * vocab * (4 if kernel == "statistics" else 6) / min(times) / bandwidth
                     stage.row(*about, times, error=error, share=share, says=f"{share:.0%} of a copy")
 
 

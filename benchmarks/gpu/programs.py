@@ -47,11 +47,11 @@ def pytest(stage, name, share, *arguments, before=(), **environment):
 
 def test(stage):
     """What needs no inductor first, which compiles for minutes."""
-    files, workers = TESTS[:1] if stage.options.device == "cpu" else TESTS, []
-    if stage.options.device == "cuda" and importlib.util.find_spec("xdist"):
-        workers = ["-n", str(min(8, os.cpu_count()))]
+    if stage.options.device == "cpu":
+        return pytest(stage, "without a GPU", 1, TESTS[0])
+    workers = ["-n", str(min(8, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
     for name, marked, share in ("without inductor", "not inductor", 0.8), ("inductor", "inductor", 1):
-        pytest(stage, name, share, *files, "-m", marked, *workers)
+        pytest(stage, name, share, *TESTS, "-m", marked, *workers)
 
 
 def sanitize(stage):

@@ -57,6 +57,11 @@ class Stage:
         self.row("rate", "device", path, None, times, rate=amount / min(times), says=f"{amount / min(times):.3g} a second")
         return amount / min(times)
 
+    def copy(self):
+        """Bytes read and written a second."""
+        a, b = torch.empty(2, 2**17 if self.tiny else 2**28, device=self.clock.device).normal_()
+        return self.rate("copy", b.copy_, 8 * len(a), a)
+
     @contextlib.contextmanager
     def attempt(self, *about):
         """Whatever goes wrong inside is a row; raises only where the device no longer answers."""
@@ -96,12 +101,12 @@ def main(options):
 
 
 def read(file):
-    """The rows of a record; none where it is missing."""
     return json.loads(Path(file).read_text()) if Path(file).exists() else []
 
 
 def show(rows, most=9500):
     """Verdicts, then what the harness makes of the rows, in so many characters."""
     lines = [f"{r['path']:26}{r['status']:11}{r['seconds']:4.0f} s  {r['note'] or ''}" for r in rows if r.get("kind") == "stage"]
-    text = "\n".join(line[:132] for line in (*lines, *table.table([r for r in rows if r.get("kind") != "stage"])))
+    loss, other = [r for r in rows if "kind" not in r], [r for r in rows if r.get("kind") not in (None, "stage")]
+    text = "\n".join(line[:132] for line in (*lines, *table.table(loss), *list(table.table(other))[2 * bool(loss) :]))
     print(text if len(text) < most else text[: most - 50] + "\n... (cut; the rest is in the records)")
