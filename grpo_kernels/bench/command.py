@@ -52,7 +52,7 @@ def parser():
     p.add_argument("--providers", metavar="NAME,...", help="who computes it, from the list below; the bare products always run")
     p.add_argument("--rounds", type=int, help="timings of each provider (7; slow ones take three)")
     p.add_argument("--tokens", type=int, help=f"of a model's shape ({CPU_TOKENS}; {GPU_TOKENS} on a GPU; a multiple of 64)")
-    p.add_argument("--scaling", action="store_true", help="instead: time and memory over 1k to 64k tokens and 32k to 262k vocabulary")
+    p.add_argument("--scaling", action="store_true", help="instead: time and memory over 1k to 64k tokens, 32k to 262k vocabulary")
     p.add_argument("--step", action="store_true", help="instead: one optimiser step of whole trainers, and the head's share of it")
     p.add_argument("--json", type=Path, metavar="FILE", help="write one JSON array of rows")
     p.add_argument("--plot", type=Path, metavar="DIR", help="write pictures (SVG)")

@@ -14,7 +14,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ..engine.plan import default_budget
 from . import clock as clocks
 from .problem import make_problem
 from .providers import PROVIDERS
@@ -42,11 +41,9 @@ def measure(provider, workload, shape) -> dict:
     wanted = shape.vocab * (shape.depth * (problem.weight.element_size() + 4) + max(provider.logits, 2) * problem.kept)
     clock.ready(min(wanted, int(0.7 * (clock.free() or wanted))))  # so that no first call waits for the machine
     held, start = clocks.resident(), time.perf_counter()
-    result, peak = clock.peak(call)
+    _, peak = clock.peak(call)
     seconds = time.perf_counter() - start
-    gradients = sum(x.numel() * x.element_size() for x in (result.d_hidden, result.d_weight) if x is not None)
-    return {"peak_bytes": peak, "data_bytes": held, "gradient_bytes": gradients, "cold_seconds": seconds,
-            "workspace_bytes": default_budget(clock.device.type) if provider.ours else None}  # fmt: skip
+    return {"peak_bytes": peak, "data_bytes": held, "cold_seconds": seconds}
 
 
 def in_fresh_process(provider, workload, shape, longest) -> dict:

@@ -33,7 +33,6 @@ class Problem:
     mask: torch.Tensor  # [B, T] bool
     old_logps: torch.Tensor | None  # [B, T] float32
     ref_logps: torch.Tensor | None = None
-    workspace: int | None = None  # bytes; None is the library's default
 
     def leaves(self):
         """Fresh (hidden, weight) on the same memory, requiring the gradients that the workload wants."""

@@ -41,18 +41,17 @@ def ours(backend="auto"):
             resolved = backends.resolve(backend, p.hidden.device, p.hidden.dtype, p.shape.vocab)
         except RuntimeError as reason:
             raise Absent(str(reason)) from reason
-        options = {"workspace_bytes": p.workspace, "backend": resolved}
 
         def logprobs():
             with torch.no_grad():
-                out = linear_logprobs(p.hidden, p.weight, p.ids, mask=p.mask, **options)
+                out = linear_logprobs(p.hidden, p.weight, p.ids, mask=p.mask, backend=resolved)
             return Result(logps=out.logps, entropy=out.entropy)
 
         def loss():
             hidden, weight = p.leaves()
             out = fused_linear_grpo_loss(
                 hidden, weight, p.ids, p.advantages, p.mask, old_logps=p.old_logps, ref_logps=p.ref_logps, config=p.config,
-                **options,
+                backend=resolved,
             )  # fmt: skip
             out.loss.backward()
             return Result(out.loss.detach(), out.logps, hidden.grad, weight.grad, out.entropy)
