@@ -27,10 +27,7 @@ class Cuda:
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def seconds(self, call, before=None, ahead=False):
-        """From the device's first work for the call to its last; with ``ahead`` without what the host takes to enqueue it.
-
-        ``before`` is called outside of the timing.
-        """
+        """From the device's first work to its last, behind ``before``; with ``ahead`` without what the host takes to enqueue it."""
         if before:
             before()
         self._cold.zero_()
@@ -99,9 +96,8 @@ class Cpu:
     def ready(self, size):
         """Writes and frees ``size`` bytes, so that a call which follows finds memory that the machine really has.
 
-        A virtual machine may hand pages that were free for two seconds back to its host. The next one to touch them waits for the
-        host: 0.5 s for 270 MB, where zeroing takes 0.03 s, and a timing would depend on what ran how long before it. Only whole
-        huge pages are handed back, so it is those that are asked for.
+        A virtual machine may hand pages that were free for two seconds back to its host; who touches them next waits 0.5 s for
+        270 MB, where zeroing takes 0.03 s. Only whole huge pages are handed back, so it is those that are asked for.
         """
         if not size or size < 0:
             return

@@ -1,6 +1,7 @@
 """`grpo-kernels bench`: what is measured, in which order, and what is printed."""
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -83,14 +84,13 @@ def _check(options):
     given = [f"--{n}" for n in ("json", "quick", "scaling", "step") if getattr(options, n)]
     for wrong, why in (
         (options.source and given, f"--from measures nothing, so it excludes {', '.join(given)}"),
+        (options.plot and not importlib.util.find_spec("matplotlib"), "--plot needs matplotlib; pip install matplotlib"),
         (options.json and options.json.is_dir(), f"--json {options.json}: is a folder"),
         (options.rounds is not None and options.rounds < 1, f"--rounds must be at least 1, got {options.rounds}"),
         ((options.scaling or options.step) and options.workloads, "--scaling and --step have a workload of their own"),
     ):
         if wrong:
             raise Refused(why)
-    if options.plot:
-        plot.need_matplotlib()
     for option, folder in (("--plot", options.plot), ("--json", options.json and options.json.parent)):
         if folder:
             try:

@@ -9,6 +9,7 @@ On a CPU a fresh process comes first: it gives peak memory and the seconds of a 
 On a GPU the allocator knows the peak of the call that is checked.
 """
 
+import collections
 import contextlib
 import functools
 import gc
@@ -23,7 +24,7 @@ import torch
 from . import memory, record
 from .check import accept, errors, worst
 from .peers import Absent, full_logits
-from .problem import Problem, Result, make_problem, serves, truth, truth_bytes
+from .problem import make_problem, serves, truth, truth_bytes
 from .providers import FULL, OURS, PRODUCTS
 
 _SLOW, _SLOW_ROUNDS = 4, 3  # who takes four times as long as the fastest is timed three times
@@ -40,13 +41,8 @@ class Effort:
     until: float = float("inf")  # time.monotonic() after which no further round and no other library is begun
 
 
-@dataclass
-class Truth:
-    """What several workloads on the same data share."""
-
-    problem: Problem
-    exact: Result
-    plain: dict | None  # errors of plain PyTorch in the inputs' dtype, the yardstick
+# what several workloads on the same data share; plain: errors of plain PyTorch in the inputs' dtype, the yardstick
+Truth = collections.namedtuple("Truth", "problem exact plain")
 
 
 def measure(shape, workload, providers, clock, effort=Effort(), say=lambda text: None, shared=None):

@@ -1,6 +1,5 @@
 """Rows -> light SVG pictures: time against the floor, memory against tokens."""
 
-import importlib.util
 import statistics
 from pathlib import Path
 
@@ -12,18 +11,9 @@ _OTHERS = ("#8c8c8c", "#d1902f", "#c4503c", "#5f9a5f", "#8a6fb5", "#3f8fa5", "#a
 _MARKERS = "sD^vP"  # with the colours as many looks as there are providers, and more
 _ORDER = sorted(PROVIDERS, key=lambda name: name.startswith(OURS) or name == PRODUCTS)  # the others first: each has its colour
 
-class NoMatplotlib(RuntimeError):
-    """Pictures were asked for and matplotlib is not there."""
-
-
-def need_matplotlib():
-    if importlib.util.find_spec("matplotlib") is None:
-        raise NoMatplotlib("--plot needs matplotlib; pip install matplotlib")
-
 
 def plot(rows, folder) -> list[Path]:
     """Writes what the rows have data for into ``folder``; returns the files."""
-    need_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -61,7 +61,7 @@ def make_problem(shape: Shape, workload: Workload, seed=0, device="cpu") -> Prob
     hidden, ids = _peaked(noise, weight, g)
     hidden = hidden.to(dtype)
     mask, advantages = draw_batch(workload, B, T, g)
-    logps = None if workload.beta == 0 and not workload.off_policy else _logps(hidden, weight, ids).view(B, T)
+    logps = _logps(hidden, weight, ids).view(B, T) if workload.off_policy or workload.beta else None
     # rounded as the dtype rounds it: the bands of the ratios leave room for that
     old = logps - draw_log_ratios(workload.level, advantages, T, g).to(device) if workload.off_policy else None
     ref = logps - 0.1 * torch.randn(B, T, generator=g).to(device) if workload.beta else None
