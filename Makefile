@@ -20,6 +20,8 @@ BUILD_CUDA ?= 0
 TEST_ARGS ?=
 BENCH_ARGS ?=
 SOAK_ARGS ?=
+# Also judges the Triton kernels: what PyTorch 2.11 comes with
+OTHER_TRITON ?= 3.6.0
 # make gpu STAGE=decide,test=300 GPU_ARGS="--minutes 20 --commit 0123abc"; its stages are listed in benchmarks/gpu/__main__.py
 STAGE ?=
 GPU_ARGS ?=
@@ -47,10 +49,15 @@ soak: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/grpo-kernels bench --json benchmarks/results/latest.json $(BENCH_ARGS)
 
-# Triton's kernels and, where nvcc is, those in CUDA C++, compiled for every architecture without a GPU: registers, spills, accesses.
-kernels: $(STAMP)
+# The kernels compiled for every architecture without a GPU, by two Tritons and, where it is, nvcc; their machine code is judged.
+kernels: $(STAMP) $(VENV)/triton-$(OTHER_TRITON)/triton
 	$(BIN)/python -m benchmarks.compiled
+	PYTHONPATH=$(VENV)/triton-$(OTHER_TRITON) $(BIN)/python -m benchmarks.compiled $(OTHER_TRITON)
 	$(BIN)/python -m benchmarks.compiled_cuda
+
+# Beside the installed one: compiling needs neither the interpreter nor a torch of the same age.
+$(VENV)/triton-$(OTHER_TRITON)/triton: | $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) triton==$(OTHER_TRITON)
 
 # With the Python that is given, whose PyTorch knows the GPU: nothing is installed or downloaded.
 gpu:

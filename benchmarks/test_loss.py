@@ -1,6 +1,5 @@
-"""The quick set under pytest-benchmark, for its comparisons: `python -m pytest benchmarks --benchmark-only -k dense`.
+"""The quick set under pytest-benchmark, each provider checked first: `python -m pytest benchmarks --benchmark-only -k dense`.
 
-Checked first, one call a timing. `grpo-kernels bench --quick` is the same with interleaved rounds, ratios and memory.
 GRPO_KERNELS_BENCH_TINY=1 takes a small vocabulary: seconds, to see that everything runs.
 """
 
@@ -8,7 +7,6 @@ import functools
 import os
 
 import pytest
-import torch
 
 from grpo_kernels.bench import clock as clocks
 from grpo_kernels.bench.command import QUICK_TOKENS, QUICK_WORKLOADS
@@ -20,24 +18,17 @@ from grpo_kernels.bench.shapes import TINY, Shape
 from grpo_kernels.bench.workloads import WORKLOADS
 
 CLOCK, TRUTHS = clocks.here(), []
-
-
-@functools.lru_cache(maxsize=1)
-def problem(workload):
-    shape = TINY if os.environ.get("GRPO_KERNELS_BENCH_TINY") else Shape().of(QUICK_TOKENS)
-    return make_problem(shape, WORKLOADS[workload], device=CLOCK.device)
+SHAPE = TINY if os.environ.get("GRPO_KERNELS_BENCH_TINY") else Shape().of(QUICK_TOKENS)
+problem = functools.lru_cache(maxsize=1)(lambda workload: make_problem(SHAPE, WORKLOADS[workload], device=CLOCK.device))
 
 
 @pytest.mark.parametrize("provider", default_names(True, CLOCK.device))
 @pytest.mark.parametrize("workload", QUICK_WORKLOADS)
 def test_loss(benchmark, workload, provider):
-    p = problem(workload)
-    known, why = find_truth(p, CLOCK, TRUTHS)
-    if known is None:
-        pytest.skip(why)
+    known, why = find_truth(problem(workload), CLOCK, TRUTHS)
     try:
-        call = checked(PROVIDERS[provider], p, known, {}, CLOCK)
-    except Absent as why:
-        pytest.skip(str(why))
+        call = checked(PROVIDERS[provider], problem(workload), known, {}, CLOCK) if known else pytest.skip(why)
+    except Absent as absent:
+        pytest.skip(str(absent))
     benchmark.group = workload
-    benchmark.pedantic(lambda: (call(), CLOCK.device.type == "cpu" or torch.cuda.synchronize()), rounds=3, warmup_rounds=1)
+    benchmark.pedantic(lambda: CLOCK.seconds(call), rounds=3, warmup_rounds=1)

@@ -69,11 +69,10 @@ def doctor(argv):
 def bench(argv):
     from .bench.command import Refused
     from .bench.command import main as measure
-    from .bench.plot import NoMatplotlib
 
     try:
         return measure(argv)
-    except (Refused, NoMatplotlib) as error:
+    except Refused as error:
         raise UsageError(error) from error
 
 

@@ -1,5 +1,6 @@
 """`grpo-kernels bench` on a vocabulary of a thousand, in seconds: its figures mean nothing here, but for the memory column."""
 
+import importlib
 import json
 import math
 import os
@@ -74,11 +75,10 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
         (["--tokens", "100"], ["multiple of 64"]),
         (["--rounds", "0"], ["--rounds", "at least 1"]),
         (["--from", "nowhere.json"], ["nowhere.json"]),
-        (["--only"], ["--only", "--scaling"]),
         (["--workloads", ""], ["--workloads", "nothing"]),
         (["--json", "."], ["--json", "folder"]),
         (["--from", "x.json", "--json", "y.json"], ["--from", "--json"]),
-        (["--only", "--step", "--workloads", "dense"], ["--only", "--workloads"]),
+        (["--step", "--workloads", "dense"], ["--step", "a workload of their own"]),
     ],
 )
 def test_what_is_wrong_is_named(capsys, argv, words):
@@ -211,7 +211,7 @@ def test_the_floor_multiplies_what_is_needed_and_no_more(monkeypatch):
         assert len(found.seconds) == len(heights) * 2 * (2 if found.trains_head else 1)
         rows = p.kept + 2 * p.live if products is None else products * p.shape.tokens
         for way in found.seconds:
-            found._allocate(way.rows, 1009, way.contiguous)
+            found._allocate(way.rows, way.contiguous)
             with Count() as count:
                 found.run(way)
             assert count.operations == rows * 32 * 1009, way
@@ -225,7 +225,7 @@ def test_the_floor_computes_what_it_says():
     assert len(whole) == len(found.seconds) / 2
     logits = found.rows @ p.weight.T
     for way in whole:
-        found._allocate(320, 1009, way.contiguous)
+        found._allocate(320, way.contiguous)
         if way.contiguous:
             found.dz_t.copy_(logits.T)
         found.run(way)
@@ -244,11 +244,12 @@ def test_the_step_benchmark_runs(monkeypatch, capsys):
     def here(module, point, limit):
         if point[0] == "thin trainer":
             return apart(module, point, limit)
-        return json.loads(json.dumps(step_process.measure(*point)))
+        trainer_of = importlib.import_module(module).trainer_of
+        return json.loads(json.dumps(step_process.measure(trainer_of, *point)))
 
     monkeypatch.setattr(memory, "run", here)
     try:
-        assert cli.main(["bench", "--step", "--only", "--tiny", "--rounds", "1"]) == 0
+        assert cli.main(["bench", "--step", "--tiny", "--rounds", "1"]) == 0
     finally:
         unpatch_trl()
     lines = capsys.readouterr().out.splitlines()
@@ -350,6 +351,25 @@ def test_exponents_on_made_up_data():
     assert scaling.slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
     assert scaling.slope([1, 2, 4], [5, 5, 5]) == pytest.approx(0)
     assert scaling.slope([1], [5]) is None and scaling.slope([], []) is None
+
+
+def test_a_sweep_asks_for_larger_points_as_long_as_they_are_worth_it(monkeypatch):
+    """Ours grows as the tokens do, plain PyTorch would take too long for the third point, who is wrong has no point."""
+
+    def point(provider, workload, shape, longest):
+        seconds = {"grpo_kernels": 1e-3, "full_logits": 0.4}[provider] * shape.tokens
+        return {"peak_bytes": 100 * shape.tokens, "data_bytes": 1, "cold_seconds": seconds}
+
+    monkeypatch.setattr(memory, "in_fresh_process", point)
+    lazy = Provider("lazy", lambda p: lambda: replace(PROVIDERS["full_logits"].make(p)(), d_weight=torch.zeros_like(p.weight)))
+    over = [("tokens", [TINY.of(n) for n in (64, 128, 256)])]
+    rows = scaling.sweep([PROVIDERS["grpo_kernels"], PROVIDERS["full_logits"], lazy], over, clocks.Cpu(), lambda text: None)
+    assert [r["status"] for r in rows] == ["wrong", "ok", "ok", "ok", "ok", "ok", "ok", "absent", "ok"]
+    assert rows[0]["provider"] == "lazy" and "more than 60 s" in rows[7]["note"]
+    ours, full = (r for r in rows if r["kind"] == "exponent")
+    assert (ours["points"], full["points"]) == (3, 2) and ours["time_exponent"] == pytest.approx(1) == full["memory_exponent"]
+    text = "\n".join(table.table(rows))
+    assert "seconds ~ tokens^1.00" in text and "error of d_weight" in text and "would take more" in text
 
 
 INDEPENDENT = """

@@ -1,6 +1,7 @@
-"""The judge of the compiled kernels: what it reads off assembler text, and what it refuses."""
+"""The judges of compiled code: what they read off machine code, what they reckon from it, and what they refuse."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,63 +11,195 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks import compiled_cuda, machine_code, occupancy  # noqa: E402
+
+KERNEL = """
+	.section	.text.copy_kernel,"ax",@progbits
+        /*0000*/                   LDG.E R1, desc[UR4][R2.64] ;
+.L_x_0:
+        /*0010*/              @!P1 LDG.E.128 R4, desc[UR4][R2.64+-0x8000] ;
+        /*0020*/                   LDG.E.128.STRONG.GPU R8, desc[UR4][R2.64] ;
+        /*0030*/               @P0 BRA `(.L_x_1) ;
+        /*0040*/                   ISETP.NE.U32.AND P4, PT, R41, UR12, PT ;
+        /*0050*/                   LDG.E.U16 R41, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0060*/                   MUFU.EX2 R12, R4 ;
+        /*0070*/                   FADD R12, R12, R8 ;
+        /*0080*/                   STG.E.64 desc[UR4][R2.64], R12 ;
+        /*0090*/               @P2 BRA `(.L_x_0) ;
+        /*00a0*/                   EXIT ;
+.L_x_2:
+        /*00b0*/                   STG.E.128 desc[UR4][R2.64], RZ ;
+        /*00c0*/              @!P3 BRA `(.L_x_2) ;
+        /*00d0*/                   STL [R1], R12 ;
+.L_x_3:
+        /*00e0*/                   BRA `(.L_x_1) ;
+.L_x_4:
+        /*00f0*/                   BRA `(.L_x_4) ;
+"""
+RESOURCES = "Resource usage:\n Function copy_kernel:\n  REG:40 STACK:8 SHARED:0 LOCAL:0\n"
+WAY = [
+    "LDG.E.128 R4, desc[UR4][R2.64+-0x8000]", "LDG.E.128.STRONG.GPU R8, desc[UR4][R2.64]", "BRA `(.L_x_1)", "MUFU.EX2 R12, R4",
+    "FADD R12, R12, R8", "STG.E.64 desc[UR4][R2.64], R12", "BRA `(.L_x_0)",
+]
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(machine_code, "run", lambda tool, *_: KERNEL if tool.name == "nvdisasm" else RESOURCES)
+        return machine_code.read(Path("cubin"))["copy_kernel"]
+
+
+def test_a_kernel_is_read(kernel):
+    """The block that a turn jumps over is in the loop but not on the way; a jump back from behind a loop into it makes none."""
+    assert kernel.registers == 40 and kernel.spills == 8 + 1
+    (body, way), (zeros, _), (end, _) = kernel.loops
+    assert way == WAY and len(body) == 9 and machine_code.accesses(body) == ([16, 16, 2], [8])
+    assert machine_code.accesses(zeros) == ([], [16]) and machine_code.accesses(end) == ([], [])
+    assert machine_code.streaming(kernel) == [way]
+
+
+@pytest.mark.parametrize("strange", ["LDGSTS.E [R1], desc[UR4][R2.64]", "LD.E R1, [R2.64]", "ATOMG.E.ADD R1, [R2], R3", "RED.E.ADD [R2]"])
+def test_unknown_accesses_are_refused(strange):
+    assert machine_code.accesses(["LDS.128 R4, [R1]", "REDUX UR4, R1", "LDG.E.S8 R1, [R2.64]", "STG.E [R2], R1"]) == ([1], [4])
+    with pytest.raises(ValueError, match="cannot judge"):
+        machine_code.accesses([strange])
+
+
+def assembled(*lines):
+    """A text of instructions, some with a label in front of them: "3: NOP"."""
+    text = ""
+    for at, line in enumerate(lines):
+        label, _, op = line.rpartition(": ")
+        text += f".L_x_{label}:\n" * bool(label) + f"        /*{16 * at:04x}*/                   {op} ;\n"
+    return text
+
+
+def test_loops_of_other_shapes():
+    """A loop around another is none; nothing follows a jump or an exit that has no predicate."""
+    nested = assembled("0: NOP", "1: FADD R1, R1, R2", "@P0 BRA `(.L_x_1)", "NOP", "@P1 BRA `(.L_x_0)")
+    assert [way for _, way in machine_code.loops(nested)] == [["FADD R1, R1, R2", "BRA `(.L_x_1)"]]
+    for end in ("EXIT", "BRA `(.L_x_3)"):
+        apart = assembled("0: @P0 BRA `(.L_x_1)", end, "2: BRA `(.L_x_3)", "1: NOP", "NOP", "NOP", "NOP", "3: @P0 BRA `(.L_x_0)")
+        ((_, way),) = machine_code.loops(apart)
+        assert len(way) == (6 if end == "EXIT" else 3)
+
+
+@pytest.mark.parametrize("loop, clocks", [
+    (["FADD R1, R1, R2"], 1),
+    (["LDG.E.128 R4, [R2]", "LDG.E.128 R8, [R2]", "FADD R1, R7, R11"], 1002),
+    (["LDG.E.128 R4, [R2]", "FADD R1, R7, R1", "LDG.E.128 R8, [R2]", "FADD R1, R11, R1"], 2002),
+    (["FADD R1, R4, R1", "LDG.E R4, [R2]"], 1001),  # a turn ahead
+    (["FADD R1, R4, R1", "MOV R4, R8", "LDG.E R8, [R2]"], 1001),  # the move waits
+    (["FADD R1, R4, R1", "LDG.E R4, [R2]", "FADD R1, R8, R1", "LDG.E R8, [R2]"], 1001),
+    (["LDG.E R4, [R2]", "LDG.E R4, [R2]"], 2000),  # into the same register
+])
+def test_the_clocks_of_a_turn(loop, clocks):
+    """An instruction a clock, 1000 for a load, and what is issued meanwhile is hidden."""
+    assert machine_code.turn(loop, 1000) == clocks
+
+
+def test_what_a_multiprocessor_takes():
+    assert occupancy.blocks_at_once(64, 32) == 1 and occupancy.blocks_at_once(32, 32) == 2 and occupancy.blocks_at_once(33, 8) == 6
+    assert occupancy.blocks_at_once(64, 16, 86048, "90a") == 2 and occupancy.blocks_at_once(64, 16, 86048, "120a") == 1
+    assert occupancy.blocks_at_once(32, 4, 77_400, "90") == 2 and occupancy.blocks_at_once(32, 1, 0, "86") == 16
+    assert {arch: round(gpu.bandwidth * occupancy.LATENCY / gpu.multiprocessors / 1e3) for arch, gpu in occupancy.GPUS.items()
+            if arch in ("80", "90", "100")} == {"80": 13, "90": 25, "100": 38}
+
+
+def test_the_clocks_of_a_logit(kernel):
+    """Eight logits of float32 and as many bytes out in a turn of seven instructions, one of which is a special function."""
+    found = occupancy.judged(kernel, 16, 0, "90", 4, 1)
+    h200, turn = occupancy.GPUS["90"], machine_code.turn(WAY, 700e-9 * 1.98e9)
+    assert found["blocks"] == 3 and found["binds"] == "memory" and found["must_stream"]
+    assert found["memory"] == round(1000 * 5 / (h200.bandwidth / h200.multiprocessors / h200.clock))
+    assert found["latency"] == round(1000 * turn / (8 * 32 * 48)) and found["issue"] == round(1000 * 7 / 8 / 128)
+    assert found["mufu"] == round(1000 / 8 / 16)
+    assert found["flight"] == round(32 * 48 * 32 * 700e-9 * 1.98e9 / turn)
+    few = occupancy.judged(kernel, 4, 170 << 10, "90", 4, 1)  # one block at once, of four warps
+    assert few["binds"] == "latency" and f"{few['flight']} bytes in flight" in occupancy.faults(few | {"spills": 0})[0]
+    assert few["flight"] == pytest.approx(32 * 4 * 32, rel=0.01)
+    for architecture, size, bias in (("100", 4, False), ("90", 2, False), ("90", 4, True)):
+        assert not occupancy.judged(kernel, 4, 170 << 10, architecture, size, 1, bias)["must_stream"]
+
+
+def test_loops_are_added_up():
+    """One reads, one writes what shared memory holds, and shorter ones do not count; a narrow load brings no logits."""
+    reads, writes = ["LDG.E.128 R4, [R2]", "LDG.E R8, [R2]", "FADD R1, R4, R8"], ["LDS.128 R4, [R1]", "MUFU.EX2 R4, R4", "STG.E.128 [R2], R4"]
+    kernel = machine_code.Kernel(32, 0, [(loop, loop) for loop in (["STG.E.128 [R2], RZ"], reads, writes, ["LDG.E R1, [R2]", "NOP"])])
+    found, clocks = occupancy.judged(kernel, 4, 0, "90", 4, 4), 1000 / (4.8e12 / 132 / 1.98e9)
+    assert found["memory"] == round(4 * clocks + 4 * clocks) and found["issue"] == round(1000 * (3 + 3) / 4 / 128)
+    assert found["mufu"] == round(1000 / 4 / 16) and found["flight"] == pytest.approx(16 * 64 * 32, rel=0.01)
+
+
+def test_faults_are_found(capsys):
+    good = {"kernel": "k", "arch": "sm_90", "spills": 0, "blocks": 1, "load": 16, "store": 16, "binds": "memory", "must_stream": True,
+            "flight": 1, "memory": 2, "latency": 3}
+    assert occupancy.faults(good) == [] == occupancy.faults(good | {"store": 0, "binds": "issue"})
+    assert occupancy.faults(good | {"binds": "latency", "must_stream": False}) == []
+    assert occupancy.report([good], "all") == 0 and capsys.readouterr().out.endswith("all: 1 compiled, bound 1 by memory; no fault\n")
+    for bad in ({"spills": 4}, {"blocks": 0}, {"load": 8}, {"store": 4}, {"load": 0}, {"binds": "latency"}):
+        assert len(occupancy.faults(good | bad)) == 1, bad
+        assert occupancy.report([good, good | bad], "all") == 1 and capsys.readouterr().err.startswith("k on sm_90: ")
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and shutil.which("c++filt")), reason="there is no g++")
+def test_cuda_kernels_are_judged_at_their_launch(tmp_path, kernel):
+    shape = tmp_path / "shape"
+    shape.with_suffix(".cpp").write_text(compiled_cuda._SHAPE)
+    subprocess.run(["g++", f"-I{ROOT / 'csrc'}", shape.with_suffix(".cpp"), "-o", shape], check=True)
+    names = compiled_cuda.short([
+        "_ZN12grpo_kernels54_GLOBAL__N__1_2_c13policy_kernelIf13__nv_bfloat16Lb1ELNS_4RowsE1EEEvNS_12PolicyParamsE",
+        "_ZN12grpo_kernels17statistics_kernelIfLb0EEEvNS_16StatisticsParamsE",
+    ])
+    assert names[1] == "statistics<float, false>"
+    found = compiled_cuda.row(shape, "90a", "policy<float, __nv_bfloat16, true, 1>", kernel)
+    assert (found["threads"], found["cluster"], found["blocks"]) == (512, 8, 2) and found["must_stream"]
+    assert compiled_cuda.row(shape, "80", "policy<float, __nv_bfloat16, true, 1>", kernel) is None
+    found = compiled_cuda.row(shape, "80", "policy<float, __nv_bfloat16, true, 0>", kernel)
+    assert (found["threads"], found["cluster"], found["blocks"]) == (1024, 1, 1)
+    assert compiled_cuda.row(shape, "90a", "gradient<double, double, false, 2>", kernel)["threads"] == 512
+
+
 CHECK = """
-from benchmarks import compiled
-ptx = '''
-	ld.global.b32 %r1, [%rd1];
-$L__BB0_1:
-	@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
-	ld.global.L1::evict_last.v2.b64 {%rd2, %rd3}, [%rd1];
-	@%p2 st.global.v2.b32 [ %rd4 + 0 ], { %r1, %r2 };
-	@%p5 bra 	$L__BB0_1;
-	st.global.b16 [%rd4], %rs1;
-	bra.uni $L__BB0_2;
-$L__BB0_2:
-	ld.global.b16 %rs1, [%rd1];
-'''
-assert [compiled.accesses(loop) for loop in compiled.loops(ptx)] == [{"ld": [16, 16], "st": [8]}]
-assert compiled.narrowest(ptx, "ld") == 16 and compiled.narrowest(ptx, "st") == 8 and compiled.narrowest("", "st") == 0
-assert compiled.accesses(["ld.global.bf16x2 %r; st.relaxed.gpu.global.b32 [%r];", "ld.shared.b32 %r;"]) == {"ld": [4], "st": [4]}
-for strange in ("cp.async.ca.shared.global [%r], 4;", "ld.b32 %r, [%rd];", "atom.global.add.f32 %r;", "red.global.add.f32 [%r];"):
-    try:
-        compiled.accesses([strange])
-    except ValueError:
-        continue
-    raise AssertionError(strange)
-good = {"spills": 0, "local": 0, "load": 16, "store": 16}
-assert compiled.faults(good) == [] == compiled.faults(good | {"store": 0})
-for bad in ({"spills": 4}, {"local": 8}, {"load": 8}, {"store": 4}, {"load": 0}):
-    assert len(compiled.faults(good | bad)) == 1, bad
-assert compiled.blocks_at_once(64, 32) == 1 and compiled.blocks_at_once(32, 32) == 2 and compiled.blocks_at_once(33, 8) == 6
-assert compiled.blocks_at_once(64, 16, 86048, "90a") == 2 and compiled.blocks_at_once(64, 16, 86048, "120a") == 1
+from benchmarks import compiled, machine_code, occupancy
+
+found = compiled.row("policy, clipped, KL", 90)
+assert not occupancy.faults(found) and found["must_stream"] and found["binds"] == "memory", found
+assert (found["load"], found["store"]) == (16, 16) and 0 < found["registers"] <= 64 and found["flight"] > 30_000, found
+
+# a load that few turns make counts as well
+way = ["LDG.E.128 R4, [R2]", "FADD R1, R1, R4"]
+read, machine_code.read = machine_code.read, lambda cubin: {"": machine_code.Kernel(32, 0, [(["LDG.E.U8 R1, [R2]", *way], way)])}
+assert compiled.row("policy, clipped, KL", 90)["load"] == 1
+machine_code.read = read
 
 # an odd row stride cannot be read 16 bytes at a time: it must show
-compiled.CASES["odd"] = compiled.statistics(5001, stride=5001)
-found = compiled.row("odd", 90)
-assert found["load"] == 4 and compiled.faults(found), found
-found = compiled.row("policy, clipped, KL", 90)
-assert not compiled.faults(found) and found["store"] == 16 and 0 < found["registers"] <= 64, found
+compiled.OPTIONS["odd stride"] = {"columns": 5001, "stride": 5001}
+found = compiled.row("statistics, odd stride", 90)
+assert found["load"] == 4 and "loads of 4 bytes in a loop" in occupancy.faults(found), found
+
+# four elements a thread: half of the bytes in flight
+compiled.backend.launch_shape = lambda *_: compiled.backend.LaunchShape(4096, 32)
+found = compiled.row("policy, clipped, KL, float32 out", 90)
+assert found["binds"] == "latency" and len(occupancy.faults(found)) == 1 and found["flight"] < 16_384, found
 """
 
 
-def test_the_judge():
+def outside(*arguments):
+    """In a process without the interpreter, whose functions cannot be compiled."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, cwd=ROOT, env=environment)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def test_triton_kernels_are_compiled_and_judged():
+    done = outside("-c", CHECK)
     assert done.returncode == 0, done.stderr
 
 
-def test_what_ptxas_prints_is_read(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import compiled_cuda
-
-    text = """ptxas info    : Compiling entry function '_Zone' for 'sm_90a'
-ptxas info    : Function properties for _Zone
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 48 registers, used 1 barriers
-ptxas info    : Compiling entry function '_Ztwo' for 'sm_90a'
-    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
-ptxas info    : Used 64 registers, 1056 bytes smem"""
-    first, second = compiled_cuda.parsed(text, "90a")
-    assert first == {"kernel": "_Zone", "arch": "sm_90a", "registers": 48, "stack": 0, "spills": 0, "shared": 0}
-    assert second == {"kernel": "_Ztwo", "arch": "sm_90a", "registers": 64, "stack": 16, "spills": 12, "shared": 1056}
+def test_another_triton_than_was_asked_for_is_refused():
+    done = outside("-m", "benchmarks.compiled", "0.0.0")
+    assert done.returncode == 1 and "Triton 0.0.0 was asked for" in done.stderr and not done.stdout

@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks/cost_model.py against real calls: products counted, bytes through collectives counted, docs up to date."""
+"""The arithmetic of docs/cost_model.py against real calls: products counted, bytes through collectives counted, docs up to date."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from problems import make_problem, run
 from test_vocab_parallel import SHARDS, V, sharded, spawn
 from test_work import operations as counted_operations
 
-from benchmarks.cost_model import (
+from docs.cost_model import (
     KEPT,
     MODELS,
     TRAINED,

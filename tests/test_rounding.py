@@ -1,4 +1,4 @@
-"""The emulated accumulators of benchmarks/rounding.py against sums made by hand, and what their errors must look like."""
+"""The emulated accumulators of docs/rounding.py against sums made by hand, and what their errors must look like."""
 
 import re
 from dataclasses import replace
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import rounding
-from benchmarks.rounding import A100, HOPPER, IN_ORDER, OFTEN, ROUNDING, V100, dot
+from docs import rounding
+from docs.rounding import A100, HOPPER, IN_ORDER, OFTEN, ROUNDING, V100, dot
 from grpo_kernels import backends
 from grpo_kernels.backends.statistics import Tile, finalize, new_statistics
 from grpo_kernels.losses.config import LogitTransform

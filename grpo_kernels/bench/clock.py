@@ -8,13 +8,13 @@ import contextlib
 import ctypes
 import gc
 import mmap
+import re
 import time
 from pathlib import Path
 
 import torch
 
 _AHEAD_CYCLES = 4_000_000  # 2 ms at 2 GHz: the host has then enqueued a batch before the device begins it
-_STATUS = Path("/proc/self/status")
 
 
 class Cuda:
@@ -27,10 +27,7 @@ class Cuda:
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def seconds(self, call, before=None, ahead=False):
-        """From the device's first work for the call to its last; with ``ahead`` without what the host takes to enqueue it.
-
-        ``before`` is called outside of the timing.
-        """
+        """From the device's first work to its last, behind ``before``; with ``ahead`` without what the host takes to enqueue it."""
         if before:
             before()
         self._cold.zero_()
@@ -42,18 +39,15 @@ class Cuda:
         self._end.synchronize()
         return self._start.elapsed_time(self._end) * 1e-3
 
-    def peak(self, call, held=None):
-        """(result, bytes that the call had allocated at most above ``held``, or what was there, its result included)."""
+    def peak(self, call):
+        """(result, bytes allocated at most during the call above what was there, its result included)."""
         gc.collect()
-        before = self.held() if held is None else held
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         result = call()
         torch.cuda.synchronize()
         return result, torch.cuda.max_memory_allocated() - before
-
-    def held(self):
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()
 
     def free(self):
         """What the device has, and what the allocator keeps for us."""
@@ -64,6 +58,7 @@ class Cuda:
 
     def recover(self):
         """Frees what a failed step left behind; raises if the device no longer answers."""
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
@@ -71,8 +66,7 @@ class Cuda:
 class Cpu:
     """The process's wall clock, and the system's mark of the most memory it held."""
 
-    def __init__(self):
-        self.device, self.l2_bytes = torch.device("cpu"), 0
+    device, l2_bytes = torch.device("cpu"), 0
 
     def seconds(self, call, before=None, ahead=False):
         if before:
@@ -81,42 +75,50 @@ class Cpu:
         call()
         return time.perf_counter() - start
 
-    def peak(self, call, held=None):
-        """(result, bytes the process grew by at most above ``held``, or what was there); None where the system does not tell."""
-        gc.collect()
-        if not reset_peak():
+    def peak(self, call):
+        """(result, bytes the process grew by at most); None where the system does not tell."""
+        self.recover()  # what malloc kept of earlier temporaries is no part of the call
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark
+        except OSError:
             return call(), None
-        before = resident() if held is None else held
+        before = resident()
         result = call()
         return result, resident("VmHWM") - before
-
-    def held(self):
-        gc.collect()
-        reset_peak()
-        return resident()
 
     def free(self):
         """Bytes that processes can still take; None where the system does not tell."""
         try:
-            return resident("MemAvailable", Path("/proc/meminfo"))
+            return resident("MemAvailable", "/proc/meminfo")
         except OSError:
             return None
 
     def ready(self, size):
-        touch_free_memory(size)
+        """Writes and frees ``size`` bytes, so that a call which follows finds memory that the machine really has.
+
+        A virtual machine may hand pages that were free for two seconds back to its host; who touches them next waits 0.5 s for
+        270 MB, where zeroing takes 0.03 s. Only whole huge pages are handed back, so it is those that are asked for.
+        """
+        if not size or size < 0:
+            return
+        with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel without huge pages
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+            view = torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
+            del view  # a mapping that is still exported cannot be closed
 
     def recover(self):
         gc.collect()
-        _trim()
+        with contextlib.suppress(AttributeError):  # a C library without it
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def of(name):
     """The clock of ``cpu`` or ``cuda``."""
-    if name == "cpu":
-        return Cpu()
-    if not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("there is no GPU; --device cpu --tiny only shows that everything runs")
-    return Cuda()
+    return {"cpu": Cpu, "cuda": Cuda}[name]()
 
 
 def here():
@@ -124,45 +126,7 @@ def here():
     return of("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def reset_peak() -> bool:
-    """Forgets the process's high-water mark of memory; False where the kernel does not offer it.
-
-    What malloc kept of earlier temporaries goes back to the system first: it is no part of what follows.
-    """
-    _trim()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _trim():
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def resident(field="VmRSS", file=_STATUS):
+def resident(field="VmRSS", file="/proc/self/status"):
     """Bytes the process holds, or held at most (VmHWM) since the mark was reset."""
-    for line in file.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{file} has no {field}")
-
-
-def touch_free_memory(size):
-    """Writes and frees ``size`` bytes, so that a call which follows finds memory that the machine really has.
-
-    A virtual machine may hand pages that were free for two seconds back to its host. The next one to touch them waits for the
-    host: 0.5 s for 270 MB, where zeroing takes 0.03 s, and a timing would depend on what ran how long before it. Only whole
-    huge pages are handed back, so it is those that are asked for.
-    """
-    if not size or size < 0:
-        return
-    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        view = torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
-        del view  # a mapping that is still exported cannot be closed
+    found = re.search(rf"^{field}:\s*(\d+) kB$", Path(file).read_text(), re.MULTILINE)
+    return int(found[1]) * 1024

@@ -1,10 +1,11 @@
 """`grpo-kernels bench`: what is measured, in which order, and what is printed."""
 
 import argparse
-import difflib
+import importlib.util
 import json
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from . import clock as clocks
 from . import plot, record, scaling, step, table
 from .measure import Effort, measure
 from .providers import FULL, LIGER, OURS, PRODUCTS, PROVIDERS, TRL, default_names
-from .shapes import MODELS, TINY, parse
+from .shapes import MODELS, TINY, parse, unknown
 from .workloads import WORKLOADS
 
 QUICK_WORKLOADS = ("dense", "frozen", "logprobs", "realistic")
@@ -52,12 +53,11 @@ def parser():
     p.add_argument("--providers", metavar="NAME,...", help="who computes it, from the list below; the bare products always run")
     p.add_argument("--rounds", type=int, help="timings of each provider (7; slow ones take three)")
     p.add_argument("--tokens", type=int, help=f"of a model's shape ({CPU_TOKENS}; {GPU_TOKENS} on a GPU; a multiple of 64)")
-    p.add_argument("--scaling", action="store_true", help="also: time and memory over 1k to 64k tokens and 32k to 262k vocabulary")
-    p.add_argument("--step", action="store_true", help="also: one optimiser step of whole trainers, and the head's share of it")
+    p.add_argument("--scaling", action="store_true", help="instead: time and memory over 1k to 64k tokens, 32k to 262k vocabulary")
+    p.add_argument("--step", action="store_true", help="instead: one optimiser step of whole trainers, and the head's share of it")
     p.add_argument("--json", type=Path, metavar="FILE", help="write one JSON array of rows")
     p.add_argument("--plot", type=Path, metavar="DIR", help="write pictures (SVG)")
     p.add_argument("--from", type=Path, dest="source", metavar="FILE", help="take the rows of this JSON file, measure nothing")
-    p.add_argument("--only", action="store_true", help="with --scaling or --step: only these, no table of workloads")
     p.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # seconds, to see that everything runs
     return p
 
@@ -68,42 +68,36 @@ def main(argv) -> int:
     _check(options)
     started = time.monotonic()
     rows = read(options.source) if options.source else run(options, started)
-    for line in table.table(rows):
-        print(line)
+    print(*table.table(rows), sep="\n")
     if options.plot:
         for file in plot.plot(rows, options.plot):
             print(file)
     if options.source:
         return 0
     print(f"\n{time.monotonic() - started:.0f} s" + (f", rows in {options.json}" if options.json else ""))
-    ours = [r["status"] for r in rows if r["provider"].startswith(OURS) or r["provider"] in step.OURS]
-    bad = {"wrong", "failed", "out of memory", "too slow"} & set(ours)
-    return 1 if bad or (ours and "ok" not in ours) else 0
+    ours = {r["status"] for r in rows if r["provider"].startswith(OURS) or r["provider"] in step.OURS}
+    return int(bool(ours & {"wrong", "failed", "out of memory", "too slow"}) or (bool(ours) and "ok" not in ours))
 
 
 def _check(options):
     """Before anything is measured: what would only be found out behind it."""
-    given = [f"--{n}" for n in ("json", "quick", "scaling", "step", "only") if getattr(options, n)]
-    if options.source and given:
-        raise Refused(f"--from measures nothing, so it excludes {', '.join(given)}")
-    if options.plot:
-        plot.need_matplotlib()
-    if options.json and options.json.is_dir():
-        raise Refused(f"--json {options.json}: is a folder")
+    given = [f"--{n}" for n in ("json", "quick", "scaling", "step") if getattr(options, n)]
+    for wrong, why in (
+        (options.source and given, f"--from measures nothing, so it excludes {', '.join(given)}"),
+        (options.plot and not importlib.util.find_spec("matplotlib"), "--plot needs matplotlib; pip install matplotlib"),
+        (options.json and options.json.is_dir(), f"--json {options.json}: is a folder"),
+        (options.rounds is not None and options.rounds < 1, f"--rounds must be at least 1, got {options.rounds}"),
+        ((options.scaling or options.step) and options.workloads, "--scaling and --step have a workload of their own"),
+    ):
+        if wrong:
+            raise Refused(why)
     for option, folder in (("--plot", options.plot), ("--json", options.json and options.json.parent)):
         if folder:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / ".grpo_kernels").touch()
-                (folder / ".grpo_kernels").unlink()
+                tempfile.TemporaryFile(dir=folder).close()
             except OSError as error:
                 raise Refused(f"{option} {folder}: {error.strerror}") from error
-    if options.rounds is not None and options.rounds < 1:
-        raise Refused(f"--rounds must be at least 1, got {options.rounds}")
-    if options.only and not (options.scaling or options.step):
-        raise Refused("--only needs --scaling or --step")
-    if options.only and options.workloads:
-        raise Refused("--only leaves the workloads out, so it excludes --workloads")
 
 
 def _say(text):
@@ -122,25 +116,21 @@ def run(options, started, say=_say):
         if options.json:
             record.write(options.json, rows)
 
-    left = [] if options.only else [(shape, workload) for shape in shapes for workload in workloads]
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else 7)
     peers = any(p.name in (TRL, LIGER) for p in providers)
-    allowed = (QUICK_SECONDS_PEERS if peers else QUICK_SECONDS) if options.quick else math.inf
-    slow, shared, before = {}, [], None
-    while left:
-        shape, workload = left[0]
-        if shape != before:
-            slow, shared, before = {}, [], shape
-        now = time.monotonic()
-        effort = Effort(
-            options.rounds or (QUICK_ROUNDS if options.quick else 7), until=now + max(0.0, started + allowed - now) / len(left)
-        )  # fmt: skip
-        more = measure(shape, workload, [p for p in providers if p.name not in slow], clock, effort, say, shared)
-        # who was too slow for one workload of a head is not asked for the others
-        more += [record.row(n, workload.name, workload.laid_out(shape), status="too slow", note=why) for n, why in slow.items()]
-        slow |= {r["provider"]: f"{r['note']}, in {workload.name}" for r in more
-                 if r["status"] == "too slow" and r["provider"] not in slow}  # fmt: skip
-        found(more)
-        left.pop(0)
+    seconds = (QUICK_SECONDS_PEERS if peers else QUICK_SECONDS) if options.quick else math.inf
+    left = len(shapes) * len(workloads)
+    for shape in () if options.scaling or options.step else shapes:
+        slow, shared = {}, []
+        for workload in workloads:
+            now = time.monotonic()
+            effort = Effort(rounds, until=now + max(0.0, started + seconds - now) / left)
+            more = measure(shape, workload, [p for p in providers if p.name not in slow], clock, effort, say, shared)
+            # who was too slow for one workload of a head is not asked for the others
+            found(more + [record.row(n, workload.name, workload.laid_out(shape), **row) for n, row in slow.items()])
+            late = [r for r in more if r["status"] == "too slow"]
+            slow |= {r["provider"]: {"status": "too slow", "note": f"{r['note']}, in {workload.name}"} for r in late}
+            left -= 1
     if options.scaling:
         scaled = [p for p in providers if p.name in _SCALED or (options.providers and p.name != PRODUCTS)]
         over = [("tokens", scaling.axes(TINY)[0][1][:3])] if options.tiny else scaling.axes(shapes[0])
@@ -158,23 +148,17 @@ def chosen(options, clock):
     if tokens < 64 or tokens % 64:
         raise Refused(f"--tokens must be a multiple of 64, got {tokens}")
     names = _split("--shapes", options.shapes) or list(MODELS)[: 1 if options.quick or not on_gpu else None]
-    shapes = [TINY] if options.tiny else [_shape(name, tokens) for name in names]
+    try:
+        shapes = [TINY] if options.tiny else [parse(name, tokens) for name in names]
+    except ValueError as error:
+        raise Refused(f"--shapes: {error}") from error
     workloads = _split("--workloads", options.workloads, WORKLOADS) or (QUICK_WORKLOADS if options.quick else WORKLOADS)
     named = _split("--providers", options.providers, PROVIDERS)
     providers = default_names(options.quick, clock.device) if named is None else dict.fromkeys([PRODUCTS, *named])
     return shapes, [WORKLOADS[n] for n in workloads], [PROVIDERS[n] for n in providers]
 
 
-def _shape(name, tokens):
-    try:
-        return parse(name, tokens)
-    except KeyError:
-        raise Refused(f"--shapes: unknown model {name!r}{_suggest(name, MODELS)}") from None
-    except ValueError as error:
-        raise Refused(f"--shapes: {error}") from error
-
-
-def _split(option, text, known=None):
+def _split(option, text, known=()):
     """The names in a list by comma, or None where the option was not given."""
     if text is None:
         return None
@@ -183,23 +167,16 @@ def _split(option, text, known=None):
         raise Refused(f"{option} names nothing")
     for name in names if known else ():
         if name not in known:
-            raise Refused(f"{option}: unknown name {name!r}{_suggest(name, known)}")
+            raise Refused(f"{option}: {unknown(name, known)}")
     return names
-
-
-def _suggest(name, known):
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(known)}, and TOKENSxDxV for a shape"
 
 
 def read(path):
     """The rows of a JSON file that `--json` wrote; raises `Refused` for anything else."""
     try:
         rows = json.loads(path.read_text())
-    except OSError as error:
-        raise Refused(f"--from {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise Refused(f"--from {path}: not JSON ({error})") from error
+    except (OSError, ValueError) as error:
+        raise Refused(f"--from {path}: not a file of JSON ({error})") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) and r.keys() >= _KEYS for r in rows):
         raise Refused(f"--from {path}: wanted the array of rows that --json writes")
     return rows

@@ -1,12 +1,10 @@
 """The floor: the matrix products that a workload cannot do without, multiplied in the fastest way that is found.
 
 Logits of every kept row, dH and, unless the head is frozen, dW of every row that is trained; nothing else. Outputs exist already
-and are overwritten, so that no sum is counted; dz^T lies as the product likes it, so that no copy is. A row's logits are whole
-before its gradient begins, as a softmax needs them.
+and are overwritten: no sum is counted, no copy of dz. A row's logits are whole before its gradient begins, as a softmax needs them.
 
-The ways: chunks of 256, 512, 1024 or all rows; the whole vocabulary or blocks of it; dz^T as a transposed view or contiguous. All
-are timed twice, the three best twice more, on the tensors that are measured then. The way of the fastest call is the floor of the
-run, and its row says which it was.
+The ways: chunks of some rows or all; the vocabulary whole or in blocks; dz^T as a transposed view or contiguous. All are timed
+twice, the best twice more, on the tensors that are measured then. The row says which was the fastest.
 """
 
 import itertools
@@ -33,19 +31,19 @@ class Floor:
     """The products of one problem; calling it runs them in the fastest way."""
 
     def __init__(self, p, clock):
-        self.p, V = p, p.shape.vocab
+        self.p = p
         self.rows = p.hidden.flatten(0, 1)[p.mask.flatten()]
         self.live = p.live if p.workload.gradients else 0
         self.trains_head = bool(self.live) and p.workload.trains_head
         self.dh = torch.empty_like(self.rows)
         self.dw = torch.empty_like(p.weight) if self.trains_head else None
         ways = self._ways(clock.free())
-        self._allocate(max(way.rows for way in ways), V, self.trains_head)
+        self._allocate(max(way.rows for way in ways), self.trains_head)
         self.seconds = {way: self._time(way, clock) for way in ways}
         for way in sorted(ways, key=self.seconds.get)[:_FINALS]:
             self.seconds[way] = min(self.seconds[way], self._time(way, clock))
         self.way = min(self.seconds, key=self.seconds.get)
-        self._allocate(self.way.rows, V, self.way.contiguous)
+        self._allocate(self.way.rows, self.way.contiguous)
 
     @property
     def settings(self) -> dict:
@@ -56,32 +54,29 @@ class Floor:
         return Result()
 
     def run(self, way):
-        weight, blocks = self.p.weight, range(0, self.p.shape.vocab, way.columns)
-        for start in range(0, self.rows.shape[0], way.rows):
+        weight, V = self.p.weight, self.p.shape.vocab
+        blocks = [slice(c, c + way.columns) for c in range(0, V, way.columns)]
+        for start in range(0, len(self.rows), way.rows):
             h = self.rows[start : start + way.rows]
-            tile = self.z[: h.shape[0]]
-            for c in blocks:
-                block = slice(c, c + way.columns)
+            tile, live = self.z[: len(h)], min(max(self.live - start, 0), len(h))
+            for block in blocks:
                 torch.mm(h, weight[block].T, out=tile[:, block])
-            live = min(max(self.live - start, 0), h.shape[0])
-            for c in blocks if live else ():
-                block = slice(c, c + way.columns)
+            for block in blocks if live else ():
                 torch.mm(tile[:live, block], weight[block], out=self.dh[start : start + live])
-            for c in blocks if live and self.trains_head else ():
-                block = slice(c, c + way.columns)
+            for block in blocks if live and self.trains_head else ():
                 dz_t = self.dz_t[block, :live] if way.contiguous else tile[:live, block].T
                 torch.mm(dz_t, h[:live], out=self.dw[block])
 
     def _ways(self, free):
-        kept, V = max(1, self.rows.shape[0]), self.p.shape.vocab
+        kept, V = max(1, len(self.rows)), self.p.shape.vocab
         heights = sorted({min(rows or kept, kept) for rows in ROWS})
         logits = V * self.rows.element_size() * (2 if self.trains_head else 1)
         fits = [r for r in heights if free is None or r * logits < _SHARE_OF_MEMORY * free] or heights[:1]
         widths = sorted({min(columns or V, V) for columns in COLUMNS})
         return [Way(*way) for way in itertools.product(fits, widths, (False, True) if self.trains_head else (False,))]
 
-    def _allocate(self, rows, V, contiguous):
-        self.z = self.dz_t = None
+    def _allocate(self, rows, contiguous):
+        V, self.z, self.dz_t = self.p.shape.vocab, None, None
         self.z = self.rows.new_empty(rows, V)
         # ordinary numbers: a product of zeros or NaN takes another time
         self.dz_t = self.rows.new_empty(V, rows).normal_() if contiguous else None

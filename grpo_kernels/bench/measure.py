@@ -1,15 +1,17 @@
 """One shape and workload: everybody is checked, then all are timed round by round.
 
-Checked means: loss and gradients (or log-probs) of the very call that is timed, against float64 autograd of the reference; plain
+Checked is the very call that is timed, its loss and gradients (or log-probs), against float64 autograd of the reference; plain
 PyTorch in the same dtype is the yardstick. Who fails is a row with the reason, and is not timed. Every round times every provider
 once, in an order of its own, so that what is compared ran within seconds, and nobody always follows the one that leaves the caches
 worst. Ratios to the bare products are taken inside of a round.
 
-On a CPU everybody runs alone in a fresh process first: that gives peak memory and the seconds of a first call, and ends whatever
-hangs or crashes. On a GPU the allocator knows the peak of the call that is checked.
+On a CPU a fresh process comes first: it gives peak memory and the seconds of a first call, and ends whatever hangs or crashes.
+On a GPU the allocator knows the peak of the call that is checked.
 """
 
+import collections
 import contextlib
+import functools
 import gc
 import random
 import statistics
@@ -22,11 +24,10 @@ import torch
 from . import memory, record
 from .check import accept, errors, worst
 from .peers import Absent, full_logits
-from .problem import Problem, Result, make_problem, same_data, truth, truth_bytes
+from .problem import make_problem, serves, truth, truth_bytes
 from .providers import FULL, OURS, PRODUCTS
 
 _SLOW, _SLOW_ROUNDS = 4, 3  # who takes four times as long as the fastest is timed three times
-_ALWAYS = (PRODUCTS, FULL)  # whatever the time, as ours
 _LONGEST_CALL, _LONGEST_OWN = 60.0, 600.0  # seconds of a first call behind which another library, or ours, is given up
 _SHARE_OF_MEMORY = 0.85  # of what is free may be taken
 _STATUS = {Absent: "absent", AssertionError: "wrong", memory.TooLong: "too slow", MemoryError: "out of memory",
@@ -39,67 +40,66 @@ class Effort:
     memory: bool = True  # on a CPU: in a fresh process
     until: float = float("inf")  # time.monotonic() after which no further round and no other library is begun
 
-    def allows(self, provider):
-        return provider.name in _ALWAYS or provider.ours or time.monotonic() < self.until
 
-
-@dataclass
-class Truth:
-    """What several workloads on the same data share."""
-
-    problem: Problem
-    exact: Result
-    plain: Result | None  # plain PyTorch's answer in the inputs' dtype, the yardstick
+# what several workloads on the same data share; plain: errors of plain PyTorch in the inputs' dtype, the yardstick
+Truth = collections.namedtuple("Truth", "problem exact plain")
 
 
 def measure(shape, workload, providers, clock, effort=Effort(), say=lambda text: None, shared=None):
     """A row per provider, in their order. ``shared`` holds the `Truth` of the workload before, if any, and then this one's."""
     problem = make_problem(shape, workload, device=clock.device)
-    rows, title = _Rows(problem, clock), f"{problem.shape} {workload.name}"
-    able = [p for p in providers if _can(p, problem, rows, effort)]
-    for provider in able if effort.memory and clock.device.type == "cpu" else ():
-        if provider.name != PRODUCTS:
-            say(f"{title}: {provider.name} alone")
-            with rows.attempt(provider):
-                longest = _LONGEST_OWN if provider.ours or provider.name in _ALWAYS else _LONGEST_CALL
-                rows.found[provider.name] = memory.in_fresh_process(provider.name, workload.name, shape, longest)
+    title, calls, found = f"{problem.shape} {workload.name}", {}, {p.name: {} for p in providers}
     known = None
+    late, alone = time.monotonic() > effort.until, effort.memory and clock.device.type == "cpu"
+    for provider in providers:
+        if late and not _always(provider.name):
+            note = "neither checked nor timed; name it with --providers, or leave --quick out"
+            found[provider.name] |= {"status": "no time", "note": note}
+        if provider.name == PRODUCTS or found[provider.name]:
+            continue
+        with _attempt(provider, found[provider.name], clock):
+            provider.make(problem)
+            if short := missing(clock, provider.logits * problem.kept * shape.vocab):
+                raise Absent(short)
+            if alone:
+                say(f"{title}: {provider.name} alone")
+                longest = _LONGEST_OWN if _always(provider.name) else _LONGEST_CALL
+                found[provider.name] |= memory.in_fresh_process(provider.name, workload.name, shape, longest)
+    able = [p for p in providers if "status" not in found[p.name]]
     if any(p.name != PRODUCTS for p in able):
         say(f"{title}: float64 reference")
-        known, note = find_truth(problem, clock, [] if shared is None else shared)
-    calls = {}
+        known, why = find_truth(problem, clock, [] if shared is None else shared)
     for provider in able:
-        if provider.name in rows.done:
-            continue
         say(f"{title}: {'search for the floor' if provider.name == PRODUCTS else f'check {provider.name}'}")
-        with rows.attempt(provider):
-            if known is None and provider.name != PRODUCTS:
-                raise Absent(note)
-            calls[provider.name] = checked(provider, problem, known, rows.found[provider.name], clock)
-    times = rounds(calls, clock, effort, say, title, {name: found.get("peak_bytes") for name, found in rows.found.items()})
-    for provider in able:
-        if provider.name in times:
-            own, call = times[provider.name], calls[provider.name]
-            rows.add(provider, times=list(own.values()), ratios=record.ratios(own, times.get(PRODUCTS, {})),
-                     settings=getattr(call, "settings", provider.settings))  # fmt: skip
-    return [rows.done[p.name] for p in providers if p.name in rows.done]
+        with _attempt(provider, found[provider.name], clock):
+            if provider.name != PRODUCTS and known is None:
+                raise Absent(why)
+            calls[provider.name] = checked(provider, problem, known, found[provider.name], clock)
+    peaks = {name: of.get("peak_bytes") for name, of in found.items()}
+    trying = {p.name: functools.partial(_attempt, p, found[p.name], clock) for p in able}
+    times = rounds(calls, clock, effort, say, title, peaks, trying)
+    rows = []
+    for provider in providers:
+        name, own = provider.name, times.get(provider.name, {})
+        about = {"kept": problem.kept, "live": problem.live, "note": provider.note, **found[name]}
+        if own:
+            about["settings"] = getattr(calls[name], "settings", provider.settings)
+        ratios = record.ratios(own, times.get(PRODUCTS, {}))
+        rows.append(record.row(name, workload.name, problem.shape, list(own.values()), ratios=ratios, **about))
+    return rows
 
 
 def find_truth(problem, clock, shared):
     """(`Truth` of the problem or None, why not); the one in ``shared`` is used again if it is of the same data, else replaced."""
-    w = problem.workload
-    for before in shared:
-        b = before.problem.workload
-        if same_data(before.problem, problem) and (b.gradients or not w.gradients) and (b.trains_head or not w.trains_head):
-            return before, None
-    before = b = None
+    if shared and serves(shared[0].problem, problem):
+        return shared[0], None
     shared.clear()
     clock.recover()
-    if missing := _missing(clock, truth_bytes(problem)):
-        return None, f"not checked, so not timed: the float64 truth {missing}"
+    if short := missing(clock, truth_bytes(problem)):
+        return None, f"not checked, so not timed: the float64 truth {short}"
     exact = truth(problem)
     try:
-        plain = full_logits(problem)()
+        plain = _errors(problem, full_logits(problem)(), exact)
     except (MemoryError, torch.OutOfMemoryError):
         plain = None
     shared.append(Truth(problem, exact, plain))
@@ -115,77 +115,63 @@ def checked(provider, problem, known, found, clock):
         result = call()
     else:
         result, found["peak_bytes"] = clock.peak(call)
-    scale = problem.advantages.abs().mean().item()
-    found["errors"] = errors(result, known.exact, scale, problem.mask)
+    found["errors"] = _errors(problem, result, known.exact)
     found["error"] = worst(found["errors"], problem.workload.gradients)
-    plain = None if known.plain is None else errors(known.plain, known.exact, scale, problem.mask)
-    accept(provider.name, found["errors"], problem.workload, plain)
+    accept(provider.name, found["errors"], problem.workload, known.plain)
     return call
 
 
-class _Rows:
-    """Rows by provider, and how a failure becomes one."""
-
-    def __init__(self, problem, clock):
-        self.problem, self.clock = problem, clock
-        self.done, self.found = {}, {}
-
-    def add(self, provider, **fields):
-        p, about = self.problem, {"kept": self.problem.kept, "live": self.problem.live, "note": provider.note, "settings": {}}
-        self.done[provider.name] = record.row(
-            provider.name, p.workload.name, p.shape, **about | self.found.get(provider.name, {}) | fields
-        )
-
-    @contextlib.contextmanager
-    def attempt(self, provider):
-        """Whatever goes wrong inside is a row."""
-        self.found.setdefault(provider.name, {})
-        try:
-            yield
-            return
-        except Exception as error:
-            status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), "failed")
-            if status == "failed" and provider.ours:
-                traceback.print_exc()
-            note = (str(error).strip() or repr(error)).splitlines()[0][:300]
-            if status in ("failed", "out of memory") and not isinstance(error, memory.PointError):
-                note = f"{type(error).__name__}: {note}"
-            self.add(provider, status=status, note=note)
-        gc.collect()
-        self.clock.recover()
+def _errors(problem, result, exact):
+    return errors(result, exact, problem.advantages.abs().mean().item(), problem.mask)
 
 
-def _can(provider, problem, rows, effort):
-    """Whether the provider exists, fits and has the time; it has a row otherwise."""
-    if not effort.allows(provider):
-        rows.add(provider, status="no time", note="neither checked nor timed; name it with --providers, or leave --quick out")
-        return False
-    with rows.attempt(provider):
-        if provider.name != PRODUCTS:
-            provider.make(problem)
-        if missing := _missing(rows.clock, provider.logits * problem.kept * problem.shape.vocab):
-            raise Absent(missing)
-    return provider.name not in rows.done
+def failure(error):
+    """(status, note) of a row for whatever a provider raised."""
+    note = (str(error).strip() or repr(error)).splitlines()[0][:300]
+    status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), "failed")
+    named = status in ("failed", "out of memory") and not isinstance(error, memory.PointError)
+    return status, f"{type(error).__name__}: {note}" if named else note
 
 
-def _missing(clock, needed):
+@contextlib.contextmanager
+def _attempt(provider, found, clock):
+    """Whatever goes wrong inside is the row's status."""
+    try:
+        yield
+        return
+    except Exception as error:
+        found["status"], found["note"] = failure(error)
+        if found["status"] == "failed" and provider.ours:
+            traceback.print_exc()
+    clock.recover()
+
+
+def _always(name):
+    """Of ours, full logits and the floor there is a figure, whatever the time."""
+    return name in (PRODUCTS, FULL) or name.startswith(OURS)
+
+
+def missing(clock, needed):
+    """The reason if so many bytes are more than may be taken; None if they are not."""
     free = clock.free()
     if free is not None and needed > _SHARE_OF_MEMORY * free:
         return f"takes some {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
     return None
 
 
-def rounds(calls, clock, effort, say=lambda text: None, title="", peaks=None):
-    """name -> {round: seconds}; whatever the time, at least one round of all and three of ours, the floor and full logits."""
+def rounds(calls, clock, effort, say=lambda text: None, title="", peaks=None, trying=None):
+    """name -> {round: seconds}; whatever the time, at least one round of all and three of ours, the floor and full logits.
+
+    ``peaks``: name -> bytes that the machine should have at hand; ``trying``: name -> what makes the context of each of its calls.
+    """
     times = {name: {} for name in calls}
     gc.collect()
     gc.disable()
     try:
         for i in range(effort.rounds):
-            names = list(times)
-            if i and time.monotonic() > effort.until:
-                # a ratio without a spread cannot be believed: who is fast anyway gets three
-                names = [n for n in names if i < _SLOW_ROUNDS and (n in _ALWAYS or n.startswith(OURS))]
+            late = i and time.monotonic() > effort.until
+            # a ratio without a spread cannot be believed: ours and what it is held against get three rounds
+            names = [n for n in times if not late or (i < _SLOW_ROUNDS and _always(n))]
             random.Random(i).shuffle(names)
             fastest = min((statistics.median(t.values()) for t in times.values() if t), default=0)
             for name in names:
@@ -193,7 +179,8 @@ def rounds(calls, clock, effort, say=lambda text: None, title="", peaks=None):
                 if len(done) < _SLOW_ROUNDS or statistics.median(done) <= _SLOW * fastest:
                     say(f"{title}: round {i + 1} of {effort.rounds}, {name}")
                     size = (peaks or {}).get(name)
-                    times[name][i] = clock.seconds(calls[name], before=lambda size=size: clock.ready(size))
+                    with trying[name]() if trying else contextlib.nullcontext():
+                        times[name][i] = clock.seconds(calls[name], before=lambda size=size: clock.ready(size))
     finally:
         gc.enable()
     return times

@@ -14,7 +14,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ..engine.plan import default_budget
 from . import clock as clocks
 from .problem import make_problem
 from .providers import PROVIDERS
@@ -39,18 +38,12 @@ def measure(provider, workload, shape) -> dict:
     provider.make(make_problem(TINY, workload, device=clock.device))()
     problem = make_problem(shape, workload, device=clock.device)
     call = provider.make(problem)
-    V, D, size = shape.vocab, shape.depth, problem.weight.element_size()
-    wanted, free = V * D * (size + 4) + max(provider.logits, 2) * problem.kept * V, clock.free()
-    clock.ready(wanted if free is None else min(wanted, int(0.7 * free)))  # so that no first call waits for the machine
-    held = clocks.resident()
-    start = time.perf_counter()
-    result, peak = clock.peak(call)
+    wanted = shape.vocab * (shape.depth * (problem.weight.element_size() + 4) + max(provider.logits, 2) * problem.kept)
+    clock.ready(min(wanted, int(0.7 * (clock.free() or wanted))))  # so that no first call waits for the machine
+    held, start = clocks.resident(), time.perf_counter()
+    _, peak = clock.peak(call)
     seconds = time.perf_counter() - start
-    size = lambda x: 0 if x is None else x.numel() * x.element_size()  # noqa: E731
-    return {
-        "peak_bytes": peak, "data_bytes": held, "gradient_bytes": size(result.d_hidden) + size(result.d_weight),
-        "workspace_bytes": default_budget(clock.device.type) if provider.ours else None, "cold_seconds": seconds,
-    }  # fmt: skip
+    return {"peak_bytes": peak, "data_bytes": held, "cold_seconds": seconds}
 
 
 def in_fresh_process(provider, workload, shape, longest) -> dict:

@@ -17,24 +17,26 @@ class Absent(Exception):
     """A provider cannot do this here; the message says why."""
 
 
-_TRL_COLUMNS = 32768  # TRL 1.16's trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
-TRL_SETTINGS = {"columns": _TRL_COLUMNS}
-LIGER_ROWS = 1024  # of a chunk on a GPU; on a CPU everything is one chunk, which is fastest
+TRL_COLUMNS = 32768  # TRL 1.16's trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+LIGER_ROWS = {"cuda": 1024, "cpu": "all"}  # of a chunk: as many as make it fastest
 
 
 def full_logits(p, compiled=False):
     """The head's product in the inputs' dtype, of kept rows; log-probs in float32; the entropy only where it is asked for."""
     function = _scores if not p.workload.gradients or _needs_entropy(p) else _log_probs
-    if not compiled:
-        return _with_objective(p, function)
-    function = _compiled(function)
+    return _with_objective(p, _compiled(function) if compiled else function)
+
+
+@functools.cache
+def _compiled(function):
+    graph = torch.compile(function)
 
     def scores(hidden, weight, ids):  # one graph for every number of rows, as a trainer needs
         torch._dynamo.maybe_mark_dynamic(hidden, 0)
         torch._dynamo.maybe_mark_dynamic(ids, 0)
-        return function(hidden, weight, ids)
+        return graph(hidden, weight, ids)
 
-    return _with_objective(p, scores)
+    return scores
 
 
 def _log_probs(hidden, weight, ids):
@@ -46,32 +48,25 @@ def _scores(hidden, weight, ids):
     return log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
-_compiled = functools.cache(torch.compile)
-
-
 def trl(p):
-    function = _imported("trl.kernels").ChunkedLogProbFunction
-    _imported("trl.trainer.utils")  # which the backward takes a function from
+    function = _imported("trl.kernels", "ChunkedLogProbFunction")
+    _imported("trl.trainer.utils", "maybe_gather_lm_head_ctx")  # which the backward imports
 
     def scores(hidden, weight, ids):  # entropy beside the log-probs, as its trainer wants it
-        return function.apply(hidden, weight, None, ids, 1.0, _TRL_COLUMNS, None, 1.0, ("entropy",))[:2]
+        return function.apply(hidden, weight, None, ids, 1.0, TRL_COLUMNS, None, 1.0, ("entropy",))[:2]
 
     return _with_objective(p, scores)
 
 
-def liger(p, one_by_one=False):
-    """Positions that are masked in every sequence are cut off: it has no other way to leave them out.
-
-    ``one_by_one`` is the constructor's chunk of one sequence; else as many together as make it fastest.
-    """
-    LigerFusedLinearGRPOLoss = _imported("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
-    _need_gradients(p)
-    _refuse_entropy(p)
-    c, rows = p.config, LIGER_ROWS if p.hidden.is_cuda else p.shape.tokens
+def liger(p):
+    """Positions that are masked in every sequence are cut off: it has no other way to leave them out."""
+    LigerFusedLinearGRPOLoss = _imported("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+    _lacks(p, "log-probs", "entropy")
+    c, rows = p.config, LIGER_ROWS["cuda"] if p.hidden.is_cuda else p.shape.tokens
     needed = p.mask.any(0).nonzero()
     columns = slice(int(needed.min()), int(needed.max()) + 1)
     cut = lambda x: None if x is None else x[:, columns]  # noqa: E731
-    chunk = 1 if one_by_one else max(1, rows // (columns.stop - columns.start))
+    chunk = max(1, rows // (columns.stop - columns.start))  # sequences
     # compiled=True, its default, takes as long in a call, and tens of seconds in the first
     fused = LigerFusedLinearGRPOLoss(
         beta=c.beta, compiled=False, use_ref_model=c.beta != 0, chunk_size=chunk,
@@ -79,134 +74,88 @@ def liger(p, one_by_one=False):
         importance_sampling_level=c.importance_sampling_level, use_bias_correction_kl=c.use_bias_correction_kl,
     )  # fmt: skip
 
-    def run():
-        hidden, weight = p.leaves()
-        loss, _ = fused(
-            cut(hidden), weight, cut(p.ids), cut(p.mask), p.advantages, ref_per_token_logps=cut(p.ref_logps),
-            old_per_token_logps=cut(p.old_logps),
-        )  # fmt: skip
-        loss.backward()
-        return Result(loss.detach(), None, hidden.grad, weight.grad)
-
-    return run
+    given = {"ref_per_token_logps": cut(p.ref_logps), "old_per_token_logps": cut(p.old_logps)}
+    return _with_own_loss(p, lambda hidden, weight: fused(cut(hidden), weight, cut(p.ids), cut(p.mask), p.advantages, **given))
 
 
 def liger_from_logits(p):
     """Its Triton kernel on logits that plain PyTorch has made."""
-    triton_grpo_loss = _imported("liger_kernel.transformers.grpo_loss").triton_grpo_loss
-    _need_gpu(p)
-    _need_gradients(p)
-    _refuse_entropy(p)
+    triton_grpo_loss = _imported("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
+    _lacks(p, "cpu", "log-probs", "entropy")
     c = p.config
 
-    def run():
-        hidden, weight = p.leaves()
+    def loss(hidden, weight):
         # it drops the last position of every sequence, as the logits of a whole model have one too many
         logits = torch.nn.functional.pad(hidden, (0, 0, 0, 1)) @ weight.T
-        loss, _ = triton_grpo_loss(
+        return triton_grpo_loss(
             logits, p.old_logps, p.ref_logps, p.ids, p.advantages, p.mask, temperature=1.0, beta=c.beta, eps_low=c.epsilon,
             eps_high=c.upper_epsilon, loss_type=c.loss_type, importance_sampling_level=c.importance_sampling_level, reduce=True,
             use_bias_correction_kl=c.use_bias_correction_kl,
         )  # fmt: skip
-        loss.backward()
-        return Result(loss.detach(), None, hidden.grad, weight.grad)
 
-    return run
-
-
-def liger_scaled_cross_entropy(p):
-    function = _imported("liger_kernel.ops.fused_linear_scaled_cross_entropy").LigerFusedLinearScaledCrossEntropyFunction
-    if p.hidden.is_cuda:
-        if torch.cuda.get_device_capability() != (9, 0):
-            raise Absent("its kernel is Hopper's; elsewhere it is a chunked loop in PyTorch")
-        _imported("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90")
-
-    def scores(hidden, weight, ids):
-        nll, entropy = function.apply(hidden, weight, ids, 1.0, -100, 1, True)
-        return -nll, entropy.float()
-
-    return _with_objective(p, scores)
+    return _with_own_loss(p, loss)
 
 
 def verl(p):
-    linear_cross_entropy = _imported("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
-    _need_gpu(p)
-    return _with_objective(p, lambda hidden, weight, ids: linear_cross_entropy(hidden, weight, ids, 1.0, "none"))
+    function = _imported("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
+    _lacks(p, "cpu")
+    return _with_objective(p, lambda hidden, weight, ids: function(hidden, weight, ids, 1.0, "none"))
 
 
-def verl_torch(p):
-    """verl's chunked loop in PyTorch, without kernels."""
-    fused = _imported("verl.utils.experimental.torch_functional").FusedLinearForPPO()
-    return _with_objective(p, lambda hidden, weight, ids: fused(hidden, weight, ids, 1.0))
-
-
-def cut_cross_entropy(p):
-    linear_cross_entropy = _imported("cut_cross_entropy").linear_cross_entropy
-    _need_gpu(p)
-    _refuse_entropy(p)
-
-    def scores(hidden, weight, ids):
-        return -linear_cross_entropy(hidden, weight, ids, reduction="none").float(), None
-
-    return _with_objective(p, scores)
-
-
-def torch_linear_cross_entropy(p, chunked=False):
-    """torch 2.13's own, per token; without its options it is the full logits and a cross-entropy in their dtype."""
-    function = getattr(torch.nn.functional, "linear_cross_entropy", None)
-    if function is None:
-        raise Absent(f"torch {torch.__version__} has no linear_cross_entropy")
-    _refuse_entropy(p)
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-
-    def scores(hidden, weight, ids):
-        return -function(hidden, weight, ids, reduction="none", options=options).float(), None
-
-    return _with_objective(p, scores)
+def cross_entropy(p, module, *lacks):
+    """A module's linear_cross_entropy, per token."""
+    function = _imported(module, "linear_cross_entropy")
+    _lacks(p, "entropy", *lacks)
+    return _with_objective(p, lambda hidden, weight, ids: (-function(hidden, weight, ids, reduction="none").float(), None))
 
 
 def _needs_entropy(p):
     return p.config.top_entropy_quantile < 1
 
 
-def _refuse_entropy(p):
-    if _needs_entropy(p):
-        raise Absent("it has no entropy to choose tokens by")
+_LACKS = {
+    "log-probs": (lambda p: not p.workload.gradients, "it has no log-probs of its own"),
+    "entropy": (_needs_entropy, "it has no entropy to choose tokens by"),
+    "cpu": (lambda p: not p.hidden.is_cuda, "its kernels need a GPU"),
+}
 
 
-def _need_gpu(p):
-    if not p.hidden.is_cuda:
-        raise Absent("its kernels need a GPU")
+def _lacks(p, *names):
+    """Raises `Absent` where the problem needs something of `_LACKS` that the library does not have."""
+    for needed, reason in map(_LACKS.get, names):
+        if needed(p):
+            raise Absent(reason)
 
 
-def _need_gradients(p):
-    if not p.workload.gradients:
-        raise Absent("it has no log-probs of its own")
-
-
-def _imported(module):
+def _imported(module, name):
     try:
-        return importlib.import_module(module)
+        return getattr(importlib.import_module(module), name)
     except Exception as error:
         raise Absent(f"cannot be imported: {type(error).__name__}: {error}") from error
 
 
+def _with_own_loss(p, loss_of):
+    def run():
+        hidden, weight = p.leaves()
+        loss, _ = loss_of(hidden, weight)
+        loss.backward()
+        return Result(loss.detach(), None, hidden.grad, weight.grad)
+
+    return run
+
+
 def _with_objective(p, scores):
     """Log-probs of another library under our objective; ``scores`` takes [N, D], [V, D] and [N] of the tokens that are kept."""
-    whole = bool(p.mask.all())
-    kept, shape = p.mask.bool().flatten(), p.mask.shape
-    ids = p.ids.flatten() if whole else p.ids.flatten()[kept]
-
-    def spread(x):
-        if x is None:
-            return None
-        return x.view(shape) if whole else x.new_zeros(kept.shape).masked_scatter(kept, x).view(shape)
+    kept = None if p.mask.all() else p.mask.flatten()
+    select = lambda x: x if kept is None else x[kept]  # noqa: E731
+    spread = lambda x: x if kept is None else x.new_zeros(kept.shape).masked_scatter(kept, x)  # noqa: E731
+    ids = select(p.ids.flatten())
 
     def run():
         hidden, weight = p.leaves()
         with torch.set_grad_enabled(p.workload.gradients):
-            rows = hidden.flatten(0, 1)
-            logps, entropy = map(spread, scores(rows if whole else rows[kept], weight, ids))
+            found = scores(select(hidden.flatten(0, 1)), weight, ids)
+            logps, entropy = (None if x is None else spread(x).view(p.mask.shape) for x in found)
         if not p.workload.gradients:
             return Result(logps=logps, entropy=entropy)
         loss, _ = objective(
@@ -214,8 +163,6 @@ def _with_objective(p, scores):
             ref_logps=p.ref_logps, config=p.config,
         )  # fmt: skip
         loss.backward()
-        return Result(
-            loss.detach(), logps.detach(), hidden.grad, weight.grad, None if entropy is None else entropy.detach()
-        )
+        return Result(loss.detach(), logps.detach(), hidden.grad, weight.grad)
 
     return run

@@ -6,9 +6,11 @@ with their probability, any other otherwise.
 """
 
 import math
+import operator
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from .. import reference
 from ..losses.config import GRPOLossConfig
@@ -31,7 +33,6 @@ class Problem:
     mask: torch.Tensor  # [B, T] bool
     old_logps: torch.Tensor | None  # [B, T] float32
     ref_logps: torch.Tensor | None = None
-    workspace: int | None = None  # bytes; None is the library's default
 
     def leaves(self):
         """Fresh (hidden, weight) on the same memory, requiring the gradients that the workload wants."""
@@ -60,7 +61,7 @@ def make_problem(shape: Shape, workload: Workload, seed=0, device="cpu") -> Prob
     hidden, ids = _peaked(noise, weight, g)
     hidden = hidden.to(dtype)
     mask, advantages = draw_batch(workload, B, T, g)
-    logps = None if workload.beta == 0 and not workload.off_policy else _logps(hidden, weight, ids).view(B, T)
+    logps = _logps(hidden, weight, ids).view(B, T) if workload.off_policy or workload.beta else None
     # rounded as the dtype rounds it: the bands of the ratios leave room for that
     old = logps - draw_log_ratios(workload.level, advantages, T, g).to(device) if workload.off_policy else None
     ref = logps - 0.1 * torch.randn(B, T, generator=g).to(device) if workload.beta else None
@@ -73,15 +74,12 @@ def _peaked(noise, weight, g):
     V, N, device = weight.shape[0], noise.shape[0], noise.device
     uniform = lambda *size: torch.rand(size, generator=g)  # noqa: E731
     spread = 1 + uniform(N, 1)
-    kind = uniform(N)
-    fork, likely = kind < FORKS, (kind >= FORKS) & (kind < FORKS + LIKELY)
-    low, high = (
-        torch.where(fork, ODDS["fork"][i], torch.where(likely, ODDS["likely"][i], ODDS["certain"][i])).float() for i in (0, 1)
-    )
+    kind = torch.bucketize(uniform(N), torch.tensor([FORKS, FORKS + LIKELY]), right=True)
+    low, high = torch.tensor(list(ODDS.values()), dtype=torch.float32)[kind].unbind(1)
     odds = low + (high - low) * uniform(N)
     candidates = torch.randint(V, (N, FORK_TOKENS), generator=g)
     used = torch.ones(N, FORK_TOKENS)
-    used[~fork, 1:] = 0.0
+    used[kind > 0, 1:] = 0.0  # of a fork all, else the first
     # sum over exp of normal logits: ln V + variance / 2
     height = math.log(V) + spread.squeeze(1).square() / 2 + odds - used.sum(1).log()
     hidden = noise * spread.to(device)
@@ -95,20 +93,18 @@ def _peaked(noise, weight, g):
     return hidden, ids.to(device)
 
 
-def same_data(a: Problem, b: Problem) -> bool:
-    """Whether two problems hold the same tensors and ask for the same loss, though perhaps not for all of its gradients."""
+def serves(a: Problem, b: Problem) -> bool:
+    """Whether the truth of a is one of b: the same tensors and loss, and at least the gradients."""
     drawn = lambda p: replace(p.workload, name="", about="", trains_head=True, gradients=True)  # noqa: E731
-    return a.shape == b.shape and drawn(a) == drawn(b)
+    wants = [(p.workload.gradients, p.workload.trains_head) for p in (a, b)]
+    return a.shape == b.shape and drawn(a) == drawn(b) and all(map(operator.ge, *wants))
 
 
 @torch.no_grad()
 def _logps(hidden, weight, ids):
     """Log-probs [N] float32, of logits in the inputs' dtype."""
-    found = []
-    for h, token in zip(hidden.split(_ROWS), ids.split(_ROWS), strict=True):
-        z = (h @ weight.T).float()
-        found.append(z.gather(1, token.unsqueeze(1)).squeeze(1) - z.logsumexp(-1))
-    return torch.cat(found)
+    logits = ((h @ weight.T).float() for h in hidden.split(_ROWS))
+    return torch.cat([-cross_entropy(z, token, reduction="none") for z, token in zip(logits, ids.split(_ROWS), strict=True)])
 
 
 @dataclass
@@ -122,15 +118,9 @@ class Result:
     entropy: torch.Tensor | None = None  # [B, T]
 
 
-def truth(p: Problem, sequences=None) -> Result:
-    """The tested reference in float64, some sequences at a time: with num_items fixed, dapo is a sum over sequences.
-
-    Not so a quantile of the entropy, which is one of the whole batch.
-    """
-    w, device = p.workload, p.hidden.device
-    if p.config.top_entropy_quantile < 1:
-        sequences = p.shape.sequences
-    sequences = sequences or max(1, _TRUTH_ROWS // p.shape.length)
+def truth(p: Problem) -> Result:
+    """The tested reference in float64, some sequences at a time: with num_items fixed, dapo is a sum over sequences."""
+    w, device, sequences = p.workload, p.hidden.device, _together(p)
     weight = p.weight.double().requires_grad_(w.gradients and w.trains_head)
     zeros = lambda *size: torch.zeros(size, dtype=torch.float64, device=device)  # noqa: E731
     result = Result(zeros(), zeros(*p.mask.shape), entropy=zeros(*p.mask.shape))
@@ -138,12 +128,12 @@ def truth(p: Problem, sequences=None) -> Result:
         result.d_hidden = zeros(*p.hidden.shape)
     for start in range(0, p.shape.sequences, sequences):
         s = slice(start, start + sequences)
-        part = lambda x: None if x is None else x[s].double()  # noqa: E731, B023
-        hidden = p.hidden[s].double().requires_grad_(w.gradients)
+        double = lambda x: None if x is None else x[s].double()  # noqa: E731, B023
+        hidden = double(p.hidden).requires_grad_(w.gradients)
         with torch.set_grad_enabled(w.gradients):
             out = reference.grpo_loss(
-                hidden, weight, p.ids[s], part(p.advantages), p.mask[s], old_logps=part(p.old_logps), ref_logps=part(p.ref_logps),
-                num_items=p.kept, config=p.config,
+                hidden, weight, p.ids[s], double(p.advantages), p.mask[s], old_logps=double(p.old_logps),
+                ref_logps=double(p.ref_logps), num_items=p.kept, config=p.config,
             )  # fmt: skip
         if w.gradients:
             out.loss.backward()
@@ -156,6 +146,11 @@ def truth(p: Problem, sequences=None) -> Result:
 
 def truth_bytes(p: Problem) -> int:
     """What `truth` takes at most: weight, its gradient and one more, logits and what autograd keeps of them."""
-    rows = p.shape.tokens if p.config.top_entropy_quantile < 1 else min(p.shape.tokens, max(_TRUTH_ROWS, p.shape.length))
+    rows = min(p.shape.tokens, _together(p) * p.shape.length)
     heads = 1 if not p.workload.gradients else 2 if rows == p.shape.tokens else 3
     return 8 * p.shape.vocab * (heads * p.shape.depth + 6 * rows)
+
+
+def _together(p):
+    """Sequences whose float64 logits are in memory together; all, where a quantile is one of the whole batch."""
+    return p.shape.sequences if p.config.top_entropy_quantile < 1 else max(1, _TRUTH_ROWS // p.shape.length)

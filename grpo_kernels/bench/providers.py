@@ -18,14 +18,13 @@ from .floor import Floor
 from .peers import Absent
 from .problem import Problem, Result
 
-_OWN = "grpo_kernels"
+PRODUCTS, OURS, FULL, TRL, LIGER = "products", "grpo_kernels", "full_logits", "trl", "liger"
 
 
 @dataclass(frozen=True)
 class Provider:
     name: str
     make: Callable[[Problem], Callable[[], Result]]
-    about: str = ""
     quick: bool = False  # in a quick run unless others are asked for
     logits: int = 0  # bytes of every logit of the call that are in memory together
     settings: dict = field(default_factory=dict)
@@ -33,7 +32,7 @@ class Provider:
 
     @property
     def ours(self):
-        return self.name.startswith(_OWN)
+        return self.name.startswith(OURS)
 
 
 def ours(backend="auto"):
@@ -42,18 +41,17 @@ def ours(backend="auto"):
             resolved = backends.resolve(backend, p.hidden.device, p.hidden.dtype, p.shape.vocab)
         except RuntimeError as reason:
             raise Absent(str(reason)) from reason
-        options = {"workspace_bytes": p.workspace, "backend": resolved}
 
         def logprobs():
             with torch.no_grad():
-                out = linear_logprobs(p.hidden, p.weight, p.ids, mask=p.mask, **options)
+                out = linear_logprobs(p.hidden, p.weight, p.ids, mask=p.mask, backend=resolved)
             return Result(logps=out.logps, entropy=out.entropy)
 
         def loss():
             hidden, weight = p.leaves()
             out = fused_linear_grpo_loss(
                 hidden, weight, p.ids, p.advantages, p.mask, old_logps=p.old_logps, ref_logps=p.ref_logps, config=p.config,
-                **options,
+                backend=resolved,
             )  # fmt: skip
             out.loss.backward()
             return Result(out.loss.detach(), out.logps, hidden.grad, weight.grad, out.entropy)
@@ -63,36 +61,28 @@ def ours(backend="auto"):
     return make
 
 
-PRODUCTS, OURS, FULL, TRL, LIGER = "products", _OWN, "full_logits", "trl", "liger"
 _SCORES_ONLY = "asked for log-probs per token, under our objective in PyTorch"
 PROVIDERS = {
     p.name: p
     for p in (
-        Provider(PRODUCTS, lambda p: Floor(p, clocks.of(p.hidden.device.type)), "the matrix products alone: the floor", quick=True),
-        Provider(OURS, ours(), "this library, backend='auto'", quick=True),
-        *(Provider(f"{_OWN}-{name}", ours(name), f"this library, backend={name!r}") for name in backends.available_backends()),
-        Provider(FULL, peers.full_logits, "plain PyTorch through all logits", quick=True, logits=14),
-        Provider("full_logits-compiled", lambda p: peers.full_logits(p, compiled=True), "the same under torch.compile", logits=14),
-        Provider(TRL, peers.trl, "TRL's chunked log-probs", quick=True, settings=peers.TRL_SETTINGS, note=_SCORES_ONLY),
-        Provider(LIGER, peers.liger, "LigerFusedLinearGRPOLoss, chunks as large as make it fastest", quick=True,
-                 settings={"compiled": False, "chunk_rows": {"cuda": peers.LIGER_ROWS, "cpu": "all"}}),
-        Provider("liger-default", lambda p: peers.liger(p, one_by_one=True), "the same in its default chunks of one sequence",
-                 settings={"compiled": False, "chunk_size": 1}),
-        Provider("liger-logits", peers.liger_from_logits, "Liger's Triton loss on full logits", logits=8),
-        Provider("liger-scaled-ce", peers.liger_scaled_cross_entropy, "Liger's scaled cross-entropy", note=_SCORES_ONLY),
-        Provider("verl", peers.verl, "verl's Triton kernel", note=_SCORES_ONLY),
-        Provider("verl-torch", peers.verl_torch, "verl's chunks in PyTorch", note=_SCORES_ONLY),
-        Provider("cce", peers.cut_cross_entropy, "Apple's cut cross-entropy", note=_SCORES_ONLY,
+        Provider(PRODUCTS, lambda p: Floor(p, clocks.of(p.hidden.device.type)), quick=True),
+        Provider(OURS, ours(), quick=True),
+        *(Provider(f"{OURS}-{name}", ours(name)) for name in backends.available_backends()),
+        Provider(FULL, peers.full_logits, quick=True, logits=14),
+        Provider("full_logits-compiled", lambda p: peers.full_logits(p, compiled=True), logits=14),
+        Provider(TRL, peers.trl, quick=True, settings={"columns": peers.TRL_COLUMNS}, note=_SCORES_ONLY),
+        Provider(LIGER, peers.liger, quick=True, settings={"compiled": False, "chunk_rows": peers.LIGER_ROWS}),
+        Provider("liger-logits", peers.liger_from_logits, logits=8),
+        Provider("verl", peers.verl, note=_SCORES_ONLY),
+        Provider("cce", lambda p: peers.cross_entropy(p, "cut_cross_entropy", "cpu"), note=_SCORES_ONLY,
                  settings={"filter_eps": "default"}),
-        Provider("torch-lce", peers.torch_linear_cross_entropy, "torch's own linear_cross_entropy", logits=14,
+        Provider("torch-lce", lambda p: peers.cross_entropy(p, "torch.nn.functional"), logits=14,
                  note=f"{_SCORES_ONLY}; options=None, its reference path"),
-        Provider("torch-lce-chunked", lambda p: peers.torch_linear_cross_entropy(p, chunked=True), "the same, with its chunking",
-                 note=f"{_SCORES_ONLY}; LinearCrossEntropyOptions() as it comes"),
     )
 }  # fmt: skip
 
 
-def default_names(quick, device, dtype=torch.bfloat16):
+def default_names(quick, device):
     """All of them, our backends only where they are not what "auto" takes; a quick run has a few."""
-    resolved = backends.resolve("auto", device, dtype)
-    return [name for name, p in PROVIDERS.items() if (p.quick or not quick) and name != f"{_OWN}-{resolved}"]
+    resolved = backends.resolve("auto", device, torch.bfloat16)
+    return [name for name, p in PROVIDERS.items() if (p.quick or not quick) and name != f"{OURS}-{resolved}"]

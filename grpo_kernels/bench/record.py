@@ -1,9 +1,9 @@
 """One row of the JSON: who, what, on which shape, how long, how much memory, how far from the truth, on what."""
 
+import contextlib
 import datetime
 import functools
 import json
-import math
 import os
 import platform
 import re
@@ -16,33 +16,22 @@ import torch
 
 from .. import __version__
 
-PACKAGES = (
-    "torch", "triton", "transformers", "trl", "liger-kernel", "nvidia-cutlass-dsl", "verl", "cut-cross-entropy", "numpy",
-)  # fmt: skip
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "verl", "cut-cross-entropy", "numpy")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def row(provider, path, shape, times=(), *, status="ok", note=None, ratios=(), **more) -> dict:
     """``median`` and ``spread`` (the interquartile range) in seconds; ``ratio`` to the bare products, likewise, over the rounds."""
     return {
-        "provider": provider,
-        "path": path,
-        "shape": shape if shape is None or isinstance(shape, dict) else shape.fields(),
-        "status": status,
-        "note": note,
-        "median": statistics.median(times) if times else None,
-        "spread": spread(times),
-        "rounds": len(times),
+        "provider": provider, "path": path, "shape": shape if shape is None or isinstance(shape, dict) else shape.fields(),
+        "status": status, "note": note,
+        "median": statistics.median(times) if times else None, "spread": spread(times), "rounds": len(times),
         "times": [round(t, 6) for t in times],
-        "ratio": statistics.median(ratios) if ratios else None,
-        "ratio_spread": spread(ratios),
+        "ratio": statistics.median(ratios) if ratios else None, "ratio_spread": spread(ratios),
         "ratio_range": [min(ratios), max(ratios)] if ratios else None,
-        "peak_bytes": None,
-        "error": None,
-        "settings": {},
-        **more,
-        **environment(),
-    }
+        "peak_bytes": None, "error": None, "settings": {},
+        **more, **environment(),
+    }  # fmt: skip
 
 
 def ratios(times, floor):
@@ -60,22 +49,19 @@ def spread(times):
 @functools.cache
 def environment() -> dict:
     """On what, and with what, the figures of a row were found."""
-    on_gpu = torch.cuda.is_available()
-    known = {name: found for name in PACKAGES if (found := installed(name))}
-    of_gpu = {
-        "capability": list(torch.cuda.get_device_capability()), "driver": _driver(), "cuda": torch.version.cuda
-    } if on_gpu else {}  # fmt: skip
+    cpu = re.search(r"^model name\s*: (.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    gpu, device = {}, "cpu"
+    if torch.cuda.is_available():
+        driver = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", _text("/proc/driver/nvidia/version"))
+        gpu = {"capability": list(torch.cuda.get_device_capability()), "driver": driver and driver[1], "cuda": torch.version.cuda}
+        device = torch.cuda.get_device_name()
     return {
-        "versions": {"grpo-kernels": __version__, **known, "python": platform.python_version()},
-        "commit": commit(),
+        "versions": {"grpo-kernels": __version__, **_installed(), "python": platform.python_version()}, "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        **of_gpu,
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-    }
+        "device": device, **gpu,
+        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "isa": torch.backends.cpu.get_cpu_capability(),
+    }  # fmt: skip
 
 
 @functools.cache
@@ -86,56 +72,36 @@ def commit():
     """
     if given := os.environ.get("GRPO_KERNELS_COMMIT"):
         return given
-    run = lambda *a: subprocess.run(["git", *a], cwd=_PACKAGE, capture_output=True, text=True)  # noqa: E731
-    try:
-        top = run("rev-parse", "--show-toplevel")
+    git = lambda *a: subprocess.run(["git", *a], cwd=_PACKAGE, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         # an environment inside of somebody's repository is no checkout of this one
-        if top.returncode or Path(top.stdout.strip(), _PACKAGE.name).resolve() != _PACKAGE:
-            return None
-        head = run("rev-parse", "--short", "HEAD")
-        changed = run("status", "--porcelain", "--", ".", "../csrc", "../benchmarks/*.py")
-    except OSError:
-        return None
-    return None if head.returncode else head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+        if Path(git("rev-parse", "--show-toplevel"), _PACKAGE.name).resolve() == _PACKAGE:
+            changed = git("status", "--porcelain", "--", ".", "../csrc", "../benchmarks/*.py")
+            return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
+    return None
 
 
 def write(path, rows):
     """A JSON array, one row per line, put in the place of the file when it is whole; what is not finite is null there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    finite = [json.loads(json.dumps(r), parse_constant=lambda _: None) for r in rows]
     new = path.with_name(path.name + ".new")
-    new.write_text("[\n" + ",\n".join(json.dumps(_finite(r), allow_nan=False) for r in rows) + "\n]\n")
+    new.write_text("[\n" + ",\n".join(map(json.dumps, finite)) + "\n]\n")
     new.replace(path)
 
 
-def _finite(x):
-    if isinstance(x, dict):
-        return {k: _finite(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_finite(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+def _installed():
+    """The version of each package that is there."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
-def installed(name):
-    """The version of a distribution, or None."""
+def _text(file):
     try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _driver():
-    """The version of NVIDIA's driver, or None."""
-    try:
-        words = Path("/proc/driver/nvidia/version").read_text().split()
+        return Path(file).read_text()
     except OSError:
-        return None
-    return next((word for word in words if re.fullmatch(r"\d+\.\d+(\.\d+)?", word)), None)
-
-
-def _cpu():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""

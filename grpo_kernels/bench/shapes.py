@@ -1,5 +1,6 @@
 """Heads of known models, and how a user names a shape."""
 
+import difflib
 import re
 from dataclasses import dataclass, replace
 
@@ -40,14 +41,21 @@ _UNIT = 64  # tokens: whole groups of eight for every workload
 
 
 def parse(text, tokens) -> Shape:
-    """A model's name, or TOKENSxDxV; raises ValueError for anything else, KeyError for an unknown name."""
+    """A model's name, or TOKENSxDxV; raises ValueError for anything else."""
     if found := re.fullmatch(r"(\d+)x(\d+)x(\d+)", text):
         tokens, depth, vocab = map(int, found.groups())
         if tokens < _UNIT or tokens % _UNIT or depth < 8 or vocab < 64:
             raise ValueError(f"TOKENSxDxV needs tokens in multiples of {_UNIT}, D >= 8 and V >= 64, got {text}")
-    else:
+    elif text.lower() in MODELS:
         depth, vocab = MODELS[text.lower()]
+    else:
+        raise ValueError(unknown(text, [*MODELS, "TOKENSxDxV"]))
     return Shape(depth=depth, vocab=vocab).of(tokens)
+
+
+def unknown(name, known) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"unknown name {name!r}; " + (f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}")
 
 
 def named(shape) -> str:

@@ -16,27 +16,25 @@ _LONGEST = 900.0  # seconds of a process
 
 
 def measure(lengths, layers, rounds, say):
-    return [row for length in lengths for row in _measure(length, layers, rounds, say)]
-
-
-def _measure(length, layers, rounds, say):
-    rows = {}
-    for variant in VARIANTS:
-        say(f"one step of {variant}, completions of {length}")
-        about = {"kind": "step", "head_share": None}
-        try:
-            fields = memory.run("grpo_kernels.bench.step_process", [variant, length, layers, rounds], _LONGEST)
-            rows[variant] = record.row(variant, "grpo step", fields.pop("shape"), fields.pop("times"), **about | fields)
-        except memory.PointError as error:
-            status = "absent" if any(word in str(error) for word in ("ModuleNotFoundError", "ImportError")) else "failed"
-            rows[variant] = record.row(variant, "grpo step", None, status=status, note=str(error), **about)
-    model, stock = rows[MODEL], rows[STOCK]
-    for row in (row for row in rows.values() if row is not model and row["status"] == "ok"):
-        if stock["status"] == "ok" and not agree(stock, row):
-            row |= {"status": "wrong", "note": f"trains something else than stock: {_trained(row)}, {_trained(stock)}"}
-        if model["status"] == "ok":
-            row["head_share"] = max(0.0, 1 - model["median"] / row["median"])
-    return rows.values()
+    """A row per length and variant."""
+    for length in lengths:
+        rows = {}
+        for variant in VARIANTS:
+            say(f"one step of {variant}, completions of {length}")
+            try:
+                module = f"grpo_kernels.bench.step_{'trl' if variant.startswith('trl') else 'process'}"
+                found = memory.run(module, [variant, length, layers, rounds], _LONGEST)
+            except memory.PointError as error:
+                absent = "ModuleNotFoundError" in str(error) or "ImportError" in str(error)
+                found = {"shape": None, "status": "absent" if absent else "failed", "note": str(error)}
+            rows[variant] = record.row(variant, "grpo step", **found, kind="step", head_share=None)
+        model, stock = rows[MODEL], rows[STOCK]
+        for row in (row for row in rows.values() if row is not model and row["status"] == "ok"):
+            if stock["status"] == "ok" and not agree(stock, row):
+                row |= {"status": "wrong", "note": f"trains something else than stock: {_trained(row)}, {_trained(stock)}"}
+            if model["status"] == "ok":
+                row["head_share"] = max(0.0, 1 - model["median"] / row["median"])
+        yield from rows.values()
 
 
 def agree(stock, other):

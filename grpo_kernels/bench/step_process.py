@@ -22,6 +22,7 @@ from . import clock as clocks
 from .memory import answer
 
 SEQUENCES, PROMPT = 8, 64
+ROWS = [{"prompt": "a"}] * SEQUENCES
 QWEN = dict(vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2)
 TINY = dict(vocab_size=503, hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2)
 COMPARED = ("embed_tokens.weight", ".0.mlp.down_proj.weight")  # the tied head, and a layer
@@ -55,33 +56,29 @@ def batch_of(config, length):
     }  # fmt: skip
 
 
+def make(cls, config, rows, layers, folder):
+    """A trainer of a new model."""
+    model, tokenizer = model_of(layers)
+    args = config(output_dir=folder, report_to="none", save_strategy="no", per_device_train_batch_size=SEQUENCES, max_steps=10,
+                  learning_rate=1e-6, num_generations=SEQUENCES, use_cpu=not torch.cuda.is_available(), bf16=False)  # fmt: skip
+    reward = len  # any function: nothing is sampled
+    trainer = cls(model, reward, args, rows, processing_class=tokenizer)
+    trainer.model.gradient_checkpointing_enable()  # as train() does by TRL's default
+    return trainer
+
+
 def trainer_of(variant, layers, folder):
     """(trainer, its loss of a batch)."""
-    model, tokenizer = model_of(layers)
-    options = dict(output_dir=folder, report_to="none", save_strategy="no", per_device_train_batch_size=SEQUENCES, max_steps=10,
-                   learning_rate=1e-6, num_generations=SEQUENCES, use_cpu=not torch.cuda.is_available(), bf16=False)  # fmt: skip
-    rows, config, cls = [{"prompt": "a"}] * SEQUENCES, GRPOConfig, GRPOTrainer
-    if variant.startswith("trl"):
-        from datasets import Dataset
-
-        from ..integrations.trl import FusedGRPOTrainer, patch_trl, trl
-
-        if variant == "trl patched":
-            patch_trl()
-        rows, config, cls = Dataset.from_list(rows), trl.GRPOConfig, FusedGRPOTrainer if variant == "trl fused" else trl.GRPOTrainer
-    reward = len  # any function: nothing is sampled
-    trainer = cls(model, reward, config(**options), rows, processing_class=tokenizer)
-    trainer.model.gradient_checkpointing_enable()  # as train() does by TRL's default
+    trainer = make(GRPOTrainer, GRPOConfig, ROWS, layers, folder)
 
     def without_head(inputs):
         given = trainer._micro_batch(inputs, skip=False).model_inputs
         return trainer.model.base_model(**given, use_cache=False).last_hidden_state.float().square().mean()
 
-    loss = trainer._compute_loss if variant.startswith("trl") else trainer.compute_loss
-    return trainer, without_head if variant == "model" else functools.partial(loss, trainer.model)
+    return trainer, without_head if variant == "model" else functools.partial(trainer.compute_loss, trainer.model)
 
 
-def measure(variant, length, layers, rounds) -> dict:
+def measure(trainer_of, variant, length, layers, rounds) -> dict:
     """In this very process, which should be a fresh one."""
     clock, losses = clocks.here(), []
     with tempfile.TemporaryDirectory() as folder:
@@ -111,4 +108,4 @@ def measure(variant, length, layers, rounds) -> dict:
 
 
 if __name__ == "__main__":
-    answer(measure(*json.loads(sys.argv[1])))
+    answer(measure(trainer_of, *json.loads(sys.argv[1])))

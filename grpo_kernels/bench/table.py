@@ -26,7 +26,7 @@ def table(rows):
         elif kind == "step":
             steps.append(r)
         else:
-            yield _LINES.get(kind, _other)(r).rstrip()
+            yield _line(r).rstrip()
     for (shape, path), block in blocks.items():
         yield from _block(f"{path}: {shape}", block)
     if blocks:
@@ -53,7 +53,7 @@ def _block(title, rows):
         yield f"  {r['provider']:20}{aligned}  {_cell(r['error'], '{:.1e}')}" + (f"  ({note})" if note else "")
     for r in rows:
         if r["status"] != "ok":
-            yield f"  {r['provider']:20}{r['status']}: {r['note']}"
+            yield f"  {r['provider']:20}{_trouble(r)}"
     others = [r for r in timed if not r["provider"].startswith(OURS) and r["provider"] != PRODUCTS]
     for word, key in (("faster", "median"), ("faster in the first call", "cold_seconds"), ("smaller", "peak_bytes")):
         # said in words, so that a loss is as easy to see as a win
@@ -69,40 +69,33 @@ def _way(settings):
     return f"the fastest of {settings['ways']} ways: {settings['rows']} rows x {settings['columns']} columns{laid}"
 
 
-def _point(r):
-    seconds, peak = _cell(r["median"], "{:.2f} s"), _cell(r["peak_bytes"], "{:.0f} MiB", 2**-20)
-    return f"  {r['provider']:20} {named(r['shape']):32} {seconds:>10} {peak:>10}  {r['note'] or ''}"
-
-
-def _exponent(r):
-    axis = r["axis"]
-    return (f"  {r['provider']:20} over {axis:6}: seconds ~ {axis}^{_cell(r['time_exponent'], '{:.2f}')}, "
-            f"peak ~ {axis}^{_cell(r['memory_exponent'], '{:.2f}')}  ({r['points']} points)")  # fmt: skip
-
-
-def _other(r):
-    """``says`` is the row in words, for kinds that only the GPU's stages have."""
-    shape = "x".join(str(n) for n in (r["shape"] or {}).values())
-    status = "" if r["status"] == "ok" else f"{r['status']}: {r['note'] or ''}"
-    median = _cell(r["median"], "{:.3f} ms", 1e3)
-    return f"  {r['provider']:20} {r['path']:18} {shape:24} {median:>12} {r.get('says') or ''} {status}"
-
-
-_LINES = {"scaling": _point, "exponent": _exponent}
+def _line(r):
+    start, median, peak = f"  {r['provider']:20}", r["median"], _cell(r["peak_bytes"], "{:.0f} MiB", 2**-20)
+    if r["kind"] == "scaling":
+        return f"{start} {named(r['shape']):32} {_cell(median, '{:.2f} s'):>10} {peak:>10}  {r['note'] or ''}"
+    if r["kind"] == "exponent":
+        axis, time, memory = r["axis"], _cell(r["time_exponent"], "{:.2f}"), _cell(r["memory_exponent"], "{:.2f}")
+        return f"{start} over {axis:6}: seconds ~ {axis}^{time}, peak ~ {axis}^{memory}  ({r['points']} points)"
+    # kinds that only the GPU's stages have; ``says`` is the row in words
+    shape, median = "x".join(str(n) for n in (r["shape"] or {}).values()), _cell(median, "{:.3f} ms", 1e3)
+    return f"{start} {r['path']:18} {shape:24} {median:>12} {r.get('says') or ''} {_trouble(r)}"
 
 
 def _steps(rows):
     yield f"\n{'one optimiser step':20}{'tokens':>8}{'seconds':>9}{'x stock':>9}{'head':>7}{'peak MiB':>10}"
     stock = {r["shape"]["tokens"]: r["median"] for r in rows if r["provider"] == "trl stock" and r["shape"]}
     for r in rows:
-        trouble = "" if r["status"] == "ok" else f"  {r['status']}: {r['note']}"
-        if r["median"] is None:
-            yield f"{r['provider']:20}{trouble.strip()}"
-            continue
-        base = stock.get(r["shape"]["tokens"])
-        yield (f"{r['provider']:20}{r['shape']['tokens']:8}{r['median']:9.2f}{_cell(base and r['median'] / base, '{:.2f}'):>9}"
-               f"{_cell(r['head_share'], '{:.0%}'):>7}{_cell(r['peak_bytes'], '{:.0f}', 2**-20):>10}{trouble}")  # fmt: skip
+        cells = ""
+        if r["median"] is not None:
+            tokens = r["shape"]["tokens"]
+            base, share, peak = stock.get(tokens), _cell(r["head_share"], "{:.0%}"), _cell(r["peak_bytes"], "{:.0f}", 2**-20)
+            cells = f"{tokens:8}{r['median']:9.2f}{_cell(base and r['median'] / base, '{:.2f}'):>9}{share:>7}{peak:>10}  "
+        yield f"{r['provider']:20}{cells}{_trouble(r)}".rstrip()
 
 
-def _cell(value, form, unit=None):
-    return "-" if value is None else form.format(value if unit is None else value * unit)
+def _trouble(r):
+    return "" if r["status"] == "ok" else f"{r['status']}: {r['note'] or ''}"
+
+
+def _cell(value, form, unit=1):
+    return "-" if value is None else form.format(value * unit)

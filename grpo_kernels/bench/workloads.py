@@ -49,9 +49,8 @@ class Workload:
     beta: float = 0.0
 
     def config(self):
-        return GRPOLossConfig(
-            loss_type="dapo", importance_sampling_level=self.level, top_entropy_quantile=self.quantile, beta=self.beta
-        )
+        options = {"importance_sampling_level": self.level, "top_entropy_quantile": self.quantile, "beta": self.beta}
+        return GRPOLossConfig(loss_type="dapo", **options)
 
     def laid_out(self, shape):
         """The shape with as many sequences as this workload has; the tokens stay."""

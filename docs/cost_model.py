@@ -1,6 +1,6 @@
 """What one GRPO step of the head costs a rank, by arithmetic: operations, bytes moved, bytes communicated.
 
-    python -m benchmarks.cost_model      the table of docs/scaling.md
+    python -m docs.cost_model      the table of docs/scaling.md
 
 Nothing here is measured. tests/test_cost_model.py holds the operations against the products of real calls and the bytes against
 those that went through the collectives of real processes.

@@ -1,6 +1,6 @@
 """What tensor cores round: logits, log-probs, dH and dW summed as NVIDIA's accumulators do. An emulation, not a measurement.
 
-    python -m benchmarks.rounding      the tables of docs/precision.md
+    python -m docs.rounding      the tables of docs/precision.md
 
 Model: ``block`` products are added at once. They and the sum so far are aligned to the largest exponent among them (of a product:
 that of one factor plus that of the other), cut off ``bits`` below it, added exactly, and the result is cut to a float32.
