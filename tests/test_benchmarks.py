@@ -139,6 +139,13 @@ def test_a_result_that_is_not_what_was_asked_for_is_wrong(workload, spoilt, word
     assert row["status"] == "wrong" and word in row["note"] and row["median"] is None
 
 
+def test_a_loss_without_the_kl_is_wrong():
+    def without(p):
+        return PROVIDERS["full_logits"].make(replace(p, config=replace(p.config, beta=0.0)))
+
+    assert found(Provider("without", without), workload="kl")["without"]["status"] == "wrong"
+
+
 def test_the_call_that_is_timed_is_the_one_that_was_checked():
     """A provider that is right for few tokens and does nothing for as many as are timed does not get through."""
 
@@ -211,7 +218,6 @@ def test_the_floor_multiplies_what_is_needed_and_no_more(monkeypatch):
         assert len(found.seconds) == len(heights) * 2 * (2 if found.trains_head else 1)
         rows = p.kept + 2 * p.live if products is None else products * p.shape.tokens
         for way in found.seconds:
-            found._allocate(way.rows, way.contiguous)
             with Count() as count:
                 found.run(way)
             assert count.operations == rows * 32 * 1009, way
@@ -225,11 +231,10 @@ def test_the_floor_computes_what_it_says():
     assert len(whole) == len(found.seconds) / 2
     logits = found.rows @ p.weight.T
     for way in whole:
-        found._allocate(320, way.contiguous)
         if way.contiguous:
-            found.dz_t.copy_(logits.T)
+            floor._matrix(found.dz_t, 1009, 320).copy_(logits.T)
         found.run(way)
-        torch.testing.assert_close(found.z, logits)
+        torch.testing.assert_close(floor._matrix(found.z, 320, 1009), logits)
         torch.testing.assert_close(found.dh, logits @ p.weight, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(found.dw, logits.T @ found.rows, rtol=1e-4, atol=1e-3)
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from ..engine.chunks import padded
 from .problem import Result
 
 ROWS = (256, 512, 1024, None)
@@ -37,13 +38,16 @@ class Floor:
         self.trains_head = bool(self.live) and p.workload.trains_head
         self.dh = torch.empty_like(self.rows)
         self.dw = torch.empty_like(p.weight) if self.trains_head else None
-        ways = self._ways(clock.free())
-        self._allocate(max(way.rows for way in ways), self.trains_head)
+        ways, V, size = self._ways(clock.free()), p.shape.vocab, p.hidden.element_size()
+        tallest = max(way.rows for way in ways)
+        # each way lays its own matrix out in this memory, with rows on 128 bytes, as the products like it
+        self.z = self.rows.new_empty(tallest * padded(V, size))
+        # ordinary numbers: a product of zeros or NaN takes another time
+        self.dz_t = self.rows.new_empty(V * padded(tallest, size)).normal_() if self.trains_head else None
         self.seconds = {way: self._time(way, clock) for way in ways}
         for way in sorted(ways, key=self.seconds.get)[:_FINALS]:
             self.seconds[way] = min(self.seconds[way], self._time(way, clock))
         self.way = min(self.seconds, key=self.seconds.get)
-        self._allocate(self.way.rows, self.way.contiguous)
 
     @property
     def settings(self) -> dict:
@@ -55,17 +59,17 @@ class Floor:
 
     def run(self, way):
         weight, V = self.p.weight, self.p.shape.vocab
+        z, dz_t = _matrix(self.z, way.rows, V), _matrix(self.dz_t, V, way.rows) if way.contiguous else None
         blocks = [slice(c, c + way.columns) for c in range(0, V, way.columns)]
         for start in range(0, len(self.rows), way.rows):
             h = self.rows[start : start + way.rows]
-            tile, live = self.z[: len(h)], min(max(self.live - start, 0), len(h))
+            tile, live = z[: len(h)], min(max(self.live - start, 0), len(h))
             for block in blocks:
                 torch.mm(h, weight[block].T, out=tile[:, block])
             for block in blocks if live else ():
                 torch.mm(tile[:live, block], weight[block], out=self.dh[start : start + live])
             for block in blocks if live and self.trains_head else ():
-                dz_t = self.dz_t[block, :live] if way.contiguous else tile[:live, block].T
-                torch.mm(dz_t, h[:live], out=self.dw[block])
+                torch.mm(dz_t[block, :live] if way.contiguous else tile[:live, block].T, h[:live], out=self.dw[block])
 
     def _ways(self, free):
         kept, V = max(1, len(self.rows)), self.p.shape.vocab
@@ -75,11 +79,10 @@ class Floor:
         widths = sorted({min(columns or V, V) for columns in COLUMNS})
         return [Way(*way) for way in itertools.product(fits, widths, (False, True) if self.trains_head else (False,))]
 
-    def _allocate(self, rows, contiguous):
-        V, self.z, self.dz_t = self.p.shape.vocab, None, None
-        self.z = self.rows.new_empty(rows, V)
-        # ordinary numbers: a product of zeros or NaN takes another time
-        self.dz_t = self.rows.new_empty(V, rows).normal_() if contiguous else None
-
     def _time(self, way, clock):
         return min(clock.seconds(lambda: self.run(way)) for _ in range(_CALLS))
+
+
+def _matrix(memory, rows, columns):
+    stride = padded(columns, memory.element_size())
+    return memory[: rows * stride].view(rows, stride)[:, :columns]

@@ -97,11 +97,13 @@ def find_truth(problem, clock, shared):
     clock.recover()
     if short := missing(clock, truth_bytes(problem)):
         return None, f"not checked, so not timed: the float64 truth {short}"
-    exact = truth(problem)
+    exact = plain = None
     try:
+        exact = truth(problem)
         plain = _errors(problem, full_logits(problem)(), exact)
-    except (MemoryError, torch.OutOfMemoryError):
-        plain = None
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        if exact is None:
+            return None, f"not checked, so not timed: {failure(error)[1]}"
     shared.append(Truth(problem, exact, plain))
     return shared[0], None
 

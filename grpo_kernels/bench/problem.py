@@ -64,7 +64,7 @@ def make_problem(shape: Shape, workload: Workload, seed=0, device="cpu") -> Prob
     logps = _logps(hidden, weight, ids).view(B, T) if workload.off_policy or workload.beta else None
     # rounded as the dtype rounds it: the bands of the ratios leave room for that
     old = logps - draw_log_ratios(workload.level, advantages, T, g).to(device) if workload.off_policy else None
-    ref = logps - 0.1 * torch.randn(B, T, generator=g).to(device) if workload.beta else None
+    ref = logps - 0.5 * torch.randn(B, T, generator=g).to(device) if workload.beta else None
     hidden, ids, advantages, mask = hidden.view(B, T, D), ids.view(B, T), advantages.to(device), mask.to(device)
     return Problem(shape, workload, workload.config(), hidden, weight, ids, advantages, mask, old, ref)
 
