@@ -166,6 +166,16 @@ def test_a_rerun_merges_with_what_the_same_commit_measured_on_the_same_device(tm
         assert rows_of(make_stage(tmp_path), "rate") == []
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_a_stage_says_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command.main(["--stage", "build", "--commit", "0123abc"]) == 1
+    (row,) = read(tmp_path / "cuda-build.json")
+    assert row["status"] == "failed" and "there is no GPU" in row["note"] and row["commit"] == "0123abc"
+    assert "there is no GPU" in capfd.readouterr().out
+
+
 @pytest.fixture
 def as_on_a_gpu(stage, monkeypatch):
     """The stage where products write float32 and the plan is an H200's: what the engine does there, in plain PyTorch."""

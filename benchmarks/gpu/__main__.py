@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu [--stage decide,test=300] [--commit HASH] [--device cpu --tiny] | --show FILE... | --adopt FILE...
 
-A stage writes rows into <device>-<stage>.json under $OUT or benchmarks/results, each as soon as it is known; what it prints goes
-to <device>-log.txt. One that fails, or is ended at its limit, stops no other. Exit status: 1 if one did.
+A stage writes rows into <device>-<stage>.json under $OUT, else under benchmarks/results (--tiny: outputs), each as soon as it is
+known; what it prints goes to <device>-log.txt. One that fails, or is ended at its limit, stops no other. Exit status: 1 if one did.
 """
 
 import argparse
@@ -52,7 +52,8 @@ def main(argv=None):
     limits = {name: limit for name, _, limit in (item.partition("=") for item in options.stage.split(","))}
     if unknown := limits.keys() - {name.split(":")[0] for name in STAGES}:
         parser().error(f"--stage knows no {', '.join(unknown)}")
-    folder, slug = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").absolute(), slug_of(options.device)
+    usual = ROOT / ("outputs" if options.tiny else "benchmarks/results")
+    folder, slug = Path(os.environ.get("OUT") or usual).absolute(), slug_of(options.device)
     folder.mkdir(parents=True, exist_ok=True)
     log, end, codes, files = folder / f"{slug}-log.txt", time.monotonic() + 60 * options.minutes, [], {}
     for name, (usual, function) in STAGES.items():
