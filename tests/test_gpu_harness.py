@@ -146,6 +146,13 @@ def test_limits_share_the_minutes(run, monkeypatch):
         command.main(["--stage", "nonsense"])
 
 
+def test_one_library_alone(run, monkeypatch):
+    for name in command.STAGES:
+        monkeypatch.setitem(command.STAGES, name, (30, "own_stages:nothing"))
+    status, found, _ = run("--stage", "peers:trl=20", code="def nothing(stage): return 'absent'")
+    assert status == 0 and [(r["path"], r["status"], r["note"]) for r in found.pop("peers")] == [("peers:trl", "skipped", "absent")] and not found
+
+
 def test_a_rerun_merges_with_what_the_same_commit_measured_on_the_same_device(tmp_path, monkeypatch):
     first = make_stage(tmp_path)
     for path, value in (("copy", 1.0), ("launch", 2.0)):
