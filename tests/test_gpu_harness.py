@@ -146,6 +146,13 @@ def test_limits_share_the_minutes(run, monkeypatch):
         command.main(["--stage", "nonsense"])
 
 
+def test_one_library_alone(run, monkeypatch):
+    for name in command.STAGES:
+        monkeypatch.setitem(command.STAGES, name, (30, "own_stages:nothing"))
+    status, found, _ = run("--stage", "peers:trl=20", code="def nothing(stage): return 'absent'")
+    assert status == 0 and [(r["path"], r["status"], r["note"]) for r in found.pop("peers")] == [("peers:trl", "skipped", "absent")] and not found
+
+
 def test_a_rerun_merges_with_what_the_same_commit_measured_on_the_same_device(tmp_path, monkeypatch):
     first = make_stage(tmp_path)
     for path, value in (("copy", 1.0), ("launch", 2.0)):
@@ -164,6 +171,16 @@ def test_a_rerun_merges_with_what_the_same_commit_measured_on_the_same_device(tm
         assert rows_of(make_stage(tmp_path), "rate")
         monkeypatch.setattr(record, "environment", lambda key=key, value=value: here | {key: value})
         assert rows_of(make_stage(tmp_path), "rate") == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_a_stage_says_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command.main(["--stage", "build", "--commit", "0123abc"]) == 1
+    (row,) = read(tmp_path / "cuda-build.json")
+    assert row["status"] == "failed" and "there is no GPU" in row["note"] and row["commit"] == "0123abc"
+    assert "there is no GPU" in capfd.readouterr().out
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu [--stage decide,test=300] [--commit HASH] [--device cpu --tiny] | --show FILE... | --adopt FILE...
 
-A stage writes rows into <device>-<stage>.json under $OUT or benchmarks/results, each as soon as it is known; what it prints goes
-to <device>-log.txt. One that fails, or is ended at its limit, stops no other. Exit status: 1 if one did.
+A stage writes rows into <device>-<stage>.json under $OUT, else under benchmarks/results (--tiny: outputs), each as soon as it is
+known; what it prints goes to <device>-log.txt. One that fails, or is ended at its limit, stops no other. Exit status: 1 if one did.
 """
 
 import argparse
@@ -32,7 +32,7 @@ STAGES = {  # seconds; who runs it
 
 def parser():
     p = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="What a GPU can decide, stage by stage.")
-    p.add_argument("--stage", default="decide,build,kernels,test,plan,peers,sanitize", help="some of these; NAME=SECONDS limits it")
+    p.add_argument("--stage", default="decide,build,kernels,test,plan,peers,sanitize", help="some, peers:trl too; NAME=SECONDS")
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--tiny", action="store_true", help="small shapes: seconds, to see that everything runs")
     p.add_argument("--minutes", type=float, default=9.5, help="of all stages together")
@@ -50,17 +50,18 @@ def main(argv=None):
     if options.run or options.show or options.adopt:
         return importlib.import_module("benchmarks.gpu.stage").main(options)
     limits = {name: limit for name, _, limit in (item.partition("=") for item in options.stage.split(","))}
-    if unknown := limits.keys() - {name.split(":")[0] for name in STAGES}:
+    if unknown := limits.keys() - STAGES.keys() - {name.split(":")[0] for name in STAGES}:
         parser().error(f"--stage knows no {', '.join(unknown)}")
-    folder, slug = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").absolute(), slug_of(options.device)
+    place = os.environ.get("OUT") or ROOT / ("outputs" if options.tiny else "benchmarks/results")
+    folder, slug = Path(place).absolute(), slug_of(options.device)
     folder.mkdir(parents=True, exist_ok=True)
     log, end, codes, files = folder / f"{slug}-log.txt", time.monotonic() + 60 * options.minutes, [], {}
     for name, (usual, function) in STAGES.items():
         stage, _, peer = name.partition(":")
-        if stage not in limits or (options.tiny and peer in PEERS[2:]):
+        if not {name, stage} & limits.keys() or (options.tiny and peer in PEERS[2:]):
             continue
         start, files[stage] = time.monotonic(), folder / f"{slug}-{stage}.json"
-        seconds = min(float(limits[stage] or usual), end - start)
+        seconds = min(float(limits.get(name) or limits.get(stage) or usual), end - start)
         command = [sys.executable, "-u", "-m", "benchmarks.gpu", *arguments, "--run", function, "--stage", name, "--log", log]
         command += ["--record", files[stage], "--start", f"{start}", "--seconds", f"{seconds}"]
         codes.append(limited(command, seconds, log, GRPO_KERNELS_COMMIT=options.commit))

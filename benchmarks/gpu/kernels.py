@@ -1,7 +1,5 @@
-"""`build`: nvcc, for the GPU that is there. `kernels`: row kernels alone, checked, as a share of the bandwidth of a copy.
-
-A logit of a tile is 4 bytes read, and 2 written elsewhere where there is a gradient; whoever reads a row a second time from memory
-pays for it in the share.
+"""`build`: nvcc, for the GPU that is there. `kernels`: row kernels alone, as a share of the bandwidth of a copy. A logit counts 4
+bytes read, and 2 written where there is a gradient; whoever reads a row a second time from memory pays for it in the share.
 """
 
 import torch
