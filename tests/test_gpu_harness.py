@@ -146,6 +146,20 @@ def test_limits_share_the_minutes(run, monkeypatch):
         command.main(["--stage", "nonsense"])
 
 
+def test_who_ends_the_command_ends_its_stages(tmp_path):
+    """SIGTERM, as a limit from outside sends it: a stage is in a session of its own and would run on."""
+    import psutil
+
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--stage", "decide"]
+    process = subprocess.Popen(words, cwd=ROOT, env=environment)
+    while not (children := psutil.Process(process.pid).children()):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 1
+    assert not psutil.wait_procs(children, timeout=5)[1]
+
+
 def test_one_library_alone(run, monkeypatch):
     for name in command.STAGES:
         monkeypatch.setitem(command.STAGES, name, (30, "own_stages:nothing"))
