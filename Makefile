@@ -22,7 +22,7 @@ BENCH_ARGS ?=
 SOAK_ARGS ?=
 # Also judges the Triton kernels: what PyTorch 2.11 comes with
 OTHER_TRITON ?= 3.6.0
-# make gpu STAGE=decide,test=300 GPU_ARGS="--minutes 20 --commit 0123abc"; its stages are listed in benchmarks/gpu/__main__.py
+# make gpu STAGE=decide,test=300 GPU_ARGS="--minutes 20"; its stages are listed in benchmarks/gpu/__main__.py
 STAGE ?=
 GPU_ARGS ?=
 

@@ -7,21 +7,28 @@ import sys
 import types
 
 
-def install():
-    """Puts a module with what is asked of it, or bare packages, where the real ones cannot be imported."""
+def install(library):
+    """Puts a module with what is asked of it, or bare packages, where those of ``library`` cannot be imported."""
+    needed, shim = {
+        "trl": ("trl.trainer.utils", _trl), "verl": ("verl.utils.kernel.linear_cross_entropy", _verl)
+    }.get(library, ("sys", None))  # fmt: skip
     try:
-        importlib.import_module("trl.trainer.utils")
-    except Exception:
-        # ChunkedLogProbFunction's backward wants one function of it, which does nothing without DeepSpeed
-        stub = sys.modules["trl.trainer.utils"] = types.ModuleType("trl.trainer.utils")
-        stub.maybe_gather_lm_head_ctx = lambda *a: contextlib.nullcontext()
-    try:
-        importlib.import_module("verl.utils.kernel.linear_cross_entropy")
-    except Exception:
-        # verl's own __init__ wants ray, tensordict and more
-        for name in [name for name in sys.modules if name.split(".")[0] == "verl"]:
-            del sys.modules[name]
-        found = importlib.util.find_spec("verl")
-        for name in ("verl", "verl.utils", "verl.plugin", "verl.utils.experimental") if found else ():
-            bare = sys.modules[name] = types.ModuleType(name)
-            bare.__path__ = [found.submodule_search_locations[0] + name.removeprefix("verl").replace(".", "/")]
+        importlib.import_module(needed)
+    except Exception:  # of whatever it needs
+        shim()
+
+
+def _trl():
+    # ChunkedLogProbFunction's backward wants one function of it, which does nothing without DeepSpeed
+    stub = sys.modules["trl.trainer.utils"] = types.ModuleType("trl.trainer.utils")
+    stub.maybe_gather_lm_head_ctx = lambda *a: contextlib.nullcontext()
+
+
+def _verl():
+    # verl's own __init__ wants ray, tensordict and more
+    for name in [name for name in sys.modules if name.split(".")[0] == "verl"]:
+        del sys.modules[name]
+    found = importlib.util.find_spec("verl")
+    for name in ("verl", "verl.utils", "verl.plugin", "verl.utils.experimental") if found else ():
+        bare = sys.modules[name] = types.ModuleType(name)
+        bare.__path__ = [found.submodule_search_locations[0] + name.removeprefix("verl").replace(".", "/")]

@@ -30,7 +30,7 @@ def _read(path):
     try:
         return {name: _checked(entry) for name, entry in json.loads(path.read_text()).items()} if path.exists() else {}
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is no record of devices ({error}); delete it, or let `make gpu STAGE=plan` write it") from error
+        raise ValueError(f"{path} is no record of devices ({error}); delete it, `make gpu STAGE=plan` writes another") from error
 
 
 def _checked(entry):
@@ -46,7 +46,7 @@ def _checked(entry):
 
 def adopt(rows, file: Path = FILE) -> None:
     """Writes what rows of `make gpu` say of their devices: rows of kind device, and the fused kernels where both were timed."""
-    known, speeds = json.loads(file.read_text()) if file.exists() else {}, {}
+    known, speeds = dict(_read.__wrapped__(file)), {}
     for r in (r for r in rows if r["status"] == "ok"):
         if r.get("kind") == "device":
             known.setdefault(r["device"], {}).update(r["constants"], commit=r["commit"], date=r["date"])
@@ -58,4 +58,6 @@ def adopt(rows, file: Path = FILE) -> None:
         if both := {vocab: max(speed, key=speed.get) for vocab, speed in found.items() if len(speed) == 2}:
             known.setdefault(name, {})["fastest"] = both
     if known:
-        file.write_text(json.dumps(known, indent=1) + "\n")
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps({name: _checked(entry) for name, entry in known.items()}, indent=1) + "\n")
+        new.replace(file)

@@ -427,3 +427,32 @@ def test_the_quick_set_under_pytest_benchmark():
     pytest.importorskip("pytest_benchmark")
     options = ("--benchmark-only", "-k", "(dense or logprobs) and not trl and not liger")
     assert "6 passed" in python("-m", "pytest", "benchmarks/test_loss.py", "-q", *options, GRPO_KERNELS_BENCH_TINY="1")
+
+
+def test_a_commit_tells_sources_apart(tmp_path, monkeypatch):
+    """Of a checkout, of one that was changed, of a copy without its history; what was measured of a GPU changes no source."""
+    package = tmp_path / "grpo_kernels"
+    package.mkdir()
+    (package / "a.py").write_text("1")
+    monkeypatch.setattr(record, "_PACKAGE", package)
+    monkeypatch.delenv("GRPO_KERNELS_COMMIT", raising=False)
+
+    def commit():
+        record.commit.cache_clear()
+        return record.commit()
+
+    bare = commit()
+    assert bare.startswith("+") and len(bare) == 9 and commit() == bare
+    monkeypatch.setenv("GRPO_KERNELS_COMMIT", "0123abc")
+    assert commit() == f"0123abc{bare}"
+    monkeypatch.delenv("GRPO_KERNELS_COMMIT")
+    for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    clean = commit()
+    assert "+" not in clean and len(clean) >= 7
+    (package / "devices.json").write_text("{}")
+    assert commit() == clean
+    (package / "a.py").write_text("2")
+    changed = commit()
+    assert changed.startswith(f"{clean}+") and not changed.endswith(bare)
+    record.commit.cache_clear()

@@ -1,6 +1,6 @@
 """The command line: stage after stage, each a process of its own, then a short table. This process never touches the GPU.
 
-    python -m benchmarks.gpu [--stage decide,test=300] [--commit HASH] [--device cpu --tiny] | --show FILE... | --adopt FILE...
+    python -m benchmarks.gpu [--stage decide,test=300] [--device cpu --tiny] | --show FILE... | --adopt FILE...
 
 A stage writes rows into <device>-<stage>.json under $OUT, else under benchmarks/results (--tiny: outputs), each as soon as it is
 known; what it prints goes to <device>-log.txt. One that fails, or is ended at its limit, stops no other. Exit status: 1 if one did.
@@ -26,7 +26,7 @@ STAGES = {  # seconds; who runs it
     "kernels": (45, "benchmarks.gpu.kernels:run"),
     "test": (150, "benchmarks.gpu.programs:test"),
     "plan": (45, "benchmarks.gpu.decide:tune"),
-    **{f"peers:{name}": (50 if "compiled" in name else 20, "benchmarks.gpu.decide:peer") for name in PEERS},
+    **{f"peers:{name}": (60 if "compiled" in name else 40, "benchmarks.gpu.decide:peer") for name in PEERS},
     "sanitize": (600, "benchmarks.gpu.programs:sanitize"),  # what is left of the minutes
 }
 
@@ -37,7 +37,6 @@ def parser():
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--tiny", action="store_true", help="small shapes: seconds, to see that everything runs")
     p.add_argument("--minutes", type=float, default=9.5, help="of all stages together")
-    p.add_argument("--commit", default=os.environ.get("GRPO_KERNELS_COMMIT", ""), help="recorded where git does not know it")
     p.add_argument("--show", nargs="+", metavar="FILE", help="print the table of these records, measure nothing")
     p.add_argument("--adopt", nargs="+", metavar="FILE", help="plan with what these records say of a device from now on")
     for hidden in ("--run", "--record", "--log", "--start", "--seconds"):
@@ -65,9 +64,11 @@ def main(argv=None):
         seconds = min(float(limits.get(name) or limits.get(stage) or usual), end - start)
         command = [sys.executable, "-u", "-m", "benchmarks.gpu", *arguments, "--run", function, "--stage", name, "--log", log]
         command += ["--record", files[stage], "--start", f"{start}", "--seconds", f"{seconds}"]
-        codes.append(limited(command, seconds, log, GRPO_KERNELS_COMMIT=options.commit))
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {}  # a record says what it ran on
+        codes.append(limited(command, seconds, log, **hidden))
         ended = "its time was over" if codes[-1] is None else f"exit status {codes[-1]}"
-        print(f"{name}: {ended}, {time.monotonic() - start:.0f} of {seconds:.0f} s", flush=True)
+        last = log.read_bytes()[-500:].decode(errors="replace").strip().splitlines()[-1:] if codes[-1] else []
+        print(f"{name}: {ended}, {time.monotonic() - start:.0f} of {seconds:.0f} s", *last, flush=True)
     print(f"\n{folder}/{slug}-*.json, and what the stages printed: {log}", flush=True)
     subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--show", *files.values()], cwd=ROOT)
     return 0 if set(codes) == {0} else 1

@@ -2,6 +2,8 @@
 bytes read, and 2 written where there is a gradient; whoever reads a row a second time from memory pays for it in the share.
 """
 
+import math
+
 import torch
 
 from grpo_kernels import backends, build_cuda
@@ -28,7 +30,7 @@ def run(stage):
             for kernel, (launch, results) in launches(backends.kernels(name), rows, vocab, stage.clock.device).items():
                 about = "kernel", name, kernel, {"rows": rows, "vocab": vocab}
                 with stage.attempt(*about):
-                    launch()
+                    launch()  # into NaN
                     ours, plain = results()
                     error = ((ours - plain).norm() / plain.norm()).item()
                     assert error <= (1e-3 if ours.dtype == torch.float32 else 1e-2), f"relative error {error:.1e}"
@@ -47,11 +49,14 @@ def launches(module, rows, vocab, device):
     scored, written, g = finalize(known), Scored(*torch.empty(3, rows, device=device)), uniform(-1, 1)
     old, ref = scored.logps + uniform(-0.3, 0.3), scored.logps + uniform(-0.1, 0.1)
     policy = PolicyRows(uniform(0, 1 / rows), uniform(-1, 1), old, ref, uniform(0, 0.04 / rows))
-    out, plain = matrix(torch.float32 if module is native else torch.bfloat16), matrix(torch.float32)
+    out, plain = matrix(torch.float32 if module is native else torch.bfloat16).fill_(math.nan), matrix(torch.float32)
 
     def gradient(g):
+        """Without the target's column, whose 1 is all that a norm would see beside the softmax."""
         pytorch.gradient(tile, plain, scored, g)
-        return out, plain
+        found = [x.scatter(1, tile.target.unsqueeze(1), 0.0) for x in (out, plain)]
+        out.fill_(math.nan)
+        return found
 
     found = {
         "statistics": (lambda: module.statistics(tile, stats), lambda: (finalize(stats).logps, scored.logps)),

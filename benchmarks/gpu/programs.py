@@ -58,6 +58,8 @@ def sanitize(stage):
     tool = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     if stage.options.device == "cpu" or tool is None:
         return "compute-sanitizer watches GPUs" if tool else "there is no compute-sanitizer"
+    if stage.deadline - time.monotonic() < 90:
+        return "less than 90 seconds are left; make gpu STAGE=sanitize"
     ours = [word for name in KERNELS for word in ("--kernel-name", f"kns={name}")]
     # the caching allocator hands out parts of large blocks, in which an access past the end is no error
     checks = [("memcheck", ["--report-api-errors", "no"], SMALL, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),

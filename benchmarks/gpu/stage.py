@@ -14,21 +14,25 @@ from grpo_kernels.bench import clock, record, table
 from grpo_kernels.bench.providers import OURS
 from grpo_kernels.bench.shapes import TINY, Shape
 
+FIRST = ("error", "device", "rate", "kernel", "height", "program", "product")  # of a table that may be cut
+
 
 class Stage:
     def __init__(self, options):
+        self.clock = clock.of(options.device)  # where there is none the record stays as it is
         self.options, self.tiny, self.file, self.start = options, options.tiny, Path(options.record), float(options.start)
         self.deadline = self.start + float(options.seconds) - 3  # before it is ended from outside
         self.shape, self.depths = (TINY, (32, 16)) if self.tiny else (Shape(8, 1024, 4096, 151_936), (4096, 2048, 896))
         self.verdict = record.row("stage", options.stage, None, kind="stage", status="unfinished", note="ended from outside")
-        # what the same commit measured on the same device stays until it is measured again
-        same = lambda r: all(r[key] == self.verdict[key] for key in ("commit", "device"))  # noqa: E731
-        record.write(self.file, list(filter(same, read(self.file))))
+        record.write(self.file, self.kept(self.file))
         self.add()
+
+    def kept(self, file):
+        """What the same commit measured on the same device: it stays until it is measured again."""
+        return [r for r in read(file) if all(r[key] == self.verdict[key] for key in ("commit", "device"))]
 
     def run(self, module, function):
         """Returns why there was nothing to do, or None."""
-        self.clock = clock.of(self.options.device)
         names, why_not = ("triton", "cuda") if self.options.device == "cuda" else ("cpu",), backends.available_backends()
         self.backends = [name for name in names if why_not[name] is None] or ["torch"]  # the first one decides
         self.ours = f"{OURS}-{self.backends[0]}"
@@ -79,8 +83,6 @@ class Stage:
         bad = [f"{r['provider']} {r['path']} {r['status']}" for r in rows if r["status"] in ("wrong", "failed", "out of memory")]
         self.verdict |= {"status": "failed" if bad else status, "note": note or "; ".join(bad[:3])}
         self.add()
-        if self.options.device == "cuda":
-            devices.adopt(read(self.file))
         return int(self.verdict["status"] == "failed")
 
 
@@ -94,6 +96,9 @@ def main(options):
     except Exception as error:
         traceback.print_exc()
         return stage.end("failed", f"{type(error).__name__}: {error}"[:300])
+    finally:  # also of a stage that is ended from outside
+        if options.device == "cuda" and not options.tiny:
+            devices.adopt(read(stage.file))
     return stage.end("skipped" if why else "ok", why)
 
 
@@ -104,6 +109,6 @@ def read(file):
 def show(rows, most=9500):
     """Verdicts, then what the harness makes of the rows, in so many characters."""
     lines = [f"{r['path']:26}{r['status']:11}{r['seconds']:4.0f} s  {r['note'] or ''}" for r in rows if r.get("kind") == "stage"]
-    loss, other = [r for r in rows if "kind" not in r], [r for r in rows if r.get("kind") not in (None, "stage")]
+    loss, other = [r for r in rows if "kind" not in r], [r for kind in FIRST for r in rows if r.get("kind") == kind]
     text = "\n".join(line[:132] for line in (*lines, *table.table(loss), *list(table.table(other))[2 * bool(loss) :]))
     print(text if len(text) < most else text[: most - 50] + "\n... (cut; the rest is in the records)")

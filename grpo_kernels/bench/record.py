@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -66,19 +67,21 @@ def environment() -> dict:
 
 @functools.cache
 def commit():
-    """The short hash of the source tree, with + behind it if files were changed since; None outside of a checkout.
+    """The short hash of the source tree; behind a + a fingerprint of sources that were changed since, or have no history here.
 
-    GRPO_KERNELS_COMMIT names it where the tree was copied without its history.
+    GRPO_KERNELS_COMMIT names the commit of a copy without its history.
     """
-    if given := os.environ.get("GRPO_KERNELS_COMMIT"):
-        return given
     git = lambda *a: subprocess.run(["git", *a], cwd=_PACKAGE, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+    head, top = os.environ.get("GRPO_KERNELS_COMMIT", ""), _PACKAGE.parent
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        # an environment inside of somebody's repository is no checkout of this one
+        # an environment inside of somebody's repository is no checkout of this one; what a GPU's constants are changes no source
         if Path(git("rev-parse", "--show-toplevel"), _PACKAGE.name).resolve() == _PACKAGE:
-            changed = git("status", "--porcelain", "--", ".", "../csrc", "../benchmarks/*.py")
-            return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
-    return None
+            head = git("rev-parse", "--short", "HEAD")
+            if not git("status", "--porcelain", "--", ".", ":!devices.json", "../csrc", "../benchmarks/*.py"):
+                return head
+    files = [file for folder in (_PACKAGE, top / "csrc", top / "benchmarks") for file in folder.rglob("*.*")]
+    text = [file.read_bytes() for file in sorted(files) if file.suffix in (".py", ".cpp", ".cu", ".cuh", ".h")]
+    return f"{head}+{hashlib.sha256(b''.join(text)).hexdigest()[:8]}"
 
 
 def write(path, rows):

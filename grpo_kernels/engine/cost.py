@@ -129,13 +129,15 @@ def device_of(torch_device) -> Device:
 
 @functools.cache
 def _device(torch_device):
+    sheet = data_sheet(torch_device)
+    return sheet if torch_device.type != "cuda" else replace(sheet, **constants(torch.cuda.get_device_name(torch_device)))
+
+
+def data_sheet(torch_device) -> Device:
+    """Whatever was measured."""
     if torch_device.type != "cuda":
         return DEVICES["cpu"]
     found = torch.cuda.get_device_properties(torch_device)
-    return replace(_by_data_sheet(found), **constants(found.name))
-
-
-def _by_data_sheet(found):
     for name in found.name.lower().replace("-", " ").split():
         # a part of a GPU, or a slower sibling of the same name, has fewer multiprocessors
         if name in DEVICES and DEVICES[name].multiprocessors == found.multi_processor_count:

@@ -5,6 +5,7 @@ of 16-bit products and the exposed share of their output are fitted to all produ
 least, which one product that is far off moves little.
 """
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from .plan import plan
 WAYS = {"16-bit": (2, False), "float32": (4, False), "sum": (4, True)}  # bytes of an element that is written, or added to
 SHARES = {f"{i}/8 of L2": i / 8 for i in range(1, 9)}  # that source and result of a repeated kernel fill
 _HOT = 1.5  # times the bandwidth of memory is the cache's
+_LEAST, _MOST = 50, 130  # percent of the data sheet's rate that are looked at
 
 
 def products_of(problem: Problem) -> list:
@@ -40,14 +42,22 @@ def fit(device: Device, rates: dict, products: list) -> Device:
         products: (arguments of `product` but the device, seconds).
     """
     launch, l2 = 1 / rates["launch"], device.l2
-    hot = [share for path, share in SHARES.items() if share * l2 / rates[path] - launch < share * l2 / rates["copy"] / _HOT]
+    in_cache = lambda item: item[1] * l2 / rates[item[0]] - launch < item[1] * l2 / rates["copy"] / _HOT  # noqa: E731
+    hot = [share for _, share in itertools.takewhile(in_cache, SHARES.items())]
     known = {"bandwidth": rates["copy"], "launch": launch, "float32_tflops": rates["cube float32"] / 1e12}
     device = replace(device, **known, l2_share=max(hot, default=1 / 8))
-    steps = [(product(device, *arguments)[1], measured) for arguments, measured in products]
+    steps = [(product(device, *arguments)[1], measured) for arguments, measured in products if measured > 0]
+    if len(steps) < 3:
+        raise ValueError(f"{len(steps)} products are too few to fit two constants")
 
     def off(d):
         p = Problem(0, 0, 1, 1, 2, 4, True, True, 1, device=d)
         return sum(abs(math.log(seconds(p, step) / measured)) for step, measured in steps)
 
-    grid = (replace(device, tflops=device.tflops * i / 100, exposed=j / 50) for i in range(50, 131) for j in range(51))
-    return min(grid, key=off)
+    rates = range(_LEAST, _MOST + 1)
+    return min((replace(device, tflops=device.tflops * i / 100, exposed=j / 50) for i in rates for j in range(51)), key=off)
+
+
+def inside(sheet: Device, found: Device) -> bool:
+    """Whether the fit ended between the rates that it looked at, and not at one of their ends."""
+    return _LEAST < round(100 * found.tflops / sheet.tflops) < _MOST
