@@ -51,7 +51,7 @@ def stage(tmp_path):
 
 
 def make_stage(folder, name="decide", **more):
-    words = [f"--{key}={value}" for key, value in {"record": folder / f"cpu-{name}.json", "log": folder / "log", "seconds": 60, **more}.items()]
+    words = [f"--{key}={value}" for key, value in {"record": folder / f"cpu-{name}.json", "log": folder / "log", "seconds": 600, **more}.items()]
     (folder / "log").touch()
     stage = Stage(command.parser().parse_args(["--device=cpu", "--tiny", f"--stage={name}", f"--start={time.monotonic()}", *words]))
     stage.run("builtins", "id")  # opens the device
@@ -146,6 +146,20 @@ def test_limits_share_the_minutes(run, monkeypatch):
     assert status == 1 and time.monotonic() - start < 30 and printed.count("its time was over") == 2
     with pytest.raises(SystemExit):
         command.main(["--stage", "nonsense"])
+
+
+def test_who_ends_the_command_ends_its_stages(tmp_path):
+    """SIGTERM, as a limit from outside sends it: a stage is in a session of its own and would run on."""
+    import psutil
+
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--stage", "decide"]
+    process = subprocess.Popen(words, cwd=ROOT, env=environment)
+    while not (children := psutil.Process(process.pid).children()):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 1
+    assert not psutil.wait_procs(children, timeout=5)[1]
 
 
 def test_one_library_alone(run, monkeypatch):
@@ -272,6 +286,7 @@ def test_the_sanitizer_watches_every_check(stage, monkeypatch, tmp_path):
     stage.options.device = "cuda"
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(programs.shutil, "which", lambda name, path: f"{tmp_path}/{name}")
+    stage.deadline = time.monotonic() + 60
     assert "STAGE=sanitize" in programs.sanitize(stage) and not asked, "a minute is too little"
     stage.deadline += 60
     programs.sanitize(stage)
@@ -364,7 +379,7 @@ def test_pytest_is_summed_up(stage, tmp_path):
     sanitizer.write_text('#!/bin/sh\n"$@"\nresult=$?\necho "========= ERROR SUMMARY: 3 errors"\nexit $result\n')
     sanitizer.chmod(0o755)
     file.with_name("test_skipped.py").write_text("import pytest\ndef test_it(): pytest.skip('no GPU')\n")
-    seconds = 1 / 20
+    seconds = 1 / 200
     for name, share, selected, before in (("good", 1, "good", ()), ("bad", 1, "good or bad", ()), ("slow", seconds, "good or slow", ()),
                                           ("none", 1, "nothing", ()), ("sanitized", 1, "good", (str(sanitizer),)),
                                           ("silent", 1, "good", ("env",))):  # fmt: skip

@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -81,4 +82,5 @@ def slug_of(device):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends what it has started
     sys.exit(main())

@@ -3,8 +3,6 @@
 import contextlib
 import importlib
 import json
-import signal
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -92,7 +90,6 @@ def main(options):
     if files := options.show or options.adopt:
         rows = [r for file in files for r in read(file)]
         return show(rows) if options.show else devices.adopt(rows)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it ends the programs that it started
     stage = Stage(options)
     try:
         why = stage.run(*options.run.split(":"))
