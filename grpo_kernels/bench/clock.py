@@ -22,8 +22,8 @@ class Cuda:
 
     def __init__(self):
         self.device = torch.device("cuda")
-        self.l2_bytes = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 * 2**20
-        self._cold = torch.empty(4 * self.l2_bytes, dtype=torch.uint8, device=self.device)
+        l2_bytes = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 * 2**20
+        self._cold = torch.empty(4 * l2_bytes, dtype=torch.uint8, device=self.device)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def seconds(self, call, before=None, ahead=False):
@@ -66,7 +66,7 @@ class Cuda:
 class Cpu:
     """The process's wall clock, and the system's mark of the most memory it held."""
 
-    device, l2_bytes = torch.device("cpu"), 0
+    device = torch.device("cpu")
 
     def seconds(self, call, before=None, ahead=False):
         if before:
