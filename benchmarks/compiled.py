@@ -37,9 +37,8 @@ OPTIONS = {
 }
 CASES = {
     "statistics": ("", "odd V", "column block", "column block, softcap", "bias, temperature", "column block, bf16 tile"),
-    "gradient": ("", "odd V", "column block", "softcap", "entropy", "entropy, softcap, bias", "float32 out"),
-    "stash": ("", "odd V", "softcap, bias", "float32 out"),
-    "gradient from a stash": ("bf16 tile", "bf16 tile, softcap", "bf16 tile, entropy", "bf16 tile, entropy, softcap"),
+    "gradient": ("", "odd V", "column block", "softcap", "entropy", "entropy, softcap, bias", "float32 out", "bf16 tile",
+                 "bf16 tile, entropy, softcap"),
     "policy": ("clipped, KL", "clipped, KL, odd V", "clipped, KL, V 32k", "clipped, KL, bias", "clipped, KL, bf16 tile",
                "clipped, KL, bias, entropy, temperature", "clipped, KL, bias, entropy, softcap", "cispo, KL, softcap", "sapo, KL",
                "linear", "linear, KL, entropy, softcap", "clipped, KL, float32 out", "clipped, KL, fp16 out",
@@ -59,14 +58,12 @@ def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bflo
     tile = Tile(logits, vector.long(), transform, torch.zeros(columns) if bias else None, vector if temperature else None)
     if kernel == "statistics":
         backend.statistics(tile, new_statistics(2, torch.float32, "cpu"))
-    elif kernel == "stash":
-        backend.stash(tile, result, scored)
     elif kernel == "policy":
         inputs = [None if kind == "linear" else vector] * 2 + [vector if kl else None] * 2
         terms = PolicyTerms(kind, use_bias_correction_kl=kind != "linear")
         backend.policy(tile, result, PolicyRows(vector, *inputs, g_entropy), terms, scored)
     else:
-        backend.gradient(tile, result, scored, vector, g_entropy, kernel == "gradient from a stash")
+        backend.gradient(tile, result, scored, vector, g_entropy)
 
 
 def row(name: str, architecture: int) -> dict:

@@ -48,10 +48,8 @@ GRPO_HD void fold(RowStatistics<S>& s, const S (&z)[N]) {
   }
 }
 
-enum class Source { logits, stash };
-
-// What the second visit of a row writes. A stash holds -p in all columns but the target's.
-template <class S, bool Plain, Source From>
+// What the second visit of a row writes.
+template <class S, bool Plain>
 struct ElementResult {
   ElementTransform<S, Plain> transform;
   RowGradient<S> d;
@@ -64,19 +62,10 @@ struct ElementResult {
   GRPO_HD S operator()(S x, int column) const {
     const bool here = column == target;
     if (Plain) return here ? d.at_target : d.weight * exp_of_difference(transform(x, column) - d.shift);
-    S e = -x, log_p = S(0), slope = S(1);
-    if (From == Source::logits) {
-      const S difference = transform(x, column) - d.shift;
-      e = exp_of_difference(difference);
-      log_p = difference - d.log_sum;
-      if (d.capped) slope = tanh_slope(transform.share(x, column));
-    } else {
-      log_p = here ? d.logps : std::log(e);
-      if (d.capped) slope = slope_of_share((log_p + d.shift) / transform.cap);
-    }
+    const S difference = transform(x, column) - d.shift, e = exp_of_difference(difference);
     S result = here ? d.at_target : d.weight * e;
-    if (d.g_entropy != S(0) && !here) result -= d.g_entropy * (e * inv_sum * (above_nothing(log_p) + d.entropy));
-    return result * slope;
+    if (d.g_entropy != S(0) && !here) result -= d.g_entropy * (e * inv_sum * (above_nothing(difference - d.log_sum) + d.entropy));
+    return d.capped ? result * tanh_slope(transform.share(x, column)) : result;
   }
 };
 

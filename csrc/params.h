@@ -27,7 +27,7 @@ struct Transform {
 };
 
 struct Tile {
-  Matrix values;          // raw logits; or a stash, onehot - p
+  Matrix values;          // raw logits
   const int64_t* target;  // [R], relative to the tile's first column; outside [0, C): not in this tile
   Transform transform;
   const void* bias;         // acc [C] or null; may hold -inf
@@ -49,9 +49,8 @@ struct GradientParams {
   Tile tile;
   Matrix out;  // the tile's own memory in its dtype, or memory of its own
   Scored scored;
-  const void* g;          // acc [R], d loss / d logps; null: the stash is wanted, d logps / d z = onehot - p
+  const void* g;          // acc [R], d loss / d logps
   const void* g_entropy;  // acc [R], d loss / d entropy, or null
-  bool from_stash;
 };
 
 struct PolicyRows {

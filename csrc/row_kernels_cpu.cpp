@@ -1,8 +1,7 @@
 // The row kernels and the transpose on the CPU, compiled once per instruction set under another GK_ISA.
 //
 //   statistics  reads a tile once. Per element: 1 exp, 2 fused multiply-adds, 1 maximum.
-//   gradient    reads and writes it once. Per element: 1 exp, 1 multiplication. The stash is its special case g = 1 without the
-//               transform's derivative.
+//   gradient    reads and writes it once. Per element: 1 exp, 1 multiplication.
 //   policy      both, the second visit of a row out of the second-level cache: a row of 151,936 bf16 logits is 304 KB.
 //
 // Rows are shared out among threads and never split, so the bits of a result do not depend on the number of threads. Sums run in
@@ -253,7 +252,7 @@ void exp_row(const T* in, T* out, int64_t columns, const VectorTransform<T>& tra
 
 template <class T>
 void gradient_row(const T* in, T* out, int64_t columns, int64_t target, const VectorTransform<T>& transform,
-                  const RowGradient<double>& d, bool from_stash, const Kept<acc_t<T>>* kept) {
+                  const RowGradient<double>& d, const Kept<acc_t<T>>* kept) {
   using A = acc_t<T>;
   using V = vec_t<T>;
   if (d.idle) {
@@ -264,24 +263,12 @@ void gradient_row(const T* in, T* out, int64_t columns, int64_t target, const Ve
   double at_target = d.at_target;
   if (has_target && capped) {
     const double raw = double(load_scalar(in + target)) + (transform.bias ? transform.bias[target] : 0);
-    at_target *= from_stash ? slope_of_share((d.logps + d.shift) / transform.cap) : tanh_slope(raw * transform.share_slope);
+    at_target *= tanh_slope(raw * transform.share_slope);
   }
   const A weight = A(d.weight), shift = A(d.shift), log_sum = A(d.log_sum), inv_sum = A(std::exp(-d.log_sum));
-  const A g_entropy = A(d.g_entropy), h = A(d.entropy), inv_cap = A(1) / transform.cap;
+  const A g_entropy = A(d.g_entropy), h = A(d.entropy);
   if (kept && !capped && !entropy) {
     scale_row(in, out, columns, target, transform, *kept, d.shift, d.weight);
-  } else if (from_stash) {
-    map_row(in, out, columns, false, [&](V unit, int64_t, int64_t) {
-      if (!capped && !entropy) return unit * -weight;
-      V p = -unit, dz = weight * p;
-      const V plain = dz, log_p = vlog(p);
-      if (entropy) dz = dz - g_entropy * (p * (log_p + h));
-      if (capped) {
-        const V share = (log_p + shift) * inv_cap;
-        dz = dz * vmax(1 - share * share, V{});  // slope_of_share
-      }
-      return p < std::numeric_limits<A>::min() ? plain : dz;  // where p is 0 or denormal, its logarithm is infinite
-    });
   } else if (!capped && !entropy) {
     exp_row(in, out, columns, transform, shift, weight);
   } else {
@@ -338,10 +325,10 @@ void gradient_rows(const GradientParams& p, int threads) {
   const Matrix& tile = p.tile.values;
   for_each_row<T>(tile, threads, false, [&](int64_t r, const Kept<A>*) {
     const VectorTransform<T> transform(p.tile, r);
-    const auto at = [r](const void* vector, A absent = 0) { return double(value<A>(vector, r, absent)); };
-    const RowGradient<double> d(transform, !p.g, at(p.g, 1), at(p.g_entropy), at(p.scored.lse), 0, at(p.scored.logps),
+    const auto at = [r](const void* vector) { return double(value<A>(vector, r)); };
+    const RowGradient<double> d(transform, at(p.g), at(p.g_entropy), at(p.scored.lse), 0, at(p.scored.logps),
                                 at(p.scored.entropy));
-    gradient_row<T>(row_of<T>(tile, r), row_of<T>(p.out, r), tile.columns, p.tile.target[r], transform, d, p.from_stash, nullptr);
+    gradient_row<T>(row_of<T>(tile, r), row_of<T>(p.out, r), tile.columns, p.tile.target[r], transform, d, nullptr);
   });
 }
 
@@ -360,9 +347,9 @@ void policy_rows(const PolicyParams& p, int threads) {
     write<A>(p.scored, r, result);
     // Rounded first: a row whose old log-prob is this very number has ratio 1 exactly.
     const double g = policy_coefficient<A>(p, r, double(A(result.logps)));
-    const RowGradient<double> d(transform, false, g, double(value<A>(p.rows.w_entropy, r)), s.max, result.log_sum, result.logps,
+    const RowGradient<double> d(transform, g, double(value<A>(p.rows.w_entropy, r)), s.max, result.log_sum, result.logps,
                                 result.entropy);
-    gradient_row<T>(in, row_of<T>(p.out, r), tile.columns, target, transform, d, false, kept);
+    gradient_row<T>(in, row_of<T>(p.out, r), tile.columns, target, transform, d, kept);
   });
 }
 

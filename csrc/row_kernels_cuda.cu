@@ -100,12 +100,8 @@ Kernel<StatisticsParams> instantiation(const StatisticsParams& p, bool) {
 
 template <class T, class O>
 Kernel<GradientParams> instantiation(const GradientParams& p, bool) {
-  if (p.from_stash) {
-    if constexpr (std::is_same_v<T, O>) return gradient_kernel<T, T, false, Source::stash>;
-    return nullptr;
-  }
   const bool plain = has_plain_transform(p.tile) && !p.g_entropy;
-  return plain ? gradient_kernel<T, O, true, Source::logits> : gradient_kernel<T, O, false, Source::logits>;
+  return plain ? gradient_kernel<T, O, true> : gradient_kernel<T, O, false>;
 }
 
 template <class T, class O>
@@ -187,7 +183,7 @@ const char* grpo_cuda_sources() { return GRPO_SOURCES; }
 
 const char* grpo_cuda_probe() {
   cudaFuncAttributes attributes;
-  const void* kernel = reinterpret_cast<const void*>(gradient_kernel<float, float, true, Source::logits>);
+  const void* kernel = reinterpret_cast<const void*>(gradient_kernel<float, float, true>);
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();

@@ -1,7 +1,7 @@
 // The three row kernels on CUDA. R rows, C columns; a thread block, or a cluster of them, owns a row.
 //
 //   statistics  reads a tile once
-//   gradient    reads and writes it once; the stash is its special case g = 1 without the transform's derivative
+//   gradient    reads and writes it once
 //   policy      statistics, coefficient and gradient of whole rows: two reads and one write (Rows::twice), the second read from the
 //               L2 cache where the rows in flight fit it, hence the first one goes right to left and the second one back; or
 //               one read and one write (Rows::kept), the row in the shared memory of a cluster's blocks meanwhile
@@ -316,10 +316,9 @@ struct Row {
     return s;
   }
 
-  template <Source From>
   __device__ __forceinline__ void write(const RowGradient<A>& d) const {
     if (d.idle) return write_zeros(share);
-    const ElementResult<A, Plain, From> result(transform, d, target);
+    const ElementResult<A, Plain> result(transform, d, target);
     const auto load_unit = [&](int i, bool ragged) {
       if constexpr (Mode == Rows::kept) return kept()[i];
       else return ragged ? share.load_part(share.column(i)) : share.load_whole(share.column(i));
@@ -393,13 +392,13 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1) statistics_kernel(const St
   if (row.is_first_thread()) stats = merged(before, s);
 }
 
-template <class T, class O, bool Plain, Source From>
+template <class T, class O, bool Plain>
 __global__ void __launch_bounds__(kMostThreads<T>, 1) gradient_kernel(const GradientParams p) {
   using A = acc_of<T>;
   const Row<T, O, Plain, Rows::twice> row(p.tile, p.out);
   const A lse = value<A>(p.scored.lse, row.row), logps = value<A>(p.scored.logps, row.row), entropy = value<A>(p.scored.entropy, row.row);
-  const A g = value(p.g, row.row, A(1)), g_entropy = Plain ? A(0) : value<A>(p.g_entropy, row.row);
-  row.template write<From>({row.transform, !p.g, g, g_entropy, lse, A(0), logps, entropy});
+  const A g = value<A>(p.g, row.row), g_entropy = Plain ? A(0) : value<A>(p.g_entropy, row.row);
+  row.write({row.transform, g, g_entropy, lse, A(0), logps, entropy});
 }
 
 template <class T, class O, bool Plain, Rows Mode>
@@ -410,7 +409,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1) policy_kernel(const Policy
     const RowStatistics<A> s = row.statistics();
     const RowResult<A> result = close(s);
     const A g = policy_coefficient<A>(p, row.row, result.logps), g_entropy = Plain ? A(0) : value<A>(p.rows.w_entropy, row.row);
-    row.template write<Source::logits>({row.transform, false, g, g_entropy, s.max, result.log_sum, result.logps, result.entropy});
+    row.write({row.transform, g, g_entropy, s.max, result.log_sum, result.logps, result.entropy});
     // at the end: sooner, the addresses cost more registers than 1024 threads have
     if (row.is_first_thread()) write<A>(p.scored, row.row, result);
     row.leave();

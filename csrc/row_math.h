@@ -176,30 +176,21 @@ GRPO_HD S tanh_slope(S u) {
   return S(4) * q / ((S(1) + q) * (S(1) + q));
 }
 
-// The same of tanh itself. A stash holds p, whose logarithm gives back z = cap tanh and not the tanh's argument: near the cap the
-// difference cancels, and rounding may take the share beyond 1.
-template <class S>
-GRPO_HD S slope_of_share(S share) {
-  return std::fmax(S(1) - share * share, S(0));
-}
-
 // What a second visit writes in one row: (g (onehot - p) - g_entropy p (log p + entropy)) dz / d raw, p = exp(z - shift - log_sum).
 template <class S>
 struct RowGradient {
   bool idle;            // nothing but zeros
   bool capped;          // times the derivative of the softcap
-  S shift, log_sum, logps, entropy;
+  S shift, log_sum, entropy;
   // These with the factor logit_scale / temperature, before the softcap's derivative:
   S weight;     // of exp(z - shift)
   S g_entropy;  // of p (log p + entropy)
   S at_target;  // the target's result: p near 1 has no digits left for 1 - p
 
-  // `stash`: d logps / d z alone, neither factor nor softcap.
   template <class Factors>
-  GRPO_HD RowGradient(const Factors& transform, bool stash, S g, S g_of_entropy, S shift, S log_sum, S logps, S entropy)
-      : idle(g == S(0) && g_of_entropy == S(0)), capped(!stash && transform.cap != 0), shift(shift), log_sum(log_sum), logps(logps),
-        entropy(entropy) {
-    const S factor = stash ? S(1) : S(transform.slope);
+  GRPO_HD RowGradient(const Factors& transform, S g, S g_of_entropy, S shift, S log_sum, S logps, S entropy)
+      : idle(g == S(0) && g_of_entropy == S(0)), capped(transform.cap != 0), shift(shift), log_sum(log_sum), entropy(entropy) {
+    const S factor = S(transform.slope);
     weight = -g * factor * std::exp(-log_sum);
     g_entropy = g_of_entropy * factor;
     at_target = -g * factor * std::expm1(logps);

@@ -223,37 +223,5 @@ GK_INLINE vdouble vtanh(vdouble x, vdouble& derivative) {
   return x;
 }
 
-// log of x >= 0; -infinity for 0 and denormals, nan for nan.
-GK_INLINE vfloat vlog(vfloat x) {
-  vuint u;
-  std::memcpy(&u, &x, sizeof u);
-  const vuint shifted = u - 0x3f3504f3u;  // sqrt(1/2): the mantissa lands in [sqrt(1/2), sqrt(2))
-  vint exponent;
-  std::memcpy(&exponent, &shifted, sizeof exponent);
-  exponent = exponent >> 23;
-  vuint biased;
-  std::memcpy(&biased, &exponent, sizeof biased);
-  const vuint mantissa = u - (biased << 23);
-  vfloat m;
-  std::memcpy(&m, &mantissa, sizeof m);
-  const vfloat f = m - 1.0f, n = __builtin_convertvector(exponent, vfloat);
-  vfloat p = f * -7.63450119e-2f + 0.127615809f;
-  p = p * f - 0.131601825f;
-  p = p * f + 0.142017573f;
-  p = p * f - 0.166233569f;
-  p = p * f + 0.200012267f;
-  p = p * f - 0.250008196f;
-  p = p * f + 0.333333313f;
-  const vfloat square = f * f;
-  vfloat y = p * f * square - n * 2.12194440e-4f;
-  y = f + (y - 0.5f * square) + n * 0.693359375f;
-  y = x < 1.17549435e-38f ? splat<vfloat>(-INFINITY) : y;
-  return x == x ? y : x;
-}
-GK_INLINE vdouble vlog(vdouble x) {
-  for (int i = 0; i < int(sizeof(vdouble) / sizeof(double)); i++) x[i] = std::log(x[i]);
-  return x;
-}
-
 }  // namespace
 }  // namespace grpo_kernels

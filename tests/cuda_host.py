@@ -74,4 +74,4 @@ def _on_the_host(name):
     return call
 
 
-statistics, gradient, stash, policy = map(_on_the_host, ("statistics", "gradient", "stash", "policy"))
+statistics, gradient, policy = map(_on_the_host, ("statistics", "gradient", "policy"))

@@ -70,7 +70,7 @@ def rows_case(b, generator):
     values = tensor(b, (rows, columns), dtype, generator).clone()
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     n = rows if b.byte() % 8 else b.of(_SIZES)
-    isa, kind = b.of(native.isas()), b.of(("statistics", "stash", "gradient", "from stash", "policy", "transpose"))
+    isa, kind = b.of(native.isas()), b.of(("statistics", "gradient", "policy", "transpose"))
     if kind == "transpose":
         native.transpose(values, torch.empty(b.of((columns, rows)), n, dtype=b.of((dtype, dtype, torch.float32))), isa=isa)
         return
@@ -85,13 +85,11 @@ def rows_case(b, generator):
     out = b.of((values, values, values[:, 1:], values.to(b.of(_DTYPES), copy=True), tensor(b, (rows, columns), dtype, generator)))
     if kind == "statistics":
         native.statistics(tile, new_statistics(n, acc, "cpu"), isa=isa)
-    elif kind == "stash":
-        native.stash(tile, out, scored, isa=isa)
     elif kind == "policy":
         weights = PolicyRows(*(optional() for _ in range(6)))
         native.policy(tile, out, weights, PolicyTerms(b.of(KINDS), delta=b.of((float("inf"), 2.0))), scored, isa=isa)
     else:
-        native.gradient(tile, out, scored, vector(), optional(), from_stash=kind == "from stash", isa=isa)
+        native.gradient(tile, out, scored, vector(), optional(), isa=isa)
 
 
 def loss_case(b, generator):

@@ -57,12 +57,8 @@ class Kernels:
         torch.testing.assert_close(frame, before, rtol=0, atol=0, equal_nan=True)
         stats.copy_(moved)
 
-    def gradient(self, tile, scored, g, g_entropy=None, from_stash=False):
-        args = self._all_moved(scored), self._moved(g), self._moved(g_entropy), from_stash
-        return self._written(self.module.gradient, tile, *args, in_place=from_stash)
-
-    def stash(self, tile, scored):
-        return self._written(self.module.stash, tile, self._all_moved(scored))
+    def gradient(self, tile, scored, g, g_entropy=None):
+        return self._written(self.module.gradient, tile, self._all_moved(scored), self._moved(g), self._moved(g_entropy))
 
     def policy(self, tile, rows, terms):
         """(gradient, Scored)"""
@@ -71,16 +67,15 @@ class Kernels:
         out = self._written(self.module.policy, tile, rows, terms, scored)
         return out, statistics.Scored(*(x.cpu() for x in scored))
 
-    def _written(self, function, tile, *args, in_place=False):
-        apart = self.apart and not in_place
-        mine, frame = self._placed(tile, self.wide and apart)
+    def _written(self, function, tile, *args):
+        mine, frame = self._placed(tile, self.wide)
         out, outside, (rows, columns) = mine.values, frame, tile.values.shape
-        if apart:
+        if self.apart:
             out, outside = in_frame(rows, columns, columns + 3, tile.values.dtype, self.device)
             before = frame.clone()
         function(mine, out, *args, **self.options)
         assert outside[[0, -1]].isnan().all() and outside[:, columns:].isnan().all(), "written outside of the matrix"
-        if apart:
+        if self.apart:
             torch.testing.assert_close(frame, before, rtol=0, atol=0, equal_nan=True)
         return out.cpu()
 

@@ -32,7 +32,7 @@ PLAIN = Transform()
 ROWS, COLUMNS = 3, 4096 + 37  # several steps of 64 threads, and a rest that is no whole unit
 TERMS = PolicyTerms("clipped", epsilon_high=0.28, use_bias_correction_kl=False)
 # Every kernel that writes, in every variant: (kernel, launch). Clusters with blocks that have nothing to do among them.
-LAUNCHES = [("gradient", TWICE, 0), ("stash", TWICE, 0), ("policy", TWICE, 0), *(("policy", KEPT, blocks) for blocks in (1, 2, 4, 8))]
+LAUNCHES = [("gradient", TWICE, 0), ("policy", TWICE, 0), *(("policy", KEPT, blocks) for blocks in (1, 2, 4, 8))]
 PAIRS = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16),
          (torch.float16, torch.float16), (torch.float64, torch.float64)]  # fmt: skip
 each_launch = pytest.mark.parametrize("kernel, variant, cluster", LAUNCHES, ids=lambda x: str(x))
@@ -68,8 +68,6 @@ def call(kernel, p, values, out=None, transform=PLAIN, **launch):
     tile, out = Tile(values, p.target, transform), values if out is None else out
     if kernel == "gradient":
         cuda_host.gradient(tile, out, p.scored, p.g, **launch)
-    elif kernel == "stash":
-        cuda_host.stash(tile, out, p.scored, **launch)
     else:
         scored = scored_like(p.g)
         cuda_host.policy(tile, out, p.weights, TERMS, scored, **launch)
@@ -87,9 +85,7 @@ def expected_of(kernel, p, dtype):
     """What the kernel writes, from PyTorch in this dtype."""
     z = p.logits.to(dtype).detach().requires_grad_()
     logps, _ = log_probs(z, p.target)
-    if kernel == "stash":
-        loss = logps.sum()
-    elif kernel == "gradient":
+    if kernel == "gradient":
         loss = (p.g.to(dtype) * logps).sum()
     else:
         w = {k: v.to(dtype) for k, v in vars(p.weights).items() if v is not None}
@@ -136,7 +132,7 @@ def test_the_same_bits_whatever_order_the_threads_run_in(kernel, variant, cluste
         assert torch.equal(out, expected[0]) and torch.equal(written, expected[1])
     exact = expected_of(kernel, p, torch.float64)
     assert_no_worse_than_torch(kernel, expected[0], expected_of(kernel, p, narrow), exact, 2.0, 1e-12 if dtype == torch.float64 else 4e-6)
-    assert kernel == "stash" or (expected[0][1] == 0).all()
+    assert (expected[0][1] == 0).all()
 
 
 @pytest.mark.parametrize("variant, cluster", [(TWICE, 0), (KEPT, 2)])
@@ -263,31 +259,6 @@ def test_statistics_leave_the_tile():
     tile, memory, outside = framed(p.logits, 3, 1)
     statistics(p, tile, threads=64)
     assert torch.equal(tile, p.logits) and (memory[outside] == SENTINEL).all()
-
-
-def test_a_stash_becomes_the_gradient():
-    """In place, through bias, softcap, and where the entropy has a gradient; the target's p near 1 comes of its log-prob."""
-    for dtype, (softcap, with_entropy, biased) in itertools.product((torch.float32, torch.bfloat16, torch.float16, torch.float64),
-                                                                    itertools.product((None, 5.0), (False, True), (False, True))):  # fmt: skip
-        p = problem(dtype, 700, 3)
-        p.logits[2, p.target[2]] = 12.0
-        transform, vector = Transform(1.3, softcap, 0.7), torch.randn(3, dtype=acc_of(dtype))
-        bias = torch.randn(700, dtype=acc_of(dtype)) if biased else None
-        tile = Tile(p.logits, p.target, transform, bias)
-        exact = Tile(p.logits.double(), p.target, transform, None if bias is None else bias.double())
-        stats, wanted = new_statistics(3, torch.float64, "cpu"), torch.empty(3, 700, dtype=torch.float64)
-        pytorch.statistics(exact, stats)
-        scored = finalize(stats)
-        g_entropy = vector if with_entropy else None
-        pytorch.gradient(exact, wanted, scored, p.g.double(), None if g_entropy is None else g_entropy.double())
-        scored = Scored(*(x.to(acc_of(dtype)) for x in scored))
-        ours, by_torch = torch.empty_like(p.logits), torch.empty_like(p.logits)
-        cuda_host.stash(tile, ours, scored, threads=64)
-        cuda_host.gradient(Tile(ours, p.target, transform, bias), ours, scored, p.g, g_entropy, from_stash=True, threads=64)
-        pytorch.stash(tile, by_torch, scored)
-        pytorch.gradient(Tile(by_torch, p.target, transform, bias), by_torch, scored, p.g, g_entropy, from_stash=True)
-        name = f"{dtype} {softcap} {with_entropy} {biased}"
-        assert_no_worse_than_torch(name, ours, by_torch, wanted, 2.0, 1e-12 if dtype == torch.float64 else 4e-6)
 
 
 def test_the_softcaps_derivative_keeps_its_digits_near_the_cap():
@@ -428,9 +399,6 @@ def test_what_is_wrong_is_said():
         call("policy", p, p.logits, p.logits.view(torch.bfloat16)[:, :700])
     with pytest.raises(AssertionError, match="tile's columns must be adjacent"):
         call("policy", p, p.logits.T.contiguous().T)
-    stash = Tile(p.logits, p.target, PLAIN)
-    with pytest.raises(RuntimeError, match="gradient kernel: no result of dtype 1 from a tile of dtype 0"):
-        cuda_host.gradient(stash, torch.empty(2, 700, dtype=torch.bfloat16), p.scored, p.g, from_stash=True)
     wide, one = torch.zeros(1, 500_000), torch.ones(1)
     with pytest.raises(RuntimeError, match="a row of 500000 columns does not fit"):
         cuda_host.policy(Tile(wide, torch.tensor([0]), PLAIN), wide, *linear(one), scored_like(one), variant=KEPT)
@@ -486,13 +454,13 @@ for dtype, narrow in PAIRS:
         p = problem(dtype, columns, rows)
         launch = dict(variant=variant, cluster=cluster, threads=64, flags=SANITIZERS)
         statistics(p, p.logits.clone(), **launch)
-        for transform, kernel in itertools.product((Transform(), Transform(1.3, 5.0, 0.7)), ("stash", "gradient", "policy")):
+        for transform, kernel in itertools.product((Transform(), Transform(1.3, 5.0, 0.7)), ("gradient", "policy")):
             # exactly as long as the tile: one element further is an error
             out = torch.empty(rows, columns, dtype=narrow)
             call(kernel, p, p.logits.clone(), out, transform, **launch)
             if narrow == dtype:
                 call(kernel, p, p.logits.clone(), None, transform, **launch)
-                cuda_host.gradient(Tile(out, p.target, transform), out, p.scored, p.g, p.g, from_stash=True, **launch)
+                cuda_host.gradient(Tile(p.logits.clone(), p.target, transform), out, p.scored, p.g, p.g, **launch)
 print("clean")
 """
 

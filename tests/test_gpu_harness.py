@@ -109,8 +109,8 @@ BROKEN = """
     def wrong(stage):
         with stage.attempt("kernel", "triton", "policy"):
             assert 1 == 2, "not the same"
-        with stage.attempt("kernel", "triton", "stash"):
-            stage.row("kernel", "triton", "stash", None, [1.0])
+        with stage.attempt("kernel", "triton", "statistics"):
+            stage.row("kernel", "triton", "statistics", None, [1.0])
 
     def good(stage):
         stage.row(None, "trl", "dense", {"tokens": 1, "depth": 2, "vocab": 3}, status="failed", note="its own")
@@ -132,7 +132,7 @@ def test_a_stage_that_fails_stops_no_other_and_leaves_its_rows(run, monkeypatch)
     assert verdicts["dies"] == ("unfinished", "ended from outside") and found["dies"][1]["path"] == "before"
     assert verdicts["missing"][0] == "failed" and "no_such_module" in verdicts["missing"][1]
     assert verdicts["wrong"] == ("failed", "triton policy wrong")
-    assert [(r["path"], r["status"]) for r in found["wrong"][1:]] == [("policy", "wrong"), ("stash", "ok")]
+    assert [(r["path"], r["status"]) for r in found["wrong"][1:]] == [("policy", "wrong"), ("statistics", "ok")]
     assert verdicts["good"] == ("ok", ""), "another library's failure is its own"
     assert "hangs: its time was over" in printed and "dies: exit status -6" in printed and "good: exit status 0" in printed
 
@@ -367,7 +367,7 @@ def test_a_wrong_kernel_is_not_timed(stage, monkeypatch, spoil):
     found = rows_of(stage, "kernel")
     assert {r["path"]: r["status"] for r in found if r["shape"]["rows"] == 8}["gradient"] == "wrong"
     assert all((r["status"] == "ok") == (r["median"] is not None) == (r["path"] != "gradient") for r in found)
-    assert {r["path"] for r in found} == {k for k in ("statistics", "gradient", "stash", "policy") if hasattr(module, k)} and all(r["share"] > 0 for r in found if r["status"] == "ok")
+    assert {r["path"] for r in found} == {k for k in ("statistics", "gradient", "policy") if hasattr(module, k)} and all(r["share"] > 0 for r in found if r["status"] == "ok")
     assert stage.end("ok") == 1
 
 

@@ -116,7 +116,7 @@ class Recorder:
         self.products, self.kernels = Counter(), Counter()
         for module in (chunks, accumulate):
             monkeypatch.setattr(module, "multiply", self.multiply)
-        for name in ("statistics", "gradient", "stash"):
+        for name in ("statistics", "gradient"):
             monkeypatch.setattr(pytorch, name, self.kernel(name, getattr(pytorch, name)))
 
     def multiply(self, a, b, out, add=False, alpha=1.0):
@@ -146,7 +146,7 @@ def planned(problem):
             assert read == 2 * bytes_of_tile and step.written == step.m * step.n * e, step
             kernels[("statistics", bytes_of_tile, 0)] += step.count
             kernels[("gradient", bytes_of_tile, step.written)] += step.count
-        elif step.what in ("statistics", "gradient", "stash"):
+        elif step.what in ("statistics", "gradient"):
             assert read == bytes_of_tile and step.written == (0 if step.what == "statistics" else step.m * step.n * e), step
             kernels[(step.what, bytes_of_tile, step.written)] += step.count
     return wanted, kernels

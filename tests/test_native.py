@@ -86,10 +86,8 @@ def test_same_bits_whatever_the_threads_and_the_place(isa, dtype):
             stats = new_statistics(n, acc(dtype), "cpu")
             native.statistics(Tile(raw, target, transform), stats, isa=isa)
             scored, scored_by_policy = finalize(stats), scored_like(vector[0])
-            stash = result_of(native.stash, raw, transform, scored)
             for g_entropy in (None, vector[1]):
                 result_of(native.gradient, raw, transform, scored, vector[0], g_entropy)
-                result_of(native.gradient, stash, transform, scored, vector[0], g_entropy, from_stash=True)
             result_of(native.policy, raw, transform, rows, CLIPPED, scored_by_policy)
             made += [stats, *scored_by_policy]
         out = nan(columns, n, dtype=dtype)
@@ -112,7 +110,6 @@ def test_nothing_to_do(isa, dtype, rows, columns):
     native.statistics(tile, stats, isa=isa)
     assert torch.equal(stats, new_statistics(rows, acc(dtype), "cpu"))
     native.gradient(tile, tile.values, scored, zeros, isa=isa)
-    native.stash(tile, tile.values, scored, isa=isa)
     native.policy(tile, tile.values, PolicyRows(zeros, zeros), CLIPPED, scored_like(zeros), isa=isa)
     native.transpose(tile.values, torch.empty(columns, rows, dtype=dtype), isa=isa)
 
@@ -154,7 +151,7 @@ def test_wrong_arguments_are_refused():
         "matrix's columns": [lambda: native.transpose(values.T, other)],
         "out must be contiguous": [lambda: native.transpose(values, torch.empty(3, 8))],
         "logps must be": [lambda: native.gradient(tile, values, Scored(vector[:2], vector, vector), vector)],
-        "entropy must be": [lambda: native.stash(tile, values, Scored(vector, vector, None))],
+        "entropy must be": [lambda: native.gradient(tile, values, Scored(vector, vector, None), vector)],
         "g must be": [lambda: native.gradient(tile, values, scored, None), lambda: native.gradient(tile, values, scored, vector[:2])],
         "g_entropy must be": [lambda: native.gradient(tile, values, scored, vector, vector.double())],
         "old must be": [lambda: native.policy(tile, values, PolicyRows(vector, vector, old=vector[:1]), CLIPPED, scored)],
@@ -162,14 +159,14 @@ def test_wrong_arguments_are_refused():
         "w_kl is missing": [lambda: native.policy(tile, values, PolicyRows(None, ref=vector), CLIPPED, scored)],
         "kind must be": [lambda: native.policy(tile, values, PolicyRows(None), PolicyTerms(kind="clip"), scored)],
         r"out must be \(3, 8\)": [
-            lambda: native.stash(tile, values[:, :7], scored),
-            lambda: native.stash(tile, other.bfloat16(), scored),
+            lambda: native.gradient(tile, values[:, :7], scored, vector),
+            lambda: native.gradient(tile, other.bfloat16(), scored, vector),
         ],
-        "out's columns": [lambda: native.stash(tile, torch.zeros(8, 3).T, scored)],
+        "out's columns": [lambda: native.gradient(tile, torch.zeros(8, 3).T, scored, vector)],
         "the tile's own memory": [
-            lambda: native.stash(Tile(both[:, :8], target, PLAIN), both[:, 4:12], scored),
-            lambda: native.stash(Tile(both[:, :8], target, PLAIN), both.view(-1)[:24].view(3, 8), scored),
-            lambda: native.stash(Tile(both.view(-1)[10:34].view(3, 8), target, PLAIN), both.view(-1)[:24].view(3, 8), scored),
+            lambda: native.gradient(Tile(both[:, :8], target, PLAIN), both[:, 4:12], scored, vector),
+            lambda: native.gradient(Tile(both[:, :8], target, PLAIN), both.view(-1)[:24].view(3, 8), scored, vector),
+            lambda: native.gradient(Tile(both.view(-1)[10:34].view(3, 8), target, PLAIN), both.view(-1)[:24].view(3, 8), scored, vector),
         ],
     }
     for message, calls in bad.items():
@@ -193,11 +190,11 @@ def test_one_openmp_runtime():
     assert len(runtimes) <= 1, runtimes
 
 
-def gradient_of(values, transform=PLAIN, isa=None, from_stash=False, lse=0.0):
+def gradient_of(values, transform=PLAIN, isa=None):
     """p, as far as float32 holds it: the gradient for g = -1 of a row without a target."""
     zero, out = torch.zeros(1), nan(*values.shape, dtype=values.dtype)
     tile = Tile(values, torch.tensor([-1]), transform)
-    native.gradient(tile, out, Scored(zero, zero + lse, zero), zero - 1, from_stash=from_stash, isa=isa)
+    native.gradient(tile, out, Scored(zero, zero, zero), zero - 1, isa=isa)
     return out
 
 

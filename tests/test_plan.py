@@ -189,7 +189,7 @@ def test_every_logit_is_written_and_read_as_often_as_the_kernels_do():
         p = on_gpu(8192 + 77, 4096, two_phases=two_phases, dead=0)
         found = steps(p, plan(p))
         logits = p.live * V
-        kernels = [s for s in found if s.what in ("policy", "statistics", "stash")]
+        kernels = [s for s in found if s.what in ("policy", "statistics", "gradient")]
         assert sum(s.count * (s.read + s.cached) for s in kernels) == 4 * reads * logits
         assert sum(s.count * s.written for s in kernels) == 2 * logits
         assert sum(s.count * s.written for s in found if s.what == "logits") == 4 * logits

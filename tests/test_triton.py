@@ -153,7 +153,7 @@ def test_wrong_arguments_are_refused():
         "out": lambda: triton.gradient(tile, torch.empty(ROWS, COLUMNS, dtype=torch.float64, device=DEVICE), scored, g),
         "out's columns": lambda: triton.gradient(tile, values[:1].expand(ROWS, -1), scored, g),
         "own memory": lambda: triton.gradient(tile, narrow, scored, g),
-        "other": lambda: triton.stash(changed(values=frame[:ROWS]), frame[1 : ROWS + 1], scored),
+        "other": lambda: triton.gradient(changed(values=frame[:ROWS]), frame[1 : ROWS + 1], scored, g),
         "other memory": lambda: triton.policy(tile, narrow, rows, Terms(), scored),
         "entropy": lambda: triton.policy(tile, values, rows, Terms(), scored._replace(entropy=g.bfloat16())),
         "advantages": lambda: triton.policy(tile, values, dataclasses.replace(rows, advantages=None), Terms(), scored),
@@ -169,7 +169,6 @@ def test_wrong_arguments_are_refused():
 def test_tiles_without_rows_launch_nothing():
     tile, rows, scored = make(rows=0)
     triton.statistics(tile, new_statistics(0, torch.float32, DEVICE))
-    triton.stash(tile, tile.values, scored)
     triton.gradient(tile, tile.values, scored, scored.lse)
     triton.policy(tile, tile.values, rows, Terms(), scored)
 

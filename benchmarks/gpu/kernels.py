@@ -61,7 +61,6 @@ def launches(module, rows, vocab, device):
     found = {
         "statistics": (lambda: module.statistics(tile, stats), lambda: (finalize(stats).logps, scored.logps)),
         "gradient": (lambda: module.gradient(tile, out, scored, g), lambda: gradient(g)),
-        "stash": (lambda: module.stash(tile, out, scored), lambda: gradient(torch.ones_like(g))),
         "policy": (lambda: module.policy(tile, out, policy, kernel_terms(LOSS, linear=False), written),
                    lambda: gradient(row_coefficient(scored.logps, policy, LOSS, linear=False))),
     }  # fmt: skip

@@ -37,15 +37,10 @@ class Kernels:
         check(tile, _RESULTS, stats=stats)
         self._launch("statistics", tile, params.statistics(tile, stats))
 
-    def gradient(self, tile, out, scored, g, g_entropy=None, from_stash=False):
-        """Writes the gradient of the raw logits, from a tile of logits or of a stash."""
+    def gradient(self, tile, out, scored, g, g_entropy=None):
+        """Writes the gradient of the raw logits."""
         check(tile, _RESULTS, out, g=g, g_entropy=g_entropy, **scored._asdict())
-        self._launch("gradient", tile, params.gradient(tile, out, scored, g, g_entropy, from_stash))
-
-    def stash(self, tile, out, scored):
-        """Writes ``onehot - p``."""
-        check(tile, _RESULTS, out, **scored._asdict())
-        self._launch("gradient", tile, params.gradient(tile, out, scored))
+        self._launch("gradient", tile, params.gradient(tile, out, scored, g, g_entropy))
 
     def policy(self, tile, out, rows, terms, scored):
         """The fused GRPO kernel: statistics, coefficient and gradient of whole rows in one launch; ``scored`` is written."""
@@ -112,10 +107,6 @@ def statistics(*args, **more):
 
 def gradient(*args, **more):
     _kernels().gradient(*args, **more)
-
-
-def stash(*args, **more):
-    _kernels().stash(*args, **more)
 
 
 def policy(*args, **more):

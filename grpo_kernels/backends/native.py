@@ -64,16 +64,10 @@ def statistics(tile, stats, isa=None):
     _run("statistics", isa, tile.values, params.statistics(tile, stats))
 
 
-def gradient(tile, out, scored, g, g_entropy=None, from_stash=False, isa=None):
-    """Writes the gradient of the raw logits, from a tile of logits or of a stash."""
+def gradient(tile, out, scored, g, g_entropy=None, isa=None):
+    """Writes the gradient of the raw logits."""
     _check(tile, out, g=g, g_entropy=g_entropy, **scored._asdict())
-    _run("gradient", isa, tile.values, params.gradient(tile, out, scored, g, g_entropy, from_stash))
-
-
-def stash(tile, out, scored, isa=None):
-    """Writes ``onehot - p``."""
-    _check(tile, out, **scored._asdict())
-    _run("gradient", isa, tile.values, params.gradient(tile, out, scored))
+    _run("gradient", isa, tile.values, params.gradient(tile, out, scored, g, g_entropy))
 
 
 def policy(tile, out, rows, terms, scored, isa=None):

@@ -26,8 +26,7 @@ _Rows = struct("PolicyRows", (POINTER, "w_policy advantages old ref w_kl w_entro
 _Terms = struct("PolicyTerms", (INT, "kind"), (_DOUBLE, "epsilon_low epsilon_high delta sapo_temperature_pos sapo_temperature_neg"),
                 (_BOOL, "use_bias_correction_kl"))  # fmt: skip
 _Statistics = struct("StatisticsParams", (_Tile, "tile"), (POINTER, "stats"))
-_Gradient = struct("GradientParams", (_Tile, "tile"), (_Matrix, "out"), (_Scored, "scored"), (POINTER, "g g_entropy"),
-                   (_BOOL, "from_stash"))  # fmt: skip
+_Gradient = struct("GradientParams", (_Tile, "tile"), (_Matrix, "out"), (_Scored, "scored"), (POINTER, "g g_entropy"))
 _Policy = struct("PolicyParams", (_Tile, "tile"), (_Matrix, "out"), (_Rows, "rows"), (_Terms, "terms"), (_Scored, "scored"))
 _Transpose = struct("TransposeParams", (_Matrix, "matrix"), (POINTER, "out"))
 
@@ -36,9 +35,8 @@ def statistics(tile, stats):
     return _Statistics(_tile(tile), _at(stats))
 
 
-def gradient(tile, out, scored, g=None, g_entropy=None, from_stash=False):
-    """Without g those of the stash."""
-    return _Gradient(_tile(tile), _matrix(out), _scored(scored), _at(g), _at(g_entropy), from_stash)
+def gradient(tile, out, scored, g, g_entropy=None):
+    return _Gradient(_tile(tile), _matrix(out), _scored(scored), _at(g), _at(g_entropy))
 
 
 def policy(tile, out, rows, terms, scored):

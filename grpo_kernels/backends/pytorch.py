@@ -2,7 +2,6 @@
 
     statistics(tile, stats)                    folds a tile into the running statistics of its rows; writes nothing else
     gradient(tile, out, scored, g, g_entropy)  d loss / d raw logits
-    stash(tile, out, scored)                   onehot - p, from which `gradient` can be made later without the logits
     policy(tile, out, rows, terms, scored)     statistics, coefficient and gradient of whole rows at once, the fused GRPO kernel;
                                                not here: the engine then takes statistics, autograd of the term, gradient
 
@@ -40,8 +39,8 @@ def statistics(tile, stats):
         stats[s] = merged(stats[s], torch.stack([peak.squeeze(1), others, moment, target.squeeze(1)], 1))
 
 
-def gradient(tile, out, scored, g, g_entropy=None, from_stash=False):
-    """Writes the gradient of the raw logits, from a tile of logits or, in place, of a stash.
+def gradient(tile, out, scored, g, g_entropy=None):
+    """Writes the gradient of the raw logits.
 
     dz = [ g (onehot - p) - g_entropy p (log p + entropy) ] (1 - tanh^2 of the softcap) logit_scale / temperature
     """
@@ -50,17 +49,11 @@ def gradient(tile, out, scored, g, g_entropy=None, from_stash=False):
         logps, lse, entropy = (x[s].unsqueeze(1) for x in scored)
         t, rows_g = _temperature(tile, s), g[s].unsqueeze(1)
         column, here = _target_column(tile.target[s], tile.values.shape[1])
-        if from_stash:
-            unit = tile.values[s].to(lse.dtype)
-            p = unit.neg().scatter(1, column, torch.where(here, logps.exp(), -unit.gather(1, column)))
-            log_p = p.log().scatter(1, column, torch.where(here, logps, p.gather(1, column).log()))
-            # of y / softcap, y the softcapped logit
-            slope = None if transform.softcap is None else (1 - (t * (log_p + lse) / transform.softcap).square()).clamp(min=0)
-        else:
-            z, slope = transformed(tile, s, lse.dtype)
-            log_p = z - lse
-            p = log_p.exp()
-            unit = _unit(p, logps, column, here)
+        z, slope = transformed(tile, s, lse.dtype)
+        log_p = z - lse
+        p = log_p.exp()
+        # onehot - p; near p = 1 the target's 1 - p keeps its digits
+        unit = p.neg().scatter(1, column, torch.where(here, -logps.expm1(), -p.gather(1, column)))
         dz, idle = rows_g * unit, rows_g == 0
         if g_entropy is not None:
             dz = dz - g_entropy[s].unsqueeze(1) * (p * (log_p + entropy)).where(p != 0, 0.0)
@@ -68,14 +61,6 @@ def gradient(tile, out, scored, g, g_entropy=None, from_stash=False):
         if slope is not None:
             dz = (dz * slope).where(dz != 0, 0.0)
         out[s] = (dz * (transform.logit_scale / t)).masked_fill(idle, 0.0).to(out.dtype)
-
-
-def stash(tile, out, scored):
-    """Writes ``onehot - p`` of whole rows, or of this rank's columns of them."""
-    for s in slabs(tile.values):
-        z, _ = transformed(tile, s, scored.lse.dtype)
-        column, here = _target_column(tile.target[s], z.shape[1])
-        out[s] = _unit((z - scored.lse[s].unsqueeze(1)).exp(), scored.logps[s].unsqueeze(1), column, here).to(out.dtype)
 
 
 def slabs(tile):
@@ -103,8 +88,3 @@ def _temperature(tile, s):
 def _target_column(target, columns):
     here = ((target >= 0) & (target < columns)).unsqueeze(1)
     return target.clamp(0, columns - 1).unsqueeze(1), here
-
-
-def _unit(p, logps, column, here):
-    """onehot - p; near p = 1 the target's 1 - p keeps its digits."""
-    return p.neg().scatter(1, column, torch.where(here, -logps.expm1(), -p.gather(1, column)))

@@ -1,13 +1,12 @@
 """The row kernels in Triton: one program owns a row of logits, arithmetic in float32 (float64 for float64 tiles).
 
     statistics   one read of the tile
-    gradient     one read and one write, of logits or of a stash; a stash is written likewise
+    gradient     one read and one write
     policy       statistics, then the gradient: two reads and one write, the second read from the cache where the rows in
                  flight fit it. The first walk goes right to left, so that the second one, left to right, meets the
                  columns that were read last.
 
-Per element: two exp in `policy` (and a quarter for the running maximum, kept per GROUP of columns), one elsewhere; a log from a
-stash. The target's column is left out of every sum, so that p near 1 loses no digits; only the block that holds it looks for it.
+Per element: two exp in `policy` (and a quarter for the running maximum, kept per GROUP of columns), one elsewhere. The target's column is left out of every sum, so that p near 1 loses no digits; only the block that holds it looks for it.
 """
 
 from typing import NamedTuple
@@ -20,7 +19,6 @@ from .statistics import Scored
 
 GROUP = tl.constexpr(4)  # elements of one 16-byte load: their maximum needs no exchange between threads
 CLIPPED, CISPO, SAPO, LINEAR = (tl.constexpr(KINDS.index(kind)) for kind in ("clipped", "cispo", "sapo", "linear"))
-FROM_LOGITS, FROM_STASH, TO_STASH = (tl.constexpr(mode) for mode in range(3))  # what `_write_row` makes of which
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1.0e4)  # exp of it is 0, and 0 times it is not NaN
 
@@ -237,51 +235,34 @@ def _finalized(s):
 
 
 @triton.jit
-def _result_block(x, start, end, target, at_target, scored, g, g_entropy, transform, MODE: tl.constexpr, BLOCK: tl.constexpr):
-    """dz of a block, or onehot - p; g and g_entropy carry the factor logit_scale / temperature.
+def _result_block(x, start, end, target, at_target, scored, g, g_entropy, transform, BLOCK: tl.constexpr):
+    """dz of a block; g and g_entropy carry the factor logit_scale / temperature.
 
     at_target is what stands in the target's column, but for the gradient of the entropy and the softcap's slope.
     """
     columns = start + tl.arange(0, BLOCK)
-    slope = 1.0
-    if MODE == FROM_STASH:
-        p = -x.to(transform.temperature.dtype)
-        log_p = tl.log(p)
-    else:
-        z, slope = _transformed(x, columns, end, transform)
-        log_p = z - scored.lse
-        p = _exp(log_p)
-    result = -p
-    if MODE != TO_STASH:
-        result *= g
+    z, slope = _transformed(x, columns, end, transform)
+    log_p = z - scored.lse
+    p = _exp(log_p)
+    result = -p * g
     if (target >= start) & (target < start + BLOCK):
-        here = columns == target
-        result = tl.where(here, at_target, result)
-        if MODE == FROM_STASH:
-            log_p = tl.where(here, scored.logps, log_p)
-            p = tl.where(here, tl.exp(scored.logps), p)
-    if MODE != TO_STASH:
-        if g_entropy is not None:
-            result -= g_entropy * (p * (tl.maximum(log_p, _LOWEST) + scored.entropy))
-        if transform.softcap is not None:
-            if MODE == FROM_STASH:
-                share = transform.temperature * (log_p + scored.lse) / transform.softcap
-                slope = tl.maximum(1.0 - share * share, 0.0)
-            result *= slope
+        result = tl.where(columns == target, at_target, result)
+    if g_entropy is not None:
+        result -= g_entropy * (p * (tl.maximum(log_p, _LOWEST) + scored.entropy))
+    if transform.softcap is not None:
+        result *= slope
     return result
 
 
 @triton.jit
-def _write_row(row_ptr, out_ptr, columns, target, scored, g, g_entropy, transform, MODE: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes dz or onehot - p, left to right; a gradient is zeros where nothing flows back, whatever the row holds."""
+def _write_row(row_ptr, out_ptr, columns, target, scored, g, g_entropy, transform, BLOCK: tl.constexpr):
+    """Writes dz, left to right; zeros where nothing flows back, whatever the row holds."""
     lanes = tl.arange(0, BLOCK)
     dtype = out_ptr.dtype.element_ty
     full = columns // BLOCK
-    idle = False
-    if MODE != TO_STASH:
-        idle = g == 0.0
-        if g_entropy is not None:
-            idle = idle & (g_entropy == 0.0)
+    idle = g == 0.0
+    if g_entropy is not None:
+        idle = idle & (g_entropy == 0.0)
     if idle:
         nothing = tl.zeros((BLOCK,), dtype)
         for k in range(full):
@@ -289,24 +270,22 @@ def _write_row(row_ptr, out_ptr, columns, target, scored, g, g_entropy, transfor
         if full * BLOCK < columns:
             tl.store(out_ptr + full * BLOCK + lanes, nothing, mask=full * BLOCK + lanes < columns)
     else:
-        at_target = -_expm1(scored.logps)
-        if MODE != TO_STASH:
-            factor = transform.logit_scale / transform.temperature
-            g *= factor
-            at_target *= g
-            if g_entropy is not None:
-                g_entropy *= factor
+        factor = transform.logit_scale / transform.temperature
+        g *= factor
+        at_target = -_expm1(scored.logps) * g
+        if g_entropy is not None:
+            g_entropy *= factor
         x = tl.load(row_ptr + lanes, mask=lanes < full * BLOCK, other=0.0)
         for k in range(full):
             start = k * BLOCK
             ahead = tl.load(row_ptr + start + BLOCK + lanes, mask=lanes < (full - 1 - k) * BLOCK, other=0.0)
-            result = _result_block(x, start, None, target, at_target, scored, g, g_entropy, transform, MODE, BLOCK)
+            result = _result_block(x, start, None, target, at_target, scored, g, g_entropy, transform, BLOCK)
             tl.store(out_ptr + start + lanes, result.to(dtype))
             x = ahead
         if full * BLOCK < columns:
             start = full * BLOCK
             x = tl.load(row_ptr + start + lanes, mask=start + lanes < columns, other=0.0)
-            result = _result_block(x, start, columns, target, at_target, scored, g, g_entropy, transform, MODE, BLOCK)
+            result = _result_block(x, start, columns, target, at_target, scored, g, g_entropy, transform, BLOCK)
             tl.store(out_ptr + start + lanes, result.to(dtype), mask=start + lanes < columns)
 
 
@@ -341,10 +320,10 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["scored", "g_ptr", "g_entropy_ptr", "target_ptr", "temperature_ptr"])
 def gradient_kernel(
-    tile,  # Matrix of raw logits, or of a stash: onehot - p
+    tile,  # Matrix of raw logits
     out,  # Matrix: the tile itself, or other memory
     scored,  # Scored: [R] acc each
-    g_ptr,  # [R] acc, d loss / d logps; None: TO_STASH
+    g_ptr,  # [R] acc, d loss / d logps
     g_entropy_ptr,  # [R] acc, d loss / d entropy, or None
     target_ptr,  # [R] int64, relative to the tile's first column
     bias_ptr,  # [C] acc or None
@@ -354,21 +333,18 @@ def gradient_kernel(
     softcap: tl.float64,
     temperature: tl.float64,
     SOFTCAP: tl.constexpr,
-    MODE: tl.constexpr,  # FROM_LOGITS, FROM_STASH or TO_STASH
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = scored.lse.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     scale, temperature = tl.full((), logit_scale, ACC), _row_temperature(temperature_ptr, row, temperature, ACC)
     transform = Transform(bias_ptr, scale, tl.full((), softcap, ACC) if SOFTCAP else None, temperature)
-    g, g_entropy = None, None
-    if g_ptr is not None:
-        g = tl.load(g_ptr + row)
+    g, g_entropy = tl.load(g_ptr + row), None
     if g_entropy_ptr is not None:
         g_entropy = tl.load(g_entropy_ptr + row)
     scores = Scored(tl.load(scored.logps + row), tl.load(scored.lse + row), tl.load(scored.entropy + row))
     _write_row(tile.pointer + row * tile.stride, out.pointer + row * out.stride, columns, tl.load(target_ptr + row).to(tl.int32),
-               scores, g, g_entropy, transform, MODE, BLOCK)  # fmt: skip
+               scores, g, g_entropy, transform, BLOCK)  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=["scored", "rows", "target_ptr", "temperature_ptr"])
@@ -425,7 +401,7 @@ def policy_kernel(
         KIND, HAS_OLD, HAS_REF, BIAS_CORRECTION,
     )  # fmt: skip
     tl.debug_barrier()  # in place: every thread has read the target's logit
-    _write_row(row_ptr, out.pointer + row * out.stride, columns, target, scores, g, g_entropy, transform, FROM_LOGITS, BLOCK)
+    _write_row(row_ptr, out.pointer + row * out.stride, columns, target, scores, g, g_entropy, transform, BLOCK)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ class Tile:
     ``z = softcap * tanh(logit_scale * (raw + bias) / softcap) / temperature``. acc is float32, or float64 for float64 values.
     """
 
-    values: torch.Tensor  # [R, C], columns adjacent; raw logits, or a stash: onehot - p of whole rows
+    values: torch.Tensor  # [R, C] raw logits, columns adjacent
     target: torch.Tensor  # [R] int64, relative to the first column; outside of [0, C): not in this tile
     transform: LogitTransform
     bias: torch.Tensor | None = None  # [C] acc, may hold -inf

@@ -65,17 +65,10 @@ def statistics(tile, stats):
     _launch(kernels.statistics_kernel, tile, None, stats, shape=_shape(tile))
 
 
-def gradient(tile, out, scored, g, g_entropy=None, from_stash=False):
-    """Writes the gradient of the raw logits, from a tile of logits or of a stash."""
+def gradient(tile, out, scored, g, g_entropy=None):
+    """Writes the gradient of the raw logits."""
     check(tile, _RESULTS, out, g=g, g_entropy=g_entropy, **scored._asdict())
-    mode, shape = kernels.FROM_STASH if from_stash else kernels.FROM_LOGITS, _shape(tile, plain=g_entropy is None)
-    _launch(kernels.gradient_kernel, tile, out, scored, g, g_entropy, shape=shape, MODE=mode.value)
-
-
-def stash(tile, out, scored):
-    """Writes ``onehot - p``, from which `gradient` can be made later without the logits."""
-    check(tile, _RESULTS, out, **scored._asdict())
-    _launch(kernels.gradient_kernel, tile, out, scored, None, None, shape=_shape(tile), MODE=kernels.TO_STASH.value)
+    _launch(kernels.gradient_kernel, tile, out, scored, g, g_entropy, shape=_shape(tile, plain=g_entropy is None))
 
 
 def policy(tile, out, rows, terms, scored):

@@ -2,7 +2,7 @@
 
 dz is the gradient of the raw logits, so with t = h A^T and dt = lora_scale dz B:
 dH = dz W + dt A,  dW = dz^T h,  dbias = sum of dz,  dB = lora_scale dz^T t,  dA = dt^T h.
-A stash holds dz / factor, with one factor a row: it scales the rows of h, t and dH instead, and no pass over the stash is needed.
+A wide stash holds dz / factor, with one factor a row: it scales the rows of h, t and dH instead, and the sum of dz is a product with it.
 """
 
 import torch
@@ -98,8 +98,8 @@ class Gradients:
         self.lora_b = of_weight(head.lora_b.shape[1]) if needs_b else None
         self.needs_adapter = head.lora_a is not None and (needs_a or needs_hidden)
 
-    def add_block(self, dz, start, end, h, t):
-        """dW, dB and dbias from dz [R, end - start], the gradient of a block of the vocabulary."""
+    def add_block(self, dz, start, end, h, t, factor=None):
+        """dW, dB and dbias from dz [R, end - start], the gradient of a block of the vocabulary; h and t have the factor in them."""
         if self.weight is not None or self.lora_b is not None:
             dz_t = self._transpose(dz)
             if self.weight is not None:
@@ -107,7 +107,10 @@ class Gradients:
             if self.lora_b is not None:
                 self.lora_b.add(start, end, dz_t, t * self.run.work.lora_scale)
         if self.bias is not None:
-            self.bias[start:end] += dz.sum(0, dtype=self.bias.dtype)
+            if factor is None:
+                self.bias[start:end] += dz.sum(0, dtype=self.bias.dtype)
+            else:
+                multiply(factor.to(dz.dtype).unsqueeze(0), dz, self.bias[start:end].unsqueeze(0), add=True)
 
     def close_block(self, start, end):
         for row_sum in (self.weight, self.lora_b):
@@ -121,7 +124,7 @@ class Gradients:
             h, t = ((x * factor.unsqueeze(1)).to(x.dtype) if x is not None else None for x in (h, t))
         if self.weight is not None or self.lora_b is not None or self.bias is not None:
             for start, end in blocks(dz.shape[1], self.run.plan.columns):
-                self.add_block(dz[:, start:end], start, end, h, t)
+                self.add_block(dz[:, start:end], start, end, h, t, factor)
 
     def add_hidden(self, dz, h, where, factor):
         """dH and dA from whole rows of dz, some rows at a time: their float32 sums are rounded once."""

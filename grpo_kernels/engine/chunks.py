@@ -2,12 +2,14 @@
 
     score             vocabulary outermost: z of some rows and columns = h W^T, statistics                              2NVD
     one_pass          a chunk of r rows at a time: z, row kernel -> dz into a buffer of R rows; then dH = dz W, dW += dz^T h   6NVD
-    score with stash  a chunk at a time: z, statistics, onehot - p into the stash                                       2NVD
-    backward          stashed rows: dH and dW from the stash, a factor a row                                            4NVD
+    score with stash  a chunk at a time: z, statistics; z stays in the stash                                            2NVD
+    backward          stashed rows: dz from z in place, dH and dW                                                       4NVD
                       recomputed rows: vocabulary outermost; z, dz, dH += dz W, dW of a block written once              6NVD
 
 `plan.py` chooses the heights. Where products write float32 (``wide``: a GPU's, of 16-bit inputs) a chunk is float32 and the buffer
-other memory in the inputs' dtype; elsewhere r = R and the chunk is the buffer. Nothing here synchronises with the host.
+other memory in the inputs' dtype; elsewhere r = R and the chunk is the buffer. A wide stash holds d logps / d z, rounded once; the
+incoming gradient is then a factor a row, and no pass over the stash is needed. The gradient of an entropy cannot be had from it:
+p (log p + entropy) cancels on flat rows, and what is left is the rounding of p. Nothing here synchronises with the host.
 """
 
 
@@ -30,7 +32,7 @@ _ROW_ALIGNMENT = 128
 class _NoColumns:
     """The row kernels of a rank that holds no row of the vocabulary: nothing to do."""
 
-    statistics = gradient = stash = staticmethod(lambda *args, **options: None)
+    statistics = gradient = staticmethod(lambda *args, **options: None)
 
 
 class Run:
@@ -137,7 +139,7 @@ def one_pass(run):
 
 
 def score_with_stash(run, stash_rows):
-    """Scores all rows; the first ``stash_rows`` leave ``onehot - p`` behind, which is returned."""
+    """Scores all rows; the first ``stash_rows`` leave z behind, or where it is wide d logps / d z, which is returned."""
     score(run, stash_rows, run.rows.index.shape[0])
     stash = whole_rows(stash_rows, run)
     if stash_rows:
@@ -187,7 +189,8 @@ def _leave_stash(run, tile, out, s):
     found = run.score_tile(tile, s)
     if any(run.work.diagnostics):
         run.diagnostics[s] = wanted.finish(found.lse)
-    run.kernels.stash(tile, out, found)
+    if run.wide:
+        run.kernels.gradient(tile, out, found, torch.ones_like(found.lse))
 
 
 def backward(run, scored, stash, g, g_entropy):
@@ -205,14 +208,11 @@ def backward(run, scored, stash, g, g_entropy):
 
 
 def _stashed_rows(run, gradients, scored, stash, g, g_entropy):
-    """dz of a stash is a factor a row, unless a softcap, an entropy or a bias asks for each element."""
-    transform, temperature = run.work.transform, run.rows.temperature
-    factor = None
-    if g_entropy is not None or transform.softcap is not None or run.work.needs[2]:
-        run.kernels.gradient(run.tile(stash, 0), stash, scored, g, g_entropy, from_stash=True)
+    if run.wide:
+        assert g_entropy is None
     else:
-        factor = g * (transform.logit_scale / (transform.temperature if temperature is None else temperature[: len(g)]))
-    gradients.add(stash, *run.gather(0, len(g)), factor)
+        run.kernels.gradient(run.tile(stash, 0), stash, scored, g, g_entropy)
+    gradients.add(stash, *run.gather(0, len(g)), g if run.wide else None)
 
 
 def _recomputed_rows(run, gradients, stripe, scored, g, g_entropy):

@@ -100,7 +100,7 @@ class Plan:
     score_group: int  # scoring without gradient: rows of hidden that are gathered together
     score_rows: int  # of them the rows and columns of one chunk of logits
     score_columns: int
-    stash_rows: int  # two phases: live rows whose onehot - p is kept for the backward
+    stash_rows: int  # two phases: live rows whose logits, or d logps / d logits, are kept for the backward
     stripe_rows: int  # recomputed rows whose float32 dH is summed while the vocabulary passes once
     recompute_rows: int  # of them, rows of dz [., recompute_columns] that one product takes
     recompute_chunk: int  # and of these the rows of logits in memory together
@@ -182,10 +182,14 @@ def steps(problem: Problem, plan: Plan) -> list[Step]:
     for c, r in _cuts(stashed, plan.chunk_rows):
         tally.logits(c, r, plan.columns)
         tally.kernel(c, "statistics", r, p.vocab, 1, 0)
-        tally.kernel(c, "stash", r, p.vocab, 1, p.element_size)
+        tally.kernel(c * p.wide, "gradient", r, p.vocab, 1, p.element_size)
     recomputed = p.live - stashed
     if stashed:
-        tally.scale(stashed)
+        if p.wide:
+            tally.scale(stashed)
+        else:
+            tally.gather(1, stashed)
+            tally.kernel(1, "gradient", stashed, p.vocab, 1, p.element_size)
         tally.dh(1, stashed, plan.dh_rows)
         # both parts of dW are summed by the same blocks
         tally.dw(1, stashed, plan.columns, False, plan.direct)

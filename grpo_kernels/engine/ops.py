@@ -1,7 +1,7 @@
 """A call at PyTorch's door: three torch.library ops around the loops of chunks.py, and autograd around the ops.
 
     one_pass         logps, entropy and all gradients of a loss whose coefficients depend on their rows alone
-    score            logps, entropy, lse, and ``onehot - p`` of the rows that fit the stash
+    score            logps, entropy, lse, and a stash of the rows that fit it
     score_backward   the gradients of `score` from those of logps and entropy
 
 All take (hidden, head, rows, ...): lists of tensors in the order of `Head.tensors` and `Rows.tensors`, and a `Work` as numbers and
@@ -76,7 +76,10 @@ def _score_backward(
     incoming: Sequence[Tensor | None], numbers: Sequence[float], work: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     run = Run(hidden, head, rows, rows[0].shape[0], decoded(tuple(numbers), work), two_phases=True, backward=True)
-    return tuple(backward(run, scored, stash[:, : head[0].shape[0]], *incoming))
+    g, g_entropy = incoming[0], _unless_zero(incoming[1], run.work.shard)
+    if run.wide and g_entropy is not None:  # torch.compile hands over zeros for None, so it is known here at the earliest
+        stash = stash[:0]
+    return tuple(backward(run, scored, stash[:, : head[0].shape[0]], g, g_entropy))
 
 
 @_score_backward.register_fake
@@ -161,7 +164,7 @@ def row_logprobs(head: Head, rows: Rows, work: Work, entropy_gradient=False):
 
 
 class _RowLogProbs(torch.autograd.Function):
-    """Two phases. A frozen head keeps u = d logps / d hidden; else ``onehot - p`` of as many rows as fit is kept."""
+    """Two phases. A frozen head keeps u = d logps / d hidden; else the stash of as many rows as fit is kept."""
 
     @staticmethod
     def forward(ctx, work, live, entropy_gradient, hidden, *tensors):
@@ -174,7 +177,9 @@ class _RowLogProbs(torch.autograd.Function):
             logps, entropy, u, *_ = _one_pass(hidden, head, [*rows, ones, *(None,) * 5], live, *encoded(work))
             ctx.save_for_backward(hidden, *tensors, logps, None, entropy, u)
             return logps, entropy, logps.new_empty(0, 3)
-        stash_rows = stash_rows_of(problem_of(head[0], work, live, rows[0].shape[0] - live, two_phases=True))
+        problem = problem_of(head[0], work, live, rows[0].shape[0] - live, two_phases=True)
+        ctx.wide = problem.wide
+        stash_rows = 0 if ctx.wide and entropy_gradient else stash_rows_of(problem)
         logps, lse, entropy, stash, found = _score(hidden, head, rows, live, stash_rows, *encoded(work))
         ctx.mark_non_differentiable(found)
         if torch.compiler.is_compiling():
@@ -190,18 +195,21 @@ class _RowLogProbs(torch.autograd.Function):
     def backward(ctx, g, g_entropy, _):
         hidden, *tensors, logps, lse, entropy, saved = ctx.saved_tensors
         head, rows, nothing = tensors[:4], tensors[4:], (None,) * 3
+        g_entropy = _unless_zero(g_entropy, ctx.work.shard)
         if g is None and g_entropy is None:
             return (*nothing, *(None,) * 8)
         if ctx.direct and g_entropy is None:
             factor = g.new_zeros(hidden.shape[0]).index_copy(0, rows[0], g).unsqueeze(1)
             return (*nothing, _scaled_rows(saved, factor), *(None,) * 7)
+        retained, stash = graph_is_retained(), saved
         if ctx.direct:
-            lse, saved = _score(hidden, head, rows, 0, 0, *encoded(ctx.work))[1], hidden.new_empty(0, head[0].shape[0])
-        retained, stash = graph_is_retained(), ctx.stash if saved is None else saved
-        if ctx.stash is not None and retained:
-            stash = stash.clone()
-        else:
-            ctx.stash = None
+            lse, stash = _score(hidden, head, rows, 0, 0, *encoded(ctx.work))[1], hidden.new_empty(0, head[0].shape[0])
+        elif saved is None:
+            stash, ctx.stash = ctx.stash, ctx.stash if retained else None
+            if ctx.wide and g_entropy is not None:
+                stash = stash.new_empty(0, stash.shape[1])  # of no use here (chunks.py): gone before the recomputing takes memory
+            elif retained:
+                stash = stash.clone()
         grads = _backward_of_live_rows(hidden, head, rows, [logps, lse, entropy], stash, g, g_entropy, ctx.work)
         if saved is None and not retained:
             tile_memory.give_back(stash, ctx.work.budget)
@@ -219,6 +227,14 @@ def _backward_of_live_rows(hidden, head, rows, scored, stash, g, g_entropy, work
         g, rows, scored = g[chosen], [None if x is None else x[chosen] for x in rows], [x[chosen] for x in scored]
         g_entropy = None if g_entropy is None else g_entropy[chosen]
     return _score_backward(hidden, head, rows, scored, stash, [g, g_entropy], *encoded(work))
+
+
+def _unless_zero(g_entropy, shard):
+    """None for a gradient that is zero on all ranks, where the host may look."""
+    if g_entropy is None or not can_sync(g_entropy):
+        return g_entropy
+    some = (g_entropy != 0).any()  # NaN is not zero
+    return g_entropy if (some if shard is None else shard.any(some)) else None
 
 
 def _rows_with_gradient(g, g_entropy, shard):

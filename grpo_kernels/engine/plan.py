@@ -10,7 +10,7 @@ head in two phases keeps u = d logps / d hidden. V' is V padded to
 
     one pass     R (V' e + D e)  +  r V' z where z > e (else the chunk is the buffer)  +  dh_rows D (4 + e)    <= budget
     direct       the same with R = all live rows; dW is one product in its final dtype      <= budget + 2 V D if e < 4
-    two phases   a stash of onehot - p instead of dz, and D (4 + e) more a row: all live rows by the direct rule, else as many as
+    two phases   a stash instead of dz, and where it is wide D (4 + e) more a row: all live rows by the direct rule, else as many as
                  the budget holds beside what is recomputed, if these are a quarter of the live rows
     recomputed   stripe_rows D (4 + 2 e)  +  recompute_columns (recompute_rows e + recompute_chunk z)    <= budget / 2
     scoring      score_group D e  +  score_rows score_columns z    <= budget / 2
@@ -228,7 +228,7 @@ def _pass_bytes(p, r, R, dh_rows):
     """Chunk, buffer, the rows of hidden behind it, a slice of dH; on a CPU the rows of dH and one block's operands of dW."""
     e, D = p.element_size, p.depth
     chunk = r * _padded(p.vocab, p.tile_size) * p.tile_size * p.wide
-    row = _padded(p.vocab, e) * e + D * (e + (4 + e) * p.stashes)  # rows of hidden behind a stash are scaled in float32
+    row = _padded(p.vocab, e) * e + D * (e + (4 + e) * (p.stashes and p.wide))  # behind a wide stash, rows of hidden are scaled in float32
     if not p.on_cpu:
         return chunk + R * row + dh_rows * D * (e if e >= 4 else 4 + e) * p.needs_hidden
     columns = _block_columns(p) * p.needs_weight
