@@ -7,9 +7,9 @@
                       recomputed rows: vocabulary outermost; z, dz, dH += dz W, dW of a block written once              6NVD
 
 `plan.py` chooses the heights. Where products write float32 (``wide``: a GPU's, of 16-bit inputs) a chunk is float32 and the buffer
-other memory in the inputs' dtype; elsewhere r = R and the chunk is the buffer. A wide stash holds d logps / d z, rounded once; the
-incoming gradient is then a factor a row, and no pass over the stash is needed. The gradient of an entropy cannot be had from it:
-p (log p + entropy) cancels on flat rows, and what is left is the rounding of p. Nothing here synchronises with the host.
+other memory in the inputs' dtype; elsewhere r = R and the chunk is the buffer. A wide stash holds onehot - p, times the
+softcap's slope, rounded once; all else of dz is a factor a row, and no pass over the stash is needed. The gradient of an entropy cannot
+be had from it: p (log p + entropy) cancels on flat rows, and what is left is the rounding of p. Nothing here synchronises with the host.
 """
 
 
@@ -66,6 +66,11 @@ class Run:
         target, temperature, bias = self.rows.target[s], self.rows.temperature, self.head.bias
         return Tile(values, target - left if left else target, self.work.transform, None if bias is None else bias[columns],
                     None if temperature is None else temperature[s])  # fmt: skip
+
+    def slope(self, s):
+        """d z / d raw logits but for a softcap's part: a number, or one a row."""
+        transform, temperature = self.work.transform, self.rows.temperature
+        return transform.logit_scale / (transform.temperature if temperature is None else temperature[s])
 
     def logits(self, h, t, values, left=0):
         """values [R, C] = the raw logits of C columns from ``left`` on, without the bias."""
@@ -139,7 +144,7 @@ def one_pass(run):
 
 
 def score_with_stash(run, stash_rows):
-    """Scores all rows; the first ``stash_rows`` leave z behind, or where it is wide d logps / d z, which is returned."""
+    """Scores all rows; the first ``stash_rows`` leave z behind, or where it is wide ``onehot - p``, which is returned."""
     score(run, stash_rows, run.rows.index.shape[0])
     stash = whole_rows(stash_rows, run)
     if stash_rows:
@@ -190,7 +195,7 @@ def _leave_stash(run, tile, out, s):
     if any(run.work.diagnostics):
         run.diagnostics[s] = wanted.finish(found.lse)
     if run.wide:
-        run.kernels.gradient(tile, out, found, torch.ones_like(found.lse))
+        run.kernels.gradient(tile, out, found, torch.ones_like(found.lse) / run.slope(s))  # a slope in it would round even the 1
 
 
 def backward(run, scored, stash, g, g_entropy):
@@ -208,11 +213,13 @@ def backward(run, scored, stash, g, g_entropy):
 
 
 def _stashed_rows(run, gradients, scored, stash, g, g_entropy):
+    factor = None
     if run.wide:
         assert g_entropy is None
+        factor = g * run.slope(slice(0, len(g)))
     else:
         run.kernels.gradient(run.tile(stash, 0), stash, scored, g, g_entropy)
-    gradients.add(stash, *run.gather(0, len(g)), g if run.wide else None)
+    gradients.add(stash, *run.gather(0, len(g)), factor)
 
 
 def _recomputed_rows(run, gradients, stripe, scored, g, g_entropy):

@@ -100,7 +100,7 @@ class Plan:
     score_group: int  # scoring without gradient: rows of hidden that are gathered together
     score_rows: int  # of them the rows and columns of one chunk of logits
     score_columns: int
-    stash_rows: int  # two phases: live rows whose logits, or d logps / d logits, are kept for the backward
+    stash_rows: int  # two phases: live rows whose logits, or onehot - p, are kept for the backward
     stripe_rows: int  # recomputed rows whose float32 dH is summed while the vocabulary passes once
     recompute_rows: int  # of them, rows of dz [., recompute_columns] that one product takes
     recompute_chunk: int  # and of these the rows of logits in memory together

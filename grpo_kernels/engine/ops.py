@@ -76,9 +76,10 @@ def _score_backward(
     incoming: Sequence[Tensor | None], numbers: Sequence[float], work: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     run = Run(hidden, head, rows, rows[0].shape[0], decoded(tuple(numbers), work), two_phases=True, backward=True)
-    g, g_entropy = incoming[0], _unless_zero(incoming[1], run.work.shard)
-    if run.wide and g_entropy is not None:  # torch.compile hands over zeros for None, so it is known here at the earliest
-        stash = stash[:0]
+    g, g_entropy = incoming
+    if run.wide:  # torch.compile hands over zeros for None, so that this is known here at the earliest
+        g_entropy = _unless_zero(g_entropy, run.work.shard)
+        stash = stash if g_entropy is None else stash[:0]
     return tuple(backward(run, scored, stash[:, : head[0].shape[0]], g, g_entropy))
 
 
@@ -170,15 +171,14 @@ class _RowLogProbs(torch.autograd.Function):
     def forward(ctx, work, live, entropy_gradient, hidden, *tensors):
         head, rows = tensors[:4], tensors[4:]
         ctx.set_materialize_grads(False)
-        ctx.work, ctx.stash = work, None
+        problem = problem_of(head[0], work, live, rows[0].shape[0] - live, two_phases=True)
+        ctx.work, ctx.stash, ctx.wide = work, None, problem.wide
         ctx.direct = work.needs[0] and not any((*work.needs[1:], entropy_gradient, *work.diagnostics))
         if ctx.direct:
             ones = torch.ones(live, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
             logps, entropy, u, *_ = _one_pass(hidden, head, [*rows, ones, *(None,) * 5], live, *encoded(work))
             ctx.save_for_backward(hidden, *tensors, logps, None, entropy, u)
             return logps, entropy, logps.new_empty(0, 3)
-        problem = problem_of(head[0], work, live, rows[0].shape[0] - live, two_phases=True)
-        ctx.wide = problem.wide
         stash_rows = 0 if ctx.wide and entropy_gradient else stash_rows_of(problem)
         logps, lse, entropy, stash, found = _score(hidden, head, rows, live, stash_rows, *encoded(work))
         ctx.mark_non_differentiable(found)
@@ -195,7 +195,8 @@ class _RowLogProbs(torch.autograd.Function):
     def backward(ctx, g, g_entropy, _):
         hidden, *tensors, logps, lse, entropy, saved = ctx.saved_tensors
         head, rows, nothing = tensors[:4], tensors[4:], (None,) * 3
-        g_entropy = _unless_zero(g_entropy, ctx.work.shard)
+        if ctx.wide:
+            g_entropy = _unless_zero(g_entropy, ctx.work.shard)
         if g is None and g_entropy is None:
             return (*nothing, *(None,) * 8)
         if ctx.direct and g_entropy is None:
