@@ -5,9 +5,11 @@ import difflib
 import importlib.util
 import json
 import os
+import sys
 from dataclasses import dataclass, field
 
 import torch
+import transformers
 import yaml
 from transformers import BitsAndBytesConfig, HfArgumentParser
 
@@ -121,6 +123,12 @@ def _loss_type(argv, settings):
     parser = _Parser(allow_abbrev=False, add_help=False, dataclass_types=())
     parser.add_argument("--loss_type", default=settings.get("loss_type", GRPOConfig.loss_type))
     return parser.parse_known_args(argv)[0].loss_type
+
+
+def no_bars_in_a_file():
+    """Progress bars of transformers' loading are for a terminal."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
 
 
 def leave_together(args):
