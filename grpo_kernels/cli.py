@@ -150,9 +150,10 @@ def train(argv):
     from .trainer.rewards import load_reward
 
     no_bars_in_a_file()
-    with _in_one_line():
-        run, args = parse(argv, demo_defaults=demo.DEFAULTS)
-        with dry_run.output_folder(args.output_dir, keep=not run.dry_run):
+    with contextlib.ExitStack() as made:
+        with _in_one_line():
+            run, args = parse(argv, demo_defaults=demo.DEFAULTS)
+            made.enter_context(dry_run.output_folder(args.output_dir, keep=not run.dry_run))
             if run.dry_run:
                 dry_run.forgo_hub(args)
             if not run.is_demo:
@@ -165,21 +166,19 @@ def train(argv):
                 if args.process_index == 0:
                     print("\n".join(plan))
                 return leave_together(args)
-    if run.is_demo:
-        demo.run(args)
-    else:
         try:
-            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            demo.run(args) if run.is_demo else trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         except checkpoints.Unusable as error:
             raise UsageError(error) from error
-        trainer.save_model(args.output_dir)
-        metrics = trainer.evaluate() if evaluation else None
-        trainer.save_state()
-        if args.process_index == 0:
-            if evaluation:
-                print({name: round(value, 4) for name, value in metrics.items()})
-            print(f"model: {args.output_dir}")
-    leave_together(args)
+        if not run.is_demo:
+            trainer.save_model(args.output_dir)
+            metrics = trainer.evaluate() if evaluation else None
+            trainer.save_state()
+            if args.process_index == 0:
+                if evaluation:
+                    print({name: round(value, 4) for name, value in metrics.items()})
+                print(f"model: {args.output_dir}")
+        leave_together(args)
 
 
 @contextlib.contextmanager

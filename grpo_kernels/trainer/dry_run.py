@@ -72,7 +72,10 @@ def describe(trainer):
 
     data = trainer.train_dataset
     rows = [data[i] for i in range(min(len(data), _TOKENISED))]
-    lengths = [len(ids) for ids in tokenize(tokenizer, [row["prompt"] for row in rows], args.chat_template_kwargs)]
+    prompts = tokenize(tokenizer, [row["prompt"] for row in rows], args.chat_template_kwargs)
+    lengths, highest = [len(ids) for ids in prompts], max(map(max, prompts))
+    if highest >= V:
+        raise ValueError(f"the tokenizer must be the model's, got token {highest} of a prompt and a vocabulary of {V}")
     columns = _columns(rows)
     yield f"data       {len(data)} prompts of up to {max(lengths)} tokens (first {len(rows)}); other columns: {columns or 'none'}"
     names = reward_names(trainer.reward_funcs)
@@ -85,9 +88,9 @@ def describe(trainer):
     if args.resume_from_checkpoint:
         yield f"resumes    from {checkpoint or 'nothing: it begins anew'}"
 
-    prompts = args.generation_batch_size // args.num_generations
+    groups = args.generation_batch_size // args.num_generations
     steps = trainer.planned_steps()
-    yield (f"rollout    {prompts} prompts x {args.num_generations} completions of up to {args.max_completion_length} tokens, "
+    yield (f"rollout    {groups} prompts x {args.num_generations} completions of up to {args.max_completion_length} tokens, "
            f"for {args.steps_per_rollout} optimiser steps")  # fmt: skip
     rows_of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     tokens = rows_of_step * (max(lengths) + args.max_completion_length)
@@ -149,7 +152,7 @@ def _rehearse(trainer, steps, checkpoint, evaluated):
         args.max_completion_length, trainer.optimizer, trainer.lr_scheduler = whole, None, None
     best = args.metric_for_best_model
     if best is not None and evaluated and f"eval_{best.removeprefix('eval_')}" not in seen:
-        raise ValueError(f"metric_for_best_model must be one of {', '.join(sorted(seen))}, got {best!r}")
+        raise ValueError(f"metric_for_best_model must be one of the evaluation's, got {best!r}; known: {', '.join(sorted(seen))}")
 
 
 def _evaluate(trainer, part, data):
