@@ -146,14 +146,14 @@ def plot(argv):
 
 def train(argv):
     from .trainer import GRPOTrainer, checkpoints, demo, dry_run
-    from .trainer.arguments import leave_together, no_bars_in_a_file, parse, read_data
+    from .trainer.arguments import leave_together, no_bars_in_a_file, output_folder, parse, read_data
     from .trainer.rewards import load_reward
 
     no_bars_in_a_file()
     with contextlib.ExitStack() as made:
         with _in_one_line():
             run, args = parse(argv, demo_defaults=demo.DEFAULTS)
-            made.enter_context(dry_run.output_folder(args.output_dir, keep=not run.dry_run))
+            made.enter_context(output_folder(args.output_dir, keep=not run.dry_run))
             if run.dry_run:
                 dry_run.forgo_hub(args)
             if not run.is_demo:

@@ -397,7 +397,7 @@ def test_a_dry_run_tries_the_checkpoint(folder, capsys):
 def test_the_backend_is_that_of_the_flag(folder, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(backends, "resolve", lambda name, *_, real=backends.resolve: asked.append(name) or real(name, *_))
-    assert run(capsys, *GOOD, "--backend", "torch")[0] == 0
+    assert run(capsys, *GOOD, "--num_iterations", "2", "--beta", "0.1", "--backend", "torch")[0] == 0
     assert "torch" in asked and "auto" not in asked, asked
     monkeypatch.setenv("GRPO_KERNELS_BACKEND", "nope")
     code, _, err = run(capsys, *GOOD)

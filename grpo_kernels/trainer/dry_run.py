@@ -3,10 +3,7 @@
 Then its first minute in small: a rollout of short completions, their rewards, loss and gradients, the optimiser, an evaluation.
 """
 
-import contextlib
 import inspect
-import tempfile
-from pathlib import Path
 
 import huggingface_hub
 
@@ -21,29 +18,6 @@ from .trainer import named_datasets, state_of
 
 _TOKENISED = 1000  # rows of data whose prompts are tokenised; more would be waited for
 _SAMPLED = 8  # tokens of a completion
-
-
-@contextlib.contextmanager
-def output_folder(path, keep):
-    """Makes the folder, so that one that cannot be written is refused before anything slow.
-
-    What was made goes again, where it is empty, if the block raises or ``keep`` is False.
-    """
-    if not path:
-        raise ValueError(f"output_dir must be a folder, got {path!r}")
-    new, kept = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()], False
-    try:
-        try:
-            Path(path).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path).close()
-        except OSError as error:
-            raise ValueError(f"output_dir must be a folder that can be written, got {path!r}: {error.strerror}") from error
-        yield
-        kept = keep
-    finally:
-        with contextlib.suppress(OSError):
-            for folder in () if kept else new:
-                folder.rmdir()
 
 
 def forgo_hub(args):
@@ -116,7 +90,6 @@ def describe(trainer):
     products = 3 if needs_weight else 2
     yield (f"operations {_flops(2 * body * tokens + 2 * V * D * kept)} to sample, {_flops(passes * body * tokens)} in the body and "
            f"{_flops(2 * products * V * D * kept)} in the head, per step and process, at full length")  # fmt: skip
-
 
     longest, positions = max(lengths) + args.max_completion_length, _positions(causal_lm)
     if positions and longest > positions:
