@@ -5,6 +5,7 @@ over it. Everything heavy is imported by the command that needs it.
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import sys
@@ -144,40 +145,53 @@ def plot(argv):
 
 
 def train(argv):
-    from .trainer import GRPOTrainer, checkpoints, demo
-    from .trainer.arguments import leave_together, parse, read_data
-    from .trainer.dry_run import describe
+    from .trainer import GRPOTrainer, checkpoints, demo, dry_run
+    from .trainer.arguments import leave_together, no_bars_in_a_file, output_folder, parse, read_data
     from .trainer.rewards import load_reward
 
-    try:
-        run, args = parse(argv, demo_defaults=demo.DEFAULTS)
-        if not run.is_demo:
-            rewards = [load_reward(spec) for spec in run.reward]
-            data = read_data(run.data)
-            evaluation = read_data(run.eval_data) if run.eval_data else None
-            trainer = GRPOTrainer(run.model, rewards, args, data, eval_dataset=evaluation, peft_config=run.peft_config())
-        if run.dry_run:
-            plan = ["the built-in demo: no model, data or reward to check"] if run.is_demo else list(describe(trainer))
-            if args.process_index == 0:
-                print("\n".join(plan))
-            return leave_together(args)
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:
-        raise UsageError(error) from error
-    if run.is_demo:
-        demo.run(args)
-    else:
+    no_bars_in_a_file()
+    with contextlib.ExitStack() as made:
+        with _in_one_line():
+            run, args = parse(argv, demo_defaults=demo.DEFAULTS)
+            made.enter_context(output_folder(args.output_dir, keep=not run.dry_run))
+            if run.dry_run:
+                dry_run.forgo_hub(args)
+            if not run.is_demo:
+                rewards = [load_reward(spec) for spec in run.reward]
+                data = read_data(run.data)
+                evaluation = read_data(run.eval_data) if run.eval_data else None
+                trainer = GRPOTrainer(run.model, rewards, args, data, eval_dataset=evaluation, peft_config=run.peft_config())
+            if run.dry_run:
+                plan = list(dry_run.describe(demo.unwarmed(args) if run.is_demo else trainer))
+                if args.process_index == 0:
+                    print("\n".join(plan))
+                return leave_together(args)
         try:
-            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            demo.run(args) if run.is_demo else trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         except checkpoints.Unusable as error:
             raise UsageError(error) from error
-        trainer.save_model(args.output_dir)
-        metrics = trainer.evaluate() if evaluation else None
-        trainer.save_state()
-        if args.process_index == 0:
-            if evaluation:
-                print({name: round(value, 4) for name, value in metrics.items()})
-            print(f"model: {args.output_dir}")
-    leave_together(args)
+        if not run.is_demo:
+            trainer.save_model(args.output_dir)
+            metrics = trainer.evaluate() if evaluation else None
+            trainer.save_state()
+            if args.process_index == 0:
+                if evaluation:
+                    print({name: round(value, 4) for name, value in metrics.items()})
+                print(f"model: {args.output_dir}")
+        leave_together(args)
+
+
+@contextlib.contextmanager
+def _in_one_line():
+    """Whatever keeps a run from its first step; what is not meant for the user's eyes, with its type and place."""
+    from .trainer.rewards import told
+
+    try:
+        yield
+    except Exception as error:
+        meant = isinstance(error, (ValueError, TypeError, NotImplementedError, OSError, ImportError, RuntimeError))
+        said = " ".join(str(error).split()) if meant else told(error)
+        raise UsageError(said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ...") from error
 
 
 def _suggest(name, known):
@@ -185,6 +199,7 @@ def _suggest(name, known):
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
+_LONGEST = 500  # characters of a message; transformers' may list a hundred models
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 COMMANDS = {"train": train, "plan": plan, "plot": plot, "bench": bench, "doctor": doctor}
 

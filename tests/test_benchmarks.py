@@ -69,7 +69,9 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
     "argv, words",
     [
         (["--workloads", "dens"], ["'dens'", "did you mean dense"]),
-        (["--providers", "ligr,trl"], ["'ligr'", "liger"]),
+        (["--providers", "ligr,trl"], ["'ligr'", "did you mean liger", "known are", "torch-lce"]),
+        (["--providers", "nope"], ["'nope'", "known are", "torch-lce"]),
+        (["--backend", "cuda"], ["--backend cuda", "--help"]),
         (["--shapes", "qwen2.5-0.6b"], ["'qwen2.5-0.6b'", "qwen2.5-0.5b"]),
         (["--shapes", "100x8x64"], ["multiples of 64", "100x8x64"]),
         (["--tokens", "100"], ["multiple of 64"]),
@@ -84,7 +86,7 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
 def test_what_is_wrong_is_named(capsys, argv, words):
     assert cli.main(["bench", *argv]) == 2
     out, err = capsys.readouterr()
-    assert not out and len(err) < 700 and all(word in err for word in words), err
+    assert not out and err.count("\n") == 1 and len(err) < 700 and all(word in err for word in words), err
 
 
 def test_shapes_by_name_and_by_numbers():

@@ -1,14 +1,27 @@
 """The command line: names, precedence, and messages that say what was wrong."""
 
 import json
+import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+)
 
-from grpo_kernels import __version__, cli
+from grpo_kernels import __version__, backends, cli
+from grpo_kernels.trainer import dry_run
 from grpo_kernels.trainer.arguments import parse, read_data, read_jsonl
 from grpo_kernels.trainer.demo import DEFAULTS, make_tokenizer
 
@@ -149,24 +162,246 @@ def test_data_from_parquet_and_from_disk(folder, capsys):
     assert run(capsys, "plot")[0] == run(capsys, "plot", "nowhere")[0] == 2 and run(capsys, "plot", "--help")[0] == 0
 
 
-def test_a_dry_run_checks_everything_and_trains_nothing(folder, capsys):
-    options = ("--model", "model", "--data", "data.jsonl", "--output_dir", "out", "--report_to", "none", "--dry-run", *QUICK)
-    code, out, err = run(capsys, "train", *options, "--reward", "house_rewards:short")
+HOSTILE = """
+import asyncio
+def no_arguments(): return []
+def no_columns(prompts, completions, completion_ids): return [0.0] * len(completions)
+def by_position(completions, /, **_): return [0.0] * len(completions)
+def wants(completions, target, level, bonus=1, **_): return [0.0] * len(completions)
+def raises_on_one(completions, **_): return [{}[c] if i == 1 else 0.0 for i, c in enumerate(completions)]
+async def raises_later(completions, **_): raise OSError("no connection")
+def leaves(completions, **_): raise SystemExit(0)
+def too_short(completions, **_): return [0.0]
+def text(completions, **_): return "good"
+def nan(completions, **_): return [float("nan")] * len(completions)
+class Unmade: pass
+"""
+BROKEN = """
+from grpo_kernels import register_policy_term
+register_policy_term("a_sum", lambda logps, old_logps, advantages, config: (logps * advantages).sum(), overwrite=True)
+def longest(completions, **_): return [float(len(c) + i) for i, c in enumerate(completions)]
+"""
+MODELS = {
+    "t5": lambda: T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
+    "bert": lambda: BertForMaskedLM(BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)),
+    "gpt": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=6, n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=1)),
+    "narrow": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)),
+}  # fmt: skip
+# what a run refuses before its first step: flags, words of the message
+AT_ONCE = {
+    "batch of 0": ("--per_device_train_batch_size 0", "per_device_train_batch_size >= 1 0"),
+    "batch below 0": ("--per_device_train_batch_size -4", "per_device_train_batch_size >= 1 -4"),
+    "evaluation batch of 0": ("--per_device_eval_batch_size 0", "per_device_eval_batch_size >= 1 0"),
+    "accumulation of 0": ("--gradient_accumulation_steps 0", "gradient_accumulation_steps >= 1 0"),
+    "a group that does not divide": ("--num_generations 3", "num_generations divide 3"),
+    "fp16": ("--fp16", "fp16 bf16"),
+    "no deepspeed": ("--deepspeed zero.json", "deepspeed install 'zero.json'"),
+    "no wandb": ("--report_to wandb", "wandb install"),
+    "unknown logger": ("--report_to wandbb", "report_to wandbb tensorboard"),
+    "hub without a token": ("--push_to_hub --dry-run", "push_to_hub token"),
+    "output is a file": ("--output_dir data.jsonl", "output_dir 'data.jsonl' exists"),
+    "output below a file": ("--output_dir data.jsonl/x", "output_dir 'data.jsonl/x' folder"),
+    "output where nothing can be written": ("--output_dir /proc", "output_dir '/proc' written"),
+    "no output": ("--output_dir=", "output_dir ''"),
+    "no such folder": ("--model ./nope", "model './nope' no such folder"),
+    "no such name": ("--model nope", "model 'nope' no such folder"),
+    "no such subfolder": ("--model model/nope", "model 'model/nope' no such folder"),
+    "a model that is a file": ("--model data.jsonl", "model 'data.jsonl' no such folder"),
+    "a folder without a model": ("--model empty", "empty config.json"),
+    "a model without a tokenizer": ("--model bare", "'bare' tokenizer"),
+    "encoder-decoder": ("--model t5", "decoder encoder-decoder (t5)"),
+    "encoder": ("--model bert", "Bert logits"),
+    "a model option": ("--model_init_kwargs {\"nope\":1}", "nope"),
+    "a dtype that is none": ("--model_init_kwargs {\"dtype\":\"float8\"}", "float8"),
+    "attention that is not installed": ("--model_init_kwargs {\"attn_implementation\":\"flash_attention_2\"}", "FlashAttention2 installed"),
+    "no JSON": ("--generation_kwargs {nope", "generation_kwargs JSON {nope"),
+    "JSON of no object": ("--chat_template_kwargs [1]", "chat_template_kwargs JSON object [1]"),
+    "no such adapter": ("--use_peft --lora_target_modules nope", "nope not found"),
+    "rank 0": ("--use_peft --lora_r 0", "positive 0"),
+    "backend": ("--backend nope", "backend auto, torch, cpu, triton, cuda 'nope'"),
+    "backend without a device": ("--backend cuda", "backend 'cuda' cannot be used"),
+    "a data column": ("--data question.jsonl", "question.jsonl, line 1 'prompt'"),
+    "evaluation without data": ("--eval_strategy steps --eval_steps 1", "eval_strategy eval_dataset"),
+    "a reward that cannot be parsed": ("--reward unparsed:f", "unparsed:f SyntaxError"),
+    "a reward that raises": ("--reward raising:f", "raising:f ZeroDivisionError (raising.py, line 2)"),
+    "a reward that leaves": ("--reward leaving:f", "leaving:f SystemExit"),
+    "a reward model that is none": ("--reward model", "'model' score"),
+    "weights of other rewards": ("--reward_weights 1 2", "reward_weights 1 [1.0, 2.0]"),
+    "no checkpoint": ("--resume_from_checkpoint True", "resume_from_checkpoint no checkpoint"),
+    "no such checkpoint": ("--resume_from_checkpoint out/nope", "out/nope no such folder"),
+}
+# what a run would end with in its first minute
+REHEARSED = {
+    "no arguments": ("--reward hostile:no_arguments", "'no_arguments' prompts, completions, completion_ids ['level']"),
+    "no columns": ("--reward hostile:no_columns", "'no_columns' ['level'] 'level'"),
+    "by position": ("--reward hostile:by_position", "'by_position' by name positional"),
+    "a class": ("--reward hostile:Unmade", "'Unmade' by name"),
+    "missing columns": ("--reward hostile:wants", "'wants' ['target'] ['level']"),
+    "missing columns of the evaluation": ("--reward house_rewards:short --eval_data plain.jsonl", "'short' ['level'] []"),
+    "raises on one": ("--reward hostile:raises_on_one", "'raises_on_one' KeyError (hostile.py, line 7)"),
+    "raises later": ("--reward hostile:raises_later", "'raises_later' OSError: no connection"),
+    "leaves": ("--reward hostile:leaves", "'leaves' SystemExit"),
+    "too short": ("--reward hostile:too_short", "'too_short' each of 4 completions 1: [0.0]"),
+    "text": ("--reward hostile:text", "'text' list of numbers 'good'"),
+    "nan": ("--reward hostile:nan", "'nan' finite"),
+    "a loss that is no loss per token": ("--reward broken:longest --loss_type a_sum", "'a_sum' one loss a token []"),
+    "no chat template": ("--data chat.jsonl", "chat_template"),
+    "no chat template for the evaluation": ("--eval_data chat.jsonl", "chat_template"),
+    "a column by the name of an argument": ("--data reserved.jsonl", "'completions' collides"),
+    "another model's tokenizer": ("--model narrow", "tokenizer vocabulary of 8"),
+    "a prompt of too many tokens": ("--model gpt --data long.jsonl", "IndexError"),
+    "an optimiser that is not installed": ("--optim galore_adamw", "galore_torch"),
+    "a learning rate": ("--learning_rate -1", "learning rate: -1"),
+    "a schedule that lacks its option": ("--lr_scheduler_type warmup_stable_decay", "num_decay_steps"),
+    "an option of generate": ("--generation_kwargs {\"bad_words_ids\":3}", "bad_words_ids 3"),
+    "an option of continuous batching": (
+        "--use_transformers_continuous_batching --transformers_continuous_batching_config {\"nope\":1}", "nope"),
+    "a metric that is none": (
+        "--eval_data data.jsonl --eval_strategy steps --eval_steps 1 --metric_for_best_model nope", "metric_for_best_model eval_entropy 'nope'"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def hostile(folder):
+    """Beside a good run's files everything that AT_ONCE and REHEARSED name."""
+    (folder / "hostile.py").write_text(HOSTILE)
+    (folder / "broken.py").write_text(BROKEN)
+    (folder / "unparsed.py").write_text("def f(:\n")
+    (folder / "raising.py").write_text("\n1 / 0\n")
+    (folder / "leaving.py").write_text("raise SystemExit(0)\n")
+    for name in ("hostile", "broken", "unparsed", "raising", "leaving"):
+        sys.modules.pop(name, None)
+    chat = [{"role": "user", "content": "1+1="}]
+    rows = {"question": {"question": "1+1="}, "plain": {"prompt": "1+1="}, "chat": {"prompt": chat, "level": "easy"},
+            "reserved": {"prompt": "1+1=", "level": "easy", "completions": "2"}, "long": {"prompt": "1" * 9, "level": "easy"}}  # fmt: skip
+    for name, row in rows.items():
+        (folder / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    (folder / "empty").mkdir()
+    shutil.copytree(folder / "model", folder / "bare")
+    for file in (folder / "bare").glob("token*"):
+        file.unlink()
+    for name, make in MODELS.items():
+        make().save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def files(folder):
+    return sorted(str(path) for path in folder.rglob("*") if "__pycache__" not in path.parts)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def connect(*_):
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+
+
+GOOD = ("train", "--model", "model", "--data", "data.jsonl", "--reward", "house_rewards:short", "--output_dir", "out/run", "--report_to", "none", *QUICK)
+
+
+def refused(capsys, words, *argv):
+    """Exit code 2, one line on stderr, nothing on stdout."""
+    capsys.readouterr()
+    code, out, err = run(capsys, *argv)
+    told = err.splitlines()[-1]
+    assert code == 2 and not out and "Traceback" not in err and len(told) < 600, (code, out, err)
+    assert all(word in told for word in words.split()), told
+
+
+@pytest.mark.usefixtures("no_network", "one_thread")
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_what_keeps_a_run_from_its_first_step_is_one_line_and_leaves_nothing(hostile, capsys, name):
+    flags, words = AT_ONCE[name]
+    before = files(hostile)
+    for mode in ((), ("--dry-run",)):
+        refused(capsys, words, *GOOD, *flags.split(), *mode)
+        assert files(hostile) == before
+
+
+@pytest.mark.usefixtures("no_network", "one_thread")
+@pytest.mark.parametrize("name", REHEARSED)
+def test_a_dry_run_finds_what_would_end_the_run_in_its_first_minute(hostile, capsys, name):
+    flags, words = REHEARSED[name]
+    before = files(hostile)
+    refused(capsys, words, *GOOD, *flags.split(), "--dry-run")
+    assert files(hostile) == before
+    with pytest.raises((Exception, SystemExit)):  # whatever it is: the dry run was right
+        cli.main([*GOOD, *flags.split()])
+
+
+def test_an_error_of_the_dry_run_is_all_that_is_printed(hostile, capsys):
+    capsys.readouterr()
+    found = run(capsys, *GOOD, "--reward", "hostile:raises_on_one", "--dry-run")
+    told = found[2].split("KeyError: ")[1]
+    assert found == (2, "", f"grpo-kernels: reward 'raises_on_one' raised KeyError: {told}") and told.count("\n") == 1
+
+
+def test_a_dry_run_prints_the_plan_and_trains_nothing(folder, capsys):
+    before = files(folder)
+    code, out, err = run(capsys, *GOOD, "--dry-run", "--eval_data", "data.jsonl")
     assert code == 0, err
-    for word in ("LlamaForCausalLM", "vocabulary 32", "4 prompts", "['level']", "short", "2 prompts x 2 completions", "MiB", "FLOP", "2 steps"):
+    for word in ("LlamaForCausalLM", "vocabulary 32", "4 prompts", "['level']", "short", "2 prompts x 2 completions", "MiB", "FLOP", "2 steps",
+                 "rehearsed", "evaluation"):  # fmt: skip
         assert word in out, out
-    assert not (folder / "out" / "model.safetensors").exists()
-    code, _, err = run(capsys, "train", *options, "--reward", "house_rewards:long")
-    assert code == 2 and "'long'" in err
-    code, out, _ = run(capsys, "train", "--dry-run", "--model", "model", "--data", "data.jsonl", "--reward", "house_rewards:short", "--use_peft",
-                       "--lora_target_modules", "q_proj", "lm_head", *QUICK)  # fmt: skip
-    assert code == 0 and "an adapter on it" in out and "frozen" in out
-    assert run(capsys, "train", "--dry-run")[0] == 0
-    (folder / "wanting.py").write_text("def score(completions, target, level, bonus=1, **_):\n    return [0.0] * len(completions)\n")
-    code, _, err = run(capsys, "train", *options, "--reward", "wanting:score")
-    assert code == 2 and "'target'" in err and "'level'" in err, err
-    code, _, err = run(capsys, "train", *options, "--reward", "house_rewards:short", "--resume_from_checkpoint", "out/nope")
-    assert code == 2 and "out/nope" in err, err
+    assert files(folder) == before and "note" not in out
+    code, out, _ = run(capsys, *GOOD, "--dry-run", "--max_completion_length", "4000")
+    assert code == 0 and "up to 4004 tokens" in out and "2048 positions" in out, out
+    (folder / "out" / "run").mkdir(parents=True)
+    code, out, _ = run(capsys, *GOOD, "--dry-run", "--use_peft", "--lora_target_modules", "q_proj", "lm_head")
+    assert code == 0 and "an adapter on it" in out and "frozen" in out and (folder / "out" / "run").is_dir()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_dry_run_of_the_demo_is_of_its_own_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "train", "--dry-run")
+    assert code == 0 and "vocabulary 4096" in out and "240 steps" in out and not files(tmp_path), err
+    code, _, err = run(capsys, "train", "--dry-run", "--optim", "lomo")
+    assert code == 2 and "lomo" in err and not files(tmp_path)
+
+
+def test_a_dry_run_does_not_ask_the_hub(folder, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run.huggingface_hub, "get_token", lambda: "a token")
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: pytest.fail("made a repository"))
+    assert run(capsys, *GOOD, "--dry-run", "--push_to_hub")[0] == 0
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_dry_run_tries_the_checkpoint(folder, capsys):
+    two = [*GOOD, "--num_iterations", "2"]
+    assert run(capsys, *two, "--save_steps", "1", "--max_steps", "3")[0] == 0
+    more = [*two, "--max_steps", "6", "--dry-run", "--resume_from_checkpoint"]
+    before = files(folder)
+    code, out, err = run(capsys, *more, "out/run/checkpoint-1")
+    assert code == 0 and "resumes    from out/run/checkpoint-1" in out and "rehearsed  a rollout" in out, err
+    for name, flags, words in (
+        ("the folder of a run", ["out/run"], ["out/run: it is the folder of a run", "newest", "out/run/checkpoint-3"]),
+        ("another rollout", ["out/run/checkpoint-1", "--per_device_train_batch_size", "8"], ["generation_batch_size", "got 8"]),
+        ("no reference", ["out/run/checkpoint-2", "--beta", "0.1", "--sync_ref_model"], ["reference"]),
+        ("another model", ["out/run/checkpoint-2", "--use_peft"], ["parameter"]),
+    ):
+        code, out, err = run(capsys, *more, *flags)
+        told = err.splitlines()[-1]
+        assert code == 2 and not out and all(word in told for word in words), (name, err)
+    (folder / "out" / "run" / "checkpoint-3" / "complete.json").unlink()
+    code, _, err = run(capsys, *more, "out/run")
+    assert code == 2 and err.strip().endswith("out/run/checkpoint-2"), err
+    code, out, _ = run(capsys, *two, "--dry-run", "--max_steps", "2", "--resume_from_checkpoint", "out/run/checkpoint-2")
+    assert code == 0 and "has taken all 2 steps" in out
+    assert set(before) - set(files(folder)) == {str(folder / "out" / "run" / "checkpoint-3" / "complete.json")}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_backend_is_that_of_the_flag(folder, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(backends, "resolve", lambda name, *_, real=backends.resolve: asked.append(name) or real(name, *_))
+    assert run(capsys, *GOOD, "--num_iterations", "2", "--beta", "0.1", "--backend", "torch")[0] == 0
+    assert "torch" in asked and "auto" not in asked, asked
+    monkeypatch.setenv("GRPO_KERNELS_BACKEND", "nope")
+    code, _, err = run(capsys, *GOOD)
+    assert code == 2 and "GRPO_KERNELS_BACKEND must be one of" in err
 
 
 def test_help_shows_the_defaults_of_a_run_with_a_model(capsys):

@@ -24,7 +24,7 @@ from test_trainer import DATA, config, tiny_model, weights
 from test_trainer import trainer as plain_trainer
 from torch.distributed.tensor import DTensor
 
-from grpo_kernels.trainer import GRPOTrainer, checkpoints
+from grpo_kernels.trainer import GRPOTrainer, checkpoints, dry_run
 from grpo_kernels.trainer import trainer as module
 from grpo_kernels.trainer.demo import make_tokenizer
 from grpo_kernels.trainer.rollout import Completions
@@ -178,6 +178,11 @@ def work(rank, folder, port):
     with pytest.raises(RuntimeError) as raised:
         outcome(folder / "out", resume=str(folder / "broken" / "checkpoint-6"), **SAVED)
     keep("loading", str(raised.value))
+    module.sample = SAMPLE
+    plan = list(dry_run.describe(plain_trainer(folder / "out", rewards=letters, eval_dataset=DATA[:3], per_device_train_batch_size=4)))
+    assert plan[-1].startswith("rehearsed  a rollout") and plan[-1].endswith("evaluation")
+    with pytest.raises(RuntimeError, match="rank 1 raised RuntimeError: reward 'fails_on_rank_one' raised KeyError"):
+        list(dry_run.describe(plain_trainer(folder / "out", rewards=fails_on_rank_one, per_device_train_batch_size=4)))
 
     use_fsdp()
     for name, options in SHARDED.items():
@@ -194,6 +199,7 @@ def work(rank, folder, port):
     t = plain_trainer(folder / "out", rewards=letters, eval_dataset=DATA[:3], **options)
     with pytest.raises(ValueError, match="after or amid train"):
         t.evaluate()
+    assert list(dry_run.describe(t))[-1].startswith("rehearsed  nothing: a sharded model")
     t.train()
     keep("sharded, sampling", (t.state.log_history, t.evaluate(), t._rollout["mask"].shape[1]))
     leave()
@@ -261,8 +267,9 @@ def test_a_rank_that_cannot_tokenise_or_load_ends_the_run_on_both(folder):
 def test_a_rank_whose_reward_raises_ends_the_run_on_both(folder):
     said = [torch.load(folder / f"raised-{rank}", weights_only=False) for rank in range(RANKS)]
     for message, _ in said:
-        assert re.fullmatch(r"rank 1 raised KeyError: 'the answers are not here'", message)
-    assert said[0][1] == "None" and "KeyError" in said[1][1]
+        told = r"rank 1 raised RuntimeError: reward 'fails_on_rank_one' raised KeyError: 'the answers are not here' \(test_trainer_ranks.py, line \d+\)"
+        assert re.fullmatch(told, message)
+    assert said[0][1] == "None" and "fails_on_rank_one" in said[1][1]
 
 
 def test_sharded_ranks_sample_different_lengths_and_their_log_probs_are_not_rounded(folder):

@@ -42,8 +42,13 @@ class Refused(Exception):
     """What was asked for cannot be done; the message says why."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Refused(f"bench: {message}; `bench --help` lists the options")
+
+
 def parser():
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog="grpo-kernels bench", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EPILOG,
         description="Time, memory and error of the loss on this machine, beside bare matrix products and other libraries.",
     )  # fmt: skip

@@ -55,7 +55,8 @@ def parse(text, tokens) -> Shape:
 
 def unknown(name, known) -> str:
     close = difflib.get_close_matches(name, known, n=3)
-    return f"unknown name {name!r}; " + (f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}")
+    meant = f" (did you mean {' or '.join(close)}?)" if close else ""
+    return f"unknown name {name!r}{meant}; known are {', '.join(known)}"
 
 
 def named(shape) -> str:

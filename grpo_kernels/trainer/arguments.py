@@ -1,13 +1,18 @@
 """A run from the command line: flags, a YAML file of the same names, data from JSONL, parquet or a dataset on disk."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import json
 import os
+import sys
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+import transformers
 import yaml
 from transformers import BitsAndBytesConfig, HfArgumentParser
 
@@ -121,6 +126,35 @@ def _loss_type(argv, settings):
     parser = _Parser(allow_abbrev=False, add_help=False, dataclass_types=())
     parser.add_argument("--loss_type", default=settings.get("loss_type", GRPOConfig.loss_type))
     return parser.parse_known_args(argv)[0].loss_type
+
+
+@contextlib.contextmanager
+def output_folder(path, keep):
+    """Makes the folder, so that one that cannot be written is refused before anything slow.
+
+    What was made goes again, where it is empty, if the block raises or ``keep`` is False.
+    """
+    if not path:
+        raise ValueError(f"output_dir must be a folder, got {path!r}")
+    new, kept = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()], False
+    try:
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            raise ValueError(f"output_dir must be a folder that can be written, got {path!r}: {error.strerror}") from error
+        yield
+        kept = keep
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in () if kept else new:
+                folder.rmdir()
+
+
+def no_bars_in_a_file():
+    """Progress bars of transformers' loading are for a terminal."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
 
 
 def leave_together(args):

@@ -39,6 +39,10 @@ def check(folder):
     """Raises Unusable unless ``folder`` holds, byte by byte, what it held when it was sealed; names the newest one that does."""
     if (wrong := what_is_wrong(folder)) is None:
         return
+    if own := _by_step(Path(folder)):
+        whole = next((str(inner) for inner in own if what_is_wrong(inner) is None), None)
+        offer = f"resume from its newest whole one, {whole}" if whole else "none of those in it is whole"
+        raise Unusable(f"checkpoint {folder}: it is the folder of a run, not a checkpoint; {offer}")
     others = [other for other in _by_step(Path(folder).parent) if other != Path(folder)]
     whole = next((str(other) for other in others if what_is_wrong(other) is None), None)
     offer = f"resume from {whole}" if whole else "there is no other one beside it that is whole"

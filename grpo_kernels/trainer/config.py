@@ -5,6 +5,8 @@ without being written twice. Names are those of TRL's GRPO trainer.
 """
 
 import dataclasses
+import importlib.util
+import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -12,7 +14,9 @@ from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
+from ..call import check_options
 from ..losses.advantages import AGGREGATIONS, SCALE_REWARDS
 from ..losses.config import GRPOLossConfig
 
@@ -21,6 +25,8 @@ _OURS = {
     "temperature", "max_new_tokens", "max_length", "do_sample", "num_return_sequences", "num_beams", "eos_token_id", "pad_token_id",
     "return_dict_in_generate", "output_scores", "output_logits", "use_cache",
 }  # fmt: skip
+
+_JSON = ("model_init_kwargs", "chat_template_kwargs", "generation_kwargs", "transformers_continuous_batching_config")
 
 _LossFields = dataclasses.make_dataclass(
     "_LossFields",
@@ -119,20 +125,30 @@ class GRPOConfig(TrainingArguments, _LossFields):
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Keyword arguments of the chat template (JSON)."}
     )
+    backend: str = field(
+        default="auto", metadata={"help": "Of the loss: torch, cpu, triton, cuda; auto asks GRPO_KERNELS_BACKEND, then the device."}
+    )
 
-    _VALID_DICT_FIELDS: ClassVar = [
-        *TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs", "generation_kwargs",
-        "transformers_continuous_batching_config",
-    ]  # fmt: skip
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, *_JSON]
 
     def __post_init__(self):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # or transformers would start as many runs, each of its own
+        if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
+            raise ValueError(f"deepspeed must be None: it is not installed; pip install deepspeed, got {self.deepspeed!r}")
+        for name in _JSON:
+            _check_json(name, getattr(self, name))  # transformers parses it, names no option, and takes any text without a brace
         super().__post_init__()
+        try:
+            get_reporting_integration_callbacks(self.report_to)
+        except ValueError as error:
+            raise ValueError(f"report_to: {error}") from error
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
-        self.loss_config()
+        check_options(self.loss_config(), None, self.backend)
         least_of = {"num_generations": 2, "num_iterations": 1, "max_completion_length": 1, "top_k": 0, "ref_model_sync_steps": 1}
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        least_of |= dict.fromkeys(sizes, 1)
         for name, least in least_of.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -209,3 +225,12 @@ class GRPOConfig(TrainingArguments, _LossFields):
     def steps_per_rollout(self) -> int:
         """Optimiser steps taken on one rollout."""
         return self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps
+
+
+def _check_json(name, value):
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{name} must be a JSON object, got {value!r}: {error}") from error
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"{name} must be a JSON object, got {value!r}")

@@ -115,6 +115,12 @@ def _run(args, threads):
     return accuracy, final
 
 
+def unwarmed(args: GRPOConfig) -> GRPOTrainer:
+    """The trainer of a demo whose model knows nothing yet, to look at."""
+    tokenizer = make_tokenizer()
+    return GRPOTrainer(make_model(tokenizer), exact_match, args, make_problems(args.seed)[0], processing_class=tokenizer)
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character of an addition, and an end."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+="])}

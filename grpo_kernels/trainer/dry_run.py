@@ -1,6 +1,11 @@
-"""What a run would do, before it does it: model, tokens of a step, memory of the loss by the planner's formula, operations."""
+"""What a run would do, before it does it: model, tokens of a step, memory of the loss by the planner's formula, operations.
+
+Then its first minute in small: a rollout of short completions, their rewards, loss and gradients, the optimiser, an evaluation.
+"""
 
 import inspect
+
+import huggingface_hub
 
 from .. import backends
 from ..engine import plan
@@ -9,15 +14,25 @@ from ..integrations.transformers import lm_head
 from ..losses.objective import depends_on_its_row_alone
 from .rewards import RESERVED, reward_names
 from .rollout import tokenize
+from .trainer import named_datasets, state_of
 
 _TOKENISED = 1000  # rows of data whose prompts are tokenised; more would be waited for
+_SAMPLED = 8  # tokens of a completion
+
+
+def forgo_hub(args):
+    """transformers' Trainer would make the repository as soon as it is made itself; raises ValueError if it could not."""
+    if args.push_to_hub and not (args.hub_token or huggingface_hub.get_token()):
+        raise ValueError("push_to_hub needs a token of the hub: give hub_token, or log in with `hf auth login`")
+    args.push_to_hub = False
 
 
 def describe(trainer):
-    """Lines. The first thousand prompts are tokenised.
+    """Lines. The first thousand prompts are tokenised, and the first rollout is rehearsed: no weight changes, nothing is written.
 
     Raises:
         ValueError: naming what in the data cannot be trained on, a column that a reward lacks, a checkpoint that cannot be resumed.
+        Exception: whatever the run would end with in its first minute.
     """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -31,19 +46,25 @@ def describe(trainer):
 
     data = trainer.train_dataset
     rows = [data[i] for i in range(min(len(data), _TOKENISED))]
-    lengths = [len(ids) for ids in tokenize(tokenizer, [row["prompt"] for row in rows], args.chat_template_kwargs)]
-    columns = sorted({name for row in rows for name in row} - {"prompt"})
+    prompts = tokenize(tokenizer, [row["prompt"] for row in rows], args.chat_template_kwargs)
+    lengths, highest = [len(ids) for ids in prompts], max(map(max, prompts))
+    if highest >= V:
+        raise ValueError(f"the tokenizer must be the model's, got token {highest} of a prompt and a vocabulary of {V}")
+    columns = _columns(rows)
     yield f"data       {len(data)} prompts of up to {max(lengths)} tokens (first {len(rows)}); other columns: {columns or 'none'}"
     names = reward_names(trainer.reward_funcs)
-    for name, function in zip(names, trainer.reward_funcs, strict=True):
-        _check_columns(name, function, columns)
+    evaluated = {} if trainer.eval_dataset is None else named_datasets(trainer.eval_dataset)
+    for given in (columns, *(_columns([data[0]]) for data in evaluated.values())):
+        for name, function in zip(names, trainer.reward_funcs, strict=True):
+            _check_signature(name, function, [] if args.remove_unused_columns else given)
     yield f"rewards    {', '.join(names)}"
+    checkpoint = trainer.checkpoint_to_resume(args.resume_from_checkpoint)
     if args.resume_from_checkpoint:
-        yield f"resumes    from {trainer.checkpoint_to_resume(args.resume_from_checkpoint)}"
+        yield f"resumes    from {checkpoint or 'nothing: it begins anew'}"
 
-    prompts = args.generation_batch_size // args.num_generations
+    groups = args.generation_batch_size // args.num_generations
     steps = trainer.planned_steps()
-    yield (f"rollout    {prompts} prompts x {args.num_generations} completions of up to {args.max_completion_length} tokens, "
+    yield (f"rollout    {groups} prompts x {args.num_generations} completions of up to {args.max_completion_length} tokens, "
            f"for {args.steps_per_rollout} optimiser steps")  # fmt: skip
     rows_of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     tokens = rows_of_step * (max(lengths) + args.max_completion_length)
@@ -53,7 +74,7 @@ def describe(trainer):
 
     weight, live = head.weight, args.per_device_train_batch_size * args.max_completion_length
     needs_weight = weight.requires_grad or (head.lora is not None and head.lora[1].requires_grad)
-    backend = backends.resolve("auto", weight.device, weight.dtype, V)
+    backend = backends.resolve(args.backend, weight.device, weight.dtype, V)
     budget = plan.default_budget(weight.device.type)
     two_phases = not depends_on_its_row_alone(trainer.loss_config, on_policy=args.steps_per_rollout == 1)
     problem = plan.Problem(
@@ -70,16 +91,77 @@ def describe(trainer):
     yield (f"operations {_flops(2 * body * tokens + 2 * V * D * kept)} to sample, {_flops(passes * body * tokens)} in the body and "
            f"{_flops(2 * products * V * D * kept)} in the head, per step and process, at full length")  # fmt: skip
 
+    longest, positions = max(lengths) + args.max_completion_length, _positions(causal_lm)
+    if positions and longest > positions:
+        yield f"note       up to {longest} tokens in a row, more than the {positions} positions of the model"
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        yield "rehearsed  nothing: a sharded model is made when training begins"
+        return
+    if checkpoint:
+        trainer.state = state_of(checkpoint)
+    if trainer.state.global_step >= steps:
+        yield f"rehearsed  nothing: {checkpoint} has taken all {steps} steps of the run"
+        return
+    _rehearse(trainer, steps, checkpoint, evaluated)
+    yield "rehearsed  a rollout of short completions, rewards, loss, gradients, optimiser" + (", evaluation" if evaluated else "")
 
-def _check_columns(name, function, columns):
+
+def _rehearse(trainer, steps, checkpoint, evaluated):
+    """What `trainer.train` does first. Raises as it would."""
+    args, count = trainer.args, trainer.args.gradient_accumulation_steps
+    whole, args.max_completion_length = args.max_completion_length, min(_SAMPLED, args.max_completion_length)
+    trainer.create_optimizer_and_scheduler(steps)
+    try:
+        if checkpoint:
+            trainer._load_from_checkpoint(checkpoint)
+            trainer._load_optimizer_and_scheduler(checkpoint)
+        batches, _ = trainer.get_batch_samples(iter(range(count)), count, args.device)
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.model, batches[0])
+        loss.backward()
+        trainer.model.zero_grad(set_to_none=True)
+        seen = {f"eval_{name}" for part in evaluated for name in _evaluate(trainer, part, evaluated[part])}
+    finally:
+        args.max_completion_length, trainer.optimizer, trainer.lr_scheduler = whole, None, None
+    best = args.metric_for_best_model
+    if best is not None and evaluated and f"eval_{best.removeprefix('eval_')}" not in seen:
+        raise ValueError(f"metric_for_best_model must be one of the evaluation's, got {best!r}; known: {', '.join(sorted(seen))}")
+
+
+def _evaluate(trainer, part, data):
+    """Names of the metrics of one round on an evaluation set."""
+    args = trainer.args
+    repeats = args.num_generations_eval or args.num_generations
+    trainer.model.eval()
+    try:
+        trainer._evaluate_round(data, 0, max(args.per_device_eval_batch_size // repeats, 1), repeats)
+    finally:
+        trainer.model.train()
+    return [f"{part}_{name}".lstrip("_") for name in trainer._metrics["eval"].names()]
+
+
+def _positions(causal_lm):
+    return getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _columns(rows):
+    return sorted({name for row in rows for name in row} - {"prompt"})
+
+
+def _check_signature(name, function, columns):
     """Of a reward function whose signature says what it wants."""
     try:
-        parameters = inspect.signature(function).parameters.values()
+        signature = inspect.signature(function)
     except (TypeError, ValueError):
         return
+    parameters = signature.parameters.values()
     needed = {p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if missing := sorted(needed - {*RESERVED, *columns}):
         raise ValueError(f"reward {name!r} needs the columns {missing}, the data has {columns}")
+    try:
+        signature.bind(**dict.fromkeys([*RESERVED, *columns]))
+    except TypeError as error:
+        raise ValueError(f"reward {name!r} must take {', '.join(RESERVED)} and the columns {columns} by name: {error}") from error
 
 
 def _names(model):

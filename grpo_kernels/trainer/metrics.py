@@ -26,6 +26,9 @@ class Recorded:
                 self._totals[name] = self._total(name)
                 waiting.clear()
 
+    def names(self) -> list[str]:
+        return sorted(self._waiting)
+
     def clear(self):
         self._waiting.clear()
         self._totals.clear()
@@ -35,7 +38,7 @@ class Recorded:
 
         One collective, ``gather`` of [1, metrics, 4], of the same size on every process. What had no weight anywhere has no entry.
         """
-        names = sorted(self._waiting)
+        names = self.names()
         if not names:
             return {}
         everywhere = gather(torch.stack([self._total(name) for name in names]).unsqueeze(0))

@@ -1,15 +1,19 @@
 """Reward functions: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, None = not scorable."""
 
 import asyncio
+import contextlib
 import importlib
 import inspect
 import math
 import os
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
+
+from .loading import load_tokenizer, refuse_missing
 
 RESERVED = ("prompts", "completions", "completion_ids")
 
@@ -39,8 +43,8 @@ def load_reward(spec: str):
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"reward {spec!r}: cannot import {module_name!r} ({error})") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"reward {spec!r}: cannot import {module_name!r} ({told(error)})") from error
     function = getattr(module, name, None)
     if not callable(function):
         wrong = "has no" if function is None else "holds something that cannot be called under"
@@ -65,7 +69,8 @@ def score(functions, prompts, completions, completion_ids, columns) -> torch.Ten
             raise ValueError(f"dataset column {name!r} collides with an argument of the reward functions; rename it")
     rewards = []
     given = dict(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-    for answer, name in zip(_answers(functions, given), reward_names(functions), strict=True):
+    names = reward_names(functions)
+    for answer, name in zip(_answers(functions, names, given), names, strict=True):
         answer = answer.tolist() if isinstance(answer, torch.Tensor) else answer
         try:
             if any(isinstance(value, str) for value in answer):
@@ -83,15 +88,22 @@ def score(functions, prompts, completions, completion_ids, columns) -> torch.Ten
     return torch.stack(rewards, dim=1)
 
 
-def _answers(functions, given):
+def _answers(functions, names, given):
     """Of all functions; those that are asynchronous wait together."""
-    answers = [function(**given) for function in functions]
+    answers = []
+    for function, name in zip(functions, names, strict=True):
+        with _naming(name):
+            answers.append(function(**given))
     waiting = [i for i, answer in enumerate(answers) if inspect.isawaitable(answer)]
     if not waiting:
         return answers
 
+    async def answered(i):
+        with _naming(names[i]):
+            return await answers[i]
+
     async def gathered():
-        return await asyncio.gather(*(answers[i] for i in waiting))
+        return await asyncio.gather(*map(answered, waiting))
 
     # in a thread of its own: a notebook's has an event loop already, which cannot be entered twice
     with ThreadPoolExecutor(1) as pool:
@@ -99,6 +111,23 @@ def _answers(functions, given):
     for i, answer in zip(waiting, found, strict=True):
         answers[i] = answer
     return answers
+
+
+@contextlib.contextmanager
+def _naming(name):
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise RuntimeError(f"reward {name!r} raised {told(error)}") from error
+
+
+def told(error) -> str:
+    """An exception of somebody else's code in one line: its type, what it says, and where it was raised."""
+    said = f"{type(error).__name__}: " + " ".join(str(error).split())
+    if isinstance(error, (ImportError, SyntaxError)):  # raised by the import itself
+        return said
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{said} ({os.path.basename(last.filename)}, line {last.lineno})"
 
 
 class ModelReward:
@@ -123,6 +152,7 @@ class ModelReward:
         """From a model, or the path of one."""
         if isinstance(model, (str, os.PathLike)):
             path = os.fspath(model)
+            refuse_missing(path, "reward model")
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 path, trust_remote_code=trust_remote_code, output_loading_info=True
             )
@@ -130,7 +160,7 @@ class ModelReward:
                 raise ValueError(f"reward model {path!r} has no {', '.join(sorted(loaded['missing_keys'])[:3])}: it is none")
         else:
             path = model.config._name_or_path
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = tokenizer or load_tokenizer(path, trust_remote_code)
         return cls(model.to(device), tokenizer, os.path.basename(os.path.normpath(path)) or type(model).__name__)
 
     @torch.inference_mode()

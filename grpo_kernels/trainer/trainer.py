@@ -34,10 +34,11 @@ import torch
 from accelerate.utils import DistributedType, fsdp2_prepare_model, gather_object
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from .. import backends
 from ..integrations.transformers import fuse_lm_head, lm_head
 from ..logprobs import linear_logprobs
 from ..loss import fused_linear_grpo_loss
@@ -45,6 +46,7 @@ from ..losses.advantages import group_advantages
 from ..losses.objective import OVER_SEQUENCES, metric_weight
 from . import checkpoints, diagnose, microbatch, reference_model
 from .config import GRPOConfig
+from .loading import load, refuse_encoder
 from .metrics import Recorded
 from .rewards import ModelReward, reward_metrics, reward_names, score
 from .rollout import joined, length_metrics, sample, sampling_config, seeded, tokenize
@@ -101,14 +103,11 @@ class GRPOTrainer(Trainer):
                 f"got {args.reward_weights}"
             )
         _check_dataset("train_dataset", train_dataset)
-        for name, data in _named_datasets(eval_dataset).items():
+        for name, data in named_datasets(eval_dataset).items():
             _check_dataset(f"eval_dataset {name}".strip(), data, needed=bool(name))
         if isinstance(model, (str, os.PathLike)):
-            code = args.trust_remote_code  # None would ask on the terminal
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model, trust_remote_code=code)
-            options = {"dtype": "float32", "trust_remote_code": code, **(args.model_init_kwargs or {})}
-            options["dtype"] = options.pop("torch_dtype", options["dtype"])  # its older name, which would lose in silence
-            model = AutoModelForCausalLM.from_pretrained(model, **options)
+            model, processing_class = load(model, args, processing_class)
+        refuse_encoder(getattr(model, "config", None))
         if processing_class is None:
             raise ValueError("processing_class must be a tokenizer when the model is not given by its path, got None")
         for module in model.modules():
@@ -136,7 +135,9 @@ class GRPOTrainer(Trainer):
         if args.gradient_checkpointing and causal_lm is not model:
             model.enable_input_require_grads()  # frozen embeddings would cut the checkpointed layers off the graph
 
-        self.loss_config = _with_head_factors(args, lm_head(causal_lm))
+        head = lm_head(causal_lm)
+        backends.resolve(args.backend, args.device, head.weight.dtype)  # one that is not usable here is refused now
+        self.loss_config = _with_head_factors(args, head)
         self._takes_position_ids = "position_ids" in inspect.signature(causal_lm.base_model.forward).parameters
         self._packed = _runs_packed(args.padding_free, causal_lm, self._takes_position_ids)
         self._router_coef = _router_coefficient(causal_lm)
@@ -316,7 +317,7 @@ class GRPOTrainer(Trainer):
             hidden = micro.predicting(hidden)
             output = fused_linear_grpo_loss(
                 hidden, head.weight, **micro.loss_inputs, bias=head.bias, lora=head.lora,
-                data_parallel_group=self._data_parallel_group, config=self.loss_config,
+                data_parallel_group=self._data_parallel_group, config=self.loss_config, backend=self.args.backend,
             )  # fmt: skip
             names = diagnose.parameters(self.model)
             diagnose.check(output.loss.detach(), micro, hidden.detach(), head, inputs, names, self.processing_class.decode)
@@ -381,6 +382,7 @@ class GRPOTrainer(Trainer):
                 found = linear_logprobs(
                     micro.predicting(hidden), head.weight, given["completion_ids"], mask=given["mask"], bias=head.bias,
                     lora=head.lora, temperature=config.temperature, logit_scale=config.logit_scale, softcap=config.softcap,
+                    backend=self.args.backend,
                 ).logps  # fmt: skip
                 parts.append(micro.spread(found))
                 return found
@@ -492,7 +494,7 @@ class GRPOTrainer(Trainer):
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if resume_from_checkpoint and self.is_world_process_zero():
             print(f"resumes from {checkpoint}" if checkpoint else f"{self.args.output_dir} has no checkpoint: begins anew")
-        if checkpoint and (state := _state_of(checkpoint)).global_step >= self.planned_steps():
+        if checkpoint and (state := state_of(checkpoint)).global_step >= self.planned_steps():
             return self._finished(checkpoint, state)
         return super().train(checkpoint, *args, **kwargs)
 
@@ -648,7 +650,7 @@ def _runs_packed(asked, causal_lm, takes_position_ids):
     return able and microbatch.flash(causal_lm) if asked is None else asked
 
 
-def _state_of(checkpoint):
+def state_of(checkpoint):
     return TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
 
 
@@ -658,7 +660,7 @@ def _router_coefficient(causal_lm):
     return getattr(text, "router_aux_loss_coef", 0.0) if getattr(text, "output_router_logits", False) else None
 
 
-def _named_datasets(dataset):
+def named_datasets(dataset):
     return dataset if isinstance(dataset, dict) else {"": dataset}
 
 

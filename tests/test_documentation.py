@@ -1,0 +1,128 @@
+"""docs/metrics.md and docs/training.md: what their tables and examples say, against what the code does."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from problems import make_problem, run
+from test_trainer import DATA, tiny_model, trainer
+
+from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss
+from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES
+from grpo_kernels.trainer.demo import make_tokenizer
+
+DOCS = Path(__file__).parent.parent / "docs"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def table(file, heading):
+    """Rows of the table below a heading, as lists of cells without their code marks."""
+    section = (DOCS / file).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in [lines[0], *lines[2:]]]
+
+
+# ---- what a loss ignores ----
+
+# what is changed, beside which an option that is used shows
+BASE = dict(epsilon=0.2, epsilon_high=1.0, delta=2.5, entropy_coef=0.1, top_entropy_quantile=0.6, off_policy_mask_threshold=0.1,
+            max_completion_length=9)  # fmt: skip
+CHANGED = {
+    "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.4, "delta": 2.2, "beta": 0.4, "use_bias_correction_kl": False,
+    "temperature": 1.3, "logit_scale": 1.5, "softcap": 2.0, "entropy_coef": 0.5, "top_entropy_quantile": 0.2, "off_policy_mask_threshold": -2.0,
+    "max_completion_length": 20, "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 2.0, "vespo_k_pos": 1.0, "vespo_lambda_pos": 1.0,
+    "vespo_k_neg": 1.0, "vespo_lambda_neg": 1.0,
+}  # fmt: skip
+TENSORS = ("old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps", "num_items")
+
+
+def made(loss_type, **changed):
+    config = GRPOLossConfig(**{**BASE, "loss_type": loss_type, **changed})
+    # drawn by the same config, so that two calls differ by the option alone
+    drawn = GRPOLossConfig(**{**BASE, "loss_type": loss_type})
+    return dataclasses.replace(make_problem(B=9, config=drawn, confident=False, sampling=True, ratio="token", num_items=11.0), config=config)
+
+
+@functools.cache
+def result(loss_type, beta, name=None):
+    """Loss and gradients, with one option or tensor changed."""
+    problem = made(loss_type, **{"beta": beta, **({name: CHANGED[name]} if name in CHANGED else {})})
+    if name in TENSORS:
+        value = getattr(problem, name)
+        problem = dataclasses.replace(problem, **{name: value + 1.0 if name == "sampling_logps" else value * 2})
+    found = run(fused_linear_grpo_loss, problem)
+    return torch.cat([found.loss.flatten(), *(x.flatten() for x in found.gradients.values())])
+
+
+def cell(loss_type, name):
+    uses = [not torch.equal(result(loss_type, beta), result(loss_type, beta, name)) for beta in (0.0, 0.3)]
+    return "yes" if uses[0] else "KL" if uses[1] else ""
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_what_a_loss_ignores_is_what_the_table_leaves_empty(loss_type):
+    head, *rows = table("metrics.md", "What a loss ignores")
+    assert tuple(head[1:]) == LOSS_TYPES
+    written = {row[0]: row[head.index(loss_type)] for row in rows}
+    assert set(written) == {*LOSS_FIELDS, *TENSORS} - {"loss_type"}
+    assert written == {name: cell(loss_type, name) for name in written}
+
+
+# ---- metrics ----
+
+
+def there(condition, loss_type, beta):
+    return {"every loss_type": True, "beta != 0": beta != 0}.get(condition, loss_type in condition.split(", "))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_loss_returns_the_metrics_of_the_table(loss_type):
+    _, *rows = table("metrics.md", "Of the loss")
+    for beta in (0.0, 0.3):
+        found = run(fused_linear_grpo_loss, made(loss_type, beta=beta)).metrics
+        assert set(found) == {row[0] for row in rows if there(row[3], loss_type, beta)}
+
+
+def test_the_policy_loss_holds_the_kl():
+    with_kl, without = (run(fused_linear_grpo_loss, made("bnpo", beta=beta)).metrics for beta in (0.3, 0.0))
+    torch.testing.assert_close(with_kl["policy_loss"], without["policy_loss"] + 0.3 * with_kl["kl"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_run_logs_the_metrics_of_the_tables(tmp_path, loss_type):
+    t = trainer(tmp_path, model=tiny_model(), loss_type=loss_type, beta=0.3, max_steps=1, eval_dataset=DATA[:2], eval_strategy="steps", eval_steps=1)
+    t.train()
+    of_loss = {row[0] for row in table("metrics.md", "Of the loss")[1:] if there(row[3], loss_type, 0.3)}
+    of_trainer = {row[0].replace("NAME", "digit_sum"): row[3].split(", ") for row in table("metrics.md", "Of the trainer")[1:]}
+    for log, mode, prefix in zip(t.state.log_history, ("train", "eval"), ("", "eval_"), strict=False):
+        wanted = of_loss | {name for names, modes in of_trainer.items() if mode in modes for name in names.split(", ")}
+        assert set(log) - {"step", "epoch"} == {prefix + name for name in wanted} - {"epoch"}, mode
+
+
+# ---- rewards ----
+
+
+def test_the_reward_function_of_the_documentation_scores_text_and_messages(tmp_path):
+    (source,) = re.findall(r"```python\n(def score.*?)```", (DOCS / "training.md").read_text(), re.S)
+    space, seen = {}, []
+    exec(source, space)
+
+    def spy(**given):
+        seen.append(given)
+        return space["score"](**given)
+
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    for kind, prompts in {"text": ["1+1="], "messages": [[{"role": "user", "content": "1+1="}]]}.items():
+        t = trainer(tmp_path / kind, rewards=spy, data=[{"prompt": p, "answer": "2"} for p in prompts], max_steps=1)
+        t.processing_class.chat_template = template
+        t.train()
+        given = seen[-1]
+        assert set(given) == {"prompts", "completions", "completion_ids", "answer"} and given["answer"] == ["2"] * 8
+        assert given["prompts"] == prompts * 8
+        texts = [make_tokenizer().decode(ids, skip_special_tokens=True) for ids in given["completion_ids"]]
+        assert given["completions"] == (texts if kind == "text" else [[{"role": "assistant", "content": text}] for text in texts])
+        assert space["score"](**{**given, "completions": ["2", "3"] if kind == "text" else [[{"role": "assistant", "content": c}] for c in "23"],
+                                 "answer": ["2", "2"]}) == [1.0, 0.0]  # fmt: skip
