@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 import grpo_kernels
 from grpo_kernels import build_cuda, doctor
@@ -17,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs in a source tree")
 
 
-def run(*command, **environment):
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+def run(*command, cwd=ROOT, **environment):
+    return subprocess.run([sys.executable, *command], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
 def setup(*arguments, GRPO_KERNELS_BUILD_CUDA="0", **environment):
@@ -62,6 +65,71 @@ def test_without_compiler_the_build_succeeds_and_says_why(tmp_path):
     assert list(library.rglob("*.so")) == []
 
 
+def copied_tree(folder):
+    """The package, its extension where it is built, and what builds it."""
+    for name in ("grpo_kernels", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "_cuda.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiler_that_fails_leaves_no_extension_of_an_earlier_build(tmp_path, in_place):
+    tree, library = copied_tree(tmp_path / "tree"), tmp_path / "library"
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    for package in (tree / "grpo_kernels", library / "grpo_kernels"):
+        package.mkdir(parents=True, exist_ok=True)
+        (package / f"_native{suffix}").write_bytes(b"of an earlier build")
+    made = setup("build_ext", f"--build-lib={library}", f"--build-temp={tmp_path / 'temp'}", *["--inplace"] * in_place,
+                 cwd=tree, CC="no", CXX="no")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert not list(library.rglob("*.so")) and bool(list(tree.rglob("_native*.so"))) != in_place
+
+
+def test_a_left_over_build_folder_does_not_reach_the_wheel(tmp_path):
+    library = tmp_path / "library"
+    (library / "grpo_kernels").mkdir(parents=True)
+    (library / "grpo_kernels" / "removed_since.py").write_text("")
+    made = setup("build", f"--build-lib={library}", f"--build-temp={tmp_path / 'temp'}", CC="no", CXX="no", cwd=copied_tree(tmp_path / "tree"))
+    assert made.returncode == 0, made.stderr
+    assert (library / "grpo_kernels" / "loss.py").exists() and not (library / "grpo_kernels" / "removed_since.py").exists()
+
+
+def test_an_extension_of_other_sources_is_refused(tmp_path, monkeypatch):
+    if native._native is None:
+        pytest.skip("the extension is not built")
+    assert not native._of_other_sources(), "the one that the tests run"
+    monkeypatch.setattr(build_cuda, "PACKAGE", tmp_path / "grpo_kernels")
+    monkeypatch.setattr(native, "_BUILD_INFO", tmp_path / "record.json")
+    assert not native._of_other_sources(), "nothing to compare with"
+    for sources in ("0123456789abcdef", native._native.sources):  # no csrc/: what the last build wrote down
+        (tmp_path / "record.json").write_text(json.dumps({"sources": sources}))
+        assert native._of_other_sources() == (sources != native._native.sources)
+    for folder in ("csrc", "grpo_kernels/csrc"):  # a checkout's, a wheel's
+        shutil.copytree(ROOT / "csrc", tmp_path / folder)
+        assert not native._of_other_sources()
+        (tmp_path / folder / "vector.h").write_text("// changed")
+        assert native._of_other_sources()
+
+    monkeypatch.setattr(native, "_REFUSED", True)
+    reason = grpo_kernels.available_backends()["cpu"]
+    assert "built from other sources than these" in reason and "reinstall" in reason
+    assert f"  {reason}\n" in doctor.report() and "in use" not in doctor.report()
+    arguments = torch.ones(1, 2, 4), torch.ones(5, 4), torch.zeros(1, 2, dtype=torch.int64)
+    assert grpo_kernels.linear_logprobs(*arguments).logps.isfinite().all(), "without being asked for it is done without"
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot be used: .* other sources"):
+        grpo_kernels.linear_logprobs(*arguments, backend="cpu")
+
+
+def test_every_source_is_in_the_fingerprint_of_its_library():
+    names = {path.name for path in (ROOT / "csrc").iterdir()}
+    assert names == {*build_cuda.SOURCES, *build_cuda.CPU_SOURCES}
+    for library in (build_cuda.SOURCES, build_cuda.CPU_SOURCES):
+        for name in library:
+            assert set(re.findall(r'#include "(.*)"', (ROOT / "csrc" / name).read_text())) <= set(library), name
+
+
 def fake_nvcc(folder, fails=False):
     """A CUDA_HOME whose compiler knows some architectures, keeps its arguments and writes an empty library."""
     tool = folder / "bin" / "nvcc"
@@ -89,7 +157,7 @@ def installed(tmp_path, setting, **environment):
 
 
 def test_the_cuda_library_is_built_for_every_architecture_the_compiler_knows(tmp_path):
-    made, package, info = installed(tmp_path, "auto", **fake_nvcc(tmp_path / "cuda"))
+    made, package, info = installed(tmp_path, "1", **fake_nvcc(tmp_path / "cuda"))
     assert made.returncode == 0, made.stderr
     arguments = (tmp_path / "cuda" / "arguments").read_text()
     for wanted in ("code=sm_80", "code=sm_86", "code=sm_90a", "code=sm_100a", "code=compute_110", "code=compute_100", "-cudart=static", "-shared"):
@@ -97,21 +165,43 @@ def test_the_cuda_library_is_built_for_every_architecture_the_compiler_knows(tmp
     assert "sm_89" not in arguments and "sm_120a" not in arguments and "torch" not in arguments and "cublas" not in arguments
     assert (package / "_cuda.so").exists() and info["cuda"] and info["cuda_error"] is None
     # what a wheel needs to build them later
-    assert {path.name for path in (package / "csrc").iterdir()} == set(build_cuda.SOURCES)
+    assert {path.name for path in (package / "csrc").iterdir()} == {path.name for path in (ROOT / "csrc").iterdir()}
+
+
+def test_the_cuda_library_is_built_for_the_gpus_that_are_there(tmp_path):
+    cuda = fake_nvcc(tmp_path / "cuda")
+    made, *_ = installed(tmp_path / "none", "native", **cuda, PATH="")
+    assert made.returncode != 0 and "GRPO_KERNELS_BUILD_CUDA=native: nvidia-smi cannot be run" in made.stderr
+    made, package, info = installed(tmp_path / "two", "native", **cuda, PATH=fake_gpus(tmp_path / "smi", "9.0", "8.6", "9.0"))
+    assert made.returncode == 0 and info["cuda"] and (package / "_cuda.so").exists(), made.stderr
+    built = [word for word in (tmp_path / "cuda" / "arguments").read_text().split() if "gencode" in word]
+    assert built == ["-gencode=arch=compute_86,code=sm_86", "-gencode=arch=compute_90a,code=sm_90a"]
+
+
+def fake_gpus(folder, *capabilities):
+    """A PATH on which nvidia-smi names these."""
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text("#!/bin/sh\n" + "".join(f"echo {each}\n" for each in capabilities))
+    (folder / "nvidia-smi").chmod(0o755)
+    return str(folder)
 
 
 def test_a_cuda_compiler_that_fails_or_is_not_wanted(tmp_path):
-    made, package, info = installed(tmp_path / "auto", "auto", **fake_nvcc(tmp_path / "cuda", fails=True))
-    assert made.returncode == 0 and "no such thing as a kernel" in info["cuda_error"] and not (package / "_cuda.so").exists()
-    made, *_ = installed(tmp_path / "one", "1", CUDA_HOME=str(tmp_path / "cuda"))
-    assert made.returncode != 0 and "nvcc failed" in made.stderr
+    cuda = fake_nvcc(tmp_path / "cuda", fails=True)
+    made, *_ = installed(tmp_path / "one", "1", **cuda)
+    assert made.returncode != 0 and "GRPO_KERNELS_BUILD_CUDA=1: " in made.stderr and "nvcc failed" in made.stderr
     (tmp_path / "cuda" / "bin" / "nvcc").write_text("#!/bin/sh\necho no driver >&2\nexit 1\n")
-    made, package, info = installed(tmp_path / "broken", "auto", CUDA_HOME=str(tmp_path / "cuda"))
-    assert made.returncode == 0 and "no driver" in info["cuda_error"], "it cannot even name its architectures"
-    made, package, info = installed(tmp_path / "none", "0", CUDA_HOME=str(tmp_path / "cuda"))
-    assert made.returncode == 0 and "GRPO_KERNELS_BUILD_CUDA=0" in info["cuda_error"] and info["cuda"] is None
+    made, *_ = installed(tmp_path / "broken", "1", **cuda)
+    assert made.returncode != 0 and "no driver" in made.stderr, "it cannot even name its architectures"
+    for unasked in ("auto", "0"):
+        old = tmp_path / unasked / "library" / "grpo_kernels" / "_cuda.so"
+        old.parent.mkdir(parents=True)
+        old.write_bytes(b"of an earlier build")
+        made, package, info = installed(tmp_path / unasked, unasked, **cuda)
+        assert made.returncode == 0 and info["cuda_error"] == f"not asked for at install, GRPO_KERNELS_BUILD_CUDA={unasked}"
+        assert info["cuda"] is None and not old.exists()
     made, *_ = installed(tmp_path / "typo", "yes")
-    assert made.returncode != 0 and "must be auto, 0 or 1, got 'yes'" in made.stderr
+    assert made.returncode != 0 and "must be auto, 0, 1 or native, got 'yes'" in made.stderr
 
 
 def test_doctor_builds_the_cuda_library_later(tmp_path, monkeypatch, capsys):
@@ -126,6 +216,14 @@ def test_doctor_builds_the_cuda_library_later(tmp_path, monkeypatch, capsys):
     target = tmp_path / "made.so"
     assert str(build_cuda.nvcc()) in build_cuda.build(target) and target.exists()
     assert (build_cuda.sources() / "row_kernels_cuda.cu").exists()
+
+    monkeypatch.setattr(build_cuda, "build", lambda only: f"built for {only}")
+    for path, said in ((fake_gpus(tmp_path / "smi", "9.0"), ("compute capability 9.0", "built for (90,)")),
+                       (str(tmp_path), ("for every architecture", "built for ()"))):  # fmt: skip
+        monkeypatch.setenv("PATH", path)
+        assert doctor.main(["--build-cuda"]) == 0
+        out = capsys.readouterr().out
+        assert all(words in out for words in said), out
 
 
 def test_import_without_the_extension():
