@@ -22,7 +22,7 @@ FLOORS = (
     ("call",),
     ("engine",),
     ("backends", "distributed"),
-    ("losses", "build_cuda", "devices", "tracing"),
+    ("losses", "build_cuda", "devices", "extras", "tracing"),
 )
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPTIONAL = {"peft", "trl", "liger_kernel", "verl", "datasets", "triton", "yaml", "matplotlib", "tqdm", "cut_cross_entropy", "pyarrow", "quack"}

@@ -1,5 +1,7 @@
 """The distribution: what it needs to build, what it does without a compiler or its extension, what it reports."""
 
+import ast
+import importlib
 import json
 import os
 import re
@@ -13,8 +15,9 @@ import pytest
 import torch
 
 import grpo_kernels
-from grpo_kernels import build_cuda, doctor
+from grpo_kernels import build_cuda, cli, doctor
 from grpo_kernels.backends import native
+from grpo_kernels.extras import MissingExtra, needs
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs in a source tree")
@@ -33,6 +36,12 @@ def setup(*arguments, GRPO_KERNELS_BUILD_CUDA="0", **environment):
 def project(name):
     """A section of pyproject.toml as text; tomllib is not in Python 3.10."""
     return (ROOT / "pyproject.toml").read_text().split(f"[{name}]\n", 1)[1].split("\n[", 1)[0]
+
+
+def requirements(name):
+    """A list of pyproject.toml."""
+    text = re.search(rf"^{name} = (\[.*?\])\n", (ROOT / "pyproject.toml").read_text(), re.M | re.S).group(1)
+    return ast.literal_eval(text.replace("\n", ""))
 
 
 def test_build_needs_no_torch():
@@ -238,6 +247,44 @@ assert reason in doctor.report()
 """
     made = run("-c", code)
     assert made.returncode == 0, made.stderr
+
+
+def test_what_is_missing_is_named_with_the_extra_that_brings_it(tmp_path, monkeypatch, capsys):
+    code = """
+import sys
+sys.modules["transformers"] = sys.modules["matplotlib"] = None
+import importlib
+from grpo_kernels import cli
+for module in ("trainer", "integrations.transformers", "trainer.plot"):
+    try:
+        importlib.import_module(f"grpo_kernels.{module}")
+    except ModuleNotFoundError as error:
+        print(error)
+print([cli.main(argv) for argv in (["train"], ["plot", "run"], ["bench", "--plot", "here"])])
+"""
+    made = run("-c", code)
+    assert made.returncode == 0, made.stderr
+    wanted = "grpo_kernels.{} needs transformers, which is not installed: pip install 'grpo-kernels[train]'"
+    modules = ("trainer", "integrations.transformers", "trainer")
+    assert made.stdout.splitlines() == [*map(wanted.format, modules), "[2, 2, 2]"]
+    bench = "grpo-kernels: bench --plot needs matplotlib, which is not installed: pip install 'grpo-kernels[bench]'"
+    assert made.stderr.splitlines() == [*[f"grpo-kernels: {wanted.format('trainer')}"] * 2, bench]
+
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "reward": 0.5}]}))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["plot", str(tmp_path)]) == 2
+    assert "needs matplotlib, which is not installed: pip install 'grpo-kernels[bench]'" in capsys.readouterr().err
+
+
+def test_the_loss_needs_torch_and_triton_alone():
+    assert [re.match(r"[\w-]+", text).group() for text in requirements("dependencies")] == ["torch", "triton"]
+    assert "grpo-kernels[train,bench]" in requirements("test"), "which `make demo` and the tests install"
+
+
+def test_a_module_of_our_own_that_is_missing_is_no_extra():
+    with pytest.raises(ModuleNotFoundError, match="No module named 'grpo_kernels.nothing'") as error, needs("train", "this"):
+        importlib.import_module("grpo_kernels.nothing")
+    assert not isinstance(error.value, MissingExtra)
 
 
 def test_source_distribution_holds_the_sources(tmp_path):
