@@ -49,13 +49,15 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
-def __getattr__(name):
-    if name == "reference":
-        return importlib.import_module(f"{__name__}.reference")
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    return value
+if not TYPE_CHECKING:  # to whom it would say that every name exists
+
+    def __getattr__(name):
+        if name == "reference":
+            return importlib.import_module(f"{__name__}.reference")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        return value
 
 
 def __dir__():
