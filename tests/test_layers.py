@@ -22,7 +22,7 @@ FLOORS = (
     ("call",),
     ("engine",),
     ("backends", "distributed"),
-    ("losses", "build_cuda", "devices", "extras", "tracing"),
+    ("losses", "build_cuda", "devices", "extras", "peft_import", "tracing"),
 )
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPTIONAL = {"peft", "trl", "liger_kernel", "verl", "datasets", "triton", "yaml", "matplotlib", "tqdm", "cut_cross_entropy", "pyarrow", "quack"}
@@ -141,6 +141,21 @@ def test_the_public_names_are_those_that_type_checkers_read():
     assert sys.modules["grpo_kernels.reference"] is grpo_kernels.reference
     with pytest.raises(AttributeError, match="'grpo_kernels' has no attribute 'grpo_los'"):
         grpo_kernels.grpo_los  # noqa: B018
+
+
+def test_bitsandbytes_is_loaded_where_it_is_used():
+    """peft imports it otherwise, whoever imports transformers' Trainer: a second, and a warning about 4-bit kernels on a CPU."""
+    for name in ("peft", "transformers", "bitsandbytes"):
+        pytest.importorskip(name)
+    code = """
+import sys, grpo_kernels.trainer.demo
+from grpo_kernels.bench import peers
+assert "peft" in sys.modules and "bitsandbytes" not in sys.modules
+import peft
+assert peft.import_utils.is_bnb_available() and callable(peft.helpers.bnb.functional.dequantize_4bit)
+print("bitsandbytes" in sys.modules)
+"""
+    assert python(code).endswith("True\n")
 
 
 def test_a_broken_triton_is_a_reason_and_not_an_error():
