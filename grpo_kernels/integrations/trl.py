@@ -25,11 +25,9 @@ from ..distributed import QuantileOnly
 from ..logprobs import token_statistics
 from ..loss import fused_linear_grpo_loss
 from ..losses.config import GRPOLossConfig
-from ..peft_import import import_peft
 from .transformers import FusedCausalLMOutput, LMHead, fuse_lm_head, lm_head
 
 try:
-    import_peft()
     import trl
     import trl.trainer.grpo_trainer as grpo_module
     import trl.trainer.utils as utils_module
