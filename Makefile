@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-RUFF ?= ruff==0.17.5
+LINTERS ?= ruff==0.17.5 mypy==2.4.1 pyright[nodejs]==1.1.414
 # Parity tests and benchmarks compare with these. --no-deps: their own requirements would replace torch and transformers.
 PEERS ?= trl==1.16.0 liger-kernel==0.8.5
 
@@ -15,7 +15,7 @@ VERL ?= verl==0.9.1 ray==2.60.0 tensordict==0.10.0 omegaconf==2.4.0 pyvers==0.1.
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.grpo-kernels
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
-# The CUDA C++ kernels are tested from their source, on the host; nvcc would take three minutes. auto builds them where it is.
+# The CUDA C++ kernels are tested from their source, on the host. 1 builds them for every architecture, native for the GPU here.
 BUILD_CUDA ?= 0
 TEST_ARGS ?=
 BENCH_ARGS ?=
@@ -65,18 +65,26 @@ gpu:
 		|| { echo "make gpu: $(PYTHON) has no torch, triton or pytest; give another, PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m benchmarks.gpu $(if $(STAGE),--stage $(STAGE)) $(GPU_ARGS)
 
-lint: $(STAMP)
+# From another folder: the type checkers must find the package where it is installed, as a user's editor does.
+lint: $(VENV)/.linters
 	$(BIN)/ruff check .
+	cd tests && $(abspath $(BIN))/mypy --config-file ../pyproject.toml typing_surface.py
+	cd tests && $(abspath $(BIN))/pyright --project .. --pythonpath $(abspath $(BIN))/python --warnings
 
-# Made again when the build files or csrc/ change, so that the extension is never older than its sources.
+$(VENV)/.linters: $(STAMP)
+	$(BIN)/python -m pip install -q $(LINTERS)
+	touch $@
+
+# Made again when the build files or csrc/ change, so that the extension is never older than its sources. compat: a path that type
+# checkers and editors read; setuptools' import hook is one that they do not.
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
-	GRPO_KERNELS_BUILD_CUDA=$(BUILD_CUDA) $(BIN)/python -m pip install -q -e ".[test]" "$(RUFF)" "datasets>=4.7"
+	GRPO_KERNELS_BUILD_CUDA=$(BUILD_CUDA) $(BIN)/python -m pip install -q --config-settings editable_mode=compat -e ".[test]"
 	$(BIN)/python -m pip install -q --no-deps $(PEERS)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache tests/.mypy_cache .hypothesis .benchmarks
 	rm -f grpo_kernels/_native*.so grpo_kernels/_cuda.so grpo_kernels/_build_info.json
 	test "$(VENV)" != .venv || rm -rf .venv

@@ -1,8 +1,11 @@
-"""Builds grpo_kernels._native (csrc/, bound with pybind11) and, where nvcc is found, _cuda.so; without PyTorch. Everything else
+"""Builds grpo_kernels._native (csrc/, bound with pybind11) and, where it is asked for, _cuda.so; without PyTorch. Everything else
 stands in pyproject.toml.
 
-An install never fails for want of a compiler, unless GRPO_KERNELS_BUILD_CUDA=1 asks for nvcc's: what was built, or why nothing was,
-goes into grpo_kernels/_build_info.json, which `grpo-kernels doctor` reads.
+GRPO_KERNELS_BUILD_CUDA=1 builds the CUDA C++ kernels for every architecture, which takes minutes; =native for the GPUs of this
+machine. Without it, or with auto or 0, they are not built: `grpo-kernels doctor --build-cuda` builds them later.
+
+An install never fails for want of a compiler, unless the CUDA C++ kernels were asked for: what was built, or why nothing was, goes
+into grpo_kernels/_build_info.json, which `grpo-kernels doctor` reads.
 """
 
 import importlib.util
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 FLAGS = [
@@ -35,8 +39,8 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 VARIANTS = [("baseline", 16, [])] + ([("avx2", 32, AVX2), ("avx512", 64, AVX512)] if X86_64 else [])
 INFO = "_build_info.json"
 BUILD_CUDA = os.environ.get("GRPO_KERNELS_BUILD_CUDA", "auto")
-if BUILD_CUDA not in ("auto", "0", "1"):
-    sys.exit(f"GRPO_KERNELS_BUILD_CUDA must be auto, 0 or 1, got {BUILD_CUDA!r}")
+if BUILD_CUDA not in ("auto", "0", "1", "native"):
+    sys.exit(f"GRPO_KERNELS_BUILD_CUDA must be auto, 0, 1 or native, got {BUILD_CUDA!r}")
 
 
 def load(path):
@@ -50,37 +54,45 @@ def load(path):
 build_cuda = load(Path(__file__).parent / "grpo_kernels" / "build_cuda.py")
 
 
+class BuildFromClean(build):
+    def run(self):
+        if Path(self.build_lib).exists():  # what an earlier build left there would go into the wheel
+            shutil.rmtree(self.build_lib)
+        super().run()
+
+
 class BuildNative(build_ext):
     def build_extension(self, ext):
         info = {"compiler": None, "flags": FLAGS, "isas": [], "openmp": False, "cuda": None, "error": None, "cuda_error": None}
+        info["sources"] = build_cuda.fingerprint(Path("csrc"), build_cuda.CPU_SOURCES)
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.unlink(missing_ok=True)  # of an earlier build: it must not outlive a compiler that fails now
         try:
             self.build_native(ext, info)
         except Exception as error:  # of the compiler or its absence: the package works without, and says so
             info["error"] = f"{type(error).__name__}: {error}"
             print(f"grpo-kernels: no compiled kernels, {info['error']}", file=sys.stderr)
-        path = self.info_path(self.get_ext_fullpath(ext.name))
+        path = self.info_path(library)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.build_cuda(path.parent, info)
         path.write_text(json.dumps(info, indent=2) + "\n")
 
     def build_cuda(self, package, info):
-        """The CUDA kernels beside the extension, and their sources in a wheel, so that they can be built later."""
-        if BUILD_CUDA == "0":
-            info["cuda_error"] = "GRPO_KERNELS_BUILD_CUDA=0 when it was installed"
-            if package.resolve() != build_cuda.PACKAGE.resolve():
-                (package / build_cuda.LIBRARY).unlink(missing_ok=True)  # of an earlier build in the same folder
-        elif BUILD_CUDA == "1" or build_cuda.nvcc():
+        """The CUDA kernels beside the extension; in a wheel all sources: to build them later, and to know those of a library."""
+        library, in_place = package / build_cuda.LIBRARY, package.resolve() == build_cuda.PACKAGE.resolve()
+        if BUILD_CUDA in ("1", "native"):
             try:
-                info["cuda"] = build_cuda.build(package / build_cuda.LIBRARY, Path("csrc"))
+                only = build_cuda.present() if BUILD_CUDA == "native" else ()
+                info["cuda"] = build_cuda.build(library, Path("csrc"), only)
             except build_cuda.BuildError as error:
-                if BUILD_CUDA == "1":
-                    sys.exit(f"GRPO_KERNELS_BUILD_CUDA=1: {error}")
-                info["cuda_error"] = str(error)
+                sys.exit(f"GRPO_KERNELS_BUILD_CUDA={BUILD_CUDA}: {error}")
         else:
-            info["cuda_error"] = "nvcc was not found"
-        if package.resolve() != build_cuda.PACKAGE.resolve():
+            info["cuda_error"] = f"not asked for at install, GRPO_KERNELS_BUILD_CUDA={BUILD_CUDA}"
+            if not in_place:
+                library.unlink(missing_ok=True)  # of an earlier build in the same folder
+        if not in_place:
             (package / "csrc").mkdir(exist_ok=True)
-            for name in build_cuda.SOURCES:
+            for name in {*build_cuda.SOURCES, *build_cuda.CPU_SOURCES}:
                 shutil.copyfile(Path("csrc", name), package / "csrc" / name)
 
     def build_native(self, ext, info):
@@ -97,7 +109,8 @@ class BuildNative(build_ext):
             )
             for name, width, flags in VARIANTS
         ]
-        jobs.append(("csrc/bindings.cpp", "bindings", FLAGS, [("GRPO_KERNELS_X86_VARIANTS", None)] if X86_64 else []))
+        macros = [("GRPO_SOURCES", f'"{info["sources"]}"')] + ([("GRPO_KERNELS_X86_VARIANTS", None)] if X86_64 else [])
+        jobs.append(("csrc/bindings.cpp", "bindings", FLAGS, macros))
 
         def compile_one(job):
             source, name, flags, macros = job
@@ -143,13 +156,15 @@ class BuildNative(build_ext):
         for ext in self.extensions:
             target, source = self._get_inplace_equivalent(build_py, ext)
             shutil.copyfile(self.info_path(source), self.info_path(target))
+            if not Path(source).exists():
+                Path(target).unlink(missing_ok=True)
             library = Path(source).with_name(build_cuda.LIBRARY)
             if library.exists():
                 shutil.copyfile(library, Path(target).with_name(build_cuda.LIBRARY))
 
 
 setup(
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build": BuildFromClean, "build_ext": BuildNative},
     ext_modules=[
         Extension(
             "grpo_kernels._native",

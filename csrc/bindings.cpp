@@ -70,6 +70,7 @@ void define(py::module_& m, const char* name, void (*RowKernels::*kernel)(const 
 PYBIND11_MODULE(_native, m) {
   using namespace grpo_kernels;
   m.doc() = "Compiled row kernels. Call through grpo_kernels.backends.native, which checks what these take on trust.";
+  m.attr("sources") = GRPO_SOURCES;  // what setup.py compiled, by build_cuda.fingerprint
   m.def("isas", &isas);
   define(m, "statistics", &RowKernels::statistics);
   define(m, "gradient", &RowKernels::gradient);

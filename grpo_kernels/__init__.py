@@ -1,15 +1,22 @@
-"""Fused GRPO loss: log-probs, ratio, clipping and KL from hidden states and the head's weight, without the logits."""
+"""Fused GRPO loss: log-probs, ratio, clipping and KL from hidden states and the head's weight, without the logits.
 
-from . import reference
-from .backends import available_backends
-from .call import GRPOLossOutput, LogProbs
-from .from_logits import grpo_loss_from_logits
-from .logprobs import linear_logprobs
-from .loss import FusedLinearGRPOLoss, fused_linear_grpo_loss
-from .losses.advantages import group_advantages
-from .losses.config import GRPOLossConfig
-from .losses.objective import objective
-from .losses.terms import register_policy_term
+A public name is imported when it is first used, PyTorch with it: the command line answers `--help` without either.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import reference
+    from .backends import available_backends
+    from .call import GRPOLossOutput, LogProbs
+    from .from_logits import grpo_loss_from_logits
+    from .logprobs import linear_logprobs
+    from .loss import FusedLinearGRPOLoss, fused_linear_grpo_loss
+    from .losses.advantages import group_advantages
+    from .losses.config import GRPOLossConfig
+    from .losses.objective import objective
+    from .losses.terms import register_policy_term
 
 __version__ = "0.1.0"
 
@@ -27,3 +34,31 @@ __all__ = [
     "reference",
     "register_policy_term",
 ]
+
+_MODULES = {
+    "backends": ("available_backends",),
+    "call": ("GRPOLossOutput", "LogProbs"),
+    "from_logits": ("grpo_loss_from_logits",),
+    "logprobs": ("linear_logprobs",),
+    "loss": ("FusedLinearGRPOLoss", "fused_linear_grpo_loss"),
+    "losses.advantages": ("group_advantages",),
+    "losses.config": ("GRPOLossConfig",),
+    "losses.objective": ("objective",),
+    "losses.terms": ("register_policy_term",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+if not TYPE_CHECKING:  # to whom it would say that every name exists
+
+    def __getattr__(name):
+        if name == "reference":
+            return importlib.import_module(f"{__name__}.reference")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

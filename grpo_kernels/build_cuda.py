@@ -1,5 +1,7 @@
 """Builds the CUDA C++ kernels with nvcc: at install (setup.py loads this file by its path), or later, from an installed package.
 
+Knows from which sources both compiled libraries are made, so that one of other sources is never called.
+
 Imports nothing but the standard library, so that it runs in an isolated build environment.
 """
 
@@ -13,6 +15,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 SOURCES = ("row_kernels_cuda.cu", "row_kernels_cuda.cuh", "row_kernels_cuda.h", "launch_shape.h", "element_math.h", "row_math.h",
            "params.h")  # fmt: skip
+CPU_SOURCES = ("bindings.cpp", "row_kernels_cpu.cpp", "row_kernels_cpu.h", "row_math.h", "vector.h", "params.h")
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120a")
 LIBRARY = "_cuda.so"
 
@@ -35,13 +38,13 @@ def sources() -> Path:
     for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
         if (folder / SOURCES[0]).exists():
             return folder
-    raise BuildError("the CUDA sources are missing from this installation")
+    raise BuildError("the sources of the kernels are missing from this installation")
 
 
-def fingerprint(folder: Path | None = None) -> str:
+def fingerprint(folder: Path | None = None, names: tuple[str, ...] = SOURCES) -> str:
     """Of the sources; a library carries that of those it was built from."""
     folder = sources() if folder is None else folder
-    return hashlib.sha256(b"\0".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
+    return hashlib.sha256(b"\0".join((folder / name).read_bytes() for name in names)).hexdigest()[:16]
 
 
 def _run(line: list[str]) -> str:
@@ -53,6 +56,15 @@ def _run(line: list[str]) -> str:
     if done.returncode:
         raise BuildError(f"{line[0]} failed:\n{(done.stderr or done.stdout)[-3000:]}")
     return done.stdout
+
+
+def present() -> tuple[int, ...]:
+    """The compute capabilities of this machine's GPUs, 90 for 9.0. Raises BuildError where there is none."""
+    found = _run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    capabilities = tuple(sorted({int(number.replace(".", "")) for number in re.findall(r"\d+\.\d", found)}))
+    if not capabilities:
+        raise BuildError(f"nvidia-smi names no GPU: {found.strip()}")
+    return capabilities
 
 
 def _known(compiler: str) -> set[int]:
@@ -69,32 +81,32 @@ def architectures(compiler: str) -> list[str]:
     return chosen
 
 
-def targets(compiler: str, only: int | None = None) -> list[str]:
+def targets(compiler: str, only: tuple[int, ...] = ()) -> list[str]:
     """The -gencode options: machine code of each architecture that this compiler knows, and PTX for those between and after them.
 
     Machine code of sm_100a runs on 10.0 alone: 10.3 and 11.0 take the PTX of compute_100, whatever comes later that of the newest.
-    With ``only``, 90 for a compute capability of 9.0, machine code of that one and nothing else.
+    With ``only``, 90 for a compute capability of 9.0, machine code of those and nothing else.
     """
-    if only is not None:
-        arch = next((arch for arch in ARCHITECTURES if int(arch.rstrip("a")) == only), str(only))
-        return [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    if only:
+        names = {int(arch.rstrip("a")): arch for arch in ARCHITECTURES}
+        return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (names.get(number, str(number)) for number in only)]
     chosen, numbers = architectures(compiler), _known(compiler)
     portable = sorted({max(numbers)} | numbers & {100})
     options = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
     return options + [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in portable]
 
 
-def command(compiler: str, source: Path, target: Path, only: int | None = None) -> list[str]:
+def command(compiler: str, source: Path, target: Path, only: tuple[int, ...] = ()) -> list[str]:
     threads = min(os.cpu_count() or 1, 8)
     return [compiler, "-shared", "-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads",
             str(threads), *targets(compiler, only), f'-DGRPO_SOURCES="{fingerprint(source.parent)}"', f"-I{source.parent}",
             str(source), "-o", str(target)]  # fmt: skip
 
 
-def build(target: Path | None = None, folder: Path | None = None, only: int | None = None) -> str:
+def build(target: Path | None = None, folder: Path | None = None, only: tuple[int, ...] = ()) -> str:
     """Compiles the library to ``target`` (beside this file) and returns the compiler's command.
 
-    That takes a minute to three; for ``only`` one compute capability, 90 for 9.0, a quarter of a minute.
+    That takes three minutes to seven on two cores; for ``only`` one compute capability, 90 for 9.0, a quarter of a minute.
 
     Raises BuildError with the reason and the remedy.
     """

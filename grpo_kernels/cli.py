@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict
 
 from . import __version__
+from .extras import MissingExtra
 
 USAGE = """\
 usage: grpo-kernels train [--config FILE.yaml] [--model PATH --data FILE --reward pkg.mod:fn ...] [--dry-run] [--OPTION VALUE ...]
@@ -51,7 +52,7 @@ def main(argv=None) -> int:
         if argv[0] not in COMMANDS:
             raise UsageError(f"unknown command {argv[0]!r}{_suggest(argv[0], COMMANDS)}\n{USAGE}")
         return COMMANDS[argv[0]](argv[1:]) or 0
-    except UsageError as error:
+    except (UsageError, MissingExtra) as error:
         print(f"grpo-kernels: {error}", file=sys.stderr)
         return 2
 

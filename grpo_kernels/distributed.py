@@ -23,7 +23,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate
 
 from .losses.config import GRPOLossConfig
 from .losses.objective import entropy_threshold, masked_last, metric_weight, top_tokens
@@ -149,7 +148,7 @@ def gathered_sequence(hidden, group):
     if group is None:
         raise ValueError("vocab_parallel_group must be given with sequence_parallel, got None")
     with validate_across_ranks(group, hidden) as meeting:
-        if not isinstance(hidden, torch.Tensor) or isinstance(hidden, DTensor) or hidden.dim() < 1:
+        if not isinstance(hidden, torch.Tensor) or _is_dtensor(hidden) or hidden.dim() < 1:
             raise TypeError(f"hidden must be a tensor [.., D] with sequence_parallel, got {type(hidden).__name__}")
         meeting.facts = {
             "first dimension of hidden": hidden.shape[0], "shape of hidden": list(hidden.shape), "dtype": str(hidden.dtype),
@@ -158,9 +157,14 @@ def gathered_sequence(hidden, group):
     return _GatheredSequence.apply(hidden, group)
 
 
+def _is_dtensor(x):
+    # where there is one, its module was imported; importing it takes as long as half of PyTorch
+    return hasattr(dist, "tensor") and isinstance(x, dist.tensor.DTensor)
+
+
 def group_of(weight, group):
     """The group over which the vocabulary is sharded: that of a sharded weight's mesh dimension, or the given one."""
-    sharded = [i for i, p in enumerate(weight.placements) if not p.is_replicate()] if isinstance(weight, DTensor) else []
+    sharded = [i for i, p in enumerate(weight.placements) if not p.is_replicate()] if _is_dtensor(weight) else []
     if not sharded:
         return group
     own = weight.device_mesh.get_group(sharded[0])
@@ -178,9 +182,9 @@ def of_dtensors(hidden, weight, bias, lora, group):
     tensors = {"hidden": hidden, "weight": weight, "bias": bias, "lora A": None, "lora B": None}
     if isinstance(lora, (tuple, list)) and len(lora) == 3:
         tensors |= {"lora A": lora[0], "lora B": lora[1]}
-    if not any(isinstance(x, DTensor) for x in tensors.values()):
+    if not any(_is_dtensor(x) for x in tensors.values()):
         return hidden, weight, bias, lora
-    if not isinstance(weight, DTensor):
+    if not _is_dtensor(weight):
         raise TypeError("weight must be a DTensor where hidden, bias or lora is one")
     sharded = [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
     if len(sharded) > 1 or any(not weight.placements[i].is_shard(0) for i in sharded):
@@ -188,9 +192,9 @@ def of_dtensors(hidden, weight, bias, lora, group):
 
     def part(name, like_weight):
         x = tensors[name]
-        if not isinstance(x, DTensor):
+        if not _is_dtensor(x):
             return x
-        wanted = weight.placements if like_weight else (Replicate(),) * x.device_mesh.ndim
+        wanted = weight.placements if like_weight else (dist.tensor.Replicate(),) * x.device_mesh.ndim
         if tuple(x.placements) != tuple(wanted):
             raise ValueError(f"{name} must be laid out as {wanted}, got {x.placements}")
         return x.to_local()

@@ -1,6 +1,7 @@
 """`grpo-kernels doctor`: what is installed, which backends work here and why not, how the extension was built.
 
-`--build-cuda` first builds the CUDA C++ kernels, for an installation that came without them.
+`--build-cuda` first builds the CUDA C++ kernels, which an installation comes without: for the GPUs of this machine, or for every
+architecture where it has none.
 """
 
 import importlib.metadata
@@ -34,14 +35,23 @@ def report() -> str:
 
 def main(argv=()) -> int:
     if list(argv) == ["--build-cuda"]:
-        print("building the CUDA C++ kernels: a minute to three", flush=True)
         try:
-            print(build_cuda.build())
+            _build_cuda()
         except build_cuda.BuildError as error:
             print(f"grpo-kernels doctor --build-cuda: {error}", file=sys.stderr)
             return 1
     print(report())
     return 0
+
+
+def _build_cuda():
+    try:
+        only = build_cuda.present()
+        print(f"building the CUDA C++ kernels for compute capability {', '.join(f'{n / 10:.1f}' for n in only)}", flush=True)
+    except build_cuda.BuildError as error:
+        only = ()
+        print(f"building the CUDA C++ kernels for every architecture, some minutes: no GPU found ({error})", flush=True)
+    print(build_cuda.build(only=only))
 
 
 def _version(name):

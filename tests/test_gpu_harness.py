@@ -534,7 +534,7 @@ def test_records_are_adopted_from_files(tmp_path, record_of_devices, monkeypatch
 def test_nvcc_is_asked_for_one_architecture(tmp_path, monkeypatch):
     monkeypatch.setattr(build_cuda, "_run", lambda line: pytest.fail("nothing needs to be asked"))
     for capability, expected in ((90, "sm_90a"), (80, "sm_80"), (103, "sm_103")):
-        line = build_cuda.command("nvcc", ROOT / "csrc" / build_cuda.SOURCES[0], tmp_path / "a.so", capability)
+        line = build_cuda.command("nvcc", ROOT / "csrc" / build_cuda.SOURCES[0], tmp_path / "a.so", (capability,))
         assert [word for word in line if "gencode" in word] == [f"-gencode=arch=compute_{expected[3:]},code={expected}"]
 
 

@@ -1,6 +1,7 @@
 """Imports point one way: a room imports from the floors below its own, and from nowhere else."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ FLOORS = (
     ("call",),
     ("engine",),
     ("backends", "distributed"),
-    ("losses", "build_cuda", "devices"),
+    ("losses", "build_cuda", "devices", "extras", "peft_import", "tracing"),
 )
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPTIONAL = {"peft", "trl", "liger_kernel", "verl", "datasets", "triton", "yaml", "matplotlib", "tqdm", "cut_cross_entropy", "pyarrow", "quack"}
@@ -100,17 +101,66 @@ def test_no_drawer_for_everything():
     assert not [p for p in ROOT.rglob("*.py") if p.stem in ("utils", "util", "helpers", "common", "misc")]
 
 
-def test_importing_the_package_imports_no_trainer_and_no_peer():
-    """`import grpo_kernels` must stay light and must not fail for want of something optional."""
-    code = (
-        "import sys, grpo_kernels; "
-        "bad = {'transformers', 'trl', 'liger_kernel', 'peft', 'datasets', 'matplotlib', 'triton'} & sys.modules.keys(); "
-        "print(sorted(bad))"
-    )
+def python(code, *arguments):
     environment = {"PYTHONPATH": str(ROOT.parent), "PATH": "/usr/bin:/bin"}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    loaded = set(ast.literal_eval(out.stdout.strip().splitlines()[-1]))
-    assert not loaded - {"triton"}, loaded  # torch itself imports triton where it is installed
+    made = subprocess.run([sys.executable, *arguments, "-c", code], capture_output=True, text=True, env=environment)
+    assert made.returncode == 0, made.stderr
+    return made.stdout
+
+
+def test_importing_the_package_imports_nothing_and_its_names_little_more_than_torch():
+    """Half a second on top of PyTorch is what sympy, the compiler or Triton would take; none may be missing for the import, either."""
+    code = """
+import json, sys, grpo_kernels
+before = set(sys.modules)
+import torch
+torchs = set(sys.modules)
+from grpo_kernels import *
+print(json.dumps([sorted(before), sorted(sys.modules.keys() - torchs)]))
+"""
+    before, new = json.loads(python(code))
+    assert not {"torch", "numpy"} & set(before)
+    assert not {name.split(".")[0] for name in new} - {*sys.stdlib_module_names, "torch", "grpo_kernels"}, new
+    assert not {"torch._dynamo", "torch._inductor", "torch.distributed.tensor"} & set(new) and len(new) < 60, new
+
+
+def test_the_command_line_answers_without_torch():
+    for question in ("--help", "--version", "nothing-of-the-kind"):
+        out = python(f"import sys; from grpo_kernels.cli import main; main([{question!r}]); print('torch' in sys.modules)")
+        assert out.endswith("False\n"), question
+
+
+def test_the_public_names_are_those_that_type_checkers_read():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    read = {(node.module or alias.name, alias.name) for node in block.body for alias in node.names}
+    assert sorted(name for _, name in read) == grpo_kernels.__all__
+    for module, name in read:
+        value = getattr(grpo_kernels, name)
+        assert value is getattr(sys.modules[f"grpo_kernels.{module}"], name, value) and name in dir(grpo_kernels)
+    assert sys.modules["grpo_kernels.reference"] is grpo_kernels.reference
+    with pytest.raises(AttributeError, match="'grpo_kernels' has no attribute 'grpo_los'"):
+        grpo_kernels.grpo_los  # noqa: B018
+
+
+def test_bitsandbytes_is_loaded_where_it_is_used():
+    """peft imports it otherwise, whoever imports transformers' Trainer: a second, and a warning about 4-bit kernels on a CPU."""
+    for name in ("peft", "transformers", "bitsandbytes"):
+        pytest.importorskip(name)
+    code = """
+import sys, grpo_kernels.trainer.demo
+from grpo_kernels.bench import peers
+assert "peft" in sys.modules and "bitsandbytes" not in sys.modules
+import peft
+assert peft.import_utils.is_bnb_available() and callable(peft.helpers.bnb.functional.dequantize_4bit)
+print("bitsandbytes" in sys.modules)
+"""
+    assert python(code).endswith("True\n")
+
+
+def test_a_broken_triton_is_a_reason_and_not_an_error():
+    out = python("import sys; sys.modules['triton'] = None; import grpo_kernels; print(grpo_kernels.available_backends()['triton'])")
+    assert "triton cannot be imported (ModuleNotFoundError" in out and "pip install triton" in out
 
 
 def test_the_kernels_include_no_framework():

@@ -1,24 +1,30 @@
 """The distribution: what it needs to build, what it does without a compiler or its extension, what it reports."""
 
+import ast
+import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 import grpo_kernels
-from grpo_kernels import build_cuda, doctor
+from grpo_kernels import build_cuda, cli, doctor
 from grpo_kernels.backends import native
+from grpo_kernels.extras import MissingExtra, needs
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs in a source tree")
 
 
-def run(*command, **environment):
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+def run(*command, cwd=ROOT, **environment):
+    return subprocess.run([sys.executable, *command], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
 def setup(*arguments, GRPO_KERNELS_BUILD_CUDA="0", **environment):
@@ -30,6 +36,12 @@ def setup(*arguments, GRPO_KERNELS_BUILD_CUDA="0", **environment):
 def project(name):
     """A section of pyproject.toml as text; tomllib is not in Python 3.10."""
     return (ROOT / "pyproject.toml").read_text().split(f"[{name}]\n", 1)[1].split("\n[", 1)[0]
+
+
+def requirements(name):
+    """A list of pyproject.toml."""
+    text = re.search(rf"^{name} = (\[.*?\])\n", (ROOT / "pyproject.toml").read_text(), re.M | re.S).group(1)
+    return ast.literal_eval(text.replace("\n", ""))
 
 
 def test_build_needs_no_torch():
@@ -62,6 +74,71 @@ def test_without_compiler_the_build_succeeds_and_says_why(tmp_path):
     assert list(library.rglob("*.so")) == []
 
 
+def copied_tree(folder):
+    """The package, its extension where it is built, and what builds it."""
+    for name in ("grpo_kernels", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "_cuda.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiler_that_fails_leaves_no_extension_of_an_earlier_build(tmp_path, in_place):
+    tree, library = copied_tree(tmp_path / "tree"), tmp_path / "library"
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    for package in (tree / "grpo_kernels", library / "grpo_kernels"):
+        package.mkdir(parents=True, exist_ok=True)
+        (package / f"_native{suffix}").write_bytes(b"of an earlier build")
+    made = setup("build_ext", f"--build-lib={library}", f"--build-temp={tmp_path / 'temp'}", *["--inplace"] * in_place,
+                 cwd=tree, CC="no", CXX="no")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert not list(library.rglob("*.so")) and bool(list(tree.rglob("_native*.so"))) != in_place
+
+
+def test_a_left_over_build_folder_does_not_reach_the_wheel(tmp_path):
+    library = tmp_path / "library"
+    (library / "grpo_kernels").mkdir(parents=True)
+    (library / "grpo_kernels" / "removed_since.py").write_text("")
+    made = setup("build", f"--build-lib={library}", f"--build-temp={tmp_path / 'temp'}", CC="no", CXX="no", cwd=copied_tree(tmp_path / "tree"))
+    assert made.returncode == 0, made.stderr
+    assert (library / "grpo_kernels" / "loss.py").exists() and not (library / "grpo_kernels" / "removed_since.py").exists()
+
+
+def test_an_extension_of_other_sources_is_refused(tmp_path, monkeypatch):
+    if native._native is None:
+        pytest.skip("the extension is not built")
+    assert not native._of_other_sources(), "the one that the tests run"
+    monkeypatch.setattr(build_cuda, "PACKAGE", tmp_path / "grpo_kernels")
+    monkeypatch.setattr(native, "_BUILD_INFO", tmp_path / "record.json")
+    assert not native._of_other_sources(), "nothing to compare with"
+    for sources in ("0123456789abcdef", native._native.sources):  # no csrc/: what the last build wrote down
+        (tmp_path / "record.json").write_text(json.dumps({"sources": sources}))
+        assert native._of_other_sources() == (sources != native._native.sources)
+    for folder in ("csrc", "grpo_kernels/csrc"):  # a checkout's, a wheel's
+        shutil.copytree(ROOT / "csrc", tmp_path / folder)
+        assert not native._of_other_sources()
+        (tmp_path / folder / "vector.h").write_text("// changed")
+        assert native._of_other_sources()
+
+    monkeypatch.setattr(native, "_REFUSED", True)
+    reason = grpo_kernels.available_backends()["cpu"]
+    assert "built from other sources than these" in reason and "reinstall" in reason
+    assert f"  {reason}\n" in doctor.report() and "in use" not in doctor.report()
+    arguments = torch.ones(1, 2, 4), torch.ones(5, 4), torch.zeros(1, 2, dtype=torch.int64)
+    assert grpo_kernels.linear_logprobs(*arguments).logps.isfinite().all(), "without being asked for it is done without"
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot be used: .* other sources"):
+        grpo_kernels.linear_logprobs(*arguments, backend="cpu")
+
+
+def test_every_source_is_in_the_fingerprint_of_its_library():
+    names = {path.name for path in (ROOT / "csrc").iterdir()}
+    assert names == {*build_cuda.SOURCES, *build_cuda.CPU_SOURCES}
+    for library in (build_cuda.SOURCES, build_cuda.CPU_SOURCES):
+        for name in library:
+            assert set(re.findall(r'#include "(.*)"', (ROOT / "csrc" / name).read_text())) <= set(library), name
+
+
 def fake_nvcc(folder, fails=False):
     """A CUDA_HOME whose compiler knows some architectures, keeps its arguments and writes an empty library."""
     tool = folder / "bin" / "nvcc"
@@ -89,7 +166,7 @@ def installed(tmp_path, setting, **environment):
 
 
 def test_the_cuda_library_is_built_for_every_architecture_the_compiler_knows(tmp_path):
-    made, package, info = installed(tmp_path, "auto", **fake_nvcc(tmp_path / "cuda"))
+    made, package, info = installed(tmp_path, "1", **fake_nvcc(tmp_path / "cuda"))
     assert made.returncode == 0, made.stderr
     arguments = (tmp_path / "cuda" / "arguments").read_text()
     for wanted in ("code=sm_80", "code=sm_86", "code=sm_90a", "code=sm_100a", "code=compute_110", "code=compute_100", "-cudart=static", "-shared"):
@@ -97,21 +174,43 @@ def test_the_cuda_library_is_built_for_every_architecture_the_compiler_knows(tmp
     assert "sm_89" not in arguments and "sm_120a" not in arguments and "torch" not in arguments and "cublas" not in arguments
     assert (package / "_cuda.so").exists() and info["cuda"] and info["cuda_error"] is None
     # what a wheel needs to build them later
-    assert {path.name for path in (package / "csrc").iterdir()} == set(build_cuda.SOURCES)
+    assert {path.name for path in (package / "csrc").iterdir()} == {path.name for path in (ROOT / "csrc").iterdir()}
+
+
+def test_the_cuda_library_is_built_for_the_gpus_that_are_there(tmp_path):
+    cuda = fake_nvcc(tmp_path / "cuda")
+    made, *_ = installed(tmp_path / "none", "native", **cuda, PATH="")
+    assert made.returncode != 0 and "GRPO_KERNELS_BUILD_CUDA=native: nvidia-smi cannot be run" in made.stderr
+    made, package, info = installed(tmp_path / "two", "native", **cuda, PATH=fake_gpus(tmp_path / "smi", "9.0", "8.6", "9.0"))
+    assert made.returncode == 0 and info["cuda"] and (package / "_cuda.so").exists(), made.stderr
+    built = [word for word in (tmp_path / "cuda" / "arguments").read_text().split() if "gencode" in word]
+    assert built == ["-gencode=arch=compute_86,code=sm_86", "-gencode=arch=compute_90a,code=sm_90a"]
+
+
+def fake_gpus(folder, *capabilities):
+    """A PATH on which nvidia-smi names these."""
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text("#!/bin/sh\n" + "".join(f"echo {each}\n" for each in capabilities))
+    (folder / "nvidia-smi").chmod(0o755)
+    return str(folder)
 
 
 def test_a_cuda_compiler_that_fails_or_is_not_wanted(tmp_path):
-    made, package, info = installed(tmp_path / "auto", "auto", **fake_nvcc(tmp_path / "cuda", fails=True))
-    assert made.returncode == 0 and "no such thing as a kernel" in info["cuda_error"] and not (package / "_cuda.so").exists()
-    made, *_ = installed(tmp_path / "one", "1", CUDA_HOME=str(tmp_path / "cuda"))
-    assert made.returncode != 0 and "nvcc failed" in made.stderr
+    cuda = fake_nvcc(tmp_path / "cuda", fails=True)
+    made, *_ = installed(tmp_path / "one", "1", **cuda)
+    assert made.returncode != 0 and "GRPO_KERNELS_BUILD_CUDA=1: " in made.stderr and "nvcc failed" in made.stderr
     (tmp_path / "cuda" / "bin" / "nvcc").write_text("#!/bin/sh\necho no driver >&2\nexit 1\n")
-    made, package, info = installed(tmp_path / "broken", "auto", CUDA_HOME=str(tmp_path / "cuda"))
-    assert made.returncode == 0 and "no driver" in info["cuda_error"], "it cannot even name its architectures"
-    made, package, info = installed(tmp_path / "none", "0", CUDA_HOME=str(tmp_path / "cuda"))
-    assert made.returncode == 0 and "GRPO_KERNELS_BUILD_CUDA=0" in info["cuda_error"] and info["cuda"] is None
+    made, *_ = installed(tmp_path / "broken", "1", **cuda)
+    assert made.returncode != 0 and "no driver" in made.stderr, "it cannot even name its architectures"
+    for unasked in ("auto", "0"):
+        old = tmp_path / unasked / "library" / "grpo_kernels" / "_cuda.so"
+        old.parent.mkdir(parents=True)
+        old.write_bytes(b"of an earlier build")
+        made, package, info = installed(tmp_path / unasked, unasked, **cuda)
+        assert made.returncode == 0 and info["cuda_error"] == f"not asked for at install, GRPO_KERNELS_BUILD_CUDA={unasked}"
+        assert info["cuda"] is None and not old.exists()
     made, *_ = installed(tmp_path / "typo", "yes")
-    assert made.returncode != 0 and "must be auto, 0 or 1, got 'yes'" in made.stderr
+    assert made.returncode != 0 and "must be auto, 0, 1 or native, got 'yes'" in made.stderr
 
 
 def test_doctor_builds_the_cuda_library_later(tmp_path, monkeypatch, capsys):
@@ -127,6 +226,14 @@ def test_doctor_builds_the_cuda_library_later(tmp_path, monkeypatch, capsys):
     assert str(build_cuda.nvcc()) in build_cuda.build(target) and target.exists()
     assert (build_cuda.sources() / "row_kernels_cuda.cu").exists()
 
+    monkeypatch.setattr(build_cuda, "build", lambda only: f"built for {only}")
+    for path, said in ((fake_gpus(tmp_path / "smi", "9.0"), ("compute capability 9.0", "built for (90,)")),
+                       (str(tmp_path), ("for every architecture", "built for ()"))):  # fmt: skip
+        monkeypatch.setenv("PATH", path)
+        assert doctor.main(["--build-cuda"]) == 0
+        out = capsys.readouterr().out
+        assert all(words in out for words in said), out
+
 
 def test_import_without_the_extension():
     code = """
@@ -140,6 +247,44 @@ assert reason in doctor.report()
 """
     made = run("-c", code)
     assert made.returncode == 0, made.stderr
+
+
+def test_what_is_missing_is_named_with_the_extra_that_brings_it(tmp_path, monkeypatch, capsys):
+    code = """
+import sys
+sys.modules["transformers"] = sys.modules["matplotlib"] = None
+import importlib
+from grpo_kernels import cli
+for module in ("trainer", "integrations.transformers", "trainer.plot"):
+    try:
+        importlib.import_module(f"grpo_kernels.{module}")
+    except ModuleNotFoundError as error:
+        print(error)
+print([cli.main(argv) for argv in (["train"], ["plot", "run"], ["bench", "--plot", "here"])])
+"""
+    made = run("-c", code)
+    assert made.returncode == 0, made.stderr
+    wanted = "grpo_kernels.{} needs transformers, which is not installed: pip install 'grpo-kernels[train]'"
+    modules = ("trainer", "integrations.transformers", "trainer")
+    assert made.stdout.splitlines() == [*map(wanted.format, modules), "[2, 2, 2]"]
+    bench = "grpo-kernels: bench --plot needs matplotlib, which is not installed: pip install 'grpo-kernels[bench]'"
+    assert made.stderr.splitlines() == [*[f"grpo-kernels: {wanted.format('trainer')}"] * 2, bench]
+
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "reward": 0.5}]}))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["plot", str(tmp_path)]) == 2
+    assert "needs matplotlib, which is not installed: pip install 'grpo-kernels[bench]'" in capsys.readouterr().err
+
+
+def test_the_loss_brings_neither_trainer_nor_plots():
+    assert [re.match(r"[\w-]+", text).group() for text in requirements("dependencies")] == ["torch", "numpy", "triton"]
+    assert "grpo-kernels[train,bench]" in requirements("test"), "which `make demo` and the tests install"
+
+
+def test_a_module_of_our_own_that_is_missing_is_no_extra():
+    with pytest.raises(ModuleNotFoundError, match="No module named 'grpo_kernels.nothing'") as error, needs("train", "this"):
+        importlib.import_module("grpo_kernels.nothing")
+    assert not isinstance(error.value, MissingExtra)
 
 
 def test_source_distribution_holds_the_sources(tmp_path):

@@ -45,7 +45,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 def interpreted(backend):
     """Milliseconds for a row, tens of them for a small tile."""
-    return backend == "triton" and triton.INTERPRETED
+    return backend == "triton" and triton.interpreted()
 
 
 def random_needs(rng, problem):

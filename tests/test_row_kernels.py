@@ -35,7 +35,7 @@ TRANSFORMS = [
 
 def interpreted(kernels):
     """Tens of milliseconds for a block."""
-    return kernels.module is triton and triton.INTERPRETED
+    return kernels.module is triton and triton.interpreted()
 
 
 def make_logits(rows, columns, dtype, transform, biased=False, per_row=False, spare=0):

@@ -20,7 +20,7 @@ def build(stage):
     if stage.options.device == "cpu":
         return "nvcc builds for the GPU that is there"
     major, minor = torch.cuda.get_device_capability()
-    stage.row("program", "nvcc", "build", says=build_cuda.build(only=10 * major + minor))
+    stage.row("program", "nvcc", "build", says=build_cuda.build(only=(10 * major + minor,)))
 
 
 def run(stage):

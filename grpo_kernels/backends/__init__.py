@@ -5,6 +5,7 @@ import os
 import torch
 
 from .. import devices
+from ..tracing import constant
 from . import cuda, native, pytorch, triton
 
 FLOAT32_TILES = ("triton", "cuda")  # take float32 logits and write a 16-bit gradient elsewhere
@@ -41,9 +42,9 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, vocab: int | No
         elif dtype not in _CPU_DTYPES:
             reason = f"its kernels take float32, bfloat16 and float64, got {dtype}; use backend='torch'"
     if name == "triton" and reason is None:
-        if triton.INTERPRETED and device.type != "cpu":
+        if _interpreted() and device.type != "cpu":
             reason = f"TRITON_INTERPRET=1 runs its kernels on CPU tensors, got {device}; unset it"
-        elif not triton.INTERPRETED and device.type != "cuda":
+        elif not _interpreted() and device.type != "cuda":
             reason = f"its kernels need tensors on a GPU, got {device}; use backend='auto'"
     if name == "cuda" and reason is None and device.type != "cuda":
         reason = f"its kernels need tensors on a GPU, got {device}; use backend='auto'"
@@ -54,14 +55,14 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, vocab: int | No
 
 def _on_a_gpu(device, vocab):
     usable = [name for name in ("triton", "cuda") if _why_unavailable(name) is None]
-    if triton.INTERPRETED and "triton" in usable:
+    if _interpreted() and "triton" in usable:
         usable.remove("triton")
     if vocab and len(usable) == 2 and (measured := _measured(device)):
         return min(measured, key=lambda row: abs(row[0] - vocab))[1]
     return usable[0] if usable else "torch"
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _measured(device):
     """((V, the fastest backend), ...) on a GPU of this kind."""
     return tuple(devices.fastest(torch.cuda.get_device_name(device)).items())
@@ -83,7 +84,12 @@ def scale_(tensor: torch.Tensor, scale: torch.Tensor, backend: str) -> None:
         tensor.mul_(scale)
 
 
-@torch.compiler.assume_constant_result
+@constant
+def _interpreted():
+    return triton.interpreted()
+
+
+@constant
 def _why_unavailable(name):
     """Asks the file system and the driver: once, before torch.compile traces."""
     return _MODULES[name].why_unavailable()

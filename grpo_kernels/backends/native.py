@@ -22,6 +22,7 @@ except ImportError as error:
     _native = None
     _import_error = str(error)
 
+from .. import build_cuda
 from . import params
 from .statistics import check, check_rows, described
 
@@ -39,8 +40,23 @@ def build_info() -> dict:
         return {}
 
 
+def _of_other_sources() -> bool:
+    """Whether the extension was built from other sources than this package's, or than the last build's where it ships none."""
+    try:
+        expected = build_cuda.fingerprint(names=build_cuda.CPU_SOURCES)
+    except (build_cuda.BuildError, OSError):
+        expected = build_info().get("sources")
+    return expected is not None and getattr(_native, "sources", None) != expected
+
+
+# a struct that has changed since would be read as pointers that are none
+_REFUSED = _native is not None and _of_other_sources()
+
+
 def why_unavailable() -> str | None:
     """None, or the reason why the compiled kernels cannot be used, with the remedy."""
+    if _REFUSED:
+        return f"the compiled extension grpo_kernels._native was built from other sources than these; {REBUILD}"
     if _native is not None:
         return None
     built = any(Path(__file__).parent.parent.glob("_native*"))
@@ -88,7 +104,7 @@ def transpose(matrix, out, isa=None):
 
 
 def _check(tile, out=None, **tensors):
-    if _native is None:
+    if why_unavailable() is not None:
         raise AssertionError(why_unavailable())
     if tile.values.device.type != "cpu":
         raise AssertionError(f"tile must be {_SUPPORTED}, got {described(tile.values)}")

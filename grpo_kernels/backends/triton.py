@@ -1,10 +1,12 @@
 """The row kernels in Triton: checked launches, and the launch shape.
 
 On a GPU they are compiled at first use; on the CPU they run in Triton's interpreter when TRITON_INTERPRET=1 was set before
-the import, which is slow and meant for tests. The contract of the functions is that of `pytorch.py`.
+the first use, which is slow and meant for tests. The contract of the functions is that of `pytorch.py`.
 """
 
 import contextlib
+import functools
+import importlib
 from dataclasses import dataclass
 
 import torch
@@ -13,28 +15,43 @@ from ..losses.terms import KINDS
 from .statistics import check, require
 
 _REMEDY = "pip install triton (3.4 or newer)"
+_KERNELS = f"{__package__}.row_kernels_triton"
 _SCALE_BLOCK = 8192
 _RESULTS = {dtype: (dtype,) for dtype in (torch.bfloat16, torch.float16, torch.float64)}  # of each dtype of a tile
 _RESULTS[torch.float32] = (torch.float32, torch.bfloat16, torch.float16)
 
-try:
-    from . import row_kernels_triton as kernels
 
-    _import_error = None
-except Exception as error:  # a broken Triton, whatever it raises, must not take the other backends with it
-    kernels, _import_error = None, f"{type(error).__name__}: {error}"
+class _Kernels:
+    """row_kernels_triton, imported when one of its names is used: a call on the CPU does without Triton's fifth of a second."""
 
-# whether they run in Triton's interpreter, on CPU tensors
-INTERPRETED = kernels is not None and not isinstance(kernels.policy_kernel, kernels.triton.JITFunction)
+    def __getattr__(self, name):
+        return getattr(importlib.import_module(_KERNELS), name)
+
+
+kernels = _Kernels()
+
+
+@functools.cache
+def _import_error():
+    try:
+        importlib.import_module(_KERNELS)
+        return None
+    except Exception as error:  # a broken Triton, whatever it raises, must not take the other backends with it
+        return f"{type(error).__name__}: {error}"
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, on CPU tensors."""
+    return _import_error() is None and not isinstance(kernels.policy_kernel, kernels.triton.JITFunction)
 
 
 def why_unavailable() -> str | None:
     """None, or the reason why the Triton kernels cannot be used, with the remedy."""
-    if kernels is None:
-        return f"triton cannot be imported ({_import_error}); {_REMEDY}"
-    if INTERPRETED or torch.cuda.is_available():
+    if _import_error():
+        return f"triton cannot be imported ({_import_error()}); {_REMEDY}"
+    if interpreted() or torch.cuda.is_available():
         return None
-    return "there is no GPU; on the CPU use backend='cpu', or set TRITON_INTERPRET=1 before the import to run the kernels slowly"
+    return "there is no GPU; on the CPU use backend='cpu', or set TRITON_INTERPRET=1 before the first use to run the kernels slowly"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """`grpo-kernels bench`: what is measured, in which order, and what is printed."""
 
 import argparse
-import importlib.util
 import json
 import math
 import sys
@@ -9,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..extras import needs
 from . import clock as clocks
 from . import plot, record, scaling, step, table
 from .measure import Effort, measure
@@ -86,10 +86,12 @@ def main(argv) -> int:
 
 def _check(options):
     """Before anything is measured: what would only be found out behind it."""
+    if options.plot:
+        with needs("bench", "bench --plot"):
+            import matplotlib  # noqa: F401
     given = [f"--{n}" for n in ("json", "quick", "scaling", "step") if getattr(options, n)]
     for wrong, why in (
         (options.source and given, f"--from measures nothing, so it excludes {', '.join(given)}"),
-        (options.plot and not importlib.util.find_spec("matplotlib"), "--plot needs matplotlib; pip install matplotlib"),
         (options.json and options.json.is_dir(), f"--json {options.json}: is a folder"),
         (options.rounds is not None and options.rounds < 1, f"--rounds must be at least 1, got {options.rounds}"),
         ((options.scaling or options.step) and options.workloads, "--scaling and --step have a workload of their own"),

@@ -10,6 +10,7 @@ import importlib
 import torch
 
 from ..losses.objective import objective
+from ..peft_import import import_peft
 from .problem import Result
 
 
@@ -129,6 +130,7 @@ def _lacks(p, *names):
 
 def _imported(module, name):
     try:
+        import_peft()
         return getattr(importlib.import_module(module), name)
     except Exception as error:
         raise Absent(f"cannot be imported: {type(error).__name__}: {error}") from error

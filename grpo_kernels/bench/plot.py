@@ -3,6 +3,7 @@
 import statistics
 from pathlib import Path
 
+from ..extras import needs
 from .providers import OURS, PRODUCTS, PROVIDERS
 from .shapes import named
 
@@ -14,8 +15,9 @@ _ORDER = sorted(PROVIDERS, key=lambda name: name.startswith(OURS) or name == PRO
 
 def plot(rows, folder) -> list[Path]:
     """Writes what the rows have data for into ``folder``; returns the files."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    with needs("bench", "bench --plot"):
+        import matplotlib
+        from matplotlib.figure import Figure
 
     good = [r for r in rows if r["status"] == "ok" and r["provider"] != PRODUCTS]
     pictures = {

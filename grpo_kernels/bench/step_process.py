@@ -14,12 +14,15 @@ import sys
 import tempfile
 
 import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from ..extras import needs
 from ..trainer import GRPOConfig, GRPOTrainer
 from . import clock as clocks
 from .memory import answer
+
+with needs("train", "bench --step"):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 SEQUENCES, PROMPT = 8, 64
 ROWS = [{"prompt": "a"}] * SEQUENCES

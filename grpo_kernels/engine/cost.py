@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..devices import constants
+from ..tracing import constant
 
 _L2_SPEED = 2  # of L2 beside memory, at least: an A100's 5120 bytes a clock are 3.5 times its memory
 TILE = 128  # rows and columns of a tile of a GPU's product; wide tiles have twice the columns
@@ -121,7 +122,7 @@ class Step:
     cached: int = 0  # read and written in the L2 cache
 
 
-@torch.compiler.assume_constant_result  # which would trace the asking
+@constant  # which would trace the asking
 def device_of(torch_device) -> Device:
     """What was measured on this GPU, else the table's entry by its name, else what its properties say; nothing is timed here."""
     return _device(torch_device)

@@ -9,6 +9,7 @@ import torch
 from ..distributed import VocabShard
 from ..losses.config import GRPOLossConfig, LogitTransform
 from ..losses.terms import PolicyRows
+from ..tracing import constant
 from .plan import Problem, device_of
 from .products import tile_dtype
 
@@ -83,7 +84,7 @@ def _without_numbers(value, numbers):
     return "#int" if isinstance(value, int) else "#float"
 
 
-@torch.compiler.assume_constant_result  # which would trace the writing of JSON
+@constant  # which would trace the writing of JSON
 def _joined(*values):
     return json.dumps(values)
 

@@ -13,6 +13,7 @@ import functools
 import torch
 
 from ..backends import FLOAT32_TILES, native
+from ..tracing import constant
 
 _HUGE_PAGE_BYTES = 8 * 2**20
 
@@ -29,13 +30,13 @@ def tile_dtype(like, backend):
     return torch.float32 if wide else like.dtype
 
 
-@torch.compiler.assume_constant_result
+@constant
 def float32_products(device, dtype):
     """Whether ``torch.mm`` of 16-bit matrices on this device can write float32."""
     return _accepted("mm", device, dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def float32_sums(device, dtype):
     """Whether ``torch.addmm`` of 16-bit matrices on this device can add to float32 in place (early out_dtype could not)."""
     return _accepted("addmm", device, dtype)

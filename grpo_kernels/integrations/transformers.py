@@ -18,13 +18,16 @@ from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from ..call import check_options, kind
 from ..engine.diagnostics import NAMES as DIAGNOSTICS
+from ..extras import needs
 from ..logprobs import token_statistics
 from ..losses.config import GRPOLossConfig
+
+with needs("train", __name__):
+    from transformers import PreTrainedModel
+    from transformers.utils import ModelOutput
 
 OUTPUTS = ("log_probs", "entropy", *DIAGNOSTICS)
 

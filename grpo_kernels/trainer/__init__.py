@@ -1,6 +1,11 @@
 """GRPO training on transformers' Trainer: `GRPOConfig`, `GRPOTrainer`."""
 
-from .config import GRPOConfig
-from .trainer import GRPOTrainer
+from ..extras import needs
+from ..peft_import import import_peft
+
+with needs("train", __name__):
+    import_peft()
+    from .config import GRPOConfig
+    from .trainer import GRPOTrainer
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]

@@ -16,6 +16,7 @@ import transformers
 import yaml
 from transformers import BitsAndBytesConfig, HfArgumentParser
 
+from ..extras import needs
 from ..losses.config import LOSS_TYPES
 from .config import GRPOConfig
 from .rewards import load_reward
@@ -54,10 +55,8 @@ class RunArguments:
             if changed := [name for name, default in defaults.items() if getattr(self, name) != default]:
                 raise ValueError(f"--{changed[0]} needs --use_peft")
             return None
-        try:
+        with needs("train", "--use_peft"):
             from peft import LoraConfig
-        except ImportError as error:
-            raise ValueError("--use_peft needs peft; pip install peft") from error
         target = self.lora_target_modules
         return LoraConfig(
             task_type="CAUSAL_LM", r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
@@ -196,10 +195,8 @@ def read_data(path):
 
 
 def _read_dataset(path):
-    try:
+    with needs("train", f"{path} (JSONL needs nothing)"):
         import datasets
-    except ImportError as error:
-        raise ValueError(f"{path}: needs datasets; pip install datasets, or give JSONL") from error
     try:
         data = datasets.load_from_disk(path) if os.path.isdir(path) else datasets.Dataset.from_parquet(path)
     except Exception as error:

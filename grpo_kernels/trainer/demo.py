@@ -20,6 +20,7 @@ from tokenizers.models import WordLevel
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..extras import MissingExtra
 from ..integrations.transformers import fuse_lm_head
 from ..logprobs import linear_logprobs
 from .config import GRPOConfig
@@ -103,7 +104,10 @@ def _run(args, threads):
 
     picture = os.path.join(args.output_dir, "training.png")
     title = f"Learning to add from rewards: greedy accuracy on held-out prompts {accuracy:.2f} → {final:.2f}"
-    plot_run(trainer.state.log_history, picture, title, story.greedy)
+    try:
+        plot_run(trainer.state.log_history, picture, title, story.greedy)
+    except MissingExtra as missing:
+        picture = f"none: {missing}"
     torch.set_num_threads(threads)
     shape = Shape(args.per_device_train_batch_size, args.max_completion_length, PADDED_VOCABULARY, model.config.hidden_size)
     print(f"\n4. The loss and its gradients on one batch of this run ({describe(shape)})")

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from statistics import median
 
-import matplotlib
-from matplotlib.figure import Figure
+from ..extras import needs
 
 _PANELS = (
     ("reward", "reward", "mean over the rollout"),
@@ -45,6 +44,10 @@ def plot_run(log_history, path, title="", greedy=None):
     Args:
         greedy: [(step, held-out accuracy)] to draw beside the reward, or None.
     """
+    with needs("bench", "the picture of a run"):
+        import matplotlib
+        from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     with matplotlib.rc_context({"font.size": 10.5, "axes.edgecolor": "#999999", "text.color": _INK}):
         axes = figure.subplots(2, 2, sharex=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
+from ..extras import needs
+
 FOLDER = "completions"
 _NARROWEST = 60
 
@@ -15,10 +17,8 @@ class Samples:
     """The completions of the last rollout, of all processes. The main process prints and writes."""
 
     def __init__(self, args, names):
-        try:
+        with needs("train", "log_completions"):
             import pyarrow  # noqa: F401
-        except ImportError as error:
-            raise ValueError("log_completions needs pyarrow; pip install pyarrow") from error
         self.folder, self.main = Path(args.output_dir) / FOLDER, args.should_save
         self.most, self.names = args.num_completions_to_print, names
         self._texts, self._rows, self._shown = [], [], False

@@ -1,0 +1,19 @@
+"""The error of a part whose requirements are not installed: it names the extra that brings them."""
+
+import contextlib
+
+
+class MissingExtra(ModuleNotFoundError):
+    """A module that an optional part of the package imports is not installed."""
+
+
+@contextlib.contextmanager
+def needs(extra, user):
+    """Around the imports of ``user``: the first module that is missing becomes an error with the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if isinstance(error, MissingExtra) or (error.name or "").startswith("grpo_kernels"):
+            raise
+        remedy = f"pip install 'grpo-kernels[{extra}]'"
+        raise MissingExtra(f"{user} needs {error.name}, which is not installed: {remedy}", name=error.name) from error
