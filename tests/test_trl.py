@@ -481,16 +481,38 @@ class OtherLogProbs:
         return logps * 0.9, *others
 
 
-@pytest.mark.parametrize("kind, difference", [(Halved, "gradient in the log-probs"), (Shifted, "the fused one"), (Detached, "gradient")])
-def test_another_loss_is_refused(kind, difference, folder):
-    """A TRL, or a subclass of its trainer, that computes another loss is not trained by ours."""
-    with pytest.raises(RuntimeError, match=difference):
-        grpo(types.new_class("Other", (FusedGRPOTrainer, kind)), folder, saved(folder), loss_type="grpo")
+class OtherModel:
+    """Scores without TRL's function, as a trainer that makes its own logits does."""
+
+    def _compute_loss(self, model, inputs):
+        return model(input_ids=inputs["completion_ids"]).logits.mean()
 
 
-def test_other_log_probs_are_refused(folder):
-    with pytest.raises(RuntimeError, match="gradient in the log-probs"):
-        grpo(FusedGRPOTrainer, folder, saved(folder), mixin=OtherLogProbs)
+@pytest.mark.parametrize(
+    "kind, difference, name",
+    [
+        (Halved, "gradient in the log-probs", "Halved._compute_loss"),
+        (Shifted, "the fused one", "Shifted._compute_loss"),
+        (Detached, "gradient", "Detached._compute_loss"),
+        (OtherLogProbs, "gradient in the log-probs", "OtherLogProbs._get_per_token_logps_and_entropies"),
+        (type("Bypassing", (OtherModel, trl.GRPOTrainer), {}), "does not call", "OtherModel._compute_loss"),
+    ],
+)
+def test_a_subclass_with_another_loss_is_told_so(kind, difference, name, folder):
+    """And not to install the TRL that it has."""
+    bases = (FusedGRPOTrainer, kind) if issubclass(kind, trl.GRPOTrainer) else (kind, FusedGRPOTrainer)
+    with pytest.raises(RuntimeError, match=difference) as caught:
+        grpo(types.new_class("Mine", bases), folder, saved(folder), loss_type="grpo")
+    words = str(caught.value)
+    assert words.startswith("Mine does not train") and f"It overrides {name};" in words and "patch_trl" in words
+    assert "install" not in words and trl.__version__ not in words
+
+
+def test_a_trl_with_another_loss_is_refused(folder, monkeypatch):
+    theirs = trl.GRPOTrainer._compute_loss
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", lambda self, model, inputs: theirs(self, model, inputs) * 0.5)
+    with pytest.raises(RuntimeError, match=f"TRL .{trl.__version__}. is not one that grpo_kernels knows.*gradient in the log-probs"):
+        grpo(FusedGRPOTrainer, folder, saved(folder), loss_type="grpo")
 
 
 def test_a_trainer_without_the_seam_is_refused(folder, monkeypatch):

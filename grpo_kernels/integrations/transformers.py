@@ -9,9 +9,9 @@ itself learns one keyword, and makes log-probs where its logits would have been 
 Both run inside the call of the output layer, so that the hooks which gather a sharded layer, and reduce its gradient, fire as
 they do for logits. Every other call, `generate` included, is unchanged.
 
-A copy and a pickle (`torch.save(model)`) of a fused model are fused. `save_pretrained` keeps weights alone: fuse what `from_pretrained`
-returns. A model that was never fused cannot refuse the keyword, since transformers' forwards ignore those they do not know: it
-returns logits and no log_probs. `is_fused` tells.
+A copy and a pickle (`torch.save(model)`) of a fused model are fused. `save_pretrained` keeps weights alone: fuse what
+`from_pretrained` returns. A model that was never fused cannot refuse the keyword, since transformers' forwards ignore keywords that
+they do not know: it returns logits and no log_probs. `is_fused` tells.
 """
 
 import sys
@@ -97,7 +97,8 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
 
     Raises:
         NotImplementedError: the logits of this architecture are not what its head and configuration say; it is left as it was.
-        TypeError: not a causal LM, or one that is wrapped otherwise, or an encoder-decoder model. ValueError: an option is not legal.
+        TypeError: not a causal LM, an encoder-decoder model, or one that is wrapped otherwise.
+        ValueError: an option is not legal.
     """
     given, model = model, _causal_lm(model)
     _check_options(temperature, outputs, workspace_bytes, backend)
@@ -180,8 +181,8 @@ def _causal_lm(model):
         raise TypeError(f"model must be a transformers causal LM (PEFT's or DDP's around it at most), got {type(found).__name__}")
     if getattr(found.config, "is_encoder_decoder", False):
         raise TypeError(
-            f"model must be a decoder alone, got {type(found).__name__}, an encoder-decoder model; give the hidden states of its decoder "
-            "and the weight of its output layer to linear_logprobs"
+            f"model must be a decoder alone, got {type(found).__name__}, an encoder-decoder model; give its decoder's hidden states "
+            "and its output layer's weight to linear_logprobs"
         )
     return found
 
