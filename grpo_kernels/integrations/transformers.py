@@ -181,7 +181,7 @@ def _causal_lm(model):
         raise TypeError(f"model must be a transformers causal LM (PEFT's or DDP's around it at most), got {type(found).__name__}")
     if getattr(found.config, "is_encoder_decoder", False):
         raise TypeError(
-            f"model must be a decoder alone, got {type(found).__name__}, an encoder-decoder model; give its decoder's hidden states "
+            f"model must be a decoder, got {type(found).__name__}, an encoder-decoder model; give its decoder's hidden states "
             "and its output layer's weight to linear_logprobs"
         )
     return found

@@ -62,8 +62,8 @@ def _another_loss(trainer, what):
     if not changes:
         return _unknown(what)
     return RuntimeError(
-        f"{type(trainer).__name__} does not train the loss of trl.GRPOTrainer: {what}. It overrides {', '.join(changes)}; a trainer "
-        "that changes log-probs or loss must derive from trl.GRPOTrainer, with patch_trl()"
+        f"{type(trainer).__name__} does not train the loss of trl.GRPOTrainer: {what}. It overrides {', '.join(changes)}; a "
+        "trainer that changes log-probs or loss must derive from trl.GRPOTrainer, with patch_trl()"
     )
 
 
