@@ -8,10 +8,10 @@ run on the detached log-probs that came of it. That makes TRL's metrics, drives 
 the loss, which must agree with the fused one. On-policy that value is close to 0 whatever the loss, so the first micro-batches
 compare the gradients with respect to log-probs and entropies, too.
 
-``top_entropy_quantile`` keeps the tokens that TRL's rule keeps: float32 entropies >= `torch.quantile` of all kept ones. Tokens of one
-context, such as the first of every completion of a prompt, have one distribution, so TRL's entropies of them are equal to the bit;
-ours differ in the last ones, because the kernels sum the sampled token apart. Where the quantile falls on such a group stock TRL trains
-all of it and this module a part, and the runs differ from that step on.
+``top_entropy_quantile`` keeps the tokens that TRL's rule keeps: float32 entropies >= `torch.quantile` of those of all tokens that
+count. Tokens of one context, such as the first of every completion of a prompt, have one distribution, so TRL's entropies of them
+are equal to the bit; ours differ in the last ones, because the kernels sum the sampled token apart. Where the quantile falls on
+such a group stock TRL trains all of it and this module a part, and the runs differ from that step on.
 
 Source: interfaces of TRL 1.15 and 1.16 (trl/trainer/utils.py: add_fused_lm_head; trl/kernels/chunked_logprob.py).
 """
