@@ -97,7 +97,7 @@ def odd_shape(monkeypatch):
 
 PLAIN = dict(use_bias_correction_kl=False, epsilon_low=0.2, epsilon_high=0.2, chunk_size=2, temperature=0.9, sapo_temperature_pos=1.0,
              sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0, num_items=None,
-             mask=torch.int64, frozen=(), scale=1.0)  # fmt: skip
+             mask=torch.int64, max_completion_length=47, frozen=(), scale=1.0)  # fmt: skip
 SWITCHES = dict(beta=[0.0, 0.1], delta=[None, 1.5], bias=[False, True], on_policy=[False, True],
                 reference=["logps", "input", "input and bias", "own"], ratio=[None, "[B, T]"])  # fmt: skip
 
