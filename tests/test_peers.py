@@ -1,7 +1,7 @@
 """The ground that other projects' own tests cover, on our adapters. What test_trl, test_liger, test_verl, test_transformers and
 test_vocab_parallel go over already is not repeated:
 
-* TRL's fused head: the architectures of its tests that test_transformers does not build, against TRL's own fused head.
+* TRL's fused head: the architectures of its tests that test_transformers does not build, against TRL's own fused head; two that see.
 * liger's grid: every combination of its switches, at a shape of odd lengths (test_liger draws combinations at one shape).
 * verl's precision test: its Triton kernel itself, run by Triton's interpreter (test_verl runs verl's torch backend).
 * Shards of 127 and 126 rows, of a vocabulary of 507 over 4 ranks: verl's call and an output layer under FSDP2.
@@ -81,6 +81,48 @@ def test_the_fused_head_is_full_logits_and_trls(name):
         results.append(outputs | gradients(m, mixed_loss(out)))
     assert_all_close(*results, 2e-5, floor=2e-6)
     assert ("aux_loss" in results[0]) == ("output_router_logits" in ARCHITECTURES[name])
+
+
+SEEING = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+READING = {**TINY, "initializer_range": 0.3, "num_key_value_heads": 2}
+
+
+def vision_model(name, softcap=None):
+    hf.set_seed(0)
+    if name == "Llava":
+        vision, text = hf.CLIPVisionConfig(**SEEING), hf.LlamaConfig(**READING)
+        return hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=31)).eval()
+    vision = hf.SiglipVisionConfig(**SEEING)
+    text = hf.Gemma3TextConfig(**READING, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=softcap)
+    config = hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=31)
+    model = hf.Gemma3ForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # starts as zeros
+    return model
+
+
+@pytest.mark.parametrize("name", ["Llava", "Gemma3"])
+def test_a_model_that_sees(name):
+    """Images go to the base model as they are; full logits are the truth."""
+    model, (ids, attention, labels) = fuse_lm_head(vision_model(name), outputs=OUTPUTS), batch()
+    ids[:, 1:5], labels[:, 1:5] = 31, -100
+    ids[:, 5:].clamp_(max=30)
+    labels = labels.where(labels == -100, ids)
+    images = torch.randn(len(ids), 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    more = dict(token_type_ids=(ids == 31).long()) if name == "Gemma3" else {}
+    seen = dict(input_ids=ids, attention_mask=torch.ones_like(attention), pixel_values=images, **more)
+    truth = statistics(model(**seen).logits[:, :-1], labels[:, 1:])
+    truth["loss"] = -truth["log_probs"].sum() / truth["label_mask"].sum()
+    ours = model(**seen, labels=labels, fused_lm_head=True)
+    assert_all_close({n: ours[n] for n in truth}, truth, 1e-5)
+    assert_all_close(gradients(model, mixed_loss(ours)), gradients(model, mixed_loss(truth)), 1e-5, floor=2e-6)
+    other = model(**{**seen, "pixel_values": images.flip(0)}, labels=labels, fused_lm_head=True).log_probs
+    assert (other - ours.log_probs).norm() > 1e-3
+
+
+def test_a_softcap_that_the_model_does_not_apply_is_no_softcap():
+    """transformers' Gemma3 with images leaves its text configuration's softcap out."""
+    with pytest.raises(NotImplementedError, match="Gemma3ForConditionalGeneration does not make its logits"):
+        fuse_lm_head(vision_model("Gemma3", softcap=1.5))
 
 
 # ---- liger: every combination
