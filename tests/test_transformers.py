@@ -5,6 +5,7 @@ import copy
 import functools
 import importlib.util
 import os
+import pickle
 
 import pytest
 import torch
@@ -200,6 +201,44 @@ def test_a_deep_copy_runs_itself():
     assert (twin(input_ids=ids).logits - before).norm() > 0.1 * before.norm()
     compare(twin)
     compare(fuse_lm_head(twin))
+
+
+@pytest.mark.parametrize("kind", ["plain", "peft", "forward of its own"])
+def test_a_saved_model_comes_back_fused(kind, tmp_path):
+    """By torch.save and by pickle, with its options, and it runs itself: not the model that it was saved from."""
+    model = adapted("both") if kind == "peft" else build()
+    if kind == "forward of its own":
+        model.forward = functools.partial(type(model).forward, model)  # as accelerate's hooks put one
+    fuse_lm_head(model, temperature=0.7, outputs=OUTPUTS)
+    torch.save(model, tmp_path / "model")
+    loaded = torch.load(tmp_path / "model", weights_only=False), pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    for twin in loaded:
+        assert is_fused(twin) and set(OUTPUTS) <= compare(twin, temperature=1.3)[0].keys()
+        ids, _, labels = batch()
+        truth = through_logits(twin, ids, None, labels, 0.7)["log_probs"]
+        assert_close("log_probs", twin(input_ids=ids, labels=labels, fused_lm_head=True).log_probs, truth, 1e-5)
+        compare(fuse_lm_head(pickle.loads(pickle.dumps(twin)), temperature=1.0))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_model_that_accelerate_unwraps_is_fused(keep):
+    """It peels its autocast off the forward and makes a method of what is left."""
+    accelerate = pytest.importorskip("accelerate")
+    model, (ids, _, labels) = fuse_lm_head(build()), batch()
+    exact = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    try:
+        accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+        prepared = accelerator.prepare_model(model)
+        rounded = prepared(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+        assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+        model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=keep)
+        ours = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+        assert torch.equal(ours, rounded if keep else exact) and is_fused(model)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Odd(hf.LlamaForCausalLM):
@@ -644,6 +683,9 @@ def test_mistakes_are_named():
     for other in (torch.nn.Linear(2, 3), model.base_model, "a/path"):
         with pytest.raises(TypeError, match="model must be a transformers causal LM"):
             fuse_lm_head(other)
+    sizes = dict(vocab_size=V, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(TypeError, match="got T5ForConditionalGeneration, an encoder-decoder model; .*linear_logprobs"):
+        fuse_lm_head(hf.T5ForConditionalGeneration(hf.T5Config(**sizes)))
     assert not is_fused(model) and is_fused(fuse_lm_head(model))
     for given, error, words in (
         (dict(), ValueError, "labels or shift_labels.*neither"),

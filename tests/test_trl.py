@@ -37,6 +37,7 @@ from trl.trainer import utils  # noqa: E402
 
 from grpo_kernels.integrations import trl as ours  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, FusedLogProbFunction, is_patched, patch_trl, unpatch_trl  # noqa: E402
+from grpo_kernels.losses.objective import entropy_threshold, top_tokens  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -262,6 +263,73 @@ def test_tool_tokens_of_no_probability_leave_the_metrics_finite(folder):
     assert all(math.isfinite(x) for x in near[0]["kl"] + near[0]["loss"])
 
 
+# ---- the tie rule of the entropy quantile
+
+
+def draw_entropies(name, g):
+    """(entropies [B, T], mask): quantized so that many are exactly equal, ragged, a row without a token."""
+    B, T = int(torch.randint(1, 9, (), generator=g)), int(torch.randint(1, 40, (), generator=g))
+    entropies = 3 * torch.rand(B, T, generator=g)
+    mask = torch.arange(T) < torch.randint(0, T + 1, (B, 1), generator=g)
+    if name == "ties":
+        entropies = (entropies * 4).round() / 4
+    if name == "all equal":
+        entropies = torch.full((B, T), float(entropies[0, 0]))
+    if name == "confident":
+        entropies = (entropies - 2).clamp(min=0)
+    return entropies, mask & (name != "nothing kept")
+
+
+@pytest.mark.parametrize("name", ["distinct", "ties", "all equal", "confident", "nothing kept"])
+def test_the_entropy_quantile_keeps_the_tokens_that_trl_keeps(name):
+    """By TRL's own method, bit for bit: >= the quantile of the kept tokens, interpolated in float32."""
+    alone = types.SimpleNamespace(pad_across_processes=lambda x, **_: x, gather=lambda x: x)
+    g, tied = torch.Generator().manual_seed(0), 0
+    for _ in range(60):
+        entropies, mask = draw_entropies(name, g)
+        for quantile in (0.0, 1e-9, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1 - 1e-9, 1.0):
+            theirs = trl.GRPOTrainer.get_high_entropy_mask(types.SimpleNamespace(accelerator=alone), entropies, mask.long(), 1 - quantile)
+            m = mask.float()
+            threshold = entropy_threshold(entropies, m, quantile)
+            assert torch.equal(top_tokens(entropies, m, threshold), theirs.float()), (quantile, entropies, mask)
+            tied += int((mask & (entropies == threshold)).sum() > 1)
+            assert quantile < 1 or torch.equal(theirs, mask)  # there TRL does not ask for a mask
+            assert quantile > 0 or torch.equal(theirs, mask & (entropies == entropies.where(mask, -1).max()))
+    assert (tied > 100) == (name in ("ties", "all equal", "confident")), tied
+
+
+class Recorded:
+    """Keeps what TRL's own rule was given and said."""
+
+    def get_high_entropy_mask(self, entropies, mask, threshold):
+        kept = super().get_high_entropy_mask(entropies, mask, threshold)
+        self.seen.append((self.ids, entropies.detach().clone(), mask.bool(), kept))
+        return kept
+
+    def _compute_loss(self, model, inputs):
+        self.ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        return super()._compute_loss(model, inputs)
+
+
+@pytest.mark.parametrize("seed, quantile", [(4, 0.2), (0, 0.5)])
+def test_only_tokens_of_one_context_change_sides_of_the_entropy_quantile(seed, quantile, folder):
+    """Two completions with the same tokens so far have the same distribution: rounding alone says which entropy is larger."""
+    model, runs = saved(folder, hidden_size=64, intermediate_size=128, num_hidden_layers=2), []
+    for kind in (trl.GRPOTrainer, FusedGRPOTrainer):
+        runs.append([])
+        grpo(kind, folder, model, mixin=type("Kept", (Recorded,), {"seen": runs[-1]}), seed=seed, top_entropy_quantile=quantile, max_steps=5,
+             num_iterations=2, beta=0.05, per_device_train_batch_size=16, num_generations=8)  # fmt: skip
+    for (ids, entropies, mask, theirs), (same_ids, rounded, _, ours) in zip(*runs, strict=True):
+        assert torch.equal(ids, same_ids)
+        assert ((entropies - rounded).abs() <= 1e-6 * entropies)[mask].all()
+        prompt = ids.shape[1] - entropies.shape[1]
+        for row, column in (theirs != ours).nonzero().tolist():
+            alike = (ids[:, : prompt + column] == ids[row, : prompt + column]).all(1) & mask[:, column]
+            assert alike.sum() > 1 and theirs[alike, column].all() and not ours[alike, column].all()
+        if not torch.equal(theirs, ours):
+            return  # from here on the weights differ
+
+
 # ---- what stock TRL refuses
 
 
@@ -481,16 +549,38 @@ class OtherLogProbs:
         return logps * 0.9, *others
 
 
-@pytest.mark.parametrize("kind, difference", [(Halved, "gradient in the log-probs"), (Shifted, "the fused one"), (Detached, "gradient")])
-def test_another_loss_is_refused(kind, difference, folder):
-    """A TRL, or a subclass of its trainer, that computes another loss is not trained by ours."""
-    with pytest.raises(RuntimeError, match=difference):
-        grpo(types.new_class("Other", (FusedGRPOTrainer, kind)), folder, saved(folder), loss_type="grpo")
+class OtherModel:
+    """Scores without TRL's function, as a trainer that makes its own logits does."""
+
+    def _compute_loss(self, model, inputs):
+        return model(input_ids=inputs["completion_ids"]).logits.mean()
 
 
-def test_other_log_probs_are_refused(folder):
-    with pytest.raises(RuntimeError, match="gradient in the log-probs"):
-        grpo(FusedGRPOTrainer, folder, saved(folder), mixin=OtherLogProbs)
+@pytest.mark.parametrize(
+    "kind, difference, name",
+    [
+        (Halved, "gradient in the log-probs", "Halved._compute_loss"),
+        (Shifted, "the fused one", "Shifted._compute_loss"),
+        (Detached, "gradient", "Detached._compute_loss"),
+        (OtherLogProbs, "gradient in the log-probs", "OtherLogProbs._get_per_token_logps_and_entropies"),
+        (type("Bypassing", (OtherModel, trl.GRPOTrainer), {}), "does not call", "OtherModel._compute_loss"),
+    ],
+)
+def test_a_subclass_with_another_loss_is_told_so(kind, difference, name, folder):
+    """And not to install the TRL that it has."""
+    bases = (FusedGRPOTrainer, kind) if issubclass(kind, trl.GRPOTrainer) else (kind, FusedGRPOTrainer)
+    with pytest.raises(RuntimeError, match=difference) as caught:
+        grpo(types.new_class("Mine", bases), folder, saved(folder), loss_type="grpo")
+    words = str(caught.value)
+    assert words.startswith("Mine does not train") and f"It overrides {name};" in words and "patch_trl" in words
+    assert "install" not in words and trl.__version__ not in words
+
+
+def test_a_trl_with_another_loss_is_refused(folder, monkeypatch):
+    theirs = trl.GRPOTrainer._compute_loss
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", lambda self, model, inputs: theirs(self, model, inputs) * 0.5)
+    with pytest.raises(RuntimeError, match=f"TRL .{trl.__version__}. is not one that grpo_kernels knows.*gradient in the log-probs"):
+        grpo(FusedGRPOTrainer, folder, saved(folder), loss_type="grpo")
 
 
 def test_a_trainer_without_the_seam_is_refused(folder, monkeypatch):

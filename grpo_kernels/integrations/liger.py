@@ -45,7 +45,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             vespo_k_neg, vespo_lambda_neg: as in `GRPOLossConfig`. The temperature is the reference's too.
 
     Raises:
-        ValueError: an option or a combination is not legal; liger raises some of these at the first call only.
+        ValueError: a sapo temperature or delta is not > 0. All other options are judged at the call, as by liger.
 
     Source: interface and metrics: liger-kernel 0.8.5; mathematics: the papers named in README.md.
     """
@@ -66,7 +66,10 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         self.sapo_temperature_pos, self.sapo_temperature_neg = sapo_temperature_pos, sapo_temperature_neg
         self.vespo_k_pos, self.vespo_lambda_pos = vespo_k_pos, vespo_lambda_pos
         self.vespo_k_neg, self.vespo_lambda_neg = vespo_k_neg, vespo_lambda_neg
-        _ = self.config  # a wrong option is an error here, not at the first call
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg", "delta"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be > 0, got {value!r}")
 
     @property
     def config(self) -> GRPOLossConfig:
@@ -76,6 +79,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 f"importance_sampling_level must be 'token' for loss_type={self.loss_type!r}, got 'sequence' (liger's rule; "
                 "grpo_kernels.FusedLinearGRPOLoss has no such limit)"
             )
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise AssertionError("max_completion_length must be an integer > 0 for loss_type='dr_grpo', got None")
         own = {field.name for field in dataclasses.fields(GRPOLossConfig)} & vars(self).keys()
         return GRPOLossConfig(epsilon=self.epsilon_low, **{name: getattr(self, name) for name in own})
 
@@ -109,8 +114,9 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 its cap; sapo and vespo: 0.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was wanted and what came; among them a reference that
-                ``use_ref_model`` asks for (even where beta is 0, as liger does) and that did not come.
+            TypeError, ValueError: naming the argument, what was wanted and what came.
+            AssertionError: where liger asserts: ``use_ref_model`` and no reference (even where beta is 0), dr_grpo without
+                ``max_completion_length``, the shape of ``vllm_is_ratio``.
 
         Warns:
             UserWarning: a reference was given twice, or although ``use_ref_model`` is False and beta is not 0.
@@ -124,7 +130,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         if old_per_token_logps is not None:
             _check("old_per_token_logps", old_per_token_logps, FLOAT_DTYPES, (B, T))
         if vllm_is_ratio is not None:
-            _check("vllm_is_ratio", vllm_is_ratio, FLOAT_DTYPES, (B, T), (B, 1), (B,))
+            _check("vllm_is_ratio", vllm_is_ratio, FLOAT_DTYPES, (B, T), (B, 1), (B,), error=AssertionError)
             vllm_is_ratio = vllm_is_ratio.unsqueeze(1) if vllm_is_ratio.dim() == 1 else vllm_is_ratio
         config, ids = self.config, selected_token_ids.long()
 
@@ -151,7 +157,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 warnings.warn("use_ref_model is False: the reference is not read, the KL is 0", stacklevel=2)
             return None
         if logps is None and hidden is None:
-            raise ValueError("ref_per_token_logps or ref_input must be given when use_ref_model is True, got None for both")
+            raise AssertionError("ref_per_token_logps or ref_input must be given when use_ref_model is True, got None for both")
         if logps is not None and hidden is not None:
             warnings.warn("ref_input is not read, since there are ref_per_token_logps", stacklevel=2)
         if self.beta == 0:
@@ -204,7 +210,7 @@ def _clip_fraction(out, old, advantages, kept, config):
     return (beyond & kept).sum() / kept.sum().clamp(min=1).to(w.dtype)
 
 
-def _check(name, value, dtypes, *shapes):
+def _check(name, value, dtypes, *shapes, error=ValueError):
     """A letter in a shape stands for any length."""
     if not isinstance(value, torch.Tensor) or (dtypes is not None and value.dtype not in dtypes):
         wanted = "a tensor" if dtypes is None else " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -215,4 +221,4 @@ def _check(name, value, dtypes, *shapes):
 
     if not any(map(fits, shapes)):
         wanted = " or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
-        raise ValueError(f"{name} must be {wanted}, got {list(value.shape)}")
+        raise error(f"{name} must be {wanted}, got {list(value.shape)}")

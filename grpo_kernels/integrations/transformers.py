@@ -8,9 +8,12 @@ itself learns one keyword, and makes log-probs where its logits would have been 
 
 Both run inside the call of the output layer, so that the hooks which gather a sharded layer, and reduce its gradient, fire as
 they do for logits. Every other call, `generate` included, is unchanged.
+
+A copy and a pickle (`torch.save(model)`) of a fused model are fused. `save_pretrained` keeps weights alone: fuse what
+`from_pretrained` returns. A model that was never fused cannot refuse the keyword, since transformers' forwards ignore keywords that
+they do not know: it returns logits and no log_probs. `is_fused` tells.
 """
 
-import functools
 import sys
 import types
 from dataclasses import dataclass
@@ -97,62 +100,80 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
 
     Raises:
         NotImplementedError: the logits of this architecture are not what its head and configuration say; it is left as it was.
-        TypeError: not a causal LM, or one that is wrapped otherwise. ValueError: an option is not legal.
+        TypeError: not a causal LM, an encoder-decoder model, or one that is wrapped otherwise.
+        ValueError: an option is not legal.
     """
     given, model = model, _causal_lm(model)
     _check_options(temperature, outputs, workspace_bytes, backend)
-    before = model.__dict__.get("forward")
-    original = getattr(model.forward, "before_fusing", None) or _of_instance(model.forward, model)
+    own = model.__dict__.get("forward")
     options = {"temperature": temperature, "diagnostics": outputs, "workspace_bytes": workspace_bytes, "backend": backend}
+    model.forward = _FusedForward(model, own.before_fusing if isinstance(own, _FusedForward) else own, options, head_in_float32)
+    try:
+        if verify:
+            _verify(model)
+    except BaseException:
+        _restore_forward(model, own)
+        raise
+    return given
 
-    @functools.wraps(type(model).forward)  # generate reads the signature
-    def forward(self, *args, fused_lm_head=None, labels=None, shift_labels=None, num_items_in_batch=None, temperature=None,
-                **kwargs):  # fmt: skip
+
+class _FusedForward:
+    """The forward of a fused model. An object and no closure: it is pickled and copied with its model, and works for the copy."""
+
+    def __init__(self, model, before_fusing, options, head_in_float32):
+        self.model, self.before_fusing = model, before_fusing  # the forward this instance had, None where it was its class's
+        self.options, self.head_in_float32 = options, head_in_float32
+
+    @property
+    def __wrapped__(self):  # generate reads the signature
+        return types.MethodType(type(self.model).forward, self.model) if self.before_fusing is None else self.before_fusing
+
+    def __call__(self, *args, fused_lm_head=None, labels=None, shift_labels=None, num_items_in_batch=None, temperature=None,
+                 **kwargs):  # fmt: skip
+        model = self.model
+        if args and args[0] is model:  # accelerate's unwrap_model makes a method of it
+            args = args[1:]
         if not fused_lm_head:
             labelled = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch,
                         "temperature": temperature}  # fmt: skip
-            return original(self, *args, **kwargs, **{name: value for name, value in labelled.items() if value is not None})
+            return self.__wrapped__(*args, **kwargs, **{name: value for name, value in labelled.items() if value is not None})
         body = {"use_cache": False} | {name: value for name, value in kwargs.items() if value is not None}
-        if getattr(self.config.get_text_config(), "output_router_logits", False):
+        if getattr(model.config.get_text_config(), "output_router_logits", False):
             body.setdefault("output_router_logits", True)
-        states = self.base_model(*args, **body)
+        states = model.base_model(*args, **body)
         attention_mask = args[1] if len(args) > 1 else body.get("attention_mask")
-        aux_loss = _router_loss(self, states, attention_mask) if body.get("output_router_logits") else None
+        aux_loss = _router_loss(model, states, attention_mask) if body.get("output_router_logits") else None
         if callable(fused_lm_head):
-            result = _inside_head(self, states[0], fused_lm_head, head_in_float32)
+            result = _inside_head(model, states[0], fused_lm_head, self.head_in_float32)
             return (result, aux_loss) if kwargs.get("output_router_logits") else result
 
         target = _targets(labels, shift_labels, states[0])
-        given = options if temperature is None else options | {"temperature": temperature}
+        given = self.options if temperature is None else self.options | {"temperature": temperature}
         if shift_labels is None and isinstance(given["temperature"], torch.Tensor) and given["temperature"].dim():
             given = given | {"temperature": given["temperature"][:, 1:]}
 
         def score(hidden, head):
             hidden = hidden if shift_labels is not None else hidden[:, :-1]
-            return _scored(hidden, target.to(hidden.device), head, given, "entropy" in outputs)
+            return _scored(hidden, target.to(hidden.device), head, given)
 
-        output = _inside_head(self, states[0], score, head_in_float32)
+        output = _inside_head(model, states[0], score, self.head_in_float32)
         count = output.label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         output.loss = -output.log_probs.sum() / count
         if aux_loss is not None:
             output.aux_loss = aux_loss
-            output.loss = output.loss + getattr(self.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
+            output.loss = output.loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
         return output
-
-    forward.before_fusing = original
-    model.forward = types.MethodType(forward, model)
-    try:
-        if verify:
-            _verify(model)
-    except BaseException:
-        _restore_forward(model, before)
-        raise
-    return given
 
 
 def is_fused(model) -> bool:
-    """Whether this causal LM's forward is the one that `fuse_lm_head` gave it."""
-    return hasattr(_causal_lm(model).forward, "before_fusing")
+    """Whether this causal LM's forward is the one that `fuse_lm_head` gave it, or a wrapper of it: accelerate's autocast."""
+    forward = _causal_lm(model).forward
+    while forward is not None:
+        forward = getattr(forward, "__func__", forward)
+        if isinstance(forward, _FusedForward):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
 
 
 def _causal_lm(model):
@@ -161,6 +182,11 @@ def _causal_lm(model):
     found = found.get_base_model() if hasattr(found, "get_base_model") else found
     if not isinstance(found, PreTrainedModel) or found.get_output_embeddings() is None:
         raise TypeError(f"model must be a transformers causal LM (PEFT's or DDP's around it at most), got {type(found).__name__}")
+    if getattr(found.config, "is_encoder_decoder", False):
+        raise TypeError(
+            f"model must be a decoder, got {type(found).__name__}, an encoder-decoder model; give its decoder's hidden states "
+            "and its output layer's weight to linear_logprobs"
+        )
     return found
 
 
@@ -184,13 +210,6 @@ def _targets(labels, shift_labels, states):
     if given.shape != states.shape[:2]:
         raise ValueError(f"{name} must be [B, T] = {list(states.shape[:2])} as the hidden states are, got {list(given.shape)}")
     return given.long()[:, 1:] if shift_labels is None else given.long()
-
-
-def _of_instance(method, model):
-    """A method as a function of the instance: a deep copy of the model must run itself."""
-    if getattr(method, "__self__", None) is model:
-        return method.__func__
-    return lambda self, *args, **kwargs: method(*args, **kwargs)
 
 
 def lm_head(model, dtype=None) -> LMHead:
@@ -286,13 +305,13 @@ def _restore_forward(module, own):
         module.forward = own
 
 
-def _scored(hidden, labels, head, options, entropy_wanted):
+def _scored(hidden, labels, head, options):
     mask = labels != -100
     logps, entropy, *diagnostics = token_statistics(
         hidden, head.weight, labels.where(mask, 0), mask=mask, bias=head.bias, lora=head.lora, logit_scale=head.logit_scale,
         softcap=head.softcap, **options,
     )  # fmt: skip
-    return FusedCausalLMOutput(None, logps, entropy if entropy_wanted else None, *diagnostics, mask)
+    return FusedCausalLMOutput(None, logps, entropy if "entropy" in options["diagnostics"] else None, *diagnostics, mask)
 
 
 def _router_loss(model, states, attention_mask):

@@ -8,6 +8,11 @@ run on the detached log-probs that came of it. That makes TRL's metrics, drives 
 the loss, which must agree with the fused one. On-policy that value is close to 0 whatever the loss, so the first micro-batches
 compare the gradients with respect to log-probs and entropies, too.
 
+``top_entropy_quantile`` keeps the tokens that TRL's rule keeps: float32 entropies >= `torch.quantile` of those of all tokens that
+count. Tokens of one context, such as the first of every completion of a prompt, have one distribution, so TRL's entropies of them
+are equal to the bit; ours differ in the last ones, because the kernels sum the sampled token apart. Where the quantile falls on
+such a group stock TRL trains all of it and this module a part, and the runs differ from that step on.
+
 Source: interfaces of TRL 1.15 and 1.16 (trl/trainer/utils.py: add_fused_lm_head; trl/kernels/chunked_logprob.py).
 """
 
@@ -50,8 +55,21 @@ def _unknown(what):
     )
 
 
-def _another_loss(what):
-    return _unknown(f"{what}. If a subclass changes the loss, use patch_trl() with trl.GRPOTrainer instead")
+def _another_loss(trainer, what):
+    """The fault is a subclass's where there is one that overrides methods of TRL's trainer, and otherwise TRL's."""
+    changes = [
+        f"{cls.__name__}.{name}"
+        for cls in type(trainer).__mro__
+        if cls is not FusedGRPOTrainer and not issubclass(trl.GRPOTrainer, cls)
+        for name, value in vars(cls).items()
+        if not name.startswith("__") and callable(value) and hasattr(trl.GRPOTrainer, name)
+    ]
+    if not changes:
+        return _unknown(what)
+    return RuntimeError(
+        f"{type(trainer).__name__} does not train the loss of trl.GRPOTrainer: {what}. It overrides {', '.join(changes)}; a "
+        "trainer that changes log-probs or loss must derive from trl.GRPOTrainer, with patch_trl()"
+    )
 
 
 # ---- the patch
@@ -139,7 +157,8 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
     name ``lm_head``), and log-probs at a per-token temperature, see `token_temperature`.
 
     Raises:
-        RuntimeError: at construction, if this TRL is not one that is known; in training, if its loss is not the fused one.
+        RuntimeError: at construction, if this TRL is not one that is known; in training, if its loss, or that of a subclass, is not
+            the fused one.
         ValueError: at construction, an option of the loss has a value it cannot have, or training in float16.
         NotImplementedError: at construction, an adapter on the output layer that is not a plain LoRA.
     """
@@ -184,7 +203,7 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
         finally:
             self._pass = None
         if ours is None:
-            raise _unknown("GRPOTrainer._compute_loss does not call _get_per_token_logps_and_entropies")
+            raise _another_loss(self, "_compute_loss does not call _get_per_token_logps_and_entropies")
         return ours
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
@@ -268,7 +287,7 @@ class _FusedPass(_StandIn):
 
     def __call__(self, *args, labels, fused_lm_head, **kwargs):
         if self.loss is not None:
-            raise _unknown("its loss runs the model more than once")
+            raise _another_loss(self.trainer, "its loss runs the model more than once")
         trainer, length = self.trainer, self.inputs["completion_ids"].shape[1]
         output = self.model(*args, **kwargs, fused_lm_head=self._fused)
         loss, aux_loss = output if kwargs.get("output_router_logits") else (output, None)
@@ -322,7 +341,7 @@ class _FusedPass(_StandIn):
             return
         expected, value = torch.stack([theirs.detach().float(), self.loss.detach().float()]).tolist()
         if math.isfinite(expected) and not abs(expected - value) <= _AGREEMENT * max(1.0, abs(expected)):
-            raise _another_loss(f"its loss of these log-probs is {expected}, the fused one {value}")
+            raise _another_loss(self.trainer, f"its loss of these log-probs is {expected}, the fused one {value}")
         if self.same_loss is None:
             return
         ours = self.same_loss(*self.seen)
@@ -330,7 +349,8 @@ class _FusedPass(_StandIn):
             gap, size = torch.stack([(a - b).norm(), b.norm()]).tolist()
             # a gradient of rounding errors alone, as that of a KL between equal policies, is no difference
             if gap > _GRADIENT_AGREEMENT * size + 1e-6 / (len(a) * self._accumulated()):
-                raise _another_loss(f"its gradient in the {name} differs from the fused one, of norm {size:.3g}, by {gap:.3g}")
+                what = f"its gradient in the {name} differs from the fused one, of norm {size:.3g}, by {gap:.3g}"
+                raise _another_loss(self.trainer, what)
 
     def _gradient(self, loss):
         if not loss.requires_grad:

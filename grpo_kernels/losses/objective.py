@@ -270,7 +270,7 @@ def masked_last(entropy, m):
 
 
 def top_tokens(entropy, m, threshold):
-    """[B, T] 1 where a kept token's entropy reaches the threshold."""
+    """[B, T] 1 where a kept token's entropy reaches the threshold: all of those that tie at it, as in TRL."""
     return ((entropy >= threshold) & (m > 0)).to(m.dtype)
 
 
