@@ -19,7 +19,7 @@ from test_row_kernels import log_probs
 from tolerance import assert_no_worse_than_torch
 
 from grpo_kernels import build_cuda
-from grpo_kernels.backends import cuda, pytorch
+from grpo_kernels.backends import cuda
 from grpo_kernels.backends.statistics import Scored, Tile, finalize, new_statistics
 from grpo_kernels.losses.config import LogitTransform as Transform
 from grpo_kernels.losses.terms import PolicyRows, PolicyTerms

@@ -97,7 +97,7 @@ def test_of_log_probs_alone_in_bf16_no_digit_less_than_pytorch(backend, temperat
         g = torch.randn(ROWS, device=DEVICE)
 
         def truth(h, w):
-            z = h @ w.T  # noqa: B023
+            z = h @ w.T
             log_p = ((z if z.dtype == torch.float64 else z.float()) / temperature).log_softmax(-1)
             return (g * log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)).sum()  # noqa: B023
 
