@@ -6,7 +6,8 @@
                  flight fit it. The first walk goes right to left, so that the second one, left to right, meets the
                  columns that were read last.
 
-Per element: two exp in `policy` (and a quarter for the running maximum, kept per GROUP of columns), one elsewhere. The target's column is left out of every sum, so that p near 1 loses no digits; only the block that holds it looks for it.
+Per element: two exp in `policy` (and a quarter for the running maximum, kept per GROUP of columns), one elsewhere. The target's
+column is left out of every sum, so that p near 1 loses no digits; only the block that holds it looks for it.
 """
 
 from typing import NamedTuple

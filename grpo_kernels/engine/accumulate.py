@@ -2,7 +2,7 @@
 
 dz is the gradient of the raw logits, so with t = h A^T and dt = lora_scale dz B:
 dH = dz W + dt A,  dW = dz^T h,  dbias = sum of dz,  dB = lora_scale dz^T t,  dA = dt^T h.
-A wide stash holds dz / factor, with one factor a row: it scales the rows of h, t and dH instead, and the sum of dz is a product with it.
+A wide stash holds dz / factor, with one factor a row: it scales the rows of h, t and dH instead, and dbias is a product with it.
 """
 
 import torch

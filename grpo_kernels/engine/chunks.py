@@ -8,8 +8,8 @@
 
 `plan.py` chooses the heights. Where products write float32 (``wide``: a GPU's, of 16-bit inputs) a chunk is float32 and the buffer
 other memory in the inputs' dtype; elsewhere r = R and the chunk is the buffer. A wide stash holds onehot - p, times the
-softcap's slope, rounded once; all else of dz is a factor a row, and no pass over the stash is needed. The gradient of an entropy cannot
-be had from it: p (log p + entropy) cancels on flat rows, and what is left is the rounding of p. Nothing here synchronises with the host.
+softcap's slope, rounded once: all else of dz is a factor a row, and needs no pass over the stash. An entropy's gradient cannot be
+had from it: p (log p + entropy) cancels on flat rows, and what is left is the rounding of p. Nothing here synchronises.
 """
 
 

@@ -228,7 +228,8 @@ def _pass_bytes(p, r, R, dh_rows):
     """Chunk, buffer, the rows of hidden behind it, a slice of dH; on a CPU the rows of dH and one block's operands of dW."""
     e, D = p.element_size, p.depth
     chunk = r * _padded(p.vocab, p.tile_size) * p.tile_size * p.wide
-    row = _padded(p.vocab, e) * e + D * (e + (4 + e) * (p.stashes and p.wide))  # behind a wide stash, rows of hidden are scaled in float32
+    scaled = p.stashes and p.wide  # the rows of hidden behind such a stash, in float32
+    row = _padded(p.vocab, e) * e + D * (e + (4 + e) * scaled)
     if not p.on_cpu:
         return chunk + R * row + dh_rows * D * (e if e >= 4 else 4 + e) * p.needs_hidden
     columns = _block_columns(p) * p.needs_weight
