@@ -1,4 +1,4 @@
-# make demo | test | test-verl | test-peers | sanitize | soak | bench | kernels | gpu | lint | clean
+# make demo | test | test-peers | sanitize | soak | bench | kernels | gpu | lint | clean
 #
 # A virtual environment is made in .venv on first use; VENV=path takes another one.
 PYTHON ?= python3
@@ -26,25 +26,21 @@ OTHER_TRITON ?= 3.6.0
 STAGE ?=
 GPU_ARGS ?=
 
-.PHONY: demo test test-verl test-peers sanitize soak bench kernels gpu lint clean
+.PHONY: demo test test-peers sanitize soak bench kernels gpu lint clean
 
 demo: $(STAMP)
 	$(BIN)/grpo-kernels train
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto --dist worksteal --ignore tests/test_sanitizers.py $(TEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal --ignore tests/test_sanitizers.py --ignore tests/test_peers.py $(TEST_ARGS)
 
 # The compiled CPU kernels under ASan and UBSan, and a minute of fuzzing.
 sanitize: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup tests/test_sanitizers.py
 
-test-verl: $(STAMP)
-	$(BIN)/python -m pip install -q --no-deps $(VERL)
-	$(BIN)/python -m pytest -q tests/test_verl.py $(TEST_ARGS)
-
 # What other projects' own tests go over, on our adapters. verl's packages stay beside the environment, which they would disturb.
 test-peers: $(STAMP) $(VENV)/peers/verl
-	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest -q -n 2 tests/test_peers.py $(TEST_ARGS)
+	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest -q -n auto tests/test_peers.py tests/test_verl.py $(TEST_ARGS)
 
 $(VENV)/peers/verl: | $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) $(VERL)
