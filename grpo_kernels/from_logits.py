@@ -10,6 +10,7 @@ from .backends.statistics import Scored, Tile, finalize, new_statistics
 from .call import GRPOLossOutput, LossArguments, TokenLoss, raise_bad_values, value_flags
 from .distributed import group_in_use, validate_across_ranks
 from .engine.operands import Work, can_sync, decoded, encoded
+from .engine.ops import differentiable_once
 from .engine.products import accumulation_dtype
 from .losses.config import GRPOLossConfig
 
@@ -101,7 +102,7 @@ class _LogitsLogProbs(torch.autograd.Function):
         return scored[0], scored[2]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, g, g_entropy):
         logits, target, temperature, *scored = ctx.saved_tensors
         work, inplace = ctx.options

@@ -25,6 +25,25 @@ _COMPACTED_ROWS = 64
 _SCALED_ROWS = 2048
 
 
+def differentiable_once(backward):
+    """A `backward` that refuses to be part of a graph.
+
+    PyTorch's own decorator refuses only where the incoming gradient needs one: that of ``loss.backward(create_graph=True)`` does not.
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx, *incoming):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "create_graph must be False: a fused gradient cannot be differentiated again; reference.grpo_loss can, and so can "
+                "objective of log-probs from full logits"
+            )
+        return once(ctx, *incoming)
+
+    return run
+
+
 def _op(mutates=()):
     """A torch.library op; the public functions cast once under autocast, in here it would round the float32 sums."""
 
@@ -135,7 +154,7 @@ class _WithGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, g):
         is_nan, *grads = ctx.saved_tensors
         # rows that cost no backward must not hide a NaN of theirs from the gradients
@@ -191,7 +210,7 @@ class _RowLogProbs(torch.autograd.Function):
         return logps, entropy, found
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, g, g_entropy, _):
         hidden, *tensors, logps, lse, entropy, saved = ctx.saved_tensors
         head, rows, nothing = tensors[:4], tensors[4:], (None,) * 3
