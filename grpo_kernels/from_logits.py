@@ -9,9 +9,11 @@ from . import backends
 from .backends.statistics import Scored, Tile, finalize, new_statistics
 from .call import GRPOLossOutput, LossArguments, TokenLoss, raise_bad_values, value_flags
 from .distributed import group_in_use, validate_across_ranks
+from .engine.diagnostics import new_moments, variance_of, with_tile
 from .engine.operands import Work, can_sync, decoded, encoded
 from .engine.ops import differentiable_once
 from .engine.products import accumulation_dtype
+from .engine.temperature import with_temperature_gradient
 from .losses.config import GRPOLossConfig
 
 
@@ -33,6 +35,7 @@ def grpo_loss_from_logits(
     kept_rows: torch.Tensor | None = None,
     workspace_bytes: int | None = None,
     backend: str = "auto",
+    differentiable_logps: bool = False,
     inplace_backward: bool = False,
 ) -> GRPOLossOutput:
     """The loss of the GRPO family from logits.
@@ -59,7 +62,7 @@ def grpo_loss_from_logits(
         logits, None, completion_ids, mask, config, temperature=temperature, workspace_bytes=workspace_bytes, backend=backend,
         kept_rows=kept_rows, data_parallel_group=data_parallel_group, advantages=advantages, old_logps=old_logps,
         ref_logps=ref_logps, importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps,
-        num_items=num_items, cu_seqlens=cu_seqlens,
+        num_items=num_items, cu_seqlens=cu_seqlens, differentiable_logps=differentiable_logps,
     )  # fmt: skip
     wait = kept_rows is None and can_sync(logits)
     with validate_across_ranks(group_in_use(config, data_parallel_group) if wait else None, logits, "data_parallel_group"):
@@ -80,30 +83,35 @@ def grpo_loss_from_logits(
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
     kept = mask.bool()
     target = completion_ids.where(kept, 0).clamp(0, vocab - 1)
+    temperature = args.temperature
     if temperature is not None:
         temperature = temperature.detach().to(accumulate)
         temperature = temperature.where(kept & (temperature > 0), 1.0)
-    work = Work(config.transform, backend, 0, (True, *(False,) * 4))
-    logps, entropy = _LogitsLogProbs.apply(logits, target, kept, temperature, work, inplace_backward and not overlaps)
+    variance = args.temperature_has_gradient and args.entropy_has_gradient
+    work = Work(config.transform, backend, 0, (True, *(False,) * 4), diagnostics=(*(False,) * 3, variance))
+    logps, entropy, found = _LogitsLogProbs.apply(logits, target, kept, temperature, work, inplace_backward and not overlaps)
     logps, entropy = logps.where(kept, 0.0), entropy.where(kept, 0.0)  # a GPU scores masked positions too
+    if args.temperature_has_gradient:
+        logps, entropy = with_temperature_gradient(logps, entropy, args.temperature, mask, found if variance else None)
     if correction is not None:
         logps = (logps + correction).where(kept, 0.0)
     loss, metrics = loss(logps, entropy)
-    return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)
+    return GRPOLossOutput.of(loss, logps, entropy, metrics, differentiable_logps)
 
 
 class _LogitsLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, kept, temperature, work, inplace):
-        scored = score_logits(logits, target, kept, temperature, *encoded(work))
+        *scored, variance = score_logits(logits, target, kept, temperature, work.diagnostics[-1], *encoded(work))
+        ctx.mark_non_differentiable(variance)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, temperature, *scored)
         ctx.options = (work, inplace)
-        return scored[0], scored[2]
+        return scored[0], scored[2], variance
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, g, g_entropy):
+    def backward(ctx, g, g_entropy, _):
         logits, target, temperature, *scored = ctx.saved_tensors
         work, inplace = ctx.options
         if g is None and g_entropy is None:
@@ -116,25 +124,30 @@ class _LogitsLogProbs(torch.autograd.Function):
 
 @torch.library.custom_op("grpo_kernels::score_logits", mutates_args=())
 def score_logits(
-    logits: Tensor, target: Tensor, kept: Tensor, temperature: Tensor | None, numbers: Sequence[float], work: str
+    logits: Tensor, target: Tensor, kept: Tensor, temperature: Tensor | None, variance: bool, numbers: Sequence[float], work: str
 ) -> list[Tensor]:
-    """[logps, lse, entropy], [B, T] (or [N]) each, of logits [B, T, V] (or [N, V]), 0 where not kept."""
+    """[logps, lse, entropy, variance of log p], [B, T] (or [N]) each, of logits [B, T, V] (or [N, V]); 0 where not kept.
+
+    The variance is 0 where it is not wanted.
+    """
     dtype, wanted = accumulation_dtype(logits.dtype), decoded(tuple(numbers), work)
-    out = [torch.zeros(target.shape, dtype=dtype, device=logits.device) for _ in range(3)]
+    out = [torch.zeros(target.shape, dtype=dtype, device=logits.device) for _ in range(4)]
     for values, sequence in _sequences(logits):
         for span in _spans(kept[sequence]):
             stats = new_statistics(values[span].shape[0], dtype, logits.device)
             temp = None if temperature is None else temperature[sequence][span]
             tile = Tile(_rows(values[span]), target[sequence][span].contiguous(), wanted.transform, temperature=temp)
             backends.kernels(wanted.backend).statistics(tile, stats)
-            for vector, value in zip(out, finalize(stats), strict=True):
+            for vector, value in zip(out, finalize(stats), strict=False):
                 vector[sequence][span] = value
+            if variance:
+                out[3][sequence][span] = variance_of(with_tile(new_moments(stats.shape[0], dtype, logits.device), tile))
     return out
 
 
 @score_logits.register_fake
-def _(logits, target, kept, temperature, numbers, work):
-    return [logits.new_empty(target.shape, dtype=accumulation_dtype(logits.dtype)) for _ in range(3)]
+def _(logits, target, kept, temperature, variance, numbers, work):
+    return [logits.new_empty(target.shape, dtype=accumulation_dtype(logits.dtype)) for _ in range(4)]
 
 
 @torch.library.custom_op("grpo_kernels::logits_to_gradient", mutates_args=("logits",))

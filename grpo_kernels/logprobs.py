@@ -68,15 +68,15 @@ def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, tempera
         [logps, entropy, log_sum_sq_probs, mean_logits, is_top1]: [..] each, the last bool, None for a diagnostic that was not
         asked for. Only the first two have gradients.
     """
-    per_token = isinstance(temperature, torch.Tensor) and temperature.dim() > 0
     wanted = [name in diagnostics for name in NAMES]
-    if isinstance(temperature, torch.Tensor) and not per_token:
-        temperature = temperature.item()
+    per_token = isinstance(temperature, torch.Tensor)
+    if per_token and temperature.dim() == 0 and not (temperature.requires_grad and torch.is_grad_enabled()):
+        per_token, temperature = False, temperature.item()
     options = {"temperature": 1.0 if per_token else temperature, "logit_scale": logit_scale, "softcap": softcap}
     args = TokenArguments(hidden, weight, token_ids, mask, None, bias, temperature if per_token else None, lora,
                           vocab_parallel_group, sequence_parallel, workspace_bytes, backend, options=options)  # fmt: skip
     call = describe(args, wanted, sums_hidden)
     logps, entropy, found = row_logprobs(call.head, call.rows, call.work)
-    found = [call.scatter(x) if want else None for x, want in zip(found.unbind(1), wanted, strict=True)]
-    found[2] = None if found[2] is None else found[2] > 0
-    return [call.scatter(logps), call.scatter(entropy), *found]
+    beside = [call.scatter(found[:, i]) if want else None for i, want in enumerate(wanted)]
+    beside[2] = None if beside[2] is None else beside[2] > 0
+    return [*call.per_token(logps, entropy, found), *beside]

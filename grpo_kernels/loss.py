@@ -36,6 +36,7 @@ def fused_linear_grpo_loss(
     kept_rows: torch.Tensor | None = None,
     workspace_bytes: int | None = None,
     backend: str = "auto",
+    differentiable_logps: bool = False,
 ) -> GRPOLossOutput:
     """The loss of the GRPO family from the last hidden states and the head's weight. Position t of hidden predicts token t.
 
@@ -91,18 +92,18 @@ def fused_linear_grpo_loss(
         hidden, weight, completion_ids, mask, config, bias, temperature, lora, vocab_parallel_group, sequence_parallel,
         workspace_bytes, backend, kept_rows, data_parallel_group, advantages=advantages, old_logps=old_logps, ref_logps=ref_logps,
         importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=cu_seqlens, differentiable_logps=differentiable_logps,
     )  # fmt: skip
     call = describe(args)
     if call.one_pass:
         logps, entropy, gradients = loss_in_one_pass(call.head, call.rows, call.work)
+        logps, entropy = call.scatter(logps), call.scatter(entropy)
     else:
-        logps, entropy, _ = row_logprobs(call.head, call.rows, call.work, entropy_gradient=config.entropy_coef != 0)
-    logps, entropy = call.scatter(logps), call.scatter(entropy)
+        logps, entropy = call.per_token(*row_logprobs(call.head, call.rows, call.work, args.entropy_has_gradient))
     loss, metrics = call.loss(logps, entropy)
     if call.one_pass:
         loss = with_gradients(loss, gradients, call.head, call.rows, call.work)
-    return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)
+    return GRPOLossOutput.of(loss, logps, entropy, metrics, differentiable_logps)
 
 
 _PER_CALL = inspect.signature(fused_linear_grpo_loss).parameters.keys() - LOSS_FIELDS - {"config"}

@@ -3,9 +3,19 @@
 import pytest
 import torch
 from problems import make_problem
+from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 from torch.utils.checkpoint import checkpoint
 
-from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, grpo_loss_from_logits, linear_logprobs, reference
+from grpo_kernels import (
+    FusedLinearGRPOLoss,
+    GRPOLossConfig,
+    fused_linear_grpo_loss,
+    grpo_loss_from_logits,
+    linear_logprobs,
+    reference,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TWO_PHASES = GRPOLossConfig(importance_sampling_level="sequence")
 
@@ -51,3 +61,183 @@ def test_activation_checkpointing_is_no_graph_of_the_backward(reentrant):
             run(leaves["hidden"] * 1.0).backward()
             found[-1] = (leaves["hidden"].grad,)
     assert torch.equal(found[0][0], found[1][0])
+
+
+# The temperature
+
+
+def with_temperature(p, shape, dtype):
+    """The problem's tensors in a dtype, and a temperature that wants a gradient."""
+    positional, keywords, leaves = p.arguments(dtype)
+    per_token = torch.float64 if dtype == torch.float64 else torch.float32
+    value = p.temperature if shape == "per token" else torch.tensor(1.3)
+    return positional, keywords, leaves, value.to(per_token).requires_grad_()
+
+
+OPTIONS = {
+    "plain": {}, "softcap": {"softcap": 4.0}, "entropy": {"entropy_coef": 0.3}, "softcap and entropy": {"softcap": 4.0, "entropy_coef": -0.5},
+    "sequence": {"importance_sampling_level": "sequence", "logit_scale": -0.7}, "quantile": {"top_entropy_quantile": 0.5, "entropy_coef": 0.3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", ["per token", "0-dim"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("frozen", [False, True], ids=["head", "nothing else"])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_the_temperature_of_a_loss_is_differentiable(shape, options, frozen, backend):
+    """Against plain autograd of the reference in float64, with confident rows, masked rows and several blocks of the vocabulary."""
+    p = make_problem(B=4, T=5, D=8, V=300, temperature=True, bias=True, lora=True, garbage=shape == "per token",
+                     config=GRPOLossConfig(**options))  # fmt: skip
+
+    def gradients(loss, **more):
+        positional, keywords, leaves, temperature = with_temperature(p, shape, torch.float64)
+        if frozen:
+            for x in leaves.values():
+                x.requires_grad_(False)
+        out = loss(*positional, **keywords | {"temperature": temperature} | more)
+        out.loss.backward()
+        return {"loss": out.loss, "temperature": temperature.grad, **{n: x.grad for n, x in leaves.items()}}
+
+    truth = gradients(reference.grpo_loss)
+    assert truth["temperature"].isfinite().all() and truth["temperature"].any()
+    assert_all_close(gradients(fused_linear_grpo_loss, backend=backend, workspace_bytes=10_000), truth, 1e-10)
+
+
+@pytest.mark.parametrize("shape", ["per token", "0-dim"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_temperature_of_logits_is_differentiable(shape, options):
+    p = make_problem(B=4, T=5, D=8, V=300, temperature=True, garbage=shape == "per token", config=GRPOLossConfig(**options))
+    positional, keywords, leaves, temperature = with_temperature(p, shape, torch.float64)
+    reference.grpo_loss(*positional, **keywords | {"temperature": temperature}).loss.backward()
+    truth, temperature.grad = temperature.grad, None
+    logits = positional[0].where(p.mask.unsqueeze(-1), 0.0) @ positional[1].T
+    keywords.pop("bias"), keywords.pop("lora")
+    for x in (logits, logits.detach()):
+        grpo_loss_from_logits(x, *positional[2:], **keywords | {"temperature": temperature}).loss.backward()
+        assert_close("temperature", temperature.grad, truth, 1e-10)
+        temperature.grad = None
+
+
+@pytest.mark.parametrize("shape", ["per token", "0-dim"])
+@pytest.mark.parametrize("softcap, offset", [(None, 0.0), (None, 300.0), (4.0, 0.0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_temperature_of_log_probs_is_differentiable(shape, softcap, dtype, offset):
+    """Confident rows, flat rows, and logits that share an offset."""
+    p = make_problem(B=4, T=5, D=8, V=300, temperature=True, bias=True, config=GRPOLossConfig(softcap=softcap))
+    p.bias += offset
+    p.hidden[1] *= 1e-2
+    draw = torch.Generator().manual_seed(3)
+    g = [torch.randn(4, 5, generator=draw, dtype=torch.float64) for _ in range(2)]
+
+    def gradient(function, dtype):
+        positional, keywords, leaves, temperature = with_temperature(p, shape, dtype)
+        hidden, weight, ids, _, mask = positional
+        logps, entropy = function(hidden, weight, ids, mask, keywords["bias"], temperature)
+        return [torch.autograd.grad((gx.to(x) * x).sum(), temperature, retain_graph=True)[0]
+                for gx, x in zip(g, (logps, entropy), strict=True)]  # fmt: skip
+
+    def plain(hidden, weight, ids, mask, bias, temperature):
+        z = reference.hidden_to_logits(hidden, weight, bias, None)
+        return reference.logps_from_logits(z, ids, mask, p.config, temperature.expand(ids.shape))
+
+    def ours(hidden, weight, ids, mask, bias, temperature):
+        return linear_logprobs(hidden, weight, ids, mask=mask, bias=bias, temperature=temperature, softcap=softcap,
+                               workspace_bytes=10_000)  # fmt: skip
+
+    exact = gradient(plain, torch.float64)
+    for name, a, b, c in zip(("logps", "entropy"), gradient(ours, dtype), gradient(plain, dtype), exact, strict=True):
+        assert_no_worse_than_torch(name, a, b, c, floor=1e-6 if dtype == torch.float32 else 1e-10)
+
+
+def test_a_temperature_without_gradient_leaves_no_trace():
+    p = make_problem(B=2, T=3, V=11, temperature=True)
+    hidden, weight, ids, _, mask = p.arguments(needs=())[0]
+    for temperature in (p.temperature, torch.tensor(0.7), 0.7):
+        assert not linear_logprobs(hidden, weight, ids, mask=mask, temperature=temperature).logps.requires_grad
+    with torch.no_grad():
+        out = linear_logprobs(hidden, weight, ids, mask=mask, temperature=p.temperature.requires_grad_())
+    assert not out.logps.requires_grad
+
+
+# Log-probs and entropy beside the loss
+
+
+@pytest.mark.parametrize("options", [{}, {"importance_sampling_level": "sequence"}, {"entropy_coef": 0.2}], ids=str)
+@pytest.mark.parametrize("needs", [("hidden", "weight", "bias"), ("hidden",)], ids=str)
+def test_log_probs_and_entropy_keep_their_graph_on_request(options, needs):
+    """A term made of them trains every kept token, also those whose own advantage is 0."""
+    p = make_problem(B=4, T=5, D=8, V=300, bias=True, config=GRPOLossConfig(**options))
+    found = []
+    for loss in (fused_linear_grpo_loss, FusedLinearGRPOLoss(**options), reference.grpo_loss):
+        positional, keywords, leaves = p.arguments(needs=needs)
+        keywords |= {"differentiable_logps": True}
+        if isinstance(loss, FusedLinearGRPOLoss):
+            keywords.pop("config")
+        out = loss(*positional, **keywords)
+        (out.loss + 0.1 * out.entropy.mean() + (out.logps**2).sum()).backward()
+        found.append({"loss": out.loss, "logps": out.logps, **{n: leaves[n].grad for n in needs}})
+    assert_all_close(found[0], found[2], 1e-10)
+    assert_all_close(found[1], found[2], 1e-10)
+
+
+def test_log_probs_of_a_loss_from_logits_keep_their_graph_on_request():
+    p = make_problem(B=4, T=5, D=8, V=300)
+    positional, keywords, leaves = p.arguments()
+    keywords.pop("bias"), keywords.pop("lora")
+    found = []
+    for more in ({}, {"differentiable_logps": True}):
+        logits = (positional[0] @ positional[1].T).detach().requires_grad_()
+        out = grpo_loss_from_logits(logits, *positional[2:], **keywords, **more)
+        assert out.logps.requires_grad == out.entropy.requires_grad == bool(more)
+        found.append(torch.autograd.grad(out.entropy.sum() if more else out.loss, logits)[0])
+    z = logits.detach().requires_grad_()
+    log_p = z.log_softmax(-1)
+    truth = torch.autograd.grad((-(log_p.exp() * log_p).sum(-1) * p.mask).sum(), z)[0]
+    assert_close("gradient of the entropy", found[1], truth, 1e-10)
+
+
+def test_the_output_says_that_its_log_probs_are_detached():
+    p = make_problem(B=2, T=3, V=11)
+    positional, keywords, _ = p.arguments()
+    out = fused_linear_grpo_loss(*positional, **keywords)
+    assert "detached; differentiable_logps=True" in repr(out) and repr(out).startswith("GRPOLossOutput(loss=tensor(")
+    assert "detached" not in repr(fused_linear_grpo_loss(*positional, **keywords, differentiable_logps=True))
+    with pytest.raises(TypeError, match="differentiable_logps must be True or False, got str"):
+        fused_linear_grpo_loss(*positional, **keywords, differentiable_logps="yes")
+
+
+# What a loss takes as constants
+
+
+CONSTANTS = ("advantages", "old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps", "num_items", "mask")
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+@pytest.mark.parametrize("door", ["fused", "reference", "logits"])
+def test_a_gradient_that_would_be_lost_is_refused_by_name(name, door):
+    p = make_problem(B=3, T=4, V=11, ratio="token", sampling=True, mask_dtype=torch.float64, num_items=torch.tensor(7.0),
+                     config=GRPOLossConfig(beta=0.1, off_policy_mask_threshold=0.5))  # fmt: skip
+
+    def call(config=p.config, given=None):
+        (hidden, weight, ids, advantages, mask), keywords, _ = p.arguments()
+        named = keywords | {"advantages": advantages, "mask": mask, "config": config}
+        named[name] = named[name].detach().requires_grad_() if given is None else given(named[name])
+        function = {"fused": fused_linear_grpo_loss, "reference": reference.grpo_loss, "logits": grpo_loss_from_logits}[door]
+        if door == "logits":
+            named.pop("bias"), named.pop("lora")
+        head = (hidden @ weight.T,) if door == "logits" else (hidden, weight)
+        return function(*head, ids, **named)
+
+    with pytest.raises(ValueError, match=rf"{name} must not require a gradient.*pass {name}\.detach\(\)"):
+        call()
+    plain = call(given=lambda x: x).loss
+    with torch.no_grad():
+        assert call().loss == plain
+    unread = GRPOLossConfig(loss_type="grpo")
+    if name in ("ref_logps", "sampling_logps", "num_items"):
+        assert call(unread).loss.isfinite()  # what a loss does not read is ignored
+
+
+def test_a_mask_of_log_probs_may_not_require_a_gradient():
+    with pytest.raises(ValueError, match=r"mask must not require a gradient"):
+        linear_logprobs(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.long), mask=torch.ones(2, requires_grad=True))

@@ -238,6 +238,15 @@ def test_ranks_divide_by_the_mean_of_their_tokens(loss_type, num_items, monkeypa
     assert (abs(ours["loss"] - alone["loss"]) > 1e-3 * abs(alone["loss"])) == (loss_type != "grpo" and num_items != 0.6)
 
 
+def test_gradients_of_constants_are_lost_as_in_liger():
+    """grpo_kernels' own functions refuse them."""
+    call = Call(0, "dapo", "token", reference="logps", ratio="[B, T]", on_policy=False, beta=0.3)
+    constants = ("advantages", "old_per_token_logps", "ref_per_token_logps", "vllm_is_ratio")
+    leaves = {n: call.tensors[n].float().requires_grad_() for n in constants}
+    assert_equal(call.run(LigerFusedLinearGRPOLoss, **leaves), call.run(Theirs, **leaves), "constants")
+    assert all(x.grad is None for x in leaves.values())
+
+
 @pytest.mark.parametrize("hidden, weight", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16),
                                             (torch.bfloat16, torch.bfloat16)])  # fmt: skip
 def test_mixed_dtypes(hidden, weight):

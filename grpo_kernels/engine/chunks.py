@@ -52,7 +52,7 @@ class Run:
         self.all_live = self.in_order and live == n
         self.plan = plan(problem_of(weight, self.work, live, n - live, two_phases))
         self.scored = Scored(*(torch.empty(n, dtype=self.accumulate, device=hidden.device) for _ in range(3)))
-        self.diagnostics = self.scored.logps.new_empty(n if any(self.work.diagnostics) else 0, 3)
+        self.diagnostics = self.scored.logps.new_empty(n if any(self.work.diagnostics) else 0, len(self.work.diagnostics))
 
     def gather(self, start, end):
         """(h [R, D], t = h A^T or None, where in hidden they are): the rows [start, end) of the index."""

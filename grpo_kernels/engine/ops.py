@@ -26,10 +26,7 @@ _SCALED_ROWS = 2048
 
 
 def differentiable_once(backward):
-    """A `backward` that refuses to be part of a graph.
-
-    PyTorch's own decorator refuses only where the incoming gradient needs one: that of ``loss.backward(create_graph=True)`` does not.
-    """
+    """A `backward` that refuses to be recorded; PyTorch's decorator allows that where the incoming gradient needs no gradient."""
     once = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
@@ -86,7 +83,8 @@ def _score(
 def _(hidden, head, rows, live, stash_rows, numbers, work):
     logps, lse, entropy = _fake_vectors(hidden, rows, 3)
     stash = hidden.new_empty(stash_rows, padded(head[0].shape[0], hidden.element_size()))
-    return [logps, lse, entropy, stash, logps.new_empty(len(logps) if any(_of(work, "diagnostics")) else 0, 3)]
+    wanted = _of(work, "diagnostics")
+    return [logps, lse, entropy, stash, logps.new_empty(len(logps) if any(wanted) else 0, len(wanted))]
 
 
 @_op(mutates=("stash",))
@@ -172,7 +170,7 @@ class _WithGradients(torch.autograd.Function):
 
 
 def row_logprobs(head: Head, rows: Rows, work: Work, entropy_gradient=False):
-    """(logps [N], entropy [N], diagnostics [N, 3] or [0, 3]) of the rows, differentiable where ``work.needs`` anything.
+    """(logps [N], entropy [N], diagnostics [N, 4] or [0, 4]) of the rows, differentiable where ``work.needs`` anything.
 
     ``entropy_gradient`` says that a gradient of the entropy will come.
     """
