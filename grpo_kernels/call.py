@@ -38,7 +38,8 @@ BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
 _DIVIDED_BY_ITEMS = ("dapo", "cispo", "vespo")
 _BAD_VALUES = (
     "mask must hold only 0 and 1, got other values at {} positions",
-    "token ids must be in [0, V = {vocab}) where the mask is 1, got others at {} positions (completion_ids / token_ids)",
+    "token ids must be in [0, V = {vocab}) where the mask is 1, got others at {} positions (completion_ids / token_ids); "
+    "ids of -100 need a mask of 0: mask=(ids != -100)",
     "advantages must be finite where the mask is 1, got nan or inf at {} positions",
     "temperature must be > 0 and finite where the mask is 1, got others at {} positions",
     "cu_seqlens must rise from 0 to N without falling, got {} ends that do not",
@@ -110,7 +111,9 @@ class TokenArguments:
             _check_mask(self.mask, tokens, device)
         temperature = self.temperature
         if isinstance(temperature, numbers.Real):
-            raise TypeError(f"temperature must be a tensor {list(tokens)}, got {temperature!r}; one number is config.temperature")
+            raise TypeError(
+                f"temperature must be a tensor {list(tokens)}, got {kind(temperature)}; a number goes into config.temperature"
+            )
         if temperature is not None:
             _tensor("temperature", temperature, device, FLOAT_DTYPES)
             _shape("temperature", temperature, tokens, ())
@@ -249,6 +252,7 @@ class Call:
 
 def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -> Call:
     """Checks a call and describes it. Ranks that share a vocabulary or a mean hear of a refusal; a single process never asks."""
+    refuse_transforms(args)
     check_group("vocab_parallel_group", args.vocab_parallel_group)
     group = group_of(args.weight, args.vocab_parallel_group)
     wait = args.kept_rows is None and can_sync(args.hidden)
@@ -276,6 +280,17 @@ def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -
         return call
     policy, linear = loss.coefficients(call.rows.index[: call.rows.live])
     return replace(call, rows=replace(call.rows, policy=policy), work=replace(work, config=args.config, linear=linear))
+
+
+def refuse_transforms(args):
+    if torch.compiler.is_compiling():
+        return
+    for name, x in vars(args).items():
+        if isinstance(x, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
+            raise TypeError(
+                f"{name} must be a plain tensor, got one inside of a torch.func transform (vmap, grad, jvp): the fused ops have no "
+                "rules for these; reference.grpo_loss takes them"
+            )
 
 
 def _head_and_work(args, diagnostics):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import backends
 from .backends.statistics import Scored, Tile, finalize, new_statistics
-from .call import GRPOLossOutput, LossArguments, TokenLoss, raise_bad_values, value_flags
+from .call import GRPOLossOutput, LossArguments, TokenLoss, raise_bad_values, refuse_transforms, value_flags
 from .distributed import group_in_use, validate_across_ranks
 from .engine.diagnostics import new_moments, variance_of, with_tile
 from .engine.operands import Work, can_sync, decoded, encoded
@@ -64,6 +64,7 @@ def grpo_loss_from_logits(
         ref_logps=ref_logps, importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps,
         num_items=num_items, cu_seqlens=cu_seqlens, differentiable_logps=differentiable_logps,
     )  # fmt: skip
+    refuse_transforms(given)
     wait = kept_rows is None and can_sync(logits)
     with validate_across_ranks(group_in_use(config, data_parallel_group) if wait else None, logits, "data_parallel_group"):
         args = given.checked()

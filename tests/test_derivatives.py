@@ -241,3 +241,29 @@ def test_a_gradient_that_would_be_lost_is_refused_by_name(name, door):
 def test_a_mask_of_log_probs_may_not_require_a_gradient():
     with pytest.raises(ValueError, match=r"mask must not require a gradient"):
         linear_logprobs(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.long), mask=torch.ones(2, requires_grad=True))
+
+
+# Transforms of torch.func
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+@pytest.mark.parametrize("door", ["loss", "log-probs", "logits"])
+def test_transforms_of_torch_func_are_refused_in_a_sentence(transform, door):
+    """The reference takes them."""
+    p = make_problem(B=2, T=3, V=11)
+    (hidden, weight, ids, advantages, mask), keywords, _ = p.arguments(needs=())
+    functions = {
+        "loss": lambda h: fused_linear_grpo_loss(h, weight, ids, advantages, mask, **keywords).loss,
+        "log-probs": lambda h: linear_logprobs(h, weight, ids, mask=mask).logps.sum(),
+        "logits": lambda z: grpo_loss_from_logits(z, ids, advantages, mask).loss,
+        "reference": lambda h: reference.grpo_loss(h, weight, ids, advantages, mask, **keywords).loss,
+    }
+
+    def transformed(name, x):
+        if transform == "vmap":
+            return torch.func.vmap(functions[name])(x.unsqueeze(0))
+        return torch.func.grad(functions[name])(x) if transform == "grad" else torch.func.jvp(functions[name], (x,), (x,))[1]
+
+    with pytest.raises(TypeError, match=r"(hidden|logits) must be a plain tensor, got one inside of a torch\.func transform"):
+        transformed(door, hidden @ weight.T if door == "logits" else hidden)
+    assert transformed("reference", hidden).isfinite().all()

@@ -1,7 +1,10 @@
 """The options of the loss: one frozen dataclass, validated when it is made, named as in TRL's GRPO trainer."""
 
 import dataclasses
+import functools
 import numbers
+import sys
+import warnings
 from dataclasses import dataclass
 
 from .terms import BUILT_IN, TERMS
@@ -20,7 +23,8 @@ class GRPOLossConfig:
         loss_type: which policy term and reduction; one of ``LOSS_TYPES``, or a name given to `register_policy_term`.
         importance_sampling_level: ratio per ``"token"``, or one per ``"sequence"`` (GSPO).
         epsilon: lower clip range; the ratio is clipped at ``1 - epsilon``. >= 0.
-        epsilon_high: upper clip range, ``1 + epsilon_high``; None means ``epsilon``. For cispo it is the cap itself. >= 0.
+        epsilon_high: upper clip range, ``1 + epsilon_high``; None means ``epsilon``. For cispo it is the cap itself
+            (5.0 in the ScaleRL paper); a cap below 1 that was not asked for is warned of, once. >= 0.
         delta: upper bound of the unclipped ratio (two-sided clipping); None means no bound. > 0.
         beta: weight of the k3 KL estimate against the reference policy; 0 needs no reference.
         use_bias_correction_kl: multiply k3 by the importance ratio, with its gradient (DeepSeek-V3.2).
@@ -79,6 +83,8 @@ class GRPOLossConfig:
             self._number(name, lambda x: True, "a finite number")
         if self.aggregation == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(f"max_completion_length must be an integer > 0 for loss_type={self.loss_type!r}, got None")
+        if self.loss_type == "cispo" and self.epsilon_high is None and self.epsilon < 1:
+            _warn_of_low_cap()
 
     def _one_of(self, name, allowed):
         value = getattr(self, name)
@@ -118,6 +124,18 @@ class GRPOLossConfig:
     def transform(self) -> "LogitTransform":
         return LogitTransform(float(self.logit_scale), None if self.softcap is None else float(self.softcap),
                               float(self.temperature))
+
+
+@functools.cache  # once per process
+def _warn_of_low_cap():
+    package, frame, level = __name__.partition(".")[0], sys._getframe(), 1
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        "epsilon_high is not set: cispo then caps the importance ratio at epsilon, below the on-policy ratio of 1, as TRL does; "
+        "the ScaleRL paper takes epsilon_high=5.0",
+        stacklevel=level,
+    )
 
 
 LOSS_FIELDS = tuple(field.name for field in dataclasses.fields(GRPOLossConfig))
