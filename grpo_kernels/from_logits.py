@@ -103,7 +103,7 @@ def grpo_loss_from_logits(
 class _LogitsLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, kept, temperature, work, inplace):
-        *scored, variance = score_logits(logits, target, kept, temperature, work.diagnostics[-1], *encoded(work))
+        *scored, variance = score_logits(logits, target, kept, temperature, *encoded(work))
         ctx.mark_non_differentiable(variance)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, temperature, *scored)
@@ -125,7 +125,7 @@ class _LogitsLogProbs(torch.autograd.Function):
 
 @torch.library.custom_op("grpo_kernels::score_logits", mutates_args=())
 def score_logits(
-    logits: Tensor, target: Tensor, kept: Tensor, temperature: Tensor | None, variance: bool, numbers: Sequence[float], work: str
+    logits: Tensor, target: Tensor, kept: Tensor, temperature: Tensor | None, numbers: Sequence[float], work: str
 ) -> list[Tensor]:
     """[logps, lse, entropy, variance of log p], [B, T] (or [N]) each, of logits [B, T, V] (or [N, V]); 0 where not kept.
 
@@ -141,13 +141,13 @@ def score_logits(
             backends.kernels(wanted.backend).statistics(tile, stats)
             for vector, value in zip(out, finalize(stats), strict=False):
                 vector[sequence][span] = value
-            if variance:
+            if wanted.diagnostics[-1]:
                 out[3][sequence][span] = variance_of(with_tile(new_moments(stats.shape[0], dtype, logits.device), tile))
     return out
 
 
 @score_logits.register_fake
-def _(logits, target, kept, temperature, variance, numbers, work):
+def _(logits, target, kept, temperature, numbers, work):
     return [logits.new_empty(target.shape, dtype=accumulation_dtype(logits.dtype)) for _ in range(4)]
 
 
