@@ -2,7 +2,7 @@
 
 from . import reference
 from .backends import available_backends
-from .call import GRPOLossOutput, LogProbs
+from .call import GRPOLossOutput, LogProbs, LogProbsAndLse
 from .from_logits import grpo_loss_from_logits
 from .logprobs import linear_logprobs
 from .loss import FusedLinearGRPOLoss, fused_linear_grpo_loss
@@ -18,6 +18,7 @@ __all__ = [
     "GRPOLossConfig",
     "GRPOLossOutput",
     "LogProbs",
+    "LogProbsAndLse",
     "available_backends",
     "fused_linear_grpo_loss",
     "group_advantages",

@@ -53,6 +53,14 @@ class LogProbs(NamedTuple):
     entropy: torch.Tensor
 
 
+class LogProbsAndLse(NamedTuple):
+    """`LogProbs`, and the log-sum-exp of the logits, differentiable too; 0 where masked."""
+
+    logps: torch.Tensor
+    entropy: torch.Tensor
+    lse: torch.Tensor
+
+
 class GRPOLossOutput(NamedTuple):
     """``loss`` 0-dim, differentiable; ``metrics`` name -> 0-dim tensor.
 
@@ -93,6 +101,7 @@ class TokenArguments:
     kept_rows: torch.Tensor | None = None
     data_parallel_group: Any = None
     options: dict | None = None  # of a config that is yet to be validated
+    return_lse: bool = False
 
     ids_name = "token_ids"
     entropy_has_gradient = True  # or may have one
@@ -104,6 +113,8 @@ class TokenArguments:
         if weight is not None:
             hidden, weight, bias, lora = check_head(hidden, weight, bias, lora, self.vocab_parallel_group)
         check_options(self.config, self.workspace_bytes, self.backend)
+        if not isinstance(self.return_lse, bool):
+            raise TypeError(f"return_lse must be True or False, got {kind(self.return_lse)}")
         tokens, device = self.token_shape(hidden), hidden.device
         _tensor(self.ids_name, self.completion_ids, device, (torch.int64,))
         _shape(self.ids_name, self.completion_ids, tokens)
@@ -136,7 +147,7 @@ class TokenArguments:
 
     def facts(self):
         """What must be the same on all ranks of a vocab_parallel_group, beside the head."""
-        return {"which tensors are given": self.given("mask", "bias", "temperature")}
+        return {"which tensors are given": self.given("mask", "bias", "temperature"), "return_lse": int(self.return_lse)}
 
 
 @dataclass(frozen=True)
@@ -231,13 +242,13 @@ class Call:
     loss: "TokenLoss | None"
     temperature: torch.Tensor | None = None  # like mask, where it wants a gradient
 
-    def per_token(self, logps, entropy, found):
-        """What `row_logprobs` has found as (logps, entropy) of the shape of mask, differentiable in the temperature too."""
-        logps, entropy = self.scatter(logps), self.scatter(entropy)
+    def per_token(self, logps, entropy, found, lse=None):
+        """What `row_logprobs` has found as (logps, entropy, lse) of the shape of mask, differentiable in the temperature too."""
+        logps, entropy, lse = (None if x is None else self.scatter(x) for x in (logps, entropy, lse))
         if self.temperature is None:
-            return logps, entropy
+            return logps, entropy, lse
         variance = self.scatter(found[:, -1]) if self.work.diagnostics[-1] else None
-        return with_temperature_gradient(logps, entropy, self.temperature, self.mask, variance)
+        return with_temperature_gradient(logps, entropy, self.temperature, self.mask, variance, lse)
 
     @property
     def one_pass(self):

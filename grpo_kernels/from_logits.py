@@ -93,7 +93,7 @@ def grpo_loss_from_logits(
     logps, entropy, found = _LogitsLogProbs.apply(logits, target, kept, temperature, work, inplace_backward and not overlaps)
     logps, entropy = logps.where(kept, 0.0), entropy.where(kept, 0.0)  # a GPU scores masked positions too
     if args.temperature_has_gradient:
-        logps, entropy = with_temperature_gradient(logps, entropy, args.temperature, mask, found if variance else None)
+        logps, entropy, _ = with_temperature_gradient(logps, entropy, args.temperature, mask, found if variance else None)
     if correction is not None:
         logps = (logps + correction).where(kept, 0.0)
     loss, metrics = loss(logps, entropy)

@@ -99,7 +99,7 @@ def fused_linear_grpo_loss(
         logps, entropy, gradients = loss_in_one_pass(call.head, call.rows, call.work)
         logps, entropy = call.scatter(logps), call.scatter(entropy)
     else:
-        logps, entropy = call.per_token(*row_logprobs(call.head, call.rows, call.work, args.entropy_has_gradient))
+        logps, entropy, _ = call.per_token(*row_logprobs(call.head, call.rows, call.work, args.entropy_has_gradient))
     loss, metrics = call.loss(logps, entropy)
     if call.one_pass:
         loss = with_gradients(loss, gradients, call.head, call.rows, call.work)

@@ -243,6 +243,89 @@ def test_a_mask_of_log_probs_may_not_require_a_gradient():
         linear_logprobs(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.long), mask=torch.ones(2, requires_grad=True))
 
 
+# The log-sum-exp
+
+
+LSE_OPTIONS = {
+    "plain": {}, "softcap": {"softcap": 4.0}, "scale and temperature": {"logit_scale": -0.7, "temperature": 1.7},
+    "per token": {"temperature": True, "softcap": 5.0, "logit_scale": 1.3}, "banned": {"banned": 20},
+}  # fmt: skip
+COMBINED = {
+    "z-loss": lambda logps, entropy, lse: (lse**2).mean(),
+    "target's logit": lambda logps, entropy, lse: (logps + lse).sum(),
+    "all": lambda logps, entropy, lse: (logps * entropy).sum() + (lse**2).mean() + (entropy * lse).sum(),
+    "no lse": lambda logps, entropy, lse: (logps * entropy).sum(),
+}
+
+
+def lse_call(p, door, dtype, combine, **more):
+    """Results and gradients of log-probs with lse, ours or plain autograd over full logits."""
+    (hidden, weight, ids, _, mask), keywords, leaves = p.arguments(dtype)
+    c, t, lora = p.config, keywords["temperature"], keywords["lora"]
+    if t is not None:
+        leaves["temperature"] = t = t.requires_grad_()
+    if door == "ours":
+        out = linear_logprobs(hidden, weight, ids, mask=mask, bias=keywords["bias"], lora=lora, temperature=c.temperature if t is None else t,
+                              logit_scale=c.logit_scale, softcap=c.softcap, return_lse=True, **more)  # fmt: skip
+        logps, entropy, lse = out
+        assert out.lse is lse and linear_logprobs(hidden, weight, ids, mask=mask)._fields == ("logps", "entropy")
+    else:
+        z = reference.hidden_to_logits(hidden.where(mask.unsqueeze(-1), 0.0), weight, keywords["bias"], lora)
+        logps, entropy = reference.logps_from_logits(z, ids, mask, c, t)
+        z = c.logit_scale * z.to(torch.promote_types(dtype, torch.float32))
+        z = z if c.softcap is None else c.softcap * torch.tanh(z / c.softcap)
+        lse = (z / (c.temperature if t is None else t.unsqueeze(-1))).logsumexp(-1).where(mask, 0.0)
+    combine(logps, entropy, lse).backward()
+    return {"logps": logps, "entropy": entropy, "lse": lse, **{n: x.grad for n, x in leaves.items()}}
+
+
+def lse_problem(dtype=torch.float64, temperature=False, banned=0, **config):
+    p = make_problem(B=4, T=5, D=8, V=300, dtype=dtype, bias=True, lora=True, banned=banned, temperature=temperature is True,
+                     config=GRPOLossConfig(**config, **({} if temperature in (True, False) else {"temperature": temperature})))  # fmt: skip
+    p.hidden[1] *= 2**-7  # flat rows
+    return p
+
+
+@pytest.mark.parametrize("combine", COMBINED.values(), ids=COMBINED)
+@pytest.mark.parametrize("options", LSE_OPTIONS.values(), ids=LSE_OPTIONS)
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("workspace_bytes", [10_000, 10**7], ids=["recomputed", "stash"])
+def test_lse_and_its_gradients(combine, options, backend, workspace_bytes):
+    """Confident, flat and masked rows; rows whose coefficients of logps and lse cancel; several blocks of the vocabulary."""
+    p = lse_problem(**options)
+    assert_all_close(lse_call(p, "ours", torch.float64, combine, backend=backend, workspace_bytes=workspace_bytes),
+                     lse_call(p, "plain", torch.float64, combine), 1e-9)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["z-loss", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_lse_is_as_exact_as_pytorch(name, dtype, softcap, backend):
+    p = lse_problem(dtype, softcap=softcap)
+    ours, torchs, exact = (lse_call(p, door, d, COMBINED[name], **more)
+                           for door, d, more in (("ours", dtype, {"backend": backend}), ("plain", dtype, {}), ("plain", torch.float64, {})))  # fmt: skip
+    for quantity, truth in exact.items():
+        assert_no_worse_than_torch(quantity, ours[quantity], torchs[quantity], truth, floor=1e-6 if dtype == torch.float32 else 1e-3)
+    flat = [x["hidden"][1] for x in (ours, torchs, exact)]
+    assert_no_worse_than_torch("flat rows", *flat, floor=1e-6 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("weight",), ()], ids=str)
+def test_lse_of_a_frozen_head_and_without_gradients(needs):
+    p = lse_problem()
+    (hidden, weight, ids, _, mask), keywords, leaves = p.arguments(needs=needs)
+    out = linear_logprobs(hidden, weight, ids, mask=mask, return_lse=True)
+    truth = (hidden @ weight.T).logsumexp(-1).where(mask, 0.0)
+    assert_close("lse", out.lse, truth, 1e-12)
+    assert out.lse.requires_grad == bool(needs)
+    for name in needs:
+        ours, exact = (torch.autograd.grad(x.square().sum(), leaves[name])[0] for x in (out.lse, truth))
+        assert_close(name, ours, exact, 1e-10)
+    with pytest.raises(TypeError, match="return_lse must be True or False, got int"):
+        linear_logprobs(hidden, weight, ids, return_lse=1)
+
+
 # Transforms of torch.func
 
 

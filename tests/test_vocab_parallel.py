@@ -238,7 +238,7 @@ def test_verls_function_over_a_sharded_vocabulary(tmp_path):
 
 
 def temperatures(rank, world):
-    """Gradients of a temperature, one process's beside the sharded one's; a rank of three holds no row of the vocabulary."""
+    """Gradients of a temperature, and lse, one process's beside the sharded one's; a rank of three holds no row of the vocabulary."""
     out = []
     for config in (GRPOLossConfig(), GRPOLossConfig(entropy_coef=0.3, softcap=5.0)):
         p = make_problem(V=V, bias=True, temperature=True, config=config)
@@ -247,16 +247,17 @@ def temperatures(rank, world):
             keywords["temperature"] = keywords["temperature"].requires_grad_()
             loss = fused_linear_grpo_loss(*positional, **keywords, vocab_parallel_group=group, workspace_bytes=4000).loss
             hidden, weight, ids, _, mask = positional
-            logps, entropy = linear_logprobs(hidden, weight, ids, mask=mask, temperature=keywords["temperature"], vocab_parallel_group=group)
-            (loss + (logps * entropy).sum()).backward()
-            out.append(keywords["temperature"].grad)
+            logps, entropy, lse = linear_logprobs(hidden, weight, ids, mask=mask, temperature=keywords["temperature"],
+                                                  vocab_parallel_group=group, return_lse=True)  # fmt: skip
+            (loss + (logps * entropy).sum() + lse.square().sum()).backward()
+            out.append([keywords["temperature"].grad, hidden.grad, lse.detach()])
     return out
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_a_temperature_over_a_sharded_vocabulary(world, tmp_path):
+def test_a_temperature_and_lse_over_a_sharded_vocabulary(world, tmp_path):
     for one, ours, one_entropy, ours_entropy in spawn(tmp_path, world, temperatures):
-        assert one.any() and one_entropy.any()
+        assert all(x.any() for x in one + one_entropy)
         torch.testing.assert_close([ours, ours_entropy], [one, one_entropy], rtol=1e-9, atol=1e-12)
 
 

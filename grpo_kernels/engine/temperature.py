@@ -1,6 +1,6 @@
 """The gradient of a temperature, from what is known of a row once it is scored. It is applied last, so a softcap changes nothing.
 
-    z = y / T:    d logps / d T = -(logps + entropy) / T        d entropy / d T = Var_p(log p) / T
+    z = y / T:    d logps / d T = -(logps + entropy) / T    d entropy / d T = Var_p(log p) / T    d lse / d T = (entropy - lse) / T
 """
 
 import torch
@@ -8,11 +8,14 @@ import torch
 from .ops import differentiable_once
 
 
-def with_temperature_gradient(logps, entropy, temperature, mask, variance=None):
-    """(logps, entropy) with a path to the temperature, all [..]. ``variance`` is that of log p; None: entropy needs no path."""
-    kept, deviation = mask.bool(), -(logps + entropy).detach()
-    logps = _Scaled.apply(logps, temperature, deviation, kept)
-    return logps, entropy if variance is None else _Scaled.apply(entropy, temperature, variance, kept)
+def with_temperature_gradient(logps, entropy, temperature, mask, variance=None, lse=None):
+    """(logps, entropy, lse) with a path to the temperature, all [..]. ``variance``: of log p; None where entropy needs no path."""
+    kept, h = mask.bool(), entropy.detach()
+    return (
+        _Scaled.apply(logps, temperature, -(logps.detach() + h), kept),
+        entropy if variance is None else _Scaled.apply(entropy, temperature, variance, kept),
+        None if lse is None else _Scaled.apply(lse, temperature, h - lse.detach(), kept),
+    )
 
 
 class _Scaled(torch.autograd.Function):
