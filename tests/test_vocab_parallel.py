@@ -244,7 +244,7 @@ def temperatures(rank, world):
         p = make_problem(V=V, bias=True, temperature=True, config=config)
         for q, group in ((p, None), (sharded(p, rank, world)[0], dist.group.WORLD)):
             positional, keywords, _ = q.arguments()
-            keywords["temperature"] = keywords["temperature"].requires_grad_()
+            keywords["temperature"] = keywords["temperature"].clone().requires_grad_()
             loss = fused_linear_grpo_loss(*positional, **keywords, vocab_parallel_group=group, workspace_bytes=4000).loss
             hidden, weight, ids, _, mask = positional
             logps, entropy, lse = linear_logprobs(hidden, weight, ids, mask=mask, temperature=keywords["temperature"],
