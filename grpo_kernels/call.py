@@ -9,7 +9,7 @@ import numbers
 import sys
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -34,7 +34,8 @@ from .losses.objective import depends_on_its_row_alone, evaluate, known_zero, li
 from .losses.terms import PolicyRows
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
+Backend = Literal["auto", "torch", "cpu", "triton", "cuda"]
+BACKENDS = get_args(Backend)
 _DIVIDED_BY_ITEMS = ("dapo", "cispo", "vespo")
 _BAD_VALUES = (
     "mask must hold only 0 and 1, got other values at {} positions",

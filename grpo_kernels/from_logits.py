@@ -1,13 +1,14 @@
 """`grpo_loss_from_logits`: the same loss for callers that hold the logits; the row kernels without the products."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends
 from .backends.statistics import Scored, Tile, finalize, new_statistics
-from .call import GRPOLossOutput, LossArguments, TokenLoss, raise_bad_values, refuse_transforms, value_flags
+from .call import Backend, GRPOLossOutput, LossArguments, TokenLoss, raise_bad_values, refuse_transforms, value_flags
 from .distributed import group_in_use, validate_across_ranks
 from .engine.diagnostics import new_moments, variance_of, with_tile
 from .engine.operands import Work, can_sync, decoded, encoded
@@ -27,18 +28,20 @@ def grpo_loss_from_logits(
     ref_logps: torch.Tensor | None = None,
     importance_sampling_ratio: torch.Tensor | None = None,
     sampling_logps: torch.Tensor | None = None,
-    num_items=None,
+    num_items: float | torch.Tensor | None = None,
     config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 - frozen
     temperature: torch.Tensor | None = None,
-    data_parallel_group=None,
+    data_parallel_group: Any = None,
     cu_seqlens: torch.Tensor | None = None,
     kept_rows: torch.Tensor | None = None,
     workspace_bytes: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     differentiable_logps: bool = False,
     inplace_backward: bool = False,
 ) -> GRPOLossOutput:
-    """The loss of the GRPO family from logits.
+    """The loss of the GRPO family from logits. Position t of logits predicts token t.
+
+    A causal model's ``logits[:, :-1]`` stand beside ``ids[:, 1:]``: shift before the call, nothing is shifted here.
 
     Equals `objective` of ``(softcap(logit_scale * logits) / temperature).log_softmax(-1)`` at the tokens.
 
@@ -50,10 +53,12 @@ def grpo_loss_from_logits(
             second backward is an error.
         kept_rows: only says that nothing may synchronise with the host.
         workspace_bytes: accepted for symmetry; without products nothing needs one.
+        differentiable_logps: logps and entropy of the output keep their graph.
         Everything else: as in `fused_linear_grpo_loss`.
 
     Returns:
-        `GRPOLossOutput`: loss differentiable once in logits; logps and entropy detached; metrics.
+        `GRPOLossOutput`: loss differentiable once in logits and temperature; logps and entropy detached, unless
+        ``differentiable_logps``; metrics.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `fused_linear_grpo_loss`.

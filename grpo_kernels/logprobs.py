@@ -1,10 +1,42 @@
 """`linear_logprobs`: log-probs and entropy of given tokens from hidden states, differentiable under any loss, in two phases."""
 
-import torch
+from typing import Any, Literal, TypedDict, overload
 
-from .call import LogProbs, LogProbsAndLse, TokenArguments, describe
+import torch
+from typing_extensions import Unpack
+
+from .call import Backend, LogProbs, LogProbsAndLse, TokenArguments, describe
 from .engine.diagnostics import NAMES
 from .engine.ops import row_logprobs
+
+
+class LogProbsOptions(TypedDict, total=False):
+    """What `linear_logprobs` takes by keyword."""
+
+    mask: torch.Tensor | None
+    bias: torch.Tensor | None
+    temperature: float | torch.Tensor
+    logit_scale: float
+    softcap: float | None
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None
+    vocab_parallel_group: Any
+    sequence_parallel: bool
+    workspace_bytes: int | None
+    backend: Backend
+
+
+@overload
+def linear_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, *, return_lse: Literal[False] = False,
+    **options: Unpack[LogProbsOptions],
+) -> LogProbs: ...  # fmt: skip
+
+
+@overload
+def linear_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, *, return_lse: Literal[True],
+    **options: Unpack[LogProbsOptions],
+) -> LogProbsAndLse: ...  # fmt: skip
 
 
 def linear_logprobs(
@@ -17,14 +49,16 @@ def linear_logprobs(
     temperature: float | torch.Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    lora: tuple | None = None,
-    vocab_parallel_group=None,
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    vocab_parallel_group: Any = None,
     sequence_parallel: bool = False,
     workspace_bytes: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     return_lse: bool = False,
 ) -> LogProbs | LogProbsAndLse:
     """Log-probs of tokens and entropies of their distributions, without the logits. Position t of hidden predicts token t.
+
+    A causal model's ``hidden[:, :-1]`` stand beside ``ids[:, 1:]``: shift before the call, nothing is shifted here.
 
     Equals ``z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``, then
     ``z.log_softmax(-1).gather(-1, token_ids)`` and the entropy of ``z.softmax(-1)``.

@@ -1,5 +1,7 @@
 """The truth of every test: full logits, plain autograd, any float dtype, written to be read beside the specification."""
 
+from typing import Any
+
 import torch
 
 from .call import GRPOLossOutput, LossArguments, TokenLoss, raise_bad_values, value_flags
@@ -7,8 +9,14 @@ from .distributed import group_in_use, validate_across_ranks
 from .losses.config import GRPOLossConfig
 
 
-def grpo_loss(hidden, weight, completion_ids, advantages, mask, *, config=GRPOLossConfig(), **options) -> GRPOLossOutput:  # noqa: B008
-    """The GRPO loss through the full [B, T, V] logits; same arguments, results and errors as `fused_linear_grpo_loss`.
+def grpo_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, completion_ids: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *,
+    config: GRPOLossConfig = GRPOLossConfig(), **options: Any,  # noqa: B008
+) -> GRPOLossOutput:  # fmt: skip
+    """The GRPO loss through the full [B, T, V] logits. Position t of hidden predicts token t.
+
+    A causal model's last ``hidden[:, :-1]`` stand beside ``ids[:, 1:]``: shift before the call, nothing is shifted here.
+    Same arguments, results and errors as `fused_linear_grpo_loss`.
 
     Plain autograd all the way: differentiable in hidden, weight, bias, lora and temperature, any number of times. ``kept_rows``,
     ``workspace_bytes`` and ``backend`` are accepted and change nothing; ``vocab_parallel_group`` must be None.

@@ -1,8 +1,10 @@
 """Bad input: an error that names the argument, what was wanted and what came; the same at every public door."""
 
 import dataclasses
+import inspect
 import math
 import re
+import typing
 import warnings
 
 import numpy as np
@@ -12,7 +14,9 @@ from problems import make_problem, packed, run
 
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig, reference
-from grpo_kernels.losses.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_FIELDS, LOSS_TYPES, _warn_of_low_cap
+from grpo_kernels.call import BACKENDS, Backend
+from grpo_kernels.logprobs import LogProbsOptions
+from grpo_kernels.losses.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_FIELDS, LOSS_TYPES, LossOptions, LossType, _warn_of_low_cap
 
 B, T, D, V = 3, 4, 8, 11
 LONG_IDS = torch.zeros(B, T, dtype=torch.long)
@@ -309,3 +313,31 @@ def test_a_cap_of_cispo_that_was_not_asked_for_is_warned_of_once(make):
         make(loss_type="cispo")
         make(loss_type="cispo", epsilon=0.3)
     assert len(seen) == 1 and seen[0].filename == __file__
+
+
+# What completion and type checkers see
+
+
+def test_the_typed_options_are_those_of_the_config():
+    """One list of options: the TypedDict that checkers read and the signature that notebooks complete are GRPOLossConfig's."""
+    assert typing.get_type_hints(LossOptions) == typing.get_type_hints(GRPOLossConfig)
+    assert set(typing.get_args(LossType)) == set(LOSS_TYPES) and typing.get_args(Backend) == BACKENDS
+    made = inspect.signature(grpo_kernels.FusedLinearGRPOLoss).parameters
+    assert {n: p.default for n, p in made.items()} == {f.name: f.default for f in dataclasses.fields(GRPOLossConfig)}
+    hints = typing.get_type_hints(grpo_kernels.FusedLinearGRPOLoss.__init__)
+    assert hints["options"].__args__ == (LossOptions,)
+
+
+def test_the_typed_keywords_of_linear_logprobs_are_its_own():
+    hints = typing.get_type_hints(grpo_kernels.linear_logprobs)
+    for name in ("hidden", "weight", "token_ids", "return_lse", "return"):
+        hints.pop(name)
+    assert typing.get_type_hints(LogProbsOptions) == hints
+
+
+def test_every_public_function_says_which_token_a_position_predicts():
+    """In the first line of its help; logits are asked for by the token that they predict."""
+    for function in (grpo_kernels.fused_linear_grpo_loss, grpo_kernels.linear_logprobs, reference.grpo_loss, grpo_kernels.grpo_loss_from_logits):
+        first, rest = function.__doc__.split("\n", 1)
+        assert re.search(r"Position t of (hidden|logits) predicts token t\.", first), function
+        assert "[:, :-1]" in rest and "[:, 1:]" in rest, function

@@ -6,11 +6,15 @@ import numbers
 import sys
 import warnings
 from dataclasses import dataclass
+from typing import Literal, TypedDict, get_args
 
 from .terms import BUILT_IN, TERMS
 
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+Level = Literal["token", "sequence"]
+
 LOSS_TYPES = BUILT_IN
-IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
+IMPORTANCE_SAMPLING_LEVELS = get_args(Level)
 _FLOAT32_MAX = 3.4e38  # options are float32 numbers in the kernels
 _SMALLEST = 1e-30  # a divisor below would overflow finite logits
 
@@ -42,8 +46,8 @@ class GRPOLossConfig:
         ValueError: naming the field, what was wanted and what came.
     """
 
-    loss_type: str = "dapo"
-    importance_sampling_level: str = "token"
+    loss_type: LossType | str = "dapo"
+    importance_sampling_level: Level = "token"
     epsilon: float = 0.2
     epsilon_high: float | None = None
     delta: float | None = None
@@ -136,6 +140,31 @@ def _warn_of_low_cap():
         "the ScaleRL paper takes epsilon_high=5.0",
         stacklevel=level,
     )
+
+
+class LossOptions(TypedDict, total=False):
+    """The fields of `GRPOLossConfig` as keywords."""
+
+    loss_type: LossType | str
+    importance_sampling_level: Level
+    epsilon: float
+    epsilon_high: float | None
+    delta: float | None
+    beta: float
+    use_bias_correction_kl: bool
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    entropy_coef: float
+    top_entropy_quantile: float
+    off_policy_mask_threshold: float | None
+    max_completion_length: int | None
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
 
 
 LOSS_FIELDS = tuple(field.name for field in dataclasses.fields(GRPOLossConfig))
