@@ -34,6 +34,7 @@ from .losses.objective import depends_on_its_row_alone, evaluate, known_zero, li
 from .losses.terms import PolicyRows
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+Reduction = Literal["loss_type", "none"]
 Backend = Literal["auto", "torch", "cpu", "triton", "cuda"]
 BACKENDS = get_args(Backend)
 _DIVIDED_BY_ITEMS = ("dapo", "cispo", "vespo")
@@ -163,6 +164,7 @@ class LossArguments(TokenArguments):
     num_items: Any = None
     cu_seqlens: torch.Tensor | None = None
     differentiable_logps: bool = False
+    reduction: str = "loss_type"
 
     ids_name = "completion_ids"
 
@@ -186,6 +188,8 @@ class LossArguments(TokenArguments):
         self._refuse_lost_gradients()
         if not isinstance(self.differentiable_logps, bool):
             raise TypeError(f"differentiable_logps must be True or False, got {kind(self.differentiable_logps)}")
+        if self.reduction not in get_args(Reduction):
+            raise ValueError(f"reduction must be {' or '.join(map(repr, get_args(Reduction)))}, got {self.reduction!r}")
         if (rows := self.kept_rows) is not None:
             _tensor("kept_rows", rows, device, (torch.int64,))
             if rows.dim() != 1 or rows.numel() > self.mask.numel():
@@ -225,7 +229,7 @@ class LossArguments(TokenArguments):
         return {
             "which tensors are given": self.given("bias", "old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps",
                                                   "num_items", "temperature", "cu_seqlens"),
-            "config": repr(self.config), "shape of advantages": list(self.advantages.shape),
+            "config and reduction": repr((self.config, self.reduction)), "shape of advantages": list(self.advantages.shape),
             "length of kept_rows": -1 if self.kept_rows is None else self.kept_rows.numel(),
             "sequence_parallel": int(self.sequence_parallel), "differentiable_logps": int(self.differentiable_logps),
         }  # fmt: skip
@@ -287,7 +291,7 @@ def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -
     if loss is None:
         return call
     loss.weigh()
-    two_phases = args.differentiable_logps or args.temperature_has_gradient or not any(work.needs)
+    two_phases = args.differentiable_logps or args.temperature_has_gradient or args.reduction == "none" or not any(work.needs)
     if two_phases or not depends_on_its_row_alone(args.config, on_policy=args.old_logps is None):
         return call
     policy, linear = loss.coefficients(call.rows.index[: call.rows.live])
@@ -390,7 +394,7 @@ class TokenLoss:
     """The per-token side of a loss: its inputs as [B, T], weighed once; which tokens may get a gradient; the objective."""
 
     def __init__(self, args: LossArguments, wait):
-        self.config, self.group = args.config, args.data_parallel_group
+        self.config, self.group, self.reduction = args.config, args.data_parallel_group, args.reduction
         self.layout = PackedLayout.of(args.cu_seqlens, args.mask, wait)
         pad, mask = self.layout.pad, self.layout.pad(args.mask)
         tensors = {
@@ -417,7 +421,8 @@ class TokenLoss:
         """(loss, metrics) of log-probs and entropies in the layout of the caller."""
         logps, entropy = self.layout.pad(logps), self.layout.pad(entropy)
         top = top_tokens_over_ranks(entropy.detach().where(self.inputs.mask > 0, 0.0), self.inputs.mask, self.config, self.group)
-        return evaluate(self.inputs, logps, entropy, self.config, top)
+        loss, metrics = evaluate(self.inputs, logps, entropy, self.config, top, self.reduction)
+        return (self.layout.unpad(loss) if self.reduction == "none" else loss), metrics
 
     def coefficients(self, index):
         """(`PolicyRows` of these tokens, whether w_policy is the coefficient itself): what one pass makes coefficients of."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import backends
 from .backends.statistics import Scored, Tile, finalize, new_statistics
-from .call import Backend, GRPOLossOutput, LossArguments, TokenLoss, raise_bad_values, refuse_transforms, value_flags
+from .call import Backend, GRPOLossOutput, LossArguments, Reduction, TokenLoss, raise_bad_values, refuse_transforms, value_flags
 from .distributed import group_in_use, validate_across_ranks
 from .engine.diagnostics import new_moments, variance_of, with_tile
 from .engine.operands import Work, can_sync, decoded, encoded
@@ -37,6 +37,7 @@ def grpo_loss_from_logits(
     workspace_bytes: int | None = None,
     backend: Backend = "auto",
     differentiable_logps: bool = False,
+    reduction: Reduction = "loss_type",
     inplace_backward: bool = False,
 ) -> GRPOLossOutput:
     """The loss of the GRPO family from logits. Position t of logits predicts token t.
@@ -53,7 +54,6 @@ def grpo_loss_from_logits(
             second backward is an error.
         kept_rows: only says that nothing may synchronise with the host.
         workspace_bytes: accepted for symmetry; without products nothing needs one.
-        differentiable_logps: logps and entropy of the output keep their graph.
         Everything else: as in `fused_linear_grpo_loss`.
 
     Returns:
@@ -68,6 +68,7 @@ def grpo_loss_from_logits(
         kept_rows=kept_rows, data_parallel_group=data_parallel_group, advantages=advantages, old_logps=old_logps,
         ref_logps=ref_logps, importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps,
         num_items=num_items, cu_seqlens=cu_seqlens, differentiable_logps=differentiable_logps,
+        reduction=reduction,
     )  # fmt: skip
     refuse_transforms(given)
     wait = kept_rows is None and can_sync(logits)

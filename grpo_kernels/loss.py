@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from .call import Backend, GRPOLossOutput, LossArguments, describe
+from .call import Backend, GRPOLossOutput, LossArguments, Reduction, describe
 from .engine.ops import loss_in_one_pass, row_logprobs, with_gradients
 from .losses.config import LOSS_FIELDS, GRPOLossConfig, LossOptions
 
@@ -39,6 +39,7 @@ def fused_linear_grpo_loss(
     workspace_bytes: int | None = None,
     backend: Backend = "auto",
     differentiable_logps: bool = False,
+    reduction: Reduction = "loss_type",
 ) -> GRPOLossOutput:
     """The loss of the GRPO family from hidden states and the head's weight. Position t of hidden predicts token t.
 
@@ -84,6 +85,9 @@ def fused_linear_grpo_loss(
         backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
         differentiable_logps: logps and entropy of the output keep their graph, in two phases, so that a term made of them trains:
             ``(out.loss + 0.1 * out.entropy.mean()).backward()``.
+        reduction: ``loss_type`` adds the tokens' losses up as the loss_type does. ``none``: loss is [B, T], 0 where masked, the
+            ``s + beta * k3 - entropy_coef * entropy`` of each token without the normaliser, in two phases. s has its factors: the
+            importance_sampling_ratio and the masks of the entropy quantile and of off-policy sequences.
 
     Returns:
         `GRPOLossOutput`: loss 0-dim, differentiable once in hidden, weight, bias, lora and temperature; logps and entropy [B, T],
@@ -101,6 +105,7 @@ def fused_linear_grpo_loss(
         workspace_bytes, backend, kept_rows, data_parallel_group, advantages=advantages, old_logps=old_logps, ref_logps=ref_logps,
         importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
         cu_seqlens=cu_seqlens, differentiable_logps=differentiable_logps,
+        reduction=reduction,
     )  # fmt: skip
     call = describe(args)
     if call.one_pass:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import make_problem
+from problems import make_problem, packed
 from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +14,7 @@ from grpo_kernels import (
     linear_logprobs,
     reference,
 )
+from grpo_kernels.losses.config import LOSS_TYPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -325,6 +326,50 @@ def test_lse_of_a_frozen_head_and_without_gradients(needs):
         assert_close(name, ours, exact, 1e-10)
     with pytest.raises(TypeError, match="return_lse must be True or False, got int"):
         linear_logprobs(hidden, weight, ids, return_lse=1)
+
+
+# One loss a token
+
+
+PER_TOKEN = [GRPOLossConfig(loss_type=name, importance_sampling_level=level, beta=0.1, delta=2.2, epsilon_high=0.28, max_completion_length=7)
+             for name in LOSS_TYPES for level in ("token", "sequence")]  # fmt: skip
+PER_TOKEN += [GRPOLossConfig(entropy_coef=0.3, top_entropy_quantile=0.6), GRPOLossConfig(loss_type="grpo", off_policy_mask_threshold=0.1)]
+
+
+@pytest.mark.parametrize("config", PER_TOKEN, ids=lambda c: f"{c.loss_type}-{c.importance_sampling_level}-{c.entropy_coef}")
+@pytest.mark.parametrize("packed_rows", [False, True])
+def test_one_loss_a_token(config, packed_rows):
+    """Weighed as the loss_type does they are its loss; gradients by any weights are those of the reference, at three doors."""
+    p = make_problem(B=4, T=5, D=8, V=60, config=config, ratio="token", sampling=True)
+    whole = reference.grpo_loss(*(a := p.arguments())[0], **a[1])
+    p = packed(p) if packed_rows else p
+    g = torch.randn(p.mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = []
+    for door in (reference.grpo_loss, fused_linear_grpo_loss):
+        positional, keywords, leaves = p.arguments()
+        out = door(*positional, **keywords, reduction="none")
+        assert out.loss.shape == p.mask.shape and not out.loss[~p.mask].any()
+        (out.loss * g).sum().backward()
+        found.append({"loss": out.loss, "policy_loss": out.metrics["policy_loss"], **{n: x.grad for n, x in leaves.items()}})
+    assert_all_close(found[1], found[0], 1e-10)
+    assert_close("policy_loss", found[1]["policy_loss"], whole.metrics["policy_loss"], 1e-10)
+    if not packed_rows:
+        logits = positional[0].detach() @ positional[1].detach().T
+        keywords.pop("bias"), keywords.pop("lora")
+        out = grpo_loss_from_logits(logits, *positional[2:], **keywords, reduction="none")
+        assert_close("from logits", out.loss, found[0]["loss"], 1e-10)
+        m = p.mask.double()
+        weights = {"grpo": m / m.sum(1, keepdim=True).clamp(min=1) / 4, "luspo": m / 4, "dr_grpo": m / 28}
+        u = weights.get({"sapo": "grpo"}.get(config.loss_type, config.loss_type), m / m.sum())
+        if config.entropy_coef == 0:  # the bonus is divided by the quantile's tokens
+            assert_close("weighed", (u * out.loss).sum(), whole.loss, 1e-10)
+
+
+@pytest.mark.parametrize("door", [fused_linear_grpo_loss, reference.grpo_loss])
+def test_another_reduction_is_refused(door):
+    positional, keywords, _ = make_problem(B=2, T=3, V=11).arguments()
+    with pytest.raises(ValueError, match="reduction must be 'loss_type' or 'none', got 'mean'"):
+        door(*positional, **keywords, reduction="mean")
 
 
 # Transforms of torch.func
