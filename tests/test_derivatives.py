@@ -3,6 +3,7 @@
 import pytest
 import torch
 from problems import make_problem, packed
+from test_stash import as_on_a_gpu
 from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 from torch.utils.checkpoint import checkpoint
 
@@ -302,9 +303,12 @@ def test_lse_and_its_gradients(combine, options, backend, workspace_bytes):
 @pytest.mark.parametrize("name", ["z-loss", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 4.0])
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_lse_is_as_exact_as_pytorch(name, dtype, softcap, backend):
+@pytest.mark.parametrize("backend", ["torch", "cpu", "float32 chunks"])
+def test_lse_is_as_exact_as_pytorch(name, dtype, softcap, backend, monkeypatch):
     p = lse_problem(dtype, softcap=softcap)
+    if backend == "float32 chunks":
+        as_on_a_gpu(monkeypatch)
+        backend = "torch"
     ours, torchs, exact = (lse_call(p, door, d, COMBINED[name], **more)
                            for door, d, more in (("ours", dtype, {"backend": backend}), ("plain", dtype, {}), ("plain", torch.float64, {})))  # fmt: skip
     for quantity, truth in exact.items():
