@@ -229,9 +229,9 @@ class LossArguments(TokenArguments):
         return {
             "which tensors are given": self.given("bias", "old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps",
                                                   "num_items", "temperature", "cu_seqlens"),
-            "config and reduction": repr((self.config, self.reduction)), "shape of advantages": list(self.advantages.shape),
+            "config": repr(self.config), "shape of advantages": list(self.advantages.shape),
             "length of kept_rows": -1 if self.kept_rows is None else self.kept_rows.numel(),
-            "sequence_parallel": int(self.sequence_parallel), "differentiable_logps": int(self.differentiable_logps),
+            "sequence_parallel": int(self.sequence_parallel), "differentiable_logps and reduction": repr((self.differentiable_logps, self.reduction)),
         }  # fmt: skip
 
 
