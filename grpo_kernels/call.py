@@ -231,7 +231,8 @@ class LossArguments(TokenArguments):
                                                   "num_items", "temperature", "cu_seqlens"),
             "config": repr(self.config), "shape of advantages": list(self.advantages.shape),
             "length of kept_rows": -1 if self.kept_rows is None else self.kept_rows.numel(),
-            "sequence_parallel": int(self.sequence_parallel), "differentiable_logps and reduction": repr((self.differentiable_logps, self.reduction)),
+            "sequence_parallel": int(self.sequence_parallel),
+            "differentiable_logps and reduction": repr((self.differentiable_logps, self.reduction)),
         }  # fmt: skip
 
 
