@@ -64,7 +64,7 @@ class LogProbsAndLse(NamedTuple):
 
 
 class GRPOLossOutput(NamedTuple):
-    """``loss`` 0-dim, differentiable; ``metrics`` name -> 0-dim tensor.
+    """``loss`` 0-dim (per token with ``reduction="none"``), differentiable; ``metrics`` name -> 0-dim tensor.
 
     ``logps`` and ``entropy`` are per token and detached: a term made of them trains nothing, unless the call was given
     ``differentiable_logps=True``.
