@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import reference
     from .backends import available_backends
-    from .call import GRPOLossOutput, LogProbs
+    from .call import GRPOLossOutput, LogProbs, LogProbsAndLse
     from .from_logits import grpo_loss_from_logits
     from .logprobs import linear_logprobs
     from .loss import FusedLinearGRPOLoss, fused_linear_grpo_loss
@@ -25,6 +25,7 @@ __all__ = [
     "GRPOLossConfig",
     "GRPOLossOutput",
     "LogProbs",
+    "LogProbsAndLse",
     "available_backends",
     "fused_linear_grpo_loss",
     "group_advantages",
@@ -37,7 +38,7 @@ __all__ = [
 
 _MODULES = {
     "backends": ("available_backends",),
-    "call": ("GRPOLossOutput", "LogProbs"),
+    "call": ("GRPOLossOutput", "LogProbs", "LogProbsAndLse"),
     "from_logits": ("grpo_loss_from_logits",),
     "logprobs": ("linear_logprobs",),
     "loss": ("FusedLinearGRPOLoss", "fused_linear_grpo_loss"),

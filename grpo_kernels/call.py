@@ -9,7 +9,7 @@ import numbers
 import sys
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -28,15 +28,20 @@ from .distributed import (
 from .engine.operands import Head, Rows, Work, can_sync
 from .engine.plan import default_budget
 from .engine.products import accumulation_dtype
+from .engine.temperature import with_temperature_gradient
 from .losses.config import GRPOLossConfig
 from .losses.objective import depends_on_its_row_alone, evaluate, known_zero, linear_coefficients, prepare, weighed_over
 from .losses.terms import PolicyRows
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
+Reduction = Literal["loss_type", "none"]
+Backend = Literal["auto", "torch", "cpu", "triton", "cuda"]
+BACKENDS = get_args(Backend)
+_DIVIDED_BY_ITEMS = ("dapo", "cispo", "vespo")
 _BAD_VALUES = (
     "mask must hold only 0 and 1, got other values at {} positions",
-    "token ids must be in [0, V = {vocab}) where the mask is 1, got others at {} positions (completion_ids / token_ids)",
+    "token ids must be in [0, V = {vocab}) where the mask is 1, got others at {} positions (completion_ids / token_ids); "
+    "ids of -100 need a mask of 0: mask=(ids != -100)",
     "advantages must be finite where the mask is 1, got nan or inf at {} positions",
     "temperature must be > 0 and finite where the mask is 1, got others at {} positions",
     "cu_seqlens must rise from 0 to N without falling, got {} ends that do not",
@@ -50,13 +55,33 @@ class LogProbs(NamedTuple):
     entropy: torch.Tensor
 
 
+class LogProbsAndLse(NamedTuple):
+    """`LogProbs`, and the log-sum-exp of the logits, differentiable too; 0 where masked."""
+
+    logps: torch.Tensor
+    entropy: torch.Tensor
+    lse: torch.Tensor
+
+
 class GRPOLossOutput(NamedTuple):
-    """``loss`` 0-dim, differentiable; ``logps`` and ``entropy`` per token, detached; ``metrics`` name -> 0-dim tensor."""
+    """``loss`` 0-dim (per token with ``reduction="none"``), differentiable; ``metrics`` name -> 0-dim tensor.
+
+    ``logps`` and ``entropy`` are per token and detached: a term made of them trains nothing, unless the call was given
+    ``differentiable_logps=True``.
+    """
 
     loss: torch.Tensor
     logps: torch.Tensor
     entropy: torch.Tensor
     metrics: dict[str, torch.Tensor]
+
+    @staticmethod
+    def of(loss, logps, entropy, metrics, differentiable_logps):
+        return GRPOLossOutput(loss, *(x if differentiable_logps else x.detach() for x in (logps, entropy)), metrics)
+
+    def __repr__(self):
+        note = "" if self.logps.requires_grad else "  # logps and entropy are detached; differentiable_logps=True keeps their graph"
+        return f"GRPOLossOutput({', '.join(f'{name}={value!r}' for name, value in self._asdict().items())}){note}"
 
 
 @dataclass(frozen=True)
@@ -78,8 +103,10 @@ class TokenArguments:
     kept_rows: torch.Tensor | None = None
     data_parallel_group: Any = None
     options: dict | None = None  # of a config that is yet to be validated
+    return_lse: bool = False
 
     ids_name = "token_ids"
+    entropy_has_gradient = True  # or may have one
 
     def checked(self):
         if self.options is not None:
@@ -88,16 +115,29 @@ class TokenArguments:
         if weight is not None:
             hidden, weight, bias, lora = check_head(hidden, weight, bias, lora, self.vocab_parallel_group)
         check_options(self.config, self.workspace_bytes, self.backend)
+        if not isinstance(self.return_lse, bool):
+            raise TypeError(f"return_lse must be True or False, got {kind(self.return_lse)}")
         tokens, device = self.token_shape(hidden), hidden.device
         _tensor(self.ids_name, self.completion_ids, device, (torch.int64,))
         _shape(self.ids_name, self.completion_ids, tokens)
         if self.mask is not None or self.ids_name == "completion_ids":
             _check_mask(self.mask, tokens, device)
-        if self.temperature is not None:
-            _tensor("temperature", self.temperature, device, FLOAT_DTYPES)
-            _shape("temperature", self.temperature, tokens)
+        temperature = self.temperature
+        if isinstance(temperature, numbers.Real):
+            raise TypeError(
+                f"temperature must be a tensor {list(tokens)}, got {kind(temperature)}; a number goes into config.temperature"
+            )
+        if temperature is not None:
+            _tensor("temperature", temperature, device, FLOAT_DTYPES)
+            _shape("temperature", temperature, tokens, ())
+            temperature = temperature.expand(tokens)
+        _no_gradient("mask", self.mask)
         mask = torch.ones(tokens, dtype=torch.bool, device=device) if self.mask is None else self.mask
-        return replace(self, hidden=hidden, weight=weight, bias=bias, lora=lora, mask=mask)
+        return replace(self, hidden=hidden, weight=weight, bias=bias, lora=lora, mask=mask, temperature=temperature)
+
+    @property
+    def temperature_has_gradient(self):
+        return self.temperature is not None and torch.is_grad_enabled() and self.temperature.requires_grad
 
     def token_shape(self, hidden):
         """The shape of every per-token tensor."""
@@ -109,7 +149,7 @@ class TokenArguments:
 
     def facts(self):
         """What must be the same on all ranks of a vocab_parallel_group, beside the head."""
-        return {"which tensors are given": self.given("mask", "bias", "temperature")}
+        return {"which tensors are given": self.given("mask", "bias", "temperature"), "return_lse": int(self.return_lse)}
 
 
 @dataclass(frozen=True)
@@ -123,8 +163,14 @@ class LossArguments(TokenArguments):
     sampling_logps: torch.Tensor | None = None
     num_items: Any = None
     cu_seqlens: torch.Tensor | None = None
+    differentiable_logps: bool = False
+    reduction: str = "loss_type"
 
     ids_name = "completion_ids"
+
+    @property
+    def entropy_has_gradient(self):
+        return self.differentiable_logps or self.config.entropy_coef != 0
 
     def checked(self):
         args = super().checked()
@@ -139,6 +185,11 @@ class LossArguments(TokenArguments):
         if self.config.beta != 0 and self.ref_logps is None:
             raise ValueError(f"ref_logps must be given when beta != 0 (beta = {self.config.beta}), got None")
         _check_num_items(self.num_items, self.config)
+        self._refuse_lost_gradients()
+        if not isinstance(self.differentiable_logps, bool):
+            raise TypeError(f"differentiable_logps must be True or False, got {kind(self.differentiable_logps)}")
+        if self.reduction not in get_args(Reduction):
+            raise ValueError(f"reduction must be {' or '.join(map(repr, get_args(Reduction)))}, got {self.reduction!r}")
         if (rows := self.kept_rows) is not None:
             _tensor("kept_rows", rows, device, (torch.int64,))
             if rows.dim() != 1 or rows.numel() > self.mask.numel():
@@ -146,6 +197,16 @@ class LossArguments(TokenArguments):
         group = self.data_parallel_group
         check_group("data_parallel_group", group.group if isinstance(group, QuantileOnly) else group)
         return args
+
+    def _refuse_lost_gradients(self):
+        """What the loss reads is a constant of it; what it does not read is ignored."""
+        unread = {
+            "ref_logps": self.config.beta == 0, "sampling_logps": self.config.off_policy_mask_threshold is None,
+            "num_items": self.config.aggregation not in _DIVIDED_BY_ITEMS,
+        }  # fmt: skip
+        for name in ("advantages", "old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps", "num_items"):
+            if not unread.get(name):
+                _no_gradient(name, getattr(self, name))
 
     def token_shape(self, hidden):
         """[B, T], or [N] in the packed layout."""
@@ -171,6 +232,7 @@ class LossArguments(TokenArguments):
             "config": repr(self.config), "shape of advantages": list(self.advantages.shape),
             "length of kept_rows": -1 if self.kept_rows is None else self.kept_rows.numel(),
             "sequence_parallel": int(self.sequence_parallel),
+            "differentiable_logps and reduction": repr((self.differentiable_logps, self.reduction)),
         }  # fmt: skip
 
 
@@ -184,6 +246,15 @@ class Call:
     mask: torch.Tensor
     correction: torch.Tensor | None  # 0-dim, to add to log-probs: NaN if a value was bad; None where that was raised
     loss: "TokenLoss | None"
+    temperature: torch.Tensor | None = None  # like mask, where it wants a gradient
+
+    def per_token(self, logps, entropy, found, lse=None):
+        """What `row_logprobs` has found as (logps, entropy, lse) of the shape of mask, differentiable in the temperature too."""
+        logps, entropy, lse = (None if x is None else self.scatter(x) for x in (logps, entropy, lse))
+        if self.temperature is None:
+            return logps, entropy, lse
+        variance = self.scatter(found[:, -1]) if self.work.diagnostics[-1] else None
+        return with_temperature_gradient(logps, entropy, self.temperature, self.mask, variance, lse)
 
     @property
     def one_pass(self):
@@ -198,6 +269,7 @@ class Call:
 
 def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -> Call:
     """Checks a call and describes it. Ranks that share a vocabulary or a mean hear of a refusal; a single process never asks."""
+    refuse_transforms(args)
     check_group("vocab_parallel_group", args.vocab_parallel_group)
     group = group_of(args.weight, args.vocab_parallel_group)
     wait = args.kept_rows is None and can_sync(args.hidden)
@@ -207,7 +279,8 @@ def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -
         with validate_across_ranks(group, hidden) as meeting:
             hidden, weight, bias, lora = of_dtensors(hidden, args.weight, args.bias, args.lora, group)
             args = replace(args, hidden=hidden, weight=weight, bias=bias, lora=lora, vocab_parallel_group=group).checked()
-            head, work = _head_and_work(args, tuple(map(bool, diagnostics)))
+            variance = args.temperature_has_gradient and args.entropy_has_gradient
+            head, work = _head_and_work(args, (*map(bool, diagnostics), variance))
             if group is not None and any(diagnostics):
                 raise ValueError("diagnostics must be empty with a vocab_parallel_group")
             if group is not None:
@@ -219,10 +292,22 @@ def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -
     if loss is None:
         return call
     loss.weigh()
-    if not (any(work.needs) and depends_on_its_row_alone(args.config, on_policy=args.old_logps is None)):
+    two_phases = args.differentiable_logps or args.temperature_has_gradient or args.reduction == "none" or not any(work.needs)
+    if two_phases or not depends_on_its_row_alone(args.config, on_policy=args.old_logps is None):
         return call
     policy, linear = loss.coefficients(call.rows.index[: call.rows.live])
     return replace(call, rows=replace(call.rows, policy=policy), work=replace(work, config=args.config, linear=linear))
+
+
+def refuse_transforms(args):
+    if torch.compiler.is_compiling():
+        return
+    for name, x in vars(args).items():
+        if isinstance(x, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
+            raise TypeError(
+                f"{name} must be a plain tensor, got one inside of a torch.func transform (vmap, grad, jvp): the fused ops have no "
+                "rules for these; reference.grpo_loss takes them"
+            )
 
 
 def _head_and_work(args, diagnostics):
@@ -247,7 +332,8 @@ def _bring_facts(meeting, args, work):
     meeting.own_rows = args.weight.shape[0]
     meeting.facts = {
         "rows of hidden": args.hidden.shape[:-1].numel(), "depth of hidden": args.hidden.shape[-1],
-        "dtype": str(args.weight.dtype), "which tensors need a gradient": str(list(work.needs)), "workspace_bytes": work.budget,
+        "dtype": str(args.weight.dtype), "workspace_bytes": work.budget,
+        "which tensors need a gradient": str([*work.needs, args.temperature_has_gradient]),
         "temperature and factors": [work.lora_scale, t.logit_scale, t.softcap or 0.0, t.temperature],
         "rank of the adapter": 0 if args.lora is None else args.lora[0].shape[0], **args.facts(),
     }  # fmt: skip
@@ -266,7 +352,8 @@ def _with_rows(args, head, work, loss, wait):
     correction = None
     if wait:
         kept = mask.reshape(-1).bool()
-        live = torch.zeros_like(kept) if not trains else kept if loss is None else kept & loss.live().reshape(-1)
+        all_train = loss is None or args.differentiable_logps
+        live = torch.zeros_like(kept) if not trains else kept if all_train else kept & loss.live().reshape(-1)
         n, n_live, *bad = torch.cat([torch.stack([kept.sum(), live.sum()]), flags]).tolist()
         if shard is not None:
             shard.agree(mask.device, kept=n, trained=n_live, wrong=sum(bad))
@@ -291,7 +378,7 @@ def _with_rows(args, head, work, loss, wait):
     if shard is not None:
         target = target - shard.offset
     rows = Rows(hidden.reshape(-1, hidden.shape[-1]).contiguous(), index, n_live, target, temperature)
-    return Call(head, rows, work, mask, correction, loss)
+    return Call(head, rows, work, mask, correction, loss, args.temperature if args.temperature_has_gradient else None)
 
 
 def _given_rows(mask, kept_rows, flags):
@@ -308,7 +395,7 @@ class TokenLoss:
     """The per-token side of a loss: its inputs as [B, T], weighed once; which tokens may get a gradient; the objective."""
 
     def __init__(self, args: LossArguments, wait):
-        self.config, self.group = args.config, args.data_parallel_group
+        self.config, self.group, self.reduction = args.config, args.data_parallel_group, args.reduction
         self.layout = PackedLayout.of(args.cu_seqlens, args.mask, wait)
         pad, mask = self.layout.pad, self.layout.pad(args.mask)
         tensors = {
@@ -335,7 +422,8 @@ class TokenLoss:
         """(loss, metrics) of log-probs and entropies in the layout of the caller."""
         logps, entropy = self.layout.pad(logps), self.layout.pad(entropy)
         top = top_tokens_over_ranks(entropy.detach().where(self.inputs.mask > 0, 0.0), self.inputs.mask, self.config, self.group)
-        return evaluate(self.inputs, logps, entropy, self.config, top)
+        loss, metrics = evaluate(self.inputs, logps, entropy, self.config, top, self.reduction)
+        return (self.layout.unpad(loss) if self.reduction == "none" else loss), metrics
 
     def coefficients(self, index):
         """(`PolicyRows` of these tokens, whether w_policy is the coefficient itself): what one pass makes coefficients of."""
@@ -421,7 +509,7 @@ def _check_num_items(num_items, config):
             raise TypeError(f"num_items must be a real number, got {num_items.dtype}")
     elif not isinstance(num_items, numbers.Real) or isinstance(num_items, bool):
         raise TypeError(f"num_items must be a number > 0 or a 0-dim tensor, got {kind(num_items)}")
-    elif config.aggregation in ("dapo", "cispo", "vespo") and not 0 < num_items <= sys.float_info.max:
+    elif config.aggregation in _DIVIDED_BY_ITEMS and not 0 < num_items <= sys.float_info.max:
         raise ValueError(f"num_items must be > 0 and finite, got {num_items}")
 
 
@@ -449,6 +537,11 @@ def _tensor(name, value, device, dtypes):
         raise ValueError(f"{name} must be on a device that holds data, got a tensor on meta")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device} as hidden is, got {value.device}")
+
+
+def _no_gradient(name, value):
+    if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require a gradient, there is none for it; pass {name}.detach()")
 
 
 def _shape(name, value, *allowed):

@@ -1,16 +1,20 @@
 """`grpo_loss_from_logits`: the same loss for callers that hold the logits; the row kernels without the products."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends
 from .backends.statistics import Scored, Tile, finalize, new_statistics
-from .call import GRPOLossOutput, LossArguments, TokenLoss, raise_bad_values, value_flags
+from .call import Backend, GRPOLossOutput, LossArguments, Reduction, TokenLoss, raise_bad_values, refuse_transforms, value_flags
 from .distributed import group_in_use, validate_across_ranks
+from .engine.diagnostics import new_moments, variance_of, with_tile
 from .engine.operands import Work, can_sync, decoded, encoded
+from .engine.ops import differentiable_once
 from .engine.products import accumulation_dtype
+from .engine.temperature import with_temperature_gradient
 from .losses.config import GRPOLossConfig
 
 
@@ -24,17 +28,21 @@ def grpo_loss_from_logits(
     ref_logps: torch.Tensor | None = None,
     importance_sampling_ratio: torch.Tensor | None = None,
     sampling_logps: torch.Tensor | None = None,
-    num_items=None,
+    num_items: float | torch.Tensor | None = None,
     config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 - frozen
     temperature: torch.Tensor | None = None,
-    data_parallel_group=None,
+    data_parallel_group: Any = None,
     cu_seqlens: torch.Tensor | None = None,
     kept_rows: torch.Tensor | None = None,
     workspace_bytes: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
+    differentiable_logps: bool = False,
+    reduction: Reduction = "loss_type",
     inplace_backward: bool = False,
 ) -> GRPOLossOutput:
-    """The loss of the GRPO family from logits.
+    """The loss of the GRPO family from logits. Position t of logits predicts token t.
+
+    A causal model's ``logits[:, :-1]`` stand beside ``ids[:, 1:]``: shift before the call, nothing is shifted here.
 
     Equals `objective` of ``(softcap(logit_scale * logits) / temperature).log_softmax(-1)`` at the tokens.
 
@@ -49,7 +57,8 @@ def grpo_loss_from_logits(
         Everything else: as in `fused_linear_grpo_loss`.
 
     Returns:
-        `GRPOLossOutput`: loss differentiable once in logits; logps and entropy detached; metrics.
+        `GRPOLossOutput`: loss differentiable once in logits and temperature; logps and entropy detached, unless
+        ``differentiable_logps``; metrics.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `fused_linear_grpo_loss`.
@@ -58,8 +67,10 @@ def grpo_loss_from_logits(
         logits, None, completion_ids, mask, config, temperature=temperature, workspace_bytes=workspace_bytes, backend=backend,
         kept_rows=kept_rows, data_parallel_group=data_parallel_group, advantages=advantages, old_logps=old_logps,
         ref_logps=ref_logps, importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps,
-        num_items=num_items, cu_seqlens=cu_seqlens,
+        num_items=num_items, cu_seqlens=cu_seqlens, differentiable_logps=differentiable_logps,
+        reduction=reduction,
     )  # fmt: skip
+    refuse_transforms(given)
     wait = kept_rows is None and can_sync(logits)
     with validate_across_ranks(group_in_use(config, data_parallel_group) if wait else None, logits, "data_parallel_group"):
         args = given.checked()
@@ -79,30 +90,35 @@ def grpo_loss_from_logits(
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
     kept = mask.bool()
     target = completion_ids.where(kept, 0).clamp(0, vocab - 1)
+    temperature = args.temperature
     if temperature is not None:
         temperature = temperature.detach().to(accumulate)
         temperature = temperature.where(kept & (temperature > 0), 1.0)
-    work = Work(config.transform, backend, 0, (True, *(False,) * 4))
-    logps, entropy = _LogitsLogProbs.apply(logits, target, kept, temperature, work, inplace_backward and not overlaps)
+    variance = args.temperature_has_gradient and args.entropy_has_gradient
+    work = Work(config.transform, backend, 0, (True, *(False,) * 4), diagnostics=(*(False,) * 3, variance))
+    logps, entropy, found = _LogitsLogProbs.apply(logits, target, kept, temperature, work, inplace_backward and not overlaps)
     logps, entropy = logps.where(kept, 0.0), entropy.where(kept, 0.0)  # a GPU scores masked positions too
+    if args.temperature_has_gradient:
+        logps, entropy, _ = with_temperature_gradient(logps, entropy, args.temperature, mask, found if variance else None)
     if correction is not None:
         logps = (logps + correction).where(kept, 0.0)
     loss, metrics = loss(logps, entropy)
-    return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)
+    return GRPOLossOutput.of(loss, logps, entropy, metrics, differentiable_logps)
 
 
 class _LogitsLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, kept, temperature, work, inplace):
-        scored = score_logits(logits, target, kept, temperature, *encoded(work))
+        *scored, variance = score_logits(logits, target, kept, temperature, *encoded(work))
+        ctx.mark_non_differentiable(variance)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, temperature, *scored)
         ctx.options = (work, inplace)
-        return scored[0], scored[2]
+        return scored[0], scored[2], variance
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g, g_entropy):
+    @differentiable_once
+    def backward(ctx, g, g_entropy, _):
         logits, target, temperature, *scored = ctx.saved_tensors
         work, inplace = ctx.options
         if g is None and g_entropy is None:
@@ -117,23 +133,28 @@ class _LogitsLogProbs(torch.autograd.Function):
 def score_logits(
     logits: Tensor, target: Tensor, kept: Tensor, temperature: Tensor | None, numbers: Sequence[float], work: str
 ) -> list[Tensor]:
-    """[logps, lse, entropy], [B, T] (or [N]) each, of logits [B, T, V] (or [N, V]), 0 where not kept."""
+    """[logps, lse, entropy, variance of log p], [B, T] (or [N]) each, of logits [B, T, V] (or [N, V]); 0 where not kept.
+
+    The variance is 0 where it is not wanted.
+    """
     dtype, wanted = accumulation_dtype(logits.dtype), decoded(tuple(numbers), work)
-    out = [torch.zeros(target.shape, dtype=dtype, device=logits.device) for _ in range(3)]
+    out = [torch.zeros(target.shape, dtype=dtype, device=logits.device) for _ in range(4)]
     for values, sequence in _sequences(logits):
         for span in _spans(kept[sequence]):
             stats = new_statistics(values[span].shape[0], dtype, logits.device)
             temp = None if temperature is None else temperature[sequence][span]
             tile = Tile(_rows(values[span]), target[sequence][span].contiguous(), wanted.transform, temperature=temp)
             backends.kernels(wanted.backend).statistics(tile, stats)
-            for vector, value in zip(out, finalize(stats), strict=True):
+            for vector, value in zip(out, finalize(stats), strict=False):
                 vector[sequence][span] = value
+            if wanted.diagnostics[-1]:
+                out[3][sequence][span] = variance_of(with_tile(new_moments(stats.shape[0], dtype, logits.device), tile))
     return out
 
 
 @score_logits.register_fake
 def _(logits, target, kept, temperature, numbers, work):
-    return [logits.new_empty(target.shape, dtype=accumulation_dtype(logits.dtype)) for _ in range(3)]
+    return [logits.new_empty(target.shape, dtype=accumulation_dtype(logits.dtype)) for _ in range(4)]
 
 
 @torch.library.custom_op("grpo_kernels::logits_to_gradient", mutates_args=("logits",))

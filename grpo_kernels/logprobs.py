@@ -1,10 +1,42 @@
 """`linear_logprobs`: log-probs and entropy of given tokens from hidden states, differentiable under any loss, in two phases."""
 
-import torch
+from typing import Any, Literal, TypedDict, overload
 
-from .call import LogProbs, TokenArguments, describe
+import torch
+from typing_extensions import Unpack
+
+from .call import Backend, LogProbs, LogProbsAndLse, TokenArguments, describe
 from .engine.diagnostics import NAMES
 from .engine.ops import row_logprobs
+
+
+class LogProbsOptions(TypedDict, total=False):
+    """What `linear_logprobs` takes by keyword."""
+
+    mask: torch.Tensor | None
+    bias: torch.Tensor | None
+    temperature: float | torch.Tensor
+    logit_scale: float
+    softcap: float | None
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None
+    vocab_parallel_group: Any
+    sequence_parallel: bool
+    workspace_bytes: int | None
+    backend: Backend
+
+
+@overload
+def linear_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, *, return_lse: Literal[False] = False,
+    **options: Unpack[LogProbsOptions],
+) -> LogProbs: ...  # fmt: skip
+
+
+@overload
+def linear_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, *, return_lse: Literal[True],
+    **options: Unpack[LogProbsOptions],
+) -> LogProbsAndLse: ...  # fmt: skip
 
 
 def linear_logprobs(
@@ -17,13 +49,16 @@ def linear_logprobs(
     temperature: float | torch.Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    lora: tuple | None = None,
-    vocab_parallel_group=None,
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    vocab_parallel_group: Any = None,
     sequence_parallel: bool = False,
     workspace_bytes: int | None = None,
-    backend: str = "auto",
-) -> LogProbs:
-    """Log-probs of the tokens and entropies of their distributions, without the [.., V] logits.
+    backend: Backend = "auto",
+    return_lse: bool = False,
+) -> LogProbs | LogProbsAndLse:
+    """Log-probs of tokens and entropies of their distributions, without the logits. Position t of hidden predicts token t.
+
+    A causal model's ``hidden[:, :-1]`` stand beside ``ids[:, 1:]``: shift before the call, nothing is shifted here.
 
     Equals ``z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``, then
     ``z.log_softmax(-1).gather(-1, token_ids)`` and the entropy of ``z.softmax(-1)``.
@@ -34,27 +69,30 @@ def linear_logprobs(
         token_ids: [..] int64 in [0, V) where the mask is 1.
         mask: [..] bool or 0/1; None keeps all. Masked rows are not computed.
         bias: [V]; differentiable; may hold -inf.
-        temperature: a number > 0, or a tensor [..] with one value per token.
+        temperature: a number > 0, or a tensor, 0-dim or [..] with one value per token; differentiable.
         logit_scale, softcap: as in `GRPOLossConfig`.
         lora: (A [r, D], B [V, r], scale), an adapter on the head that is never merged; A and B differentiable.
         vocab_parallel_group, sequence_parallel: as in `fused_linear_grpo_loss`.
         workspace_bytes: budget for chunks and stash; None is GRPO_KERNELS_WORKSPACE_MB or 384 MiB (1536 on a GPU). Rows that fit
             the stash cost 6NVD operations forward and backward, the others 8NVD; a frozen head costs 4NVD.
         backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
+        return_lse: also return ``lse = z.logsumexp(-1)``, for a z-loss ``(lse**2).mean()``. Its gradient costs no product of its
+            own, but on a GPU, in 16 bits, no row is stashed then: 8NVD.
 
     Returns:
-        `LogProbs` of two [..] float32 tensors (float64 for float64), 0 where masked, both differentiable once. No graph is
-        made and no gradient work is done under no_grad or when nothing requires a gradient.
+        `LogProbs` (logps, entropy), or `LogProbsAndLse` (logps, entropy, lse): [..] float32 (float64 for float64), 0 where masked,
+        all differentiable once, in temperature too. No graph is made and no gradient work is done under no_grad or when nothing
+        requires a gradient.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
         RuntimeError: a named backend cannot be used.
     """
-    return LogProbs(*token_statistics(
-        hidden, weight, token_ids, mask=mask, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-        lora=lora, vocab_parallel_group=vocab_parallel_group, sequence_parallel=sequence_parallel, workspace_bytes=workspace_bytes,
-        backend=backend,
-    )[:2])  # fmt: skip
+    logps, entropy, lse, *_ = _scored(
+        hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
+        workspace_bytes, backend, return_lse=return_lse,
+    )  # fmt: skip
+    return LogProbsAndLse(logps, entropy, lse) if return_lse else LogProbs(logps, entropy)
 
 
 def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, lora=None,
@@ -68,15 +106,26 @@ def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, tempera
         [logps, entropy, log_sum_sq_probs, mean_logits, is_top1]: [..] each, the last bool, None for a diagnostic that was not
         asked for. Only the first two have gradients.
     """
-    per_token = isinstance(temperature, torch.Tensor) and temperature.dim() > 0
+    logps, entropy, _, *beside = _scored(
+        hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
+        workspace_bytes, backend, diagnostics, sums_hidden,
+    )  # fmt: skip
+    return [logps, entropy, *beside]
+
+
+def _scored(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
+            workspace_bytes, backend, diagnostics=(), sums_hidden=True, return_lse=False):  # fmt: skip
+    """[logps, entropy, lse or None, and the three diagnostics or None]."""
     wanted = [name in diagnostics for name in NAMES]
-    if isinstance(temperature, torch.Tensor) and not per_token:
-        temperature = temperature.item()
+    per_token = isinstance(temperature, torch.Tensor)
+    if per_token and temperature.dim() == 0 and not (temperature.requires_grad and torch.is_grad_enabled()):
+        per_token, temperature = False, temperature.item()
     options = {"temperature": 1.0 if per_token else temperature, "logit_scale": logit_scale, "softcap": softcap}
     args = TokenArguments(hidden, weight, token_ids, mask, None, bias, temperature if per_token else None, lora,
-                          vocab_parallel_group, sequence_parallel, workspace_bytes, backend, options=options)  # fmt: skip
+                          vocab_parallel_group, sequence_parallel, workspace_bytes, backend, options=options,
+                          return_lse=return_lse)  # fmt: skip
     call = describe(args, wanted, sums_hidden)
-    logps, entropy, found = row_logprobs(call.head, call.rows, call.work)
-    found = [call.scatter(x) if want else None for x, want in zip(found.unbind(1), wanted, strict=True)]
-    found[2] = None if found[2] is None else found[2] > 0
-    return [call.scatter(logps), call.scatter(entropy), *found]
+    logps, entropy, found, lse = row_logprobs(call.head, call.rows, call.work, return_lse=return_lse)
+    beside = [call.scatter(found[:, i]) if want else None for i, want in enumerate(wanted)]
+    beside[2] = None if beside[2] is None else beside[2] > 0
+    return [*call.per_token(logps, entropy, found, lse), *beside]

@@ -5,12 +5,14 @@ ends, and the backward only scales them. Everything else goes through two phases
 """
 
 import inspect
+from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
-from .call import GRPOLossOutput, LossArguments, describe
+from .call import Backend, GRPOLossOutput, LossArguments, Reduction, describe
 from .engine.ops import loss_in_one_pass, row_logprobs, with_gradients
-from .losses.config import LOSS_FIELDS, GRPOLossConfig
+from .losses.config import LOSS_FIELDS, GRPOLossConfig, LossOptions
 
 
 def fused_linear_grpo_loss(
@@ -25,25 +27,29 @@ def fused_linear_grpo_loss(
     ref_logps: torch.Tensor | None = None,
     importance_sampling_ratio: torch.Tensor | None = None,
     sampling_logps: torch.Tensor | None = None,
-    num_items=None,
+    num_items: float | torch.Tensor | None = None,
     config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 - frozen
     temperature: torch.Tensor | None = None,
-    lora: tuple | None = None,
-    vocab_parallel_group=None,
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    vocab_parallel_group: Any = None,
     sequence_parallel: bool = False,
-    data_parallel_group=None,
+    data_parallel_group: Any = None,
     cu_seqlens: torch.Tensor | None = None,
     kept_rows: torch.Tensor | None = None,
     workspace_bytes: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
+    differentiable_logps: bool = False,
+    reduction: Reduction = "loss_type",
 ) -> GRPOLossOutput:
-    """The loss of the GRPO family from the last hidden states and the head's weight. Position t of hidden predicts token t.
+    """The loss of the GRPO family from hidden states and the head's weight. Position t of hidden predicts token t.
+
+    A causal model's last ``hidden[:, :-1]`` stand beside ``ids[:, 1:]``: shift before the call, nothing is shifted here.
 
     Equals `reference.grpo_loss` with the same arguments, that is `objective` of the log-probs of
     ``hidden @ weight.T + bias``, without ever holding the logits.
 
     Args:
-        hidden: [B, T, D] float32, float64, bfloat16 or float16; differentiable. Position t predicts ``completion_ids[:, t]``.
+        hidden: [B, T, D] float32, float64, bfloat16 or float16; differentiable.
             In float16 the gradients of one pass are made before a loss scale can act, so small ones vanish: under a GradScaler
             use `linear_logprobs` and `objective`.
         weight: [V, D] of the same dtype (under autocast both are cast once); differentiable, or frozen.
@@ -58,7 +64,8 @@ def fused_linear_grpo_loss(
         num_items: the exact divisor of dapo, cispo and vespo: a number > 0, or a 0-dim tensor (clamped to >= 1, not
             synchronised); None = the kept tokens. Under DDP's mean of gradients pass the global count / world size.
         config: `GRPOLossConfig`; options and tensors that its loss_type does not use are ignored.
-        temperature: [B, T], overrides ``config.temperature`` per token.
+        temperature: [B, T] or a 0-dim tensor, overrides ``config.temperature``; differentiable, in two phases. A number goes into
+            the config.
         lora: (A [r, D], B [V, r], scale), an adapter on the head, never merged; A and B differentiable.
         vocab_parallel_group: torch.distributed group over which the vocabulary is sharded. weight, bias and lora's B are then
             this rank's rows of it, in rank order, of any number; everything else is the same on every rank, ids are global, and
@@ -76,10 +83,16 @@ def fused_linear_grpo_loss(
         workspace_bytes: budget of chunks, buffer and stash; None is GRPO_KERNELS_WORKSPACE_MB, or 384 MiB (1536 on a GPU).
             engine/plan.py states the peak.
         backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
+        differentiable_logps: logps and entropy of the output keep their graph, in two phases, so that a term made of them trains:
+            ``(out.loss + 0.1 * out.entropy.mean()).backward()``.
+        reduction: ``loss_type`` adds the tokens' losses up as the loss_type does. ``none``: loss is [B, T], 0 where masked, the
+            ``s + beta * k3 - entropy_coef * entropy`` of each token without the normaliser, in two phases. s has its factors: the
+            importance_sampling_ratio and the masks of the entropy quantile and of off-policy sequences.
 
     Returns:
-        `GRPOLossOutput`: loss 0-dim, differentiable once in hidden, weight, bias and lora; logps and entropy [B, T]
-        detached; metrics, name -> 0-dim tensor. float32, or float64 for float64 inputs.
+        `GRPOLossOutput`: loss 0-dim, differentiable once in hidden, weight, bias, lora and temperature; logps and entropy [B, T],
+        detached unless ``differentiable_logps``: a term made of detached ones trains nothing; metrics, name -> 0-dim tensor.
+        float32, or float64 for float64 inputs. No other argument has a gradient: one that requires it is a ValueError.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
@@ -91,18 +104,19 @@ def fused_linear_grpo_loss(
         hidden, weight, completion_ids, mask, config, bias, temperature, lora, vocab_parallel_group, sequence_parallel,
         workspace_bytes, backend, kept_rows, data_parallel_group, advantages=advantages, old_logps=old_logps, ref_logps=ref_logps,
         importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=cu_seqlens, differentiable_logps=differentiable_logps,
+        reduction=reduction,
     )  # fmt: skip
     call = describe(args)
     if call.one_pass:
         logps, entropy, gradients = loss_in_one_pass(call.head, call.rows, call.work)
+        logps, entropy = call.scatter(logps), call.scatter(entropy)
     else:
-        logps, entropy, _ = row_logprobs(call.head, call.rows, call.work, entropy_gradient=config.entropy_coef != 0)
-    logps, entropy = call.scatter(logps), call.scatter(entropy)
+        logps, entropy, _ = call.per_token(*row_logprobs(call.head, call.rows, call.work, args.entropy_has_gradient))
     loss, metrics = call.loss(logps, entropy)
     if call.one_pass:
         loss = with_gradients(loss, gradients, call.head, call.rows, call.work)
-    return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)
+    return GRPOLossOutput.of(loss, logps, entropy, metrics, differentiable_logps)
 
 
 _PER_CALL = inspect.signature(fused_linear_grpo_loss).parameters.keys() - LOSS_FIELDS - {"config"}
@@ -118,16 +132,29 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         ValueError: an option has a wrong value. TypeError: there is no such option.
     """
 
-    def __init__(self, **options):
+    def __init__(self, **options: Unpack[LossOptions]):
         super().__init__()
         per_call = sorted(options.keys() & _PER_CALL)
         if per_call:
             raise TypeError(f"{', '.join(per_call)} must be given to the call, not to FusedLinearGRPOLoss(...)")
         self.config = GRPOLossConfig(**options)
 
-    def forward(self, hidden, weight, completion_ids, advantages, mask, **tensors) -> GRPOLossOutput:
+    def forward(
+        self, hidden: torch.Tensor, weight: torch.Tensor, completion_ids: torch.Tensor, advantages: torch.Tensor,
+        mask: torch.Tensor, **tensors: Any,
+    ) -> GRPOLossOutput:  # fmt: skip
         """The arguments of `fused_linear_grpo_loss` but for ``config``: ``backend`` and ``workspace_bytes`` among them."""
         return fused_linear_grpo_loss(hidden, weight, completion_ids, advantages, mask, config=self.config, **tensors)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return repr(self.config)
+
+
+def _signature(init):
+    """For help() and the completion of notebooks, which do not read a TypedDict."""
+    own = next(iter(inspect.signature(init).parameters.values()))
+    options = inspect.signature(GRPOLossConfig).parameters.values()
+    return inspect.Signature([own, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in options)])
+
+
+FusedLinearGRPOLoss.__init__.__signature__ = _signature(FusedLinearGRPOLoss.__init__)  # type: ignore[attr-defined]

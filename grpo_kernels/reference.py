@@ -1,5 +1,7 @@
 """The truth of every test: full logits, plain autograd, any float dtype, written to be read beside the specification."""
 
+from typing import Any
+
 import torch
 
 from .call import GRPOLossOutput, LossArguments, TokenLoss, raise_bad_values, value_flags
@@ -7,10 +9,16 @@ from .distributed import group_in_use, validate_across_ranks
 from .losses.config import GRPOLossConfig
 
 
-def grpo_loss(hidden, weight, completion_ids, advantages, mask, *, config=GRPOLossConfig(), **options) -> GRPOLossOutput:  # noqa: B008
-    """The GRPO loss through the full [B, T, V] logits; same arguments, results and errors as `fused_linear_grpo_loss`.
+def grpo_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, completion_ids: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *,
+    config: GRPOLossConfig = GRPOLossConfig(), **options: Any,  # noqa: B008
+) -> GRPOLossOutput:  # fmt: skip
+    """The GRPO loss through the full [B, T, V] logits. Position t of hidden predicts token t.
 
-    Plain autograd all the way: differentiable in hidden, weight, bias and lora, any number of times. ``kept_rows``,
+    A causal model's last ``hidden[:, :-1]`` stand beside ``ids[:, 1:]``: shift before the call, nothing is shifted here.
+    Same arguments, results and errors as `fused_linear_grpo_loss`.
+
+    Plain autograd all the way: differentiable in hidden, weight, bias, lora and temperature, any number of times. ``kept_rows``,
     ``workspace_bytes`` and ``backend`` are accepted and change nothing; ``vocab_parallel_group`` must be None.
     """
     given = LossArguments(hidden, weight, completion_ids, mask, config, advantages=advantages, **options)
@@ -26,7 +34,7 @@ def grpo_loss(hidden, weight, completion_ids, advantages, mask, *, config=GRPOLo
     z = hidden_to_logits(rows, args.weight, args.bias, args.lora)
     logps, entropy = logps_from_logits(z, completion_ids, mask, config, args.temperature)
     loss, metrics = loss(logps, entropy)
-    return GRPOLossOutput(loss, logps.detach(), entropy.detach(), metrics)
+    return GRPOLossOutput.of(loss, logps, entropy, metrics, args.differentiable_logps)
 
 
 def hidden_to_logits(hidden, weight, bias, lora):
@@ -47,7 +55,7 @@ def logps_from_logits(z, token_ids, mask, config, temperature=None):
     if temperature is None:
         z = z / config.temperature
     else:
-        z = z / temperature.detach().to(z.dtype).where(kept, 1.0).unsqueeze(-1)
+        z = z / temperature.to(z.dtype).where(kept, 1.0).unsqueeze(-1)
     token = token_ids.where(kept, 0).long().unsqueeze(-1)
     target = z.gather(-1, token).squeeze(-1)
     # lp = -softplus(lse_others - z[token]): the difference z[token] - lse would cancel near p = 1

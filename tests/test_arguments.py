@@ -1,8 +1,11 @@
 """Bad input: an error that names the argument, what was wanted and what came; the same at every public door."""
 
 import dataclasses
+import inspect
 import math
 import re
+import typing
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +14,9 @@ from problems import make_problem, packed, run
 
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig, reference
-from grpo_kernels.losses.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_FIELDS, LOSS_TYPES
+from grpo_kernels.call import BACKENDS, Backend
+from grpo_kernels.logprobs import LogProbsOptions
+from grpo_kernels.losses.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_FIELDS, LOSS_TYPES, LossOptions, LossType, _warn_of_low_cap
 
 B, T, D, V = 3, 4, 8, 11
 LONG_IDS = torch.zeros(B, T, dtype=torch.long)
@@ -64,7 +69,7 @@ WRONG_TYPES = [
     (dict(sampling_logps=LONG_IDS), "sampling_logps.*float.*int64"),
     (dict(importance_sampling_ratio=1.0), "importance_sampling_ratio.*tensor.*float"),
     (dict(importance_sampling_ratio=LONG_IDS), "importance_sampling_ratio.*float.*int64"),
-    (dict(temperature=0.7), "temperature.*tensor.*float"),
+    (dict(temperature=0.7), r"temperature.*tensor \[3, 4\].*float; a number goes into config\.temperature"),
     (dict(num_items="many"), "num_items.*number.*str"),
     (dict(num_items=True), "num_items.*number.*bool"),
     (dict(num_items=torch.tensor(True)), "num_items.*number.*bool"),
@@ -129,6 +134,7 @@ WRONG_VALUES = [
     (dict(mask=torch.full((B, T), math.nan)), "mask.*0 and 1.*12"),
     (dict(completion_ids=LONG_IDS + V), "token ids.*V = 11.*completion_ids"),
     (dict(completion_ids=LONG_IDS - 1), "token ids.*V = 11.*completion_ids"),
+    (dict(completion_ids=LONG_IDS - 100), r"token ids.*V = 11.*-100.*mask=\(ids != -100\)"),
     (dict(completion_ids=LONG_IDS + 2**62), "token ids.*V = 11.*completion_ids"),
     (dict(advantages=torch.tensor([1.0, math.nan, 1.0])), "advantages.*finite"),
     (dict(advantages=torch.tensor([1.0, -math.inf, 1.0])), "advantages.*finite"),
@@ -293,3 +299,45 @@ def test_numbers_of_numpy_are_numbers():
     plain = p.with_config(epsilon=0.25, delta=2, temperature=0.5)
     assert type(p.config.epsilon) is float and type(p.config.delta) is int and p.config == plain.config
     assert run(grpo_kernels.fused_linear_grpo_loss, p).loss == run(grpo_kernels.fused_linear_grpo_loss, plain).loss
+
+
+@pytest.mark.parametrize("make", [GRPOLossConfig, grpo_kernels.FusedLinearGRPOLoss])
+def test_a_cap_of_cispo_that_was_not_asked_for_is_warned_of_once(make):
+    """At the caller's line: the default cap, 0.2, is below the on-policy ratio."""
+    _warn_of_low_cap.cache_clear()
+    for silent in (dict(epsilon_high=0.2), dict(epsilon_high=5.0), dict(epsilon=5.0), dict(loss_type="dapo")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make(**{"loss_type": "cispo", **silent})
+    with pytest.warns(UserWarning, match=r"epsilon_high is not set: cispo.*epsilon_high=5\.0") as seen:
+        make(loss_type="cispo")
+        make(loss_type="cispo", epsilon=0.3)
+    assert len(seen) == 1 and seen[0].filename == __file__
+
+
+# What completion and type checkers see
+
+
+def test_the_typed_options_are_those_of_the_config():
+    """One list of options: the TypedDict that checkers read and the signature that notebooks complete are GRPOLossConfig's."""
+    assert typing.get_type_hints(LossOptions) == typing.get_type_hints(GRPOLossConfig)
+    assert set(typing.get_args(LossType)) == set(LOSS_TYPES) and typing.get_args(Backend) == BACKENDS
+    made = inspect.signature(grpo_kernels.FusedLinearGRPOLoss).parameters
+    assert {n: p.default for n, p in made.items()} == {f.name: f.default for f in dataclasses.fields(GRPOLossConfig)}
+    hints = typing.get_type_hints(grpo_kernels.FusedLinearGRPOLoss.__init__)
+    assert hints["options"].__args__ == (LossOptions,)
+
+
+def test_the_typed_keywords_of_linear_logprobs_are_its_own():
+    hints = typing.get_type_hints(grpo_kernels.linear_logprobs)
+    for name in ("hidden", "weight", "token_ids", "return_lse", "return"):
+        hints.pop(name)
+    assert typing.get_type_hints(LogProbsOptions) == hints
+
+
+def test_every_public_function_says_which_token_a_position_predicts():
+    """In the first line of its help; logits are asked for by the token that they predict."""
+    for function in (grpo_kernels.fused_linear_grpo_loss, grpo_kernels.linear_logprobs, reference.grpo_loss, grpo_kernels.grpo_loss_from_logits):
+        first, rest = function.__doc__.split("\n", 1)
+        assert re.search(r"Position t of (hidden|logits) predicts token t\.", first), function
+        assert "[:, :-1]" in rest and "[:, 1:]" in rest, function

@@ -1,6 +1,7 @@
 """`integrations.liger` against the class it stands in for: loss, metrics and gradients over the grid of liger's options."""
 
 import ast
+import dataclasses
 import functools
 import inspect
 import math
@@ -15,7 +16,7 @@ from problems import make_problem, policy_logps
 from tolerance import assert_all_close, assert_no_worse_than_torch
 
 import grpo_kernels.integrations
-from grpo_kernels import GRPOLossConfig, reference
+from grpo_kernels import GRPOLossConfig, grpo_loss_from_logits, reference
 from grpo_kernels.integrations.liger import LigerFusedLinearGRPOLoss
 
 peer = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
@@ -237,6 +238,37 @@ def test_ranks_divide_by_the_mean_of_their_tokens(loss_type, num_items, monkeypa
     assert calls == ([call.problem.kept] if num_items is None and loss_type != "grpo" else [])
     assert_equal(ours, call.run(Theirs), loss_type)
     assert (abs(ours["loss"] - alone["loss"]) > 1e-3 * abs(alone["loss"])) == (loss_type != "grpo" and num_items != 0.6)
+
+
+@pytest.mark.parametrize("loss_type, level", PAIRS)
+def test_one_loss_a_token_is_that_of_ligers_kernel_over_logits(loss_type, level):
+    """``triton_grpo_loss(reduce=False)``: the same [B, T] before any normaliser, and the same gradient by weights of one's own."""
+    triton_grpo_loss = pytest.importorskip("liger_kernel.transformers.grpo_loss").triton_grpo_loss
+    p = problem_of(5, loss_type, level)
+    (hidden, weight, ids, advantages, mask), keywords, _ = p.arguments(needs=())
+    old, ref = keywords["old_logps"], keywords["ref_logps"]
+    g = torch.randn(B, T, generator=torch.Generator().manual_seed(2))
+    ours = (hidden @ weight.T).requires_grad_()
+    theirs = torch.cat([ours, ours[:, -1:]], 1).detach().requires_grad_()  # liger drops the last position itself
+    config = dataclasses.replace(p.config, beta=0.1, epsilon_high=0.28, use_bias_correction_kl=False)
+    loss = grpo_loss_from_logits(ours, ids, advantages, mask, old_logps=old, ref_logps=ref, config=config, reduction="none").loss
+    their_loss, *_ = triton_grpo_loss(
+        theirs, old, ref, ids, advantages, completion_mask=mask.int(), temperature=1.0, beta=0.1, eps_low=0.2, eps_high=0.28,
+        inplace=False, loss_type=loss_type, max_completion_length=T, importance_sampling_level=level, reduce=False,
+    )  # fmt: skip
+    for x in (loss, their_loss):
+        (x * g).sum().backward()
+    results = [{"per token": x.detach(), "gradient": z.grad[:, :T]} for x, z in ((loss, ours), (their_loss, theirs))]
+    assert_equal(*[{**x, "loss": x["per token"].sum()} for x in results], f"{loss_type} {level}")
+
+
+def test_gradients_of_constants_are_lost_as_in_liger():
+    """grpo_kernels' own functions refuse them."""
+    call = Call(0, "dapo", "token", reference="logps", ratio="[B, T]", on_policy=False, beta=0.3)
+    constants = ("advantages", "old_per_token_logps", "ref_per_token_logps", "vllm_is_ratio")
+    leaves = {n: call.tensors[n].float().requires_grad_() for n in constants}
+    assert_equal(call.run(LigerFusedLinearGRPOLoss, **leaves), call.run(Theirs, **leaves), "constants")
+    assert all(x.grad is None for x in leaves.values())
 
 
 @pytest.mark.parametrize("hidden, weight", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16),

@@ -237,6 +237,30 @@ def test_verls_function_over_a_sharded_vocabulary(tmp_path):
     assert max(spawn(tmp_path, 2, verl_call)) < 1e-10
 
 
+def temperatures(rank, world):
+    """Gradients of a temperature, and lse, one process's beside the sharded one's; a rank of three holds no row of the vocabulary."""
+    out = []
+    for config in (GRPOLossConfig(), GRPOLossConfig(entropy_coef=0.3, softcap=5.0)):
+        p = make_problem(V=V, bias=True, temperature=True, config=config)
+        for q, group in ((p, None), (sharded(p, rank, world)[0], dist.group.WORLD)):
+            positional, keywords, _ = q.arguments()
+            keywords["temperature"] = keywords["temperature"].clone().requires_grad_()
+            loss = fused_linear_grpo_loss(*positional, **keywords, vocab_parallel_group=group, workspace_bytes=4000).loss
+            hidden, weight, ids, _, mask = positional
+            logps, entropy, lse = linear_logprobs(hidden, weight, ids, mask=mask, temperature=keywords["temperature"],
+                                                  vocab_parallel_group=group, return_lse=True)  # fmt: skip
+            (loss + (logps * entropy).sum() + lse.square().sum()).backward()
+            out.append([keywords["temperature"].grad, hidden.grad, lse.detach()])
+    return out
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_temperature_and_lse_over_a_sharded_vocabulary(world, tmp_path):
+    for one, ours, one_entropy, ours_entropy in spawn(tmp_path, world, temperatures):
+        assert all(x.any() for x in one + one_entropy)
+        torch.testing.assert_close([ours, ours_entropy], [one, one_entropy], rtol=1e-9, atol=1e-12)
+
+
 def dtensors(rank, world):
     """A weight in Shard(0) brings its group; every gradient is a DTensor of the same layout. Other layouts are refused."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -12,6 +12,7 @@ from grpo_kernels import (
     GRPOLossConfig,
     GRPOLossOutput,
     LogProbs,
+    LogProbsAndLse,
     available_backends,
     fused_linear_grpo_loss,
     group_advantages,
@@ -45,6 +46,8 @@ value, more = objective(logps, entropy, advantages, mask, old_logps=logps, confi
 loss = value + more["entropy"]
 
 module: torch.nn.Module = FusedLinearGRPOLoss(loss_type="dapo", epsilon_high=0.28)
+with_lse: LogProbsAndLse = linear_logprobs(hidden, weight, ids, return_lse=True)
+lse: Tensor = with_lse.lse
 out = FusedLinearGRPOLoss()(hidden, weight, ids, advantages, mask, old_logps=logps)
 
 
@@ -56,7 +59,10 @@ register_policy_term("squared", squared, aggregation="dapo", overwrite=True)
 
 fused_linear_grpo_loss(hidden, weight, ids, advantages)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 fused_linear_grpo_loss(hidden, weight, ids, advantages, mask, old=logps)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-linear_logprobs(hidden, weight, [1, 2])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+linear_logprobs(hidden, weight, [1, 2])  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+FusedLinearGRPOLoss(epsilonn=0.2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+FusedLinearGRPOLoss(importance_sampling_level="word")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+linear_logprobs(hidden, weight, ids, backend="gpu")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
 GRPOLossConfig(epsilon="0.2")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 GRPOLossConfig(epsilonn=0.2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 grpo_kernels.grpo_los  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]  # noqa: B018

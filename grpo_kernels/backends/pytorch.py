@@ -10,6 +10,8 @@ writes it. Rows whose g and g_entropy are 0 become zeros whatever they hold. Eac
 its float32 temporaries stay at a few tens of MiB. Per element: one exp, one read, and one write but for `statistics`.
 """
 
+from dataclasses import replace
+
 import torch
 
 from .statistics import merged
@@ -61,6 +63,24 @@ def gradient(tile, out, scored, g, g_entropy=None):
         if slope is not None:
             dz = (dz * slope).where(dz != 0, 0.0)
         out[s] = (dz * (transform.logit_scale / t)).masked_fill(idle, 0.0).to(out.dtype)
+
+
+def target_gradient(tile, scored, g, g_entropy, g_lse):
+    """(column, whether it is in this tile, d loss / d raw logit) of each row's target, [R, 1] each; ``g_lse``: that of lse."""
+    logps, lse, entropy, g, g_lse = (x.unsqueeze(1) for x in (*scored, g, g_lse))
+    column, here = _target_column(tile.target, tile.values.shape[1])
+    raw = tile.values.gather(1, column).to(lse.dtype)
+    bias = None if tile.bias is None else tile.bias[column]
+    _, slope = transformed(replace(tile, values=raw if bias is None else raw + bias, bias=None), slice(None), lse.dtype)
+    p = logps.exp()
+    dz, idle = g_lse * p - g * logps.expm1(), (g == 0) & (g_lse == 0)
+    if g_entropy is not None:
+        dz = dz - g_entropy.unsqueeze(1) * (p * (logps + entropy)).where(p != 0, 0.0)
+        idle = idle & (g_entropy.unsqueeze(1) == 0)
+    if slope is not None:
+        dz = (dz * slope).where(dz != 0, 0.0)
+    dz = dz * (tile.transform.logit_scale / _temperature(tile, slice(None)))
+    return column, here, dz.masked_fill(idle, 0.0)
 
 
 def slabs(tile):

@@ -18,6 +18,7 @@ import contextlib
 import torch
 
 from .. import backends
+from ..backends.pytorch import target_gradient
 from ..backends.statistics import Scored, Tile, finalize, merged, new_statistics
 from ..losses.terms import kernel_terms, row_coefficient
 from .accumulate import Gradients
@@ -52,7 +53,7 @@ class Run:
         self.all_live = self.in_order and live == n
         self.plan = plan(problem_of(weight, self.work, live, n - live, two_phases))
         self.scored = Scored(*(torch.empty(n, dtype=self.accumulate, device=hidden.device) for _ in range(3)))
-        self.diagnostics = self.scored.logps.new_empty(n if any(self.work.diagnostics) else 0, 3)
+        self.diagnostics = self.scored.logps.new_empty(n if any(self.work.diagnostics) else 0, len(self.work.diagnostics))
 
     def gather(self, start, end):
         """(h [R, D], t = h A^T or None, where in hidden they are): the rows [start, end) of the index."""
@@ -198,31 +199,46 @@ def _leave_stash(run, tile, out, s):
         run.kernels.gradient(tile, out, found, torch.ones_like(found.lse) / run.slope(s))  # a slope in it would round even the 1
 
 
-def backward(run, scored, stash, g, g_entropy):
-    """The gradients from those of logps and entropy, finished; the rows of the stash come first."""
+def backward(run, scored, stash, *incoming):
+    """The gradients from those of logps, entropy and lse (None where there is none), finished; the rows of the stash come first."""
     k, n, heights = stash.shape[0], run.rows.index.shape[0], run.plan
     stripes = blocks_from(k, n, heights.stripe_rows)
     spans = sum(len(blocks_from(*stripe, heights.recompute_rows)) for stripe in stripes)
     outermost = k == 0 and len(stripes) == 1
     gradients = Gradients(run, (k > 0) + spans, heights.recompute_columns if outermost else None)
     if k:
-        _stashed_rows(run, gradients, run.some(scored, 0, k), stash, g[:k], None if g_entropy is None else g_entropy[:k])
+        _stashed_rows(run, gradients, run.some(scored, 0, k), stash, _some_of(incoming, slice(0, k)))
     for stripe in stripes:
-        _recomputed_rows(run, gradients, stripe, scored, g, g_entropy)
+        _recomputed_rows(run, gradients, stripe, scored, incoming)
     return gradients.finish()
 
 
-def _stashed_rows(run, gradients, scored, stash, g, g_entropy):
+def _some_of(incoming, rows):
+    return [None if x is None else x[rows] for x in incoming]
+
+
+def _gradient(run, tile, out, scored, g, g_entropy, g_lse=None):
+    """d lse / d z is p, which is onehot - (onehot - p): the kernel's gradient of logps, but for the target's own element."""
+    if g_lse is None or not tile.values.shape[1]:
+        run.kernels.gradient(tile, out, scored, g, g_entropy)
+        return
+    column, here, own = target_gradient(tile, scored, g, g_entropy, g_lse)
+    run.kernels.gradient(tile, out, scored, g - g_lse, g_entropy)
+    out.scatter_(1, column, torch.where(here, own.to(out.dtype), out.gather(1, column)))
+
+
+def _stashed_rows(run, gradients, scored, stash, incoming):
+    g, *beside = incoming
     factor = None
     if run.wide:
-        assert g_entropy is None
+        assert not any(x is not None for x in beside)
         factor = g * run.slope(slice(0, len(g)))
     else:
-        run.kernels.gradient(run.tile(stash, 0), stash, scored, g, g_entropy)
+        _gradient(run, run.tile(stash, 0), stash, scored, *incoming)
     gradients.add(stash, *run.gather(0, len(g)), factor)
 
 
-def _recomputed_rows(run, gradients, stripe, scored, g, g_entropy):
+def _recomputed_rows(run, gradients, stripe, scored, incoming):
     """A stripe of rows whose float32 dH is summed while the vocabulary passes once, outermost."""
     heights, head, needs, (first, last) = run.plan, run.head, run.work.needs, stripe
     vocab, columns = head.weight.shape[0], min(heights.recompute_columns, max(1, head.weight.shape[0]))
@@ -242,8 +258,7 @@ def _recomputed_rows(run, gradients, stripe, scored, g, g_entropy):
                 run.logits(h[s], None if t is None else t[s], values, left)
                 tile = run.tile(values, first + s.start, left)
                 rows = slice(first + s.start, first + s.stop)
-                entropy = None if g_entropy is None else g_entropy[rows]
-                run.kernels.gradient(tile, dz[a:b], run.some(scored, rows.start, rows.stop), g[rows], entropy)
+                _gradient(run, tile, dz[a:b], run.some(scored, rows.start, rows.stop), *_some_of(incoming, rows))
             gradients.add_block(dz, left, right, h[start:end], None if t is None else t[start:end])
             for total, factor in ((dh, head.weight), (dz_b, head.lora_b)):
                 if total is not None:

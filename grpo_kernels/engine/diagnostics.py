@@ -3,10 +3,12 @@
     log_sum_sq_probs   log sum_v p_v^2 = log sum_v exp(2 z_v) - 2 lse
     mean_logits        mean_v z_v
     is_top1            whether the target is the first of the most likely tokens
+    (variance)         sum_v p_v (log p_v + entropy)^2, from which `temperature.py` makes the gradient of an entropy
 
 Each costs one more read of the tile. None has a gradient.
 """
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -27,10 +29,13 @@ class Diagnostics:
         self.sum = torch.zeros(rows, dtype=run.accumulate, device=device)
         self.best = torch.full_like(self.sum, -float("inf"))
         self.where = torch.full_like(target, -1)
+        self.moments = new_moments(rows, run.accumulate, device)
 
     def add(self, tile, rows, left):
         """Reads a tile of raw logits of some of the rows, whose first column is the vocabulary's ``left``."""
-        squares, mean, top = self.wanted
+        squares, mean, top, variance = self.wanted
+        if variance:
+            self.moments[rows] = with_tile(self.moments[rows], tile)
         if squares:
             halved = replace(tile.transform, temperature=tile.transform.temperature / 2)
             half = None if tile.temperature is None else tile.temperature / 2
@@ -50,10 +55,57 @@ class Diagnostics:
                 where[s] = torch.where(better, column + left, where[s])
 
     def finish(self, lse):
-        """[R, 3] in the order of NAMES; 0 where not wanted."""
-        squares, mean, top = self.wanted
+        """[R, 4] in the order of NAMES, then the variance; 0 where not wanted."""
+        squares, mean, top, variance = self.wanted
         nothing = torch.zeros_like(lse)
         log_squares = finalize(self.doubled).lse - 2 * lse if squares else nothing
         is_top = (self.where == self.target) & ~self.best.isnan()
         means = self.sum / self.run.head.weight.shape[0] if mean else nothing
-        return torch.stack([log_squares, means, is_top.to(lse.dtype) if top else nothing], 1)
+        if variance and self.run.work.shard is not None:
+            self.moments = functools.reduce(merged, self.run.work.shard.gathered(self.moments))
+        return torch.stack([log_squares, means, is_top.to(lse.dtype) if top else nothing,
+                            variance_of(self.moments) if variance else nothing], 1)  # fmt: skip
+
+
+# The variance of log p, which is that of z: sums relative to the running maximum, so that an offset of all logits costs no digits
+
+
+def new_moments(rows, dtype, device):
+    """[R, 4] of nothing: the maximum m, and the sums of exp(z - m) times 1, z - m and (z - m)^2."""
+    moments = torch.zeros(rows, 4, dtype=dtype, device=device)
+    moments[:, 0] = -float("inf")
+    return moments
+
+
+def with_tile(moments, tile):
+    """The moments of some columns and those of a tile together."""
+    if not tile.values.shape[1]:
+        return moments
+    out = torch.empty_like(moments)
+    for s in slabs(tile.values):
+        z, _ = transformed(tile, s, moments.dtype)
+        peak = z.amax(1)
+        z = z - peak.where(peak != -float("inf"), 0.0).unsqueeze(1)
+        e = z.exp()
+        first, second = ((x * e).where(e != 0, 0.0).sum(1) for x in (z, z.square()))
+        out[s] = merged(moments[s], torch.stack([peak, e.sum(1), first, second], 1))
+    return out
+
+
+def merged(a, b):
+    """[R, 4] moments of two sets of columns without a common one -> those of both."""
+    peak = torch.maximum(a[:, 0], b[:, 0])
+    shift = peak.where(peak != -float("inf"), 0.0)
+    sums = torch.zeros_like(a[:, 1:])
+    for own_peak, total, first, second in (a.unbind(1), b.unbind(1)):
+        drop = own_peak - shift
+        factor, drop = drop.exp(), drop.where(own_peak != -float("inf"), 0.0)
+        parts = torch.stack([total, first + drop * total, second + 2 * drop * first + drop.square() * total], 1)
+        sums = sums + (parts * factor.unsqueeze(1)).where(factor.unsqueeze(1) != 0, 0.0)
+    return torch.cat([peak.unsqueeze(1), sums], 1)
+
+
+def variance_of(moments):
+    """[R]."""
+    _, total, first, second = moments.unbind(1)
+    return (second / total - (first / total).square()).clamp(min=0)

@@ -62,7 +62,7 @@ class Work:
     shard: VocabShard | None = None
     config: GRPOLossConfig | None = None  # one pass: the loss; None: the gradient of the log-prob itself
     linear: bool = False  # the coefficients are given, see `losses.objective.linear_coefficients`
-    diagnostics: tuple[bool, ...] = (False,) * 3
+    diagnostics: tuple[bool, ...] = (False,) * 4  # of `diagnostics.NAMES`, and the variance of log p
 
     @property
     def needs_weight(self):

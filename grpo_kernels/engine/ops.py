@@ -25,6 +25,22 @@ _COMPACTED_ROWS = 64
 _SCALED_ROWS = 2048
 
 
+def differentiable_once(backward):
+    """A `backward` that refuses to be recorded; PyTorch's decorator allows that where the incoming gradient needs no gradient."""
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx, *incoming):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "create_graph must be False: a fused gradient cannot be differentiated again; reference.grpo_loss can, and so can "
+                "objective of log-probs from full logits"
+            )
+        return once(ctx, *incoming)
+
+    return run
+
+
 def _op(mutates=()):
     """A torch.library op; the public functions cast once under autocast, in here it would round the float32 sums."""
 
@@ -67,7 +83,8 @@ def _score(
 def _(hidden, head, rows, live, stash_rows, numbers, work):
     logps, lse, entropy = _fake_vectors(hidden, rows, 3)
     stash = hidden.new_empty(stash_rows, padded(head[0].shape[0], hidden.element_size()))
-    return [logps, lse, entropy, stash, logps.new_empty(len(logps) if any(_of(work, "diagnostics")) else 0, 3)]
+    wanted = _of(work, "diagnostics")
+    return [logps, lse, entropy, stash, logps.new_empty(len(logps) if any(wanted) else 0, len(wanted))]
 
 
 @_op(mutates=("stash",))
@@ -76,11 +93,11 @@ def _score_backward(
     incoming: Sequence[Tensor | None], numbers: Sequence[float], work: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     run = Run(hidden, head, rows, rows[0].shape[0], decoded(tuple(numbers), work), two_phases=True, backward=True)
-    g, g_entropy = incoming
+    g, g_entropy, g_lse = (*incoming, None)[:3]
     if run.wide:  # torch.compile hands over zeros for None, so that this is known here at the earliest
         g_entropy = _unless_zero(g_entropy, run.work.shard)
         stash = stash if g_entropy is None else stash[:0]
-    return tuple(backward(run, scored, stash[:, : head[0].shape[0]], g, g_entropy))
+    return tuple(backward(run, scored, stash[:, : head[0].shape[0]], g, g_entropy, g_lse))
 
 
 @_score_backward.register_fake
@@ -135,7 +152,7 @@ class _WithGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, g):
         is_nan, *grads = ctx.saved_tensors
         # rows that cost no backward must not hide a NaN of theirs from the gradients
@@ -152,34 +169,34 @@ class _WithGradients(torch.autograd.Function):
 # Two phases
 
 
-def row_logprobs(head: Head, rows: Rows, work: Work, entropy_gradient=False):
-    """(logps [N], entropy [N], diagnostics [N, 3] or [0, 3]) of the rows, differentiable where ``work.needs`` anything.
+def row_logprobs(head: Head, rows: Rows, work: Work, entropy_gradient=False, return_lse=False):
+    """(logps [N], entropy [N], diagnostics [N, 4] or [0, 4], lse [N] or None) of the rows.
 
-    ``entropy_gradient`` says that a gradient of the entropy will come.
+    Differentiable where ``work.needs`` anything. ``entropy_gradient`` says that a gradient of the entropy will come.
     """
     if not any(work.needs):
         tensors = [None if x is None else x.detach() for x in head.tensors]
-        logps, _, entropy, _, found = _score(rows.hidden.detach(), tensors, rows.tensors[:3], 0, 0, *encoded(work))
-        return logps, entropy, found
-    return _RowLogProbs.apply(work, rows.live, entropy_gradient, rows.hidden, *head.tensors, *rows.tensors[:3])
+        logps, lse, entropy, _, found = _score(rows.hidden.detach(), tensors, rows.tensors[:3], 0, 0, *encoded(work))
+        return logps, entropy, found, lse if return_lse else None
+    return _RowLogProbs.apply(work, rows.live, (entropy_gradient, return_lse), rows.hidden, *head.tensors, *rows.tensors[:3])
 
 
 class _RowLogProbs(torch.autograd.Function):
     """Two phases. A frozen head keeps u = d logps / d hidden; else the stash of as many rows as fit is kept."""
 
     @staticmethod
-    def forward(ctx, work, live, entropy_gradient, hidden, *tensors):
+    def forward(ctx, work, live, beside, hidden, *tensors):
         head, rows = tensors[:4], tensors[4:]
         ctx.set_materialize_grads(False)
         problem = problem_of(head[0], work, live, rows[0].shape[0] - live, two_phases=True)
         ctx.work, ctx.stash, ctx.wide = work, None, problem.wide
-        ctx.direct = work.needs[0] and not any((*work.needs[1:], entropy_gradient, *work.diagnostics))
+        ctx.direct = work.needs[0] and not any((*work.needs[1:], *beside, *work.diagnostics))
         if ctx.direct:
             ones = torch.ones(live, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
             logps, entropy, u, *_ = _one_pass(hidden, head, [*rows, ones, *(None,) * 5], live, *encoded(work))
             ctx.save_for_backward(hidden, *tensors, logps, None, entropy, u)
-            return logps, entropy, logps.new_empty(0, 3)
-        stash_rows = 0 if ctx.wide and entropy_gradient else stash_rows_of(problem)
+            return logps, entropy, logps.new_empty(0, len(work.diagnostics)), None
+        stash_rows = 0 if ctx.wide and any(beside) else stash_rows_of(problem)
         logps, lse, entropy, stash, found = _score(hidden, head, rows, live, stash_rows, *encoded(work))
         ctx.mark_non_differentiable(found)
         if torch.compiler.is_compiling():
@@ -188,16 +205,16 @@ class _RowLogProbs(torch.autograd.Function):
             # not a saved tensor, since the backward overwrites it (a copy, if the graph is retained)
             ctx.save_for_backward(hidden, *tensors, logps, lse, entropy, None)
             ctx.stash = stash
-        return logps, entropy, found
+        return logps, entropy, found, lse if beside[1] else None
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g, g_entropy, _):
+    @differentiable_once
+    def backward(ctx, g, g_entropy, _, g_lse):
         hidden, *tensors, logps, lse, entropy, saved = ctx.saved_tensors
         head, rows, nothing = tensors[:4], tensors[4:], (None,) * 3
         if ctx.wide:
             g_entropy = _unless_zero(g_entropy, ctx.work.shard)
-        if g is None and g_entropy is None:
+        if g is None and g_entropy is None and g_lse is None:
             return (*nothing, *(None,) * 8)
         if ctx.direct and g_entropy is None:
             factor = g.new_zeros(hidden.shape[0]).index_copy(0, rows[0], g).unsqueeze(1)
@@ -211,7 +228,11 @@ class _RowLogProbs(torch.autograd.Function):
                 stash = stash.new_empty(0, stash.shape[1])  # of no use here (chunks.py): gone before the recomputing takes memory
             elif retained:
                 stash = stash.clone()
-        grads = _backward_of_live_rows(hidden, head, rows, [logps, lse, entropy], stash, g, g_entropy, ctx.work)
+        if g_lse is None:
+            grads = _backward_of_live_rows(hidden, head, rows, [logps, lse, entropy], stash, g, g_entropy, ctx.work)
+        else:
+            incoming = [torch.zeros_like(logps) if g is None else g, g_entropy, g_lse]
+            grads = _score_backward(hidden, head, rows, [logps, lse, entropy], stash, incoming, *encoded(ctx.work))
         if saved is None and not retained:
             tile_memory.give_back(stash, ctx.work.budget)
         done = [grad.to(x.dtype) if needed else None

@@ -141,9 +141,13 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         if config.loss_type in _DIVIDED_BY_ITEMS:
             num_items = _items_per_rank(num_items_in_batch, attention_mask)
 
+        advantages, old, ref, ratio = (
+            None if x is None else x.detach()  # liger has no gradient for them either, and says nothing
+            for x in (advantages, old_per_token_logps, ref, vllm_is_ratio)
+        )
         out = fused_linear_grpo_loss(
-            _input, lin_weight.to(_input.dtype), ids, advantages, attention_mask, bias=bias, old_logps=old_per_token_logps,
-            ref_logps=ref, importance_sampling_ratio=vllm_is_ratio, num_items=num_items, config=config,
+            _input, lin_weight.to(_input.dtype), ids, advantages, attention_mask, bias=bias, old_logps=old, ref_logps=ref,
+            importance_sampling_ratio=ratio, num_items=num_items, config=config,
         )  # fmt: skip
         clipped = _clip_fraction(out, old_per_token_logps, advantages, attention_mask.bool(), config)
         if self.beta == 0:

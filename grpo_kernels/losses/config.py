@@ -1,13 +1,20 @@
 """The options of the loss: one frozen dataclass, validated when it is made, named as in TRL's GRPO trainer."""
 
 import dataclasses
+import functools
 import numbers
+import sys
+import warnings
 from dataclasses import dataclass
+from typing import Literal, TypedDict, get_args
 
 from .terms import BUILT_IN, TERMS
 
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+Level = Literal["token", "sequence"]
+
 LOSS_TYPES = BUILT_IN
-IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
+IMPORTANCE_SAMPLING_LEVELS = get_args(Level)
 _FLOAT32_MAX = 3.4e38  # options are float32 numbers in the kernels
 _SMALLEST = 1e-30  # a divisor below would overflow finite logits
 
@@ -20,7 +27,8 @@ class GRPOLossConfig:
         loss_type: which policy term and reduction; one of ``LOSS_TYPES``, or a name given to `register_policy_term`.
         importance_sampling_level: ratio per ``"token"``, or one per ``"sequence"`` (GSPO).
         epsilon: lower clip range; the ratio is clipped at ``1 - epsilon``. >= 0.
-        epsilon_high: upper clip range, ``1 + epsilon_high``; None means ``epsilon``. For cispo it is the cap itself. >= 0.
+        epsilon_high: upper clip range, ``1 + epsilon_high``; None means ``epsilon``. For cispo it is the cap itself
+            (5.0 in the ScaleRL paper); a cap below 1 that was not asked for is warned of, once. >= 0.
         delta: upper bound of the unclipped ratio (two-sided clipping); None means no bound. > 0.
         beta: weight of the k3 KL estimate against the reference policy; 0 needs no reference.
         use_bias_correction_kl: multiply k3 by the importance ratio, with its gradient (DeepSeek-V3.2).
@@ -38,8 +46,8 @@ class GRPOLossConfig:
         ValueError: naming the field, what was wanted and what came.
     """
 
-    loss_type: str = "dapo"
-    importance_sampling_level: str = "token"
+    loss_type: LossType | str = "dapo"
+    importance_sampling_level: Level = "token"
     epsilon: float = 0.2
     epsilon_high: float | None = None
     delta: float | None = None
@@ -79,6 +87,8 @@ class GRPOLossConfig:
             self._number(name, lambda x: True, "a finite number")
         if self.aggregation == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(f"max_completion_length must be an integer > 0 for loss_type={self.loss_type!r}, got None")
+        if self.loss_type == "cispo" and self.epsilon_high is None and self.epsilon < 1:
+            _warn_of_low_cap()
 
     def _one_of(self, name, allowed):
         value = getattr(self, name)
@@ -118,6 +128,43 @@ class GRPOLossConfig:
     def transform(self) -> "LogitTransform":
         return LogitTransform(float(self.logit_scale), None if self.softcap is None else float(self.softcap),
                               float(self.temperature))
+
+
+@functools.cache  # once per process
+def _warn_of_low_cap():
+    package, frame, level = __name__.partition(".")[0], sys._getframe(), 1
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        "epsilon_high is not set: cispo then caps the importance ratio at epsilon, below the on-policy ratio of 1, as TRL does; "
+        "the ScaleRL paper takes epsilon_high=5.0",
+        stacklevel=level,
+    )
+
+
+class LossOptions(TypedDict, total=False):
+    """The fields of `GRPOLossConfig` as keywords."""
+
+    loss_type: LossType | str
+    importance_sampling_level: Level
+    epsilon: float
+    epsilon_high: float | None
+    delta: float | None
+    beta: float
+    use_bias_correction_kl: bool
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    entropy_coef: float
+    top_entropy_quantile: float
+    off_policy_mask_threshold: float | None
+    max_completion_length: int | None
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
 
 
 LOSS_FIELDS = tuple(field.name for field in dataclasses.fields(GRPOLossConfig))

@@ -127,8 +127,11 @@ def _divisor(config, m, num_items, token_count):
     return num_items.detach().to(m).clamp(min=1) if isinstance(num_items, torch.Tensor) else num_items
 
 
-def evaluate(t: TokenInputs, logps, entropy, config, top=None):
-    """(loss, metrics) of log-probs and entropies [B, T]; ``top``: the (mask, count) of an entropy quantile over several ranks."""
+def evaluate(t: TokenInputs, logps, entropy, config, top=None, reduction="loss_type"):
+    """(loss, metrics) of log-probs and entropies [B, T].
+
+    ``top``: the (mask, count) of an entropy quantile over several ranks. ``reduction`` "none": loss is [B, T], without weights.
+    """
     m, A = t.mask, t.advantages
     logps, entropy = logps.where(m > 0, 0.0), entropy.where(m > 0, 0.0)
     old = logps.detach() if t.old is None else t.old
@@ -166,6 +169,10 @@ def evaluate(t: TokenInputs, logps, entropy, config, top=None):
     loss = policy_loss
     if config.entropy_coef != 0:
         loss = loss - config.entropy_coef * (entropy * active).sum() / count
+    if reduction == "none":
+        loss = s if t.ref is None else s + config.beta * kl
+        loss = loss if config.entropy_coef == 0 else loss - config.entropy_coef * entropy * active
+        loss = loss.expand_as(m).where(m > 0, 0.0)
 
     with torch.no_grad():
         metrics = {"policy_loss": policy_loss.detach(), "entropy": _token_mean(entropy, m)}

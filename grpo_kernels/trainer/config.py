@@ -31,8 +31,9 @@ _JSON = ("model_init_kwargs", "chat_template_kwargs", "generation_kwargs", "tran
 _LossFields = dataclasses.make_dataclass(
     "_LossFields",
     [
-        (f.name, f.type, field(default=f.default, metadata={"help": f"{f.name} of GRPOLossConfig."}))
+        (f.name, kind, field(default=f.default, metadata={"help": f"{f.name} of GRPOLossConfig."}))
         for f in dataclasses.fields(GRPOLossConfig)
+        for kind in [str if "Literal" in str(f.type) else f.type]  # a Literal's flag would refuse the names of registered losses
     ],
 )
 
