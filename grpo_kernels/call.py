@@ -1,19 +1,29 @@
-"""A call, described once: its arguments checked, and from them the head, the rows, and what is wanted of them.
+"""A call, described once: its arguments checked, and from them the head, the rows, and what is wanted of them."""
 
-Shapes, types, devices and combinations cost nothing to check. Values (token ids, mask, advantages, temperature) need a look at
-the data: every such check is a count, and the counts are read together with those of the rows in one host synchronisation.
-"""
-
-import math
 import numbers
-import sys
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 
 from . import backends
+from .checks import (
+    DIVIDED_BY_ITEMS,
+    FLOAT_DTYPES,
+    Reduction,
+    check_group,
+    check_head,
+    check_mask,
+    check_no_gradient,
+    check_num_items,
+    check_options,
+    check_shape,
+    check_tensor,
+    kind,
+    raise_bad_values,
+    refuse_transforms,
+    value_flags,
+)
 from .distributed import (
     QuantileOnly,
     VocabShard,
@@ -32,20 +42,7 @@ from .engine.temperature import with_temperature_gradient
 from .losses.config import GRPOLossConfig
 from .losses.objective import depends_on_its_row_alone, evaluate, known_zero, linear_coefficients, prepare, weighed_over
 from .losses.terms import PolicyRows
-
-FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-Reduction = Literal["loss_type", "none"]
-Backend = Literal["auto", "torch", "cpu", "triton", "cuda"]
-BACKENDS = get_args(Backend)
-_DIVIDED_BY_ITEMS = ("dapo", "cispo", "vespo")
-_BAD_VALUES = (
-    "mask must hold only 0 and 1, got other values at {} positions",
-    "token ids must be in [0, V = {vocab}) where the mask is 1, got others at {} positions (completion_ids / token_ids); "
-    "ids of -100 need a mask of 0: mask=(ids != -100)",
-    "advantages must be finite where the mask is 1, got nan or inf at {} positions",
-    "temperature must be > 0 and finite where the mask is 1, got others at {} positions",
-    "cu_seqlens must rise from 0 to N without falling, got {} ends that do not",
-)
+from .packed import PackedLayout
 
 
 class LogProbs(NamedTuple):
@@ -118,20 +115,20 @@ class TokenArguments:
         if not isinstance(self.return_lse, bool):
             raise TypeError(f"return_lse must be True or False, got {kind(self.return_lse)}")
         tokens, device = self.token_shape(hidden), hidden.device
-        _tensor(self.ids_name, self.completion_ids, device, (torch.int64,))
-        _shape(self.ids_name, self.completion_ids, tokens)
+        check_tensor(self.ids_name, self.completion_ids, device, (torch.int64,))
+        check_shape(self.ids_name, self.completion_ids, tokens)
         if self.mask is not None or self.ids_name == "completion_ids":
-            _check_mask(self.mask, tokens, device)
+            check_mask(self.mask, tokens, device)
         temperature = self.temperature
         if isinstance(temperature, numbers.Real):
             raise TypeError(
                 f"temperature must be a tensor {list(tokens)}, got {kind(temperature)}; a number goes into config.temperature"
             )
         if temperature is not None:
-            _tensor("temperature", temperature, device, FLOAT_DTYPES)
-            _shape("temperature", temperature, tokens, ())
+            check_tensor("temperature", temperature, device, FLOAT_DTYPES)
+            check_shape("temperature", temperature, tokens, ())
             temperature = temperature.expand(tokens)
-        _no_gradient("mask", self.mask)
+        check_no_gradient("mask", self.mask)
         mask = torch.ones(tokens, dtype=torch.bool, device=device) if self.mask is None else self.mask
         return replace(self, hidden=hidden, weight=weight, bias=bias, lora=lora, mask=mask, temperature=temperature)
 
@@ -176,22 +173,22 @@ class LossArguments(TokenArguments):
         args = super().checked()
         tokens, device = args.mask.shape, args.mask.device
         sequences = tokens[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
-        _tensor("advantages", self.advantages, device, FLOAT_DTYPES)
-        _shape("advantages", self.advantages, (sequences,), tokens)
+        check_tensor("advantages", self.advantages, device, FLOAT_DTYPES)
+        check_shape("advantages", self.advantages, (sequences,), tokens)
         for name in self.given("old_logps", "ref_logps", "sampling_logps", "importance_sampling_ratio"):
-            _tensor(name, getattr(self, name), device, FLOAT_DTYPES)
+            check_tensor(name, getattr(self, name), device, FLOAT_DTYPES)
             per_sequence = [(sequences, 1)] if name == "importance_sampling_ratio" else []
-            _shape(name, getattr(self, name), *per_sequence, tokens)
+            check_shape(name, getattr(self, name), *per_sequence, tokens)
         if self.config.beta != 0 and self.ref_logps is None:
             raise ValueError(f"ref_logps must be given when beta != 0 (beta = {self.config.beta}), got None")
-        _check_num_items(self.num_items, self.config)
+        check_num_items(self.num_items, self.config)
         self._refuse_lost_gradients()
         if not isinstance(self.differentiable_logps, bool):
             raise TypeError(f"differentiable_logps must be True or False, got {kind(self.differentiable_logps)}")
         if self.reduction not in get_args(Reduction):
             raise ValueError(f"reduction must be {' or '.join(map(repr, get_args(Reduction)))}, got {self.reduction!r}")
         if (rows := self.kept_rows) is not None:
-            _tensor("kept_rows", rows, device, (torch.int64,))
+            check_tensor("kept_rows", rows, device, (torch.int64,))
             if rows.dim() != 1 or rows.numel() > self.mask.numel():
                 raise ValueError(f"kept_rows must be 1-D with at most {self.mask.numel()} indices, got {list(rows.shape)}")
         group = self.data_parallel_group
@@ -202,23 +199,23 @@ class LossArguments(TokenArguments):
         """What the loss reads is a constant of it; what it does not read is ignored."""
         unread = {
             "ref_logps": self.config.beta == 0, "sampling_logps": self.config.off_policy_mask_threshold is None,
-            "num_items": self.config.aggregation not in _DIVIDED_BY_ITEMS,
+            "num_items": self.config.aggregation not in DIVIDED_BY_ITEMS,
         }  # fmt: skip
         for name in ("advantages", "old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps", "num_items"):
             if not unread.get(name):
-                _no_gradient(name, getattr(self, name))
+                check_no_gradient(name, getattr(self, name))
 
     def token_shape(self, hidden):
         """[B, T], or [N] in the packed layout."""
         name, last = ("hidden", "D") if self.weight is not None else ("logits", "V")
-        _tensor(name, hidden, None, FLOAT_DTYPES)
+        check_tensor(name, hidden, None, FLOAT_DTYPES)
         if hidden.shape[-1:] == (0,):
             raise ValueError(f"{name} must have a vocabulary of at least 1, got {list(hidden.shape)}")
         if self.cu_seqlens is None:
             if hidden.dim() != 3:
                 raise ValueError(f"{name} must be [B, T, {last}] (or [N, {last}] with cu_seqlens), got {list(hidden.shape)}")
             return hidden.shape[:2]
-        _tensor("cu_seqlens", self.cu_seqlens, hidden.device, (torch.int32, torch.int64))
+        check_tensor("cu_seqlens", self.cu_seqlens, hidden.device, (torch.int32, torch.int64))
         if self.cu_seqlens.dim() != 1 or self.cu_seqlens.numel() < 1:
             raise ValueError(f"cu_seqlens must be [B + 1], got {list(self.cu_seqlens.shape)}")
         if hidden.dim() != 2:
@@ -297,17 +294,6 @@ def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -
         return call
     policy, linear = loss.coefficients(call.rows.index[: call.rows.live])
     return replace(call, rows=replace(call.rows, policy=policy), work=replace(work, config=args.config, linear=linear))
-
-
-def refuse_transforms(args):
-    if torch.compiler.is_compiling():
-        return
-    for name, x in vars(args).items():
-        if isinstance(x, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
-            raise TypeError(
-                f"{name} must be a plain tensor, got one inside of a torch.func transform (vmap, grad, jvp): the fused ops have no "
-                "rules for these; reference.grpo_loss takes them"
-            )
 
 
 def _head_and_work(args, diagnostics):
@@ -441,196 +427,3 @@ class TokenLoss:
             found["w_entropy"] = -config.entropy_coef * t.mask / t.count
         rows = (None if x is None else self.layout.unpad(x).reshape(-1)[index] for x in found.values())
         return PolicyRows(*rows), linear is not None
-
-
-def check_head(hidden, weight, bias, lora, vocab_parallel_group):
-    """Shapes and dtypes of the head; casts once under autocast."""
-    _tensor("hidden", hidden, None, FLOAT_DTYPES)
-    device = hidden.device
-    _tensor("weight", weight, device, FLOAT_DTYPES)
-    if hidden.dim() < 1:
-        raise ValueError("hidden must be [..., D], got a 0-dim tensor")
-    depth = hidden.shape[-1]
-    fewest = 1 if vocab_parallel_group is None else 0  # a rank may hold none of the vocabulary's rows
-    if weight.dim() != 2 or weight.shape[1] != depth or weight.shape[0] < fewest or depth < 1:
-        raise ValueError(f"weight must be [V, D = {depth}] with V, D >= 1, got {list(weight.shape)}")
-    vocab = weight.shape[0]
-    if bias is not None:
-        _tensor("bias", bias, device, FLOAT_DTYPES)
-        _shape("bias", bias, (vocab,))
-    check_group("vocab_parallel_group", vocab_parallel_group)
-    if lora is not None:
-        if not isinstance(lora, (tuple, list)) or len(lora) != 3:
-            raise TypeError(f"lora must be a tuple (A [r, D], B [V, r], scale), got {kind(lora)}")
-        a, b, scale = lora
-        _tensor("lora A", a, device, FLOAT_DTYPES)
-        _tensor("lora B", b, device, FLOAT_DTYPES)
-        if a.dim() != 2 or a.shape[1] != depth:
-            raise ValueError(f"lora A must be [r, D = {depth}], got {list(a.shape)}")
-        _shape("lora B", b, (vocab, a.shape[0]))
-        if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
-            raise TypeError(f"lora scale must be a number, got {kind(scale)}")
-        if not math.isfinite(scale):
-            raise ValueError(f"lora scale must be finite, got {scale}")
-        lora = (a, b, float(scale))
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        if torch.float64 not in (hidden.dtype, weight.dtype):
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            lora = None if lora is None else (lora[0].to(dtype), lora[1].to(dtype), lora[2])
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight must be {hidden.dtype} as hidden is, got {weight.dtype}")
-    if lora is not None and (lora[0].dtype != hidden.dtype or lora[1].dtype != hidden.dtype):
-        raise TypeError(f"lora A and B must be {hidden.dtype} as hidden is, got {lora[0].dtype} and {lora[1].dtype}")
-    return hidden, weight, bias, lora
-
-
-def check_options(config, workspace_bytes, backend):
-    if not isinstance(config, GRPOLossConfig):
-        raise TypeError(f"config must be a GRPOLossConfig, got {kind(config)}")
-    if workspace_bytes is not None:
-        if not isinstance(workspace_bytes, numbers.Integral) or isinstance(workspace_bytes, bool):
-            raise TypeError(f"workspace_bytes must be an integer number of bytes, got {kind(workspace_bytes)}")
-        if not 0 < workspace_bytes < 2**63:
-            raise ValueError(f"workspace_bytes must be > 0 and < 2**63, got {workspace_bytes}")
-    if not isinstance(backend, str):
-        raise TypeError(f"backend must be a string, got {kind(backend)}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-
-
-def _check_num_items(num_items, config):
-    if num_items is None:
-        return
-    if isinstance(num_items, torch.Tensor):
-        if num_items.dim() != 0:
-            raise ValueError(f"num_items must be a number or a 0-dim tensor, got shape {list(num_items.shape)}")
-        if num_items.dtype == torch.bool or num_items.is_complex():
-            raise TypeError(f"num_items must be a real number, got {num_items.dtype}")
-    elif not isinstance(num_items, numbers.Real) or isinstance(num_items, bool):
-        raise TypeError(f"num_items must be a number > 0 or a 0-dim tensor, got {kind(num_items)}")
-    elif config.aggregation in _DIVIDED_BY_ITEMS and not 0 < num_items <= sys.float_info.max:
-        raise ValueError(f"num_items must be > 0 and finite, got {num_items}")
-
-
-def check_group(name, group):
-    if group is not None and not (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
-        raise TypeError(f"{name} must be a torch.distributed group or None, got {kind(group)}")
-
-
-def _check_mask(mask, tokens, device):
-    if not isinstance(mask, torch.Tensor) or mask.is_complex():
-        raise TypeError(f"mask must be a bool or 0/1 tensor, got {kind(mask)}")
-    _tensor("mask", mask, device, (mask.dtype,))
-    _shape("mask", mask, tokens)
-
-
-def _tensor(name, value, device, dtypes):
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {kind(value)}")
-    if value.dtype not in dtypes:
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name} must be {wanted}, got {value.dtype}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
-    if device is None and value.device.type == "meta":
-        raise ValueError(f"{name} must be on a device that holds data, got a tensor on meta")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on {device} as hidden is, got {value.device}")
-
-
-def _no_gradient(name, value):
-    if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} must not require a gradient, there is none for it; pass {name}.detach()")
-
-
-def _shape(name, value, *allowed):
-    if all(tuple(value.shape) != tuple(shape) for shape in allowed):
-        wanted = " or ".join(str(list(shape)) for shape in allowed)
-        raise ValueError(f"{name} must have shape {wanted}, got {list(value.shape)}")
-
-
-def kind(value):
-    """What came, for an error message."""
-    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def value_flags(args: TokenArguments, vocab, loss=None) -> torch.Tensor:
-    """[5] int64 counts of bad values, in the order of the messages of `raise_bad_values`; no synchronisation."""
-    mask, ids, temperature = args.mask, args.completion_ids, args.temperature
-    kept = mask.bool()
-    none = kept.new_zeros((), dtype=torch.int64)
-    bad_mask = none if mask.dtype == torch.bool else ((mask != 0) & (mask != 1)).sum()
-    bad_ids = (kept & ((ids < 0) | (ids >= vocab))).sum()
-    bad_advantages, bad_temperature, bad_ends = none, none, none
-    if loss is not None:
-        rows = loss.inputs.mask > 0
-        rows = rows if loss.advantages.shape == rows.shape else rows.any(1)
-        bad_advantages = (rows & ~loss.advantages.isfinite()).sum()
-        bad_ends = none if loss.layout.bad_ends is None else loss.layout.bad_ends
-    if temperature is not None:
-        bad_temperature = (kept & ~((temperature > 0) & temperature.isfinite())).sum()
-    return torch.stack([bad_mask, bad_ids, bad_advantages, bad_temperature, bad_ends])
-
-
-def raise_bad_values(counts, vocab):
-    for count, message in zip(counts, _BAD_VALUES, strict=True):
-        if count:
-            raise ValueError(message.format(count, vocab=vocab))
-
-
-class PackedLayout:
-    """Moves per-token tensors between the packed layout [N] and [B, T]; the identity for tensors that are padded already.
-
-    The mathematics is written for [B, T] only: a packed batch's per-token vectors are small beside its logits, and padding
-    them keeps every sum per sequence in one deterministic form.
-    """
-
-    def __init__(self, cu_seqlens=None, tokens=0, wait=True):
-        self.position, self.bad_ends = None, None
-        if cu_seqlens is None:
-            return
-        starts = cu_seqlens.long()
-        index = torch.arange(tokens, device=cu_seqlens.device)
-        sequence = torch.bucketize(index, starts[1:], right=True)
-        if wait:
-            self.sequences, self.length = self._checked_lengths(cu_seqlens.tolist(), tokens)
-            self.position = sequence * self.length + index - starts[sequence]
-            return
-        # nothing may synchronise: the longest a sequence can be, and wrong ends are only counted
-        self.sequences, self.length = cu_seqlens.shape[0] - 1, tokens
-        position = sequence * self.length + index - starts[sequence]
-        self.position = position.clamp(0, max(self.sequences * self.length - 1, 0))
-        self.bad_ends = (starts.diff() < 0).sum() + (starts[0] != 0) + (starts[-1] != tokens)
-
-    @staticmethod
-    def _checked_lengths(ends, tokens):
-        lengths = [end - start for start, end in pairwise(ends)]
-        if ends[0] != 0 or ends[-1] != tokens or min(lengths, default=0) < 0:
-            shown = f"{ends[:8]}{'...' * (len(ends) > 8)}"
-            raise ValueError(f"cu_seqlens must rise from 0 to N = {tokens} without falling, got {shown}")
-        return len(lengths), max(lengths, default=0)
-
-    @staticmethod
-    def of(cu_seqlens, mask, wait=True):
-        """``wait``: the host may read cu_seqlens back."""
-        return PackedLayout(cu_seqlens, mask.shape[0] if cu_seqlens is not None else 0, wait)
-
-    def pad(self, x):
-        """[N] -> [B, T], zeros beyond a sequence's end; differentiable."""
-        if self.position is None or x is None:
-            return x
-        out = x.new_zeros(self.sequences * self.length).index_put((self.position,), x)
-        return out.view(self.sequences, self.length)
-
-    def pad_advantages(self, x):
-        """[B] stays, [N] -> [B, T]."""
-        return x if self.position is None or x.shape[0] == self.sequences else self.pad(x)
-
-    def pad_ratio(self, x):
-        """[B, 1] stays, [N] -> [B, T]."""
-        return x if self.position is None or x is None or x.dim() == 2 else self.pad(x)
-
-    def unpad(self, x):
-        """[B, T] -> [N]."""
-        return x if self.position is None else x.reshape(-1)[self.position]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from . import backends
 from .backends.statistics import Scored, Tile, finalize, new_statistics
-from .call import Backend, GRPOLossOutput, LossArguments, Reduction, TokenLoss, raise_bad_values, refuse_transforms, value_flags
+from .call import GRPOLossOutput, LossArguments, TokenLoss
+from .checks import Backend, Reduction, raise_bad_values, refuse_transforms, value_flags
 from .distributed import group_in_use, validate_across_ranks
 from .engine.diagnostics import new_moments, variance_of, with_tile
 from .engine.operands import Work, can_sync, decoded, encoded

@@ -5,7 +5,8 @@ from typing import Any, Literal, TypedDict, overload
 import torch
 from typing_extensions import Unpack
 
-from .call import Backend, LogProbs, LogProbsAndLse, TokenArguments, describe
+from .call import LogProbs, LogProbsAndLse, TokenArguments, describe
+from .checks import Backend
 from .engine.diagnostics import NAMES
 from .engine.ops import row_logprobs
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from .call import Backend, GRPOLossOutput, LossArguments, Reduction, describe
+from .call import GRPOLossOutput, LossArguments, describe
+from .checks import Backend, Reduction
 from .engine.ops import loss_in_one_pass, row_logprobs, with_gradients
 from .losses.config import LOSS_FIELDS, GRPOLossConfig, LossOptions
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from .call import GRPOLossOutput, LossArguments, TokenLoss, raise_bad_values, value_flags
+from .call import GRPOLossOutput, LossArguments, TokenLoss
+from .checks import raise_bad_values, value_flags
 from .distributed import group_in_use, validate_across_ranks
 from .losses.config import GRPOLossConfig
 

@@ -14,7 +14,7 @@ from problems import make_problem, packed, run
 
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig, reference
-from grpo_kernels.call import BACKENDS, Backend
+from grpo_kernels.checks import BACKENDS, Backend
 from grpo_kernels.logprobs import LogProbsOptions
 from grpo_kernels.losses.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_FIELDS, LOSS_TYPES, LossOptions, LossType, _warn_of_low_cap
 

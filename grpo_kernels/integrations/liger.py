@@ -15,7 +15,7 @@ import warnings
 
 import torch
 
-from ..call import FLOAT_DTYPES, kind
+from ..checks import FLOAT_DTYPES, kind
 from ..logprobs import linear_logprobs
 from ..loss import fused_linear_grpo_loss
 from ..losses.config import GRPOLossConfig

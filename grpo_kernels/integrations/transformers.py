@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..call import check_options, kind
+from ..checks import check_options, kind
 from ..engine.diagnostics import NAMES as DIAGNOSTICS
 from ..extras import needs
 from ..logprobs import token_statistics

@@ -25,7 +25,8 @@ import sys
 
 import torch
 
-from ..call import LossArguments, TokenLoss, kind
+from ..call import LossArguments, TokenLoss
+from ..checks import kind
 from ..distributed import QuantileOnly
 from ..logprobs import token_statistics
 from ..loss import fused_linear_grpo_loss

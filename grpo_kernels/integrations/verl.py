@@ -20,7 +20,7 @@ import sys
 
 import torch
 
-from ..call import kind
+from ..checks import kind
 from ..logprobs import token_statistics
 
 _theirs = None  # verl's own function while ours stands in its place
