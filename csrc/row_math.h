@@ -28,8 +28,8 @@ GRPO_HD T* row_of(const Matrix& m, int64_t row) {
 }
 
 template <class A>
-GRPO_HD A value(const void* vector, int64_t row, A absent = A(0)) {
-  return vector ? static_cast<const A*>(vector)[row] : absent;
+GRPO_HD A value(const void* vector, int64_t row) {  // 0 where it is absent
+  return vector ? static_cast<const A*>(vector)[row] : A(0);
 }
 
 // Factors of one row's z: slope * (raw + bias), or cap * tanh(share_slope * (raw + bias)). Divided in `Wide`.

@@ -8,13 +8,11 @@ import torch
 
 from . import backends
 from .checks import (
-    DIVIDED_BY_ITEMS,
     FLOAT_DTYPES,
     Reduction,
     check_group,
     check_head,
     check_mask,
-    check_no_gradient,
     check_num_items,
     check_options,
     check_shape,
@@ -40,7 +38,15 @@ from .engine.plan import default_budget
 from .engine.products import accumulation_dtype
 from .engine.temperature import with_temperature_gradient
 from .losses.config import GRPOLossConfig
-from .losses.objective import depends_on_its_row_alone, evaluate, known_zero, linear_coefficients, prepare, weighed_over
+from .losses.objective import (
+    depends_on_its_row_alone,
+    evaluate,
+    known_zero,
+    linear_coefficients,
+    prepare,
+    refuse_lost_gradients,
+    weighed_over,
+)
 from .losses.terms import PolicyRows
 from .packed import PackedLayout
 
@@ -77,7 +83,8 @@ class GRPOLossOutput(NamedTuple):
         return GRPOLossOutput(loss, *(x if differentiable_logps else x.detach() for x in (logps, entropy)), metrics)
 
     def __repr__(self):
-        note = "" if self.logps.requires_grad else "  # logps and entropy are detached; differentiable_logps=True keeps their graph"
+        detached = self.loss.requires_grad and not self.logps.requires_grad
+        note = "  # logps and entropy are detached; differentiable_logps=True keeps their graph" if detached else ""
         return f"GRPOLossOutput({', '.join(f'{name}={value!r}' for name, value in self._asdict().items())}){note}"
 
 
@@ -116,19 +123,21 @@ class TokenArguments:
             raise TypeError(f"return_lse must be True or False, got {kind(self.return_lse)}")
         tokens, device = self.token_shape(hidden), hidden.device
         check_tensor(self.ids_name, self.completion_ids, device, (torch.int64,))
-        check_shape(self.ids_name, self.completion_ids, tokens)
+        one_apart = self.completion_ids.shape[:-1] == tokens[:-1] and abs(self.completion_ids.shape[-1] - tokens[-1]) == 1
+        shift = "; position t predicts token t: hidden[:, :-1] stands beside ids[:, 1:]" if len(tokens) > 1 and one_apart else ""
+        check_shape(self.ids_name, self.completion_ids, tokens, hint=shift)
         if self.mask is not None or self.ids_name == "completion_ids":
             check_mask(self.mask, tokens, device)
         temperature = self.temperature
         if isinstance(temperature, numbers.Real):
-            raise TypeError(
-                f"temperature must be a tensor {list(tokens)}, got {kind(temperature)}; a number goes into config.temperature"
-            )
+            raise TypeError(f"temperature must be a tensor, 0-dim or {list(tokens)}, got {kind(temperature)}; a number goes into "
+                            "config.temperature, FusedLinearGRPOLoss(temperature=...)")  # fmt: skip
         if temperature is not None:
             check_tensor("temperature", temperature, device, FLOAT_DTYPES)
             check_shape("temperature", temperature, tokens, ())
-            temperature = temperature.expand(tokens)
-        check_no_gradient("mask", self.mask)
+            # its gradient is a sum over the tokens, in float32 if not float64
+            temperature = temperature.to(torch.promote_types(temperature.dtype, torch.float32)).expand(tokens)
+        refuse_lost_gradients(self.config, mask=self.mask)
         mask = torch.ones(tokens, dtype=torch.bool, device=device) if self.mask is None else self.mask
         return replace(self, hidden=hidden, weight=weight, bias=bias, lora=lora, mask=mask, temperature=temperature)
 
@@ -182,7 +191,8 @@ class LossArguments(TokenArguments):
         if self.config.beta != 0 and self.ref_logps is None:
             raise ValueError(f"ref_logps must be given when beta != 0 (beta = {self.config.beta}), got None")
         check_num_items(self.num_items, self.config)
-        self._refuse_lost_gradients()
+        constants = "advantages", "old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps", "num_items"
+        refuse_lost_gradients(self.config, **{name: getattr(self, name) for name in constants})
         if not isinstance(self.differentiable_logps, bool):
             raise TypeError(f"differentiable_logps must be True or False, got {kind(self.differentiable_logps)}")
         if self.reduction not in get_args(Reduction):
@@ -194,16 +204,6 @@ class LossArguments(TokenArguments):
         group = self.data_parallel_group
         check_group("data_parallel_group", group.group if isinstance(group, QuantileOnly) else group)
         return args
-
-    def _refuse_lost_gradients(self):
-        """What the loss reads is a constant of it; what it does not read is ignored."""
-        unread = {
-            "ref_logps": self.config.beta == 0, "sampling_logps": self.config.off_policy_mask_threshold is None,
-            "num_items": self.config.aggregation not in DIVIDED_BY_ITEMS,
-        }  # fmt: skip
-        for name in ("advantages", "old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps", "num_items"):
-            if not unread.get(name):
-                check_no_gradient(name, getattr(self, name))
 
     def token_shape(self, hidden):
         """[B, T], or [N] in the packed layout."""
@@ -266,7 +266,7 @@ class Call:
 
 def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -> Call:
     """Checks a call and describes it. Ranks that share a vocabulary or a mean hear of a refusal; a single process never asks."""
-    refuse_transforms(args)
+    refuse_transforms(vars(args))
     check_group("vocab_parallel_group", args.vocab_parallel_group)
     group = group_of(args.weight, args.vocab_parallel_group)
     wait = args.kept_rows is None and can_sync(args.hidden)
@@ -338,7 +338,7 @@ def _with_rows(args, head, work, loss, wait):
     correction = None
     if wait:
         kept = mask.reshape(-1).bool()
-        all_train = loss is None or args.differentiable_logps
+        all_train = loss is None or args.differentiable_logps  # a term of the caller's may train what the loss leaves alone
         live = torch.zeros_like(kept) if not trains else kept if all_train else kept & loss.live().reshape(-1)
         n, n_live, *bad = torch.cat([torch.stack([kept.sum(), live.sum()]), flags]).tolist()
         if shard is not None:
@@ -360,7 +360,8 @@ def _with_rows(args, head, work, loss, wait):
         temperature = temperature.detach().reshape(-1)[index].to(accumulation_dtype(hidden.dtype))
     if correction is not None:
         target = target.clamp(0, vocab - 1)
-        temperature = None if temperature is None else temperature.where(temperature > 0, 1.0)
+        kept = mask.reshape(-1)[index].bool()  # of a masked row it may be anything
+        temperature = None if temperature is None else temperature.where(kept & (temperature > 0), 1.0)
     if shard is not None:
         target = target - shard.offset
     rows = Rows(hidden.reshape(-1, hidden.shape[-1]).contiguous(), index, n_live, target, temperature)
@@ -402,7 +403,8 @@ class TokenLoss:
 
     def live(self):
         """Tokens that may get a gradient, in the layout of the caller."""
-        return self.layout.unpad((self.inputs.mask > 0) & ~known_zero(self.inputs, self.config))
+        t = replace(self.inputs, weights=self.inputs.mask) if self.reduction == "none" else self.inputs
+        return self.layout.unpad((t.mask > 0) & ~known_zero(t, self.config))
 
     def __call__(self, logps, entropy):
         """(loss, metrics) of log-probs and entropies in the layout of the caller."""

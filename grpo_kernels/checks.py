@@ -10,14 +10,14 @@ import sys
 from typing import Literal, get_args
 
 import torch
+from torch.autograd import forward_ad
 
-from .losses.config import GRPOLossConfig
+from .losses.config import DIVIDED_BY_ITEMS, GRPOLossConfig
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Reduction = Literal["loss_type", "none"]
 Backend = Literal["auto", "torch", "cpu", "triton", "cuda"]
 BACKENDS = get_args(Backend)
-DIVIDED_BY_ITEMS = ("dapo", "cispo", "vespo")
 _BAD_VALUES = (
     "mask must hold only 0 and 1, got other values at {} positions",
     "token ids must be in [0, V = {vocab}) where the mask is 1, got others at {} positions (completion_ids / token_ids); "
@@ -28,15 +28,21 @@ _BAD_VALUES = (
 )
 
 
-def refuse_transforms(args):
+def refuse_transforms(tensors):
+    """``tensors``: name -> a tensor, a tuple of them, or anything else."""
     if torch.compiler.is_compiling():
         return
-    for name, x in vars(args).items():
-        if isinstance(x, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
-            raise TypeError(
-                f"{name} must be a plain tensor, got one inside of a torch.func transform (vmap, grad, jvp): the fused ops have no "
-                "rules for these; reference.grpo_loss takes them"
-            )
+    for name, given in tensors.items():
+        for x in given if isinstance(given, (tuple, list)) else (given,):
+            if isinstance(x, torch.Tensor) and (torch._C._functorch.is_functorch_wrapped_tensor(x) or _has_tangent(x)):
+                raise TypeError(
+                    f"{name} must be a plain tensor, got one inside of a torch.func transform (vmap, grad, jvp) or with a tangent: "
+                    "the fused ops have no rules for these; reference.grpo_loss takes them"
+                )
+
+
+def _has_tangent(x):
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def check_head(hidden, weight, bias, lora, vocab_parallel_group):
@@ -135,15 +141,10 @@ def check_tensor(name, value, device, dtypes):
         raise ValueError(f"{name} must be on {device} as hidden is, got {value.device}")
 
 
-def check_no_gradient(name, value):
-    if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} must not require a gradient, there is none for it; pass {name}.detach()")
-
-
-def check_shape(name, value, *allowed):
+def check_shape(name, value, *allowed, hint=""):
     if all(tuple(value.shape) != tuple(shape) for shape in allowed):
         wanted = " or ".join(str(list(shape)) for shape in allowed)
-        raise ValueError(f"{name} must have shape {wanted}, got {list(value.shape)}")
+        raise ValueError(f"{name} must have shape {wanted}, got {list(value.shape)}{hint}")
 
 
 def kind(value):

@@ -71,7 +71,7 @@ def grpo_loss_from_logits(
         num_items=num_items, cu_seqlens=cu_seqlens, differentiable_logps=differentiable_logps,
         reduction=reduction,
     )  # fmt: skip
-    refuse_transforms(given)
+    refuse_transforms(vars(given))
     wait = kept_rows is None and can_sync(logits)
     with validate_across_ranks(group_in_use(config, data_parallel_group) if wait else None, logits, "data_parallel_group"):
         args = given.checked()

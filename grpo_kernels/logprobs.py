@@ -6,7 +6,7 @@ import torch
 from typing_extensions import Unpack
 
 from .call import LogProbs, LogProbsAndLse, TokenArguments, describe
-from .checks import Backend
+from .checks import Backend, refuse_transforms
 from .engine.diagnostics import NAMES
 from .engine.ops import row_logprobs
 
@@ -75,10 +75,11 @@ def linear_logprobs(
         lora: (A [r, D], B [V, r], scale), an adapter on the head that is never merged; A and B differentiable.
         vocab_parallel_group, sequence_parallel: as in `fused_linear_grpo_loss`.
         workspace_bytes: budget for chunks and stash; None is GRPO_KERNELS_WORKSPACE_MB or 384 MiB (1536 on a GPU). Rows that fit
-            the stash cost 6NVD operations forward and backward, the others 8NVD; a frozen head costs 4NVD.
+            the stash cost 6NVD operations forward and backward, the others 8NVD; so do all, on a GPU in 16 bits, where an entropy
+            gets a gradient. A frozen head costs 4NVD.
         backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
-        return_lse: also return ``lse = z.logsumexp(-1)``, for a z-loss ``(lse**2).mean()``. Its gradient costs no product of its
-            own, but on a GPU, in 16 bits, no row is stashed then: 8NVD.
+        return_lse: also return ``lse = z.logsumexp(-1)``, for a z-loss ``(lse[mask]**2).mean()``. Its gradient costs no product of
+            its own, but on a GPU, in 16 bits, no row is stashed then: 8NVD.
 
     Returns:
         `LogProbs` (logps, entropy), or `LogProbsAndLse` (logps, entropy, lse): [..] float32 (float64 for float64), 0 where masked,
@@ -118,6 +119,7 @@ def _scored(hidden, weight, token_ids, mask, bias, temperature, logit_scale, sof
             workspace_bytes, backend, diagnostics=(), sums_hidden=True, return_lse=False):  # fmt: skip
     """[logps, entropy, lse or None, and the three diagnostics or None]."""
     wanted = [name in diagnostics for name in NAMES]
+    refuse_transforms({"temperature": temperature})
     per_token = isinstance(temperature, torch.Tensor)
     if per_token and temperature.dim() == 0 and not (temperature.requires_grad and torch.is_grad_enabled()):
         per_token, temperature = False, temperature.item()

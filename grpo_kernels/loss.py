@@ -85,7 +85,7 @@ def fused_linear_grpo_loss(
             engine/plan.py states the peak.
         backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
         differentiable_logps: logps and entropy of the output keep their graph, in two phases, so that a term made of them trains:
-            ``(out.loss + 0.1 * out.entropy.mean()).backward()``.
+            ``(out.loss - 0.1 * out.entropy[mask].mean()).backward()``, for which `entropy_coef` is the shorter way.
         reduction: ``loss_type`` adds the tokens' losses up as the loss_type does. ``none``: loss is [B, T], 0 where masked, the
             ``s + beta * k3 - entropy_coef * entropy`` of each token without the normaliser, in two phases. s has its factors: the
             importance_sampling_ratio and the masks of the entropy quantile and of off-policy sequences.

@@ -56,7 +56,9 @@ def logps_from_logits(z, token_ids, mask, config, temperature=None):
     if temperature is None:
         z = z / config.temperature
     else:
-        z = z / temperature.to(z.dtype).where(kept, 1.0).unsqueeze(-1)
+        banned = z == -float("inf")  # the temperature's gradient would be 0 times it
+        z = z.masked_fill(banned, 0.0) / temperature.to(z.dtype).where(kept, 1.0).unsqueeze(-1)
+        z = z.masked_fill(banned, -float("inf"))
     token = token_ids.where(kept, 0).long().unsqueeze(-1)
     target = z.gather(-1, token).squeeze(-1)
     # lp = -softplus(lse_others - z[token]): the difference z[token] - lse would cancel near p = 1

@@ -50,7 +50,7 @@ class _NoCases:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:epsilon_high is not set")  # of the many that draw a cispo's options
+    config.addinivalue_line("filterwarnings", "ignore:cispo caps the importance ratio")  # of the many that draw a cispo's options
     config.addinivalue_line("markers", "unpoisoned: run with torch.empty as in production")
     config.addinivalue_line("markers", "inductor: compiles for seconds; `make gpu` runs it last")
 

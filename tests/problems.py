@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from grpo_kernels import GRPOLossConfig
+from grpo_kernels.engine import operands, plan, products
 from grpo_kernels.losses.config import LOSS_TYPES
 
 # ratios: below, inside and above every clip range drawn here, and beyond every delta
@@ -105,6 +106,12 @@ def run(function, problem, *, dtype=None, needs=HEAD_LEAVES, scale=1.0, **more) 
         (out.loss * scale).backward()
     gradients = {n: x.grad for n, x in leaves.items() if n in needs}
     return Result(out.loss.detach(), out.logps, out.entropy, out.metrics, gradients)
+
+
+def with_float32_chunks(monkeypatch, device=plan.DEVICES["h200"]):
+    """The loops as a GPU takes them: products of 16-bit inputs write float32, emulated, and the plan is this device's."""
+    monkeypatch.setattr(products, "FLOAT32_TILES", ("torch", "triton"))
+    monkeypatch.setattr(operands, "device_of", lambda _: device)
 
 
 def make_problem(

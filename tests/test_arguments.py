@@ -69,7 +69,7 @@ WRONG_TYPES = [
     (dict(sampling_logps=LONG_IDS), "sampling_logps.*float.*int64"),
     (dict(importance_sampling_ratio=1.0), "importance_sampling_ratio.*tensor.*float"),
     (dict(importance_sampling_ratio=LONG_IDS), "importance_sampling_ratio.*float.*int64"),
-    (dict(temperature=0.7), r"temperature.*tensor \[3, 4\].*float; a number goes into config\.temperature"),
+    (dict(temperature=0.7), r"temperature must be a tensor, 0-dim or \[3, 4\], got float; a number goes into config\.temperature"),
     (dict(num_items="many"), "num_items.*number.*str"),
     (dict(num_items=True), "num_items.*number.*bool"),
     (dict(num_items=torch.tensor(True)), "num_items.*number.*bool"),
@@ -302,15 +302,16 @@ def test_numbers_of_numpy_are_numbers():
 
 
 @pytest.mark.parametrize("make", [GRPOLossConfig, grpo_kernels.FusedLinearGRPOLoss])
-def test_a_cap_of_cispo_that_was_not_asked_for_is_warned_of_once(make):
-    """At the caller's line: the default cap, 0.2, is below the on-policy ratio."""
+@pytest.mark.parametrize("low", [{}, {"epsilon_high": 0.28}], ids=str)
+def test_a_cap_of_cispo_below_the_on_policy_ratio_is_warned_of_once(make, low):
+    """At the caller's line: the default, 0.2, and what is meant for another loss."""
     _warn_of_low_cap.cache_clear()
-    for silent in (dict(epsilon_high=0.2), dict(epsilon_high=5.0), dict(epsilon=5.0), dict(loss_type="dapo")):
+    for silent in (dict(epsilon_high=5.0), dict(epsilon=5.0), dict(loss_type="dapo")):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             make(**{"loss_type": "cispo", **silent})
-    with pytest.warns(UserWarning, match=r"epsilon_high is not set: cispo.*epsilon_high=5\.0") as seen:
-        make(loss_type="cispo")
+    with pytest.warns(UserWarning, match=r"cispo caps the importance ratio at epsilon_high itself.*epsilon_high=5\.0") as seen:
+        make(loss_type="cispo", **low)
         make(loss_type="cispo", epsilon=0.3)
     assert len(seen) == 1 and seen[0].filename == __file__
 

@@ -243,3 +243,23 @@ def test_statistics_become_log_probs():
     assert_all_close({"lse": lse, "entropy": entropy}, {"lse": z.logsumexp(-1), "entropy": plain}, 1e-12)
     assert torch.allclose(logps, log_p[rows, target], atol=1e-15) and logps[2] == 0
     assert abs(logps[1].item() + 2 * torch.exp(torch.tensor(-40.0, dtype=torch.float64)).item()) < 1e-30
+
+
+def test_a_config_made_inside_of_a_compiled_function():
+    """cispo's, whose low cap is warned of where nothing is traced."""
+    p = make_problem(B=3, T=4, D=8, V=21)
+    positional, keywords, _ = p.arguments()
+    keywords.pop("config")
+
+    def loss():
+        return fused_linear_grpo_loss(*positional, **keywords, config=GRPOLossConfig(loss_type="cispo")).loss
+
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(), loss())
+
+
+def test_what_a_masked_position_has_as_temperature_reaches_no_gradient():
+    """Compiled without kept_rows its row is computed: inf there, beside a bias of -inf, must not make NaN of dW."""
+    p = make_problem(B=3, T=4, D=8, V=33, temperature=True, bias=True, banned=3)
+    p.temperature[~p.mask] = float("inf")
+    compiled = torch.compile(fused_linear_grpo_loss, fullgraph=True, backend="aot_eager")
+    assert_all_close(call(compiled, p), call(fused_linear_grpo_loss, p), 1e-10)

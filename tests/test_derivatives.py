@@ -1,10 +1,12 @@
 """What is differentiable, and what says that it is not: second derivatives, the temperature, log-probs beside a loss, lse, func transforms."""
 
+import inspect
+
 import pytest
 import torch
-from problems import make_problem, packed
-from test_stash import as_on_a_gpu
+from problems import make_problem, packed, with_float32_chunks
 from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from grpo_kernels import (
@@ -13,6 +15,7 @@ from grpo_kernels import (
     fused_linear_grpo_loss,
     grpo_loss_from_logits,
     linear_logprobs,
+    objective,
     reference,
 )
 from grpo_kernels.losses.config import LOSS_TYPES
@@ -78,7 +81,7 @@ def with_temperature(p, shape, dtype):
 
 OPTIONS = {
     "plain": {}, "softcap": {"softcap": 4.0}, "entropy": {"entropy_coef": 0.3}, "softcap and entropy": {"softcap": 4.0, "entropy_coef": -0.5},
-    "sequence": {"importance_sampling_level": "sequence", "logit_scale": -0.7}, "quantile": {"top_entropy_quantile": 0.5, "entropy_coef": 0.3},
+    "sequence": {"importance_sampling_level": "sequence", "logit_scale": -0.7}, "banned": {"banned": 20, "entropy_coef": 0.3}, "quantile": {"top_entropy_quantile": 0.5, "entropy_coef": 0.3},
 }  # fmt: skip
 
 
@@ -88,7 +91,8 @@ OPTIONS = {
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_the_temperature_of_a_loss_is_differentiable(shape, options, frozen, backend):
     """Against plain autograd of the reference in float64, with confident rows, masked rows and several blocks of the vocabulary."""
-    p = make_problem(B=4, T=5, D=8, V=300, temperature=True, bias=True, lora=True, garbage=shape == "per token",
+    banned, options = options.get("banned", 0), {k: v for k, v in options.items() if k != "banned"}
+    p = make_problem(B=4, T=5, D=8, V=300, temperature=True, bias=True, lora=True, garbage=shape == "per token", banned=banned,
                      config=GRPOLossConfig(**options))  # fmt: skip
 
     def gradients(loss, **more):
@@ -106,7 +110,7 @@ def test_the_temperature_of_a_loss_is_differentiable(shape, options, frozen, bac
 
 
 @pytest.mark.parametrize("shape", ["per token", "0-dim"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", [v for k, v in OPTIONS.items() if k != "banned"], ids=str)
 def test_the_temperature_of_logits_is_differentiable(shape, options):
     p = make_problem(B=4, T=5, D=8, V=300, temperature=True, garbage=shape == "per token", config=GRPOLossConfig(**options))
     positional, keywords, leaves, temperature = with_temperature(p, shape, torch.float64)
@@ -241,6 +245,44 @@ def test_a_gradient_that_would_be_lost_is_refused_by_name(name, door):
         assert call(unread).loss.isfinite()  # what a loss does not read is ignored
 
 
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_the_objective_refuses_them_too(name):
+    p = make_problem(B=3, T=4, V=11, ratio="token", sampling=True, mask_dtype=torch.float64, num_items=torch.tensor(7.0),
+                     config=GRPOLossConfig(beta=0.1, off_policy_mask_threshold=0.5))  # fmt: skip
+    (_, _, _, advantages, mask), keywords, _ = p.arguments()
+    given = keywords | {"advantages": advantages, "mask": mask}
+    given = {k: given[k] for k in inspect.signature(objective).parameters if k in given}
+    given[name] = given[name].detach().requires_grad_()
+    logps = given["old_logps"].detach() + 0.1
+    with pytest.raises(ValueError, match=rf"{name} must not require a gradient.*pass {name}\.detach\(\)"):
+        objective(logps, logps.exp(), **given)
+
+
+def test_a_loss_a_token_of_a_frozen_head_does_not_ask_how_the_loss_is_weighed():
+    """Advantages whose weighed coefficients vanish in float32 train all the same."""
+    p = make_problem(B=3, T=4, D=8, V=60, dtype=torch.float32)
+    found = []
+    for scale in (1.0, 1e-20):
+        positional, keywords, leaves = p.arguments(needs=("hidden",))
+        keywords |= {"num_items": 1e30, "reduction": "none"}
+        out = fused_linear_grpo_loss(*positional[:3], positional[3] * scale, positional[4], **keywords)
+        out.loss.sum().backward()
+        found.append(leaves["hidden"].grad / scale)
+    assert found[0].any()
+    assert_close("hidden", found[1], found[0], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_temperature_of_16_bits_gets_the_sum_rounded_once(dtype):
+    p = make_problem(B=4, T=64, D=8, V=60, dtype=torch.float32)
+    (hidden, weight, ids, _, mask), _, _ = p.arguments()
+    temperature = torch.tensor(1.5, dtype=dtype, requires_grad=True)
+    linear_logprobs(hidden, weight, ids, mask=mask, temperature=temperature).logps.sum().mul(1e-5).backward()
+    exact = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    linear_logprobs(hidden.double(), weight.double(), ids, mask=mask, temperature=exact).logps.sum().mul(1e-5).backward()
+    assert temperature.grad == exact.grad.to(dtype)
+
+
 def test_a_mask_of_log_probs_may_not_require_a_gradient():
     with pytest.raises(ValueError, match=r"mask must not require a gradient"):
         linear_logprobs(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.long), mask=torch.ones(2, requires_grad=True))
@@ -307,7 +349,7 @@ def test_lse_and_its_gradients(combine, options, backend, workspace_bytes):
 def test_lse_is_as_exact_as_pytorch(name, dtype, softcap, backend, monkeypatch):
     p = lse_problem(dtype, softcap=softcap)
     if backend == "float32 chunks":
-        as_on_a_gpu(monkeypatch)
+        with_float32_chunks(monkeypatch)
         backend = "torch"
     ours, torchs, exact = (lse_call(p, door, d, COMBINED[name], **more)
                            for door, d, more in (("ours", dtype, {"backend": backend}), ("plain", dtype, {}), ("plain", torch.float64, {})))  # fmt: skip
@@ -365,8 +407,9 @@ def test_one_loss_a_token(config, packed_rows):
         m = p.mask.double()
         weights = {"grpo": m / m.sum(1, keepdim=True).clamp(min=1) / 4, "luspo": m / 4, "dr_grpo": m / 28}
         u = weights.get({"sapo": "grpo"}.get(config.loss_type, config.loss_type), m / m.sum())
-        if config.entropy_coef == 0:  # the bonus is divided by the quantile's tokens
-            assert_close("weighed", (u * out.loss).sum(), whole.loss, 1e-10)
+        active = m * (whole.entropy >= torch.quantile(whole.entropy[p.mask].float(), 1 - config.top_entropy_quantile).double())
+        bonus = -config.entropy_coef * whole.entropy * active  # which the loss divides by the quantile's tokens
+        assert_close("weighed", (u * (out.loss - bonus)).sum() + bonus.sum() / active.sum(), whole.loss, 1e-10)
 
 
 @pytest.mark.parametrize("door", [fused_linear_grpo_loss, reference.grpo_loss])
@@ -400,3 +443,19 @@ def test_transforms_of_torch_func_are_refused_in_a_sentence(transform, door):
     with pytest.raises(TypeError, match=r"(hidden|logits) must be a plain tensor, got one inside of a torch\.func transform"):
         transformed(door, hidden @ weight.T if door == "logits" else hidden)
     assert transformed("reference", hidden).isfinite().all()
+
+
+def test_what_a_transform_hides_in_is_named():
+    """A 0-dim temperature, an adapter, a dual tensor of forward mode."""
+    hidden, weight, ids = torch.randn(3, 4), torch.randn(9, 4), torch.tensor([1, 2, 3])
+    a, b = torch.randn(2, 4), torch.randn(9, 2)
+    cases = {
+        "temperature": lambda: torch.func.vmap(lambda t: linear_logprobs(hidden, weight, ids, temperature=t).logps)(torch.ones(2)),
+        "lora": lambda: torch.func.grad(lambda a: linear_logprobs(hidden, weight, ids, lora=(a, b, 1.0)).logps.sum())(a),
+        "hidden": lambda: linear_logprobs(forward_ad.make_dual(hidden, torch.ones_like(hidden)), weight, ids),
+    }
+    for name, case in cases.items():
+        with forward_ad.dual_level(), pytest.raises(TypeError, match=f"{name} must be a plain tensor"):
+            case()
+    with pytest.raises(TypeError, match="temperature must be a plain tensor"):
+        torch.func.jvp(lambda t: linear_logprobs(hidden, weight, ids, temperature=t).logps.sum(), (torch.tensor(1.0),), (torch.tensor(1.0),))

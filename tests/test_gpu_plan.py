@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import DEVICE, draw_problem, make_problem, run
+from problems import DEVICE, draw_problem, make_problem, run, with_float32_chunks
 from test_parity import PATHS, random_needs
 from tolerance import assert_all_close, assert_no_worse_than_torch
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs, reference
 from grpo_kernels.backends import pytorch
-from grpo_kernels.engine import accumulate, chunks, operands, plan, products
+from grpo_kernels.engine import accumulate, chunks, plan, products
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU does this by itself")
 every_path = pytest.mark.parametrize("config", PATHS.values(), ids=PATHS)
@@ -32,8 +32,7 @@ def as_on_a_gpu(monkeypatch):
         seen.append(problem)
         return plan.plan(problem)
 
-    monkeypatch.setattr(products, "FLOAT32_TILES", ("torch", "triton"))
-    monkeypatch.setattr(operands, "device_of", lambda device: GPU)
+    with_float32_chunks(monkeypatch, GPU)
     monkeypatch.setattr(chunks, "plan", recorded)
     return seen
 

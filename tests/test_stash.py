@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import DEVICE
+from problems import DEVICE, with_float32_chunks
 from tolerance import assert_no_worse_than_torch
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs, objective
-from grpo_kernels.engine import chunks, operands, plan, products
+from grpo_kernels.engine import chunks, products
 
 DEVIATIONS = (3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 ROWS, DEPTH = 24, 32
@@ -30,14 +30,9 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, to
 def backend(request, monkeypatch):
     """A backend's name; "float32 chunks" are the loops of a GPU, their products emulated."""
     if request.param == "float32 chunks":
-        as_on_a_gpu(monkeypatch)
+        with_float32_chunks(monkeypatch)
         return "torch"
     return request.param
-
-
-def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(products, "FLOAT32_TILES", ("torch", "triton"))
-    monkeypatch.setattr(operands, "device_of", lambda device: plan.DEVICES["h200"])
 
 
 def drawn(deviation, dtype, vocab):
@@ -133,7 +128,7 @@ def test_of_losses_with_an_entropy_bonus(backend, name, dtype):
 
 def test_float32_chunks_are_recomputed_for_an_entropy_alone(monkeypatch):
     """Where no entropy gets a gradient, not a logit more is made; and a loss that has a bonus makes no stash that it cannot use."""
-    as_on_a_gpu(monkeypatch)
+    with_float32_chunks(monkeypatch)
     made = Counter()
 
     def multiply(a, b, out, add=False, alpha=1.0):
@@ -163,3 +158,34 @@ def test_float32_chunks_are_recomputed_for_an_entropy_alone(monkeypatch):
                                      old_logps=old, config=config, backend="torch")  # fmt: skip
         assert (ROWS in stashed) == (coefficient == 0)
         out.loss.backward()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["head", "frozen head"])
+def test_a_gradient_of_the_entropy_that_is_zero_makes_zeros(backend, frozen):
+    """Not None: optimisers, DDP's hooks and torch.autograd.grad tell the two apart."""
+    hidden, weight, ids = drawn(1.0, torch.bfloat16, 301)
+    hidden.requires_grad_(), weight.requires_grad_(not frozen)
+    (0 * linear_logprobs(hidden, weight, ids, backend=backend).entropy).sum().backward()
+    for x in (hidden,) if frozen else (hidden, weight):
+        assert x.grad is not None and not x.grad.any()
+
+
+def test_compiled_float32_chunks_are_recomputed_for_an_entropy_alone(monkeypatch):
+    """A compiled backward is handed zeros where nothing arrived: the op itself finds that out."""
+    with_float32_chunks(monkeypatch)
+    made, multiply = [], products.multiply
+
+    def counting(a, b, out, *more, **options):
+        made.append(out.shape[1] == 3001)
+        multiply(a, b, out, *more, **options)
+
+    monkeypatch.setattr(chunks, "multiply", counting)
+    hidden, weight, ids = drawn(0.03, torch.bfloat16, 3001)
+    for loss, times in ((lambda logps, entropy: logps.sum(), 1), (lambda logps, entropy: (logps + entropy).sum(), 2)):
+        torch._dynamo.reset()
+        made.clear()
+        compiled = torch.compile(lambda h, w, loss=loss: loss(*linear_logprobs(h, w, ids, backend="torch")), fullgraph=True, backend="aot_eager")
+        ours = gradients(hidden, weight, compiled)
+        assert sum(made) == times
+        exact, by_torch = (gradients(hidden, weight, lambda h, w, loss=loss: loss(*plain(h, w, ids)), t) for t in (torch.float64, None))
+        compare("compiled", ours, by_torch, exact)

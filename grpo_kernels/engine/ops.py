@@ -2,10 +2,10 @@
 
     one_pass         logps, entropy and all gradients of a loss whose coefficients depend on their rows alone
     score            logps, entropy, lse, and a stash of the rows that fit it
-    score_backward   the gradients of `score` from those of logps and entropy
+    score_backward   the gradients of `score` from those of logps, entropy and lse
 
 All take (hidden, head, rows, ...): lists of tensors in the order of `Head.tensors` and `Rows.tensors`, and a `Work` as numbers and
-a string. Only `score_backward`'s caller synchronises with the host, to drop rows that got no gradient.
+a string. The host is waited for in a two-phase backward alone: which rows got a gradient, and whether an entropy did.
 """
 
 import functools
@@ -94,7 +94,7 @@ def _score_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     run = Run(hidden, head, rows, rows[0].shape[0], decoded(tuple(numbers), work), two_phases=True, backward=True)
     g, g_entropy, g_lse = (*incoming, None)[:3]
-    if run.wide:  # torch.compile hands over zeros for None, so that this is known here at the earliest
+    if run.wide and len(stash):  # torch.compile hands over zeros for None, so that this is known here at the earliest
         g_entropy = _unless_zero(g_entropy, run.work.shard)
         stash = stash if g_entropy is None else stash[:0]
     return tuple(backward(run, scored, stash[:, : head[0].shape[0]], g, g_entropy, g_lse))
@@ -212,10 +212,11 @@ class _RowLogProbs(torch.autograd.Function):
     def backward(ctx, g, g_entropy, _, g_lse):
         hidden, *tensors, logps, lse, entropy, saved = ctx.saved_tensors
         head, rows, nothing = tensors[:4], tensors[4:], (None,) * 3
-        if ctx.wide:
-            g_entropy = _unless_zero(g_entropy, ctx.work.shard)
         if g is None and g_entropy is None and g_lse is None:
             return (*nothing, *(None,) * 8)
+        g = torch.zeros_like(logps) if g is None else g
+        if ctx.wide or ctx.direct:  # whose way with an entropy's gradient is a longer one
+            g_entropy = _unless_zero(g_entropy, ctx.work.shard)
         if ctx.direct and g_entropy is None:
             factor = g.new_zeros(hidden.shape[0]).index_copy(0, rows[0], g).unsqueeze(1)
             return (*nothing, _scaled_rows(saved, factor), *(None,) * 7)
@@ -228,11 +229,7 @@ class _RowLogProbs(torch.autograd.Function):
                 stash = stash.new_empty(0, stash.shape[1])  # of no use here (chunks.py): gone before the recomputing takes memory
             elif retained:
                 stash = stash.clone()
-        if g_lse is None:
-            grads = _backward_of_live_rows(hidden, head, rows, [logps, lse, entropy], stash, g, g_entropy, ctx.work)
-        else:
-            incoming = [torch.zeros_like(logps) if g is None else g, g_entropy, g_lse]
-            grads = _score_backward(hidden, head, rows, [logps, lse, entropy], stash, incoming, *encoded(ctx.work))
+        grads = _backward_of_live_rows(hidden, head, rows, [logps, lse, entropy], stash, [g, g_entropy, g_lse], ctx.work)
         if saved is None and not retained:
             tile_memory.give_back(stash, ctx.work.budget)
         done = [grad.to(x.dtype) if needed else None
@@ -240,15 +237,13 @@ class _RowLogProbs(torch.autograd.Function):
         return (*nothing, *done, None, None, None)
 
 
-def _backward_of_live_rows(hidden, head, rows, scored, stash, g, g_entropy, work):
+def _backward_of_live_rows(hidden, head, rows, scored, stash, incoming, work):
     """`_score_backward` of the rows that got a gradient; the stash of the others is overwritten."""
-    g = torch.zeros_like(scored[0]) if g is None else g
-    chosen = _rows_with_gradient(g, g_entropy, work.shard)
+    chosen = _rows_with_gradient(incoming, work.shard)
     if chosen is not None:
         stash = _compacted(stash, chosen[chosen < stash.shape[0]])
-        g, rows, scored = g[chosen], [None if x is None else x[chosen] for x in rows], [x[chosen] for x in scored]
-        g_entropy = None if g_entropy is None else g_entropy[chosen]
-    return _score_backward(hidden, head, rows, scored, stash, [g, g_entropy], *encoded(work))
+        rows, scored, incoming = ([None if x is None else x[chosen] for x in some] for some in (rows, scored, incoming))
+    return _score_backward(hidden, head, rows, scored, stash, incoming, *encoded(work))
 
 
 def _unless_zero(g_entropy, shard):
@@ -259,17 +254,15 @@ def _unless_zero(g_entropy, shard):
     return g_entropy if (some if shard is None else shard.any(some)) else None
 
 
-def _rows_with_gradient(g, g_entropy, shard):
+def _rows_with_gradient(incoming, shard):
     """Indices of rows whose gradient is not zero (NaN counts as not zero), on any rank, or None if that is all of them."""
-    if not can_sync(g):
+    if not can_sync(incoming[0]):
         return None
-    wanted = g != 0
-    if g_entropy is not None:
-        wanted = wanted | (g_entropy != 0)
+    wanted = torch.stack([x != 0 for x in incoming if x is not None]).any(0)
     if shard is not None:
         wanted = shard.any(wanted)
     chosen = wanted.nonzero().squeeze(1)
-    return None if chosen.shape[0] == g.shape[0] else chosen
+    return None if len(chosen) == len(wanted) else chosen
 
 
 def _scaled_rows(u, factor):

@@ -8,12 +8,15 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal, TypedDict, get_args
 
+import torch
+
 from .terms import BUILT_IN, TERMS
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 Level = Literal["token", "sequence"]
 
 LOSS_TYPES = BUILT_IN
+DIVIDED_BY_ITEMS = ("dapo", "cispo", "vespo")  # whose normaliser is num_items
 IMPORTANCE_SAMPLING_LEVELS = get_args(Level)
 _FLOAT32_MAX = 3.4e38  # options are float32 numbers in the kernels
 _SMALLEST = 1e-30  # a divisor below would overflow finite logits
@@ -28,7 +31,7 @@ class GRPOLossConfig:
         importance_sampling_level: ratio per ``"token"``, or one per ``"sequence"`` (GSPO).
         epsilon: lower clip range; the ratio is clipped at ``1 - epsilon``. >= 0.
         epsilon_high: upper clip range, ``1 + epsilon_high``; None means ``epsilon``. For cispo it is the cap itself
-            (5.0 in the ScaleRL paper); a cap below 1 that was not asked for is warned of, once. >= 0.
+            (5.0 in the ScaleRL paper); a cap below 1 is warned of, once. >= 0.
         delta: upper bound of the unclipped ratio (two-sided clipping); None means no bound. > 0.
         beta: weight of the k3 KL estimate against the reference policy; 0 needs no reference.
         use_bias_correction_kl: multiply k3 by the importance ratio, with its gradient (DeepSeek-V3.2).
@@ -87,7 +90,8 @@ class GRPOLossConfig:
             self._number(name, lambda x: True, "a finite number")
         if self.aggregation == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(f"max_completion_length must be an integer > 0 for loss_type={self.loss_type!r}, got None")
-        if self.loss_type == "cispo" and self.epsilon_high is None and self.epsilon < 1:
+        cap = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.loss_type == "cispo" and cap < 1 and not torch.compiler.is_compiling():
             _warn_of_low_cap()
 
     def _one_of(self, name, allowed):
@@ -136,8 +140,8 @@ def _warn_of_low_cap():
     while frame and frame.f_globals.get("__name__", "").partition(".")[0] == package:
         frame, level = frame.f_back, level + 1
     warnings.warn(
-        "epsilon_high is not set: cispo then caps the importance ratio at epsilon, below the on-policy ratio of 1, as TRL does; "
-        "the ScaleRL paper takes epsilon_high=5.0",
+        "cispo caps the importance ratio at epsilon_high itself, or at epsilon where epsilon_high is not set, as TRL does: here "
+        "below the on-policy ratio of 1; the ScaleRL paper takes epsilon_high=5.0",
         stacklevel=level,
     )
 

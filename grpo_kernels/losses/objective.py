@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .config import GRPOLossConfig
+from .config import DIVIDED_BY_ITEMS, GRPOLossConfig
 from .terms import TERMS, choose, clamped_exp, k3
 
 OVER_SEQUENCES = ("grpo", "sapo", "luspo", "dr_grpo")  # aggregations
@@ -55,8 +55,23 @@ def objective(
     """
     if config.beta != 0 and ref_logps is None:
         raise ValueError(f"ref_logps must be given when beta != 0 (beta = {config.beta}), got None")
+    refuse_lost_gradients(
+        config, advantages=advantages, mask=mask, old_logps=old_logps, ref_logps=ref_logps, num_items=num_items,
+        importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps,
+    )  # fmt: skip
     tensors = {"old": old_logps, "ref": ref_logps, "rho": importance_sampling_ratio, "sampling": sampling_logps}
     return evaluate(prepare(config, logps.dtype, advantages, mask, tensors, num_items), logps, entropy, config)
+
+
+def refuse_lost_gradients(config, **given):
+    """What the loss reads beside log-probs and entropies is a constant of it; what it does not read is ignored."""
+    unread = {
+        "ref_logps": config.beta == 0, "sampling_logps": config.off_policy_mask_threshold is None,
+        "num_items": config.aggregation not in DIVIDED_BY_ITEMS,
+    }  # fmt: skip
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled() and not unread.get(name):
+            raise ValueError(f"{name} must not require a gradient, there is none for it; pass {name}.detach()")
 
 
 @dataclass(frozen=True)
