@@ -145,6 +145,8 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         mask: torch.Tensor, **tensors: Any,
     ) -> GRPOLossOutput:  # fmt: skip
         """The arguments of `fused_linear_grpo_loss` but for ``config``: ``backend`` and ``workspace_bytes`` among them."""
+        if "config" in tensors:
+            raise TypeError("config must not be given to the call: its options go into FusedLinearGRPOLoss(...)")
         return fused_linear_grpo_loss(hidden, weight, completion_ids, advantages, mask, config=self.config, **tensors)
 
     def extra_repr(self) -> str:

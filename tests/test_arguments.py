@@ -292,6 +292,17 @@ def test_every_legal_boundary_is_accepted():
 def test_what_belongs_to_the_call_is_not_an_option_of_the_module():
     with pytest.raises(TypeError, match="backend, workspace_bytes must be given to the call"):
         grpo_kernels.FusedLinearGRPOLoss(loss_type="grpo", backend="torch", workspace_bytes=1)
+    with pytest.raises(TypeError, match="config must not be given to the call"):
+        grpo_kernels.FusedLinearGRPOLoss()(*make_problem(B=2, T=3, V=9).arguments()[0], config=GRPOLossConfig())
+    with pytest.raises(ValueError, match="got 'gspo'; GSPO is importance_sampling_level='sequence'"):
+        grpo_kernels.FusedLinearGRPOLoss(loss_type="gspo")
+
+
+def test_half_of_a_shift_is_named():
+    for hidden, ids in ((slice(None), slice(1, None)), (slice(1, None), slice(None))):
+        (h, weight, tokens, advantages, mask), *_ = make_problem(B=2, T=4, V=9).arguments()
+        with pytest.raises(ValueError, match=r"completion_ids must have shape.*; position t predicts token t: hidden\[:, :-1\] stands beside"):
+            grpo_kernels.fused_linear_grpo_loss(h[:, hidden], weight, tokens[:, ids], advantages, mask)
 
 
 def test_numbers_of_numpy_are_numbers():

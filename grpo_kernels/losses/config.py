@@ -97,7 +97,8 @@ class GRPOLossConfig:
     def _one_of(self, name, allowed):
         value = getattr(self, name)
         if not isinstance(value, str) or value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+            hint = "; GSPO is importance_sampling_level='sequence'" if value == "gspo" else ""
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint}")
 
     def _number(self, name, holds, wanted, optional=False):
         value = getattr(self, name)
