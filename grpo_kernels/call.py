@@ -123,8 +123,9 @@ class TokenArguments:
             raise TypeError(f"return_lse must be True or False, got {kind(self.return_lse)}")
         tokens, device = self.token_shape(hidden), hidden.device
         check_tensor(self.ids_name, self.completion_ids, device, (torch.int64,))
-        one_apart = self.completion_ids.shape[:-1] == tokens[:-1] and abs(self.completion_ids.shape[-1] - tokens[-1]) == 1
-        shift = "; position t predicts token t: hidden[:, :-1] stands beside ids[:, 1:]" if len(tokens) > 1 and one_apart else ""
+        shape = self.completion_ids.shape
+        one_apart = len(tokens) == len(shape) > 1 and shape[:-1] == tokens[:-1] and abs(shape[-1] - tokens[-1]) == 1
+        shift = "; position t predicts token t: hidden[:, :-1] stands beside ids[:, 1:]" if one_apart else ""
         check_shape(self.ids_name, self.completion_ids, tokens, hint=shift)
         if self.mask is not None or self.ids_name == "completion_ids":
             check_mask(self.mask, tokens, device)

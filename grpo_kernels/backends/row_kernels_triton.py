@@ -247,7 +247,11 @@ def _result_block(x, start, end, target, at_target, scored, g, g_entropy, transf
     p = _exp(log_p)
     result = -p * g
     if (target >= start) & (target < start + BLOCK):
-        result = tl.where(columns == target, at_target, result)
+        here = columns == target
+        result = tl.where(here, at_target, result)
+        if g_entropy is not None:  # near p = 1, z - lse has lost the digits of log p
+            log_p = tl.where(here, scored.logps, log_p)
+            p = tl.where(here, tl.exp(scored.logps), p)
     if g_entropy is not None:
         result -= g_entropy * (p * (tl.maximum(log_p, _LOWEST) + scored.entropy))
     if transform.softcap is not None:
