@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
-from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 FLAGS = [
@@ -52,13 +51,6 @@ def load(path):
 
 
 build_cuda = load(Path(__file__).parent / "grpo_kernels" / "build_cuda.py")
-
-
-class BuildFromClean(build):
-    def run(self):
-        if Path(self.build_lib).exists():  # what an earlier build left there would go into the wheel
-            shutil.rmtree(self.build_lib)
-        super().run()
 
 
 class BuildNative(build_ext):
@@ -164,7 +156,7 @@ class BuildNative(build_ext):
 
 
 setup(
-    cmdclass={"build": BuildFromClean, "build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative},
     ext_modules=[
         Extension(
             "grpo_kernels._native",

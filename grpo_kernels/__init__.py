@@ -47,14 +47,16 @@ _MODULES = {
     "losses.objective": ("objective",),
     "losses.terms": ("register_policy_term",),
 }
+_SUBMODULES = ("backends", "build_cuda", "call", "devices", "distributed", "engine", "from_logits", "logprobs", "loss", "losses",
+               "reference")  # fmt: skip
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 if not TYPE_CHECKING:  # to whom it would say that every name exists
 
     def __getattr__(name):
-        if name == "reference":
-            return importlib.import_module(f"{__name__}.reference")
+        if name in _SUBMODULES:
+            return importlib.import_module(f"{__name__}.{name}")
         if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
@@ -62,4 +64,4 @@ if not TYPE_CHECKING:  # to whom it would say that every name exists
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -1,7 +1,6 @@
 """The distribution: what it needs to build, what it does without a compiler or its extension, what it reports."""
 
 import ast
-import importlib
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import torch
 import grpo_kernels
 from grpo_kernels import build_cuda, cli, doctor
 from grpo_kernels.backends import native
-from grpo_kernels.extras import MissingExtra, needs
+from grpo_kernels.extras import BRINGS, MissingExtra, needs
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs in a source tree")
@@ -96,13 +95,17 @@ def test_a_compiler_that_fails_leaves_no_extension_of_an_earlier_build(tmp_path,
     assert not list(library.rglob("*.so")) and bool(list(tree.rglob("_native*.so"))) != in_place
 
 
-def test_a_left_over_build_folder_does_not_reach_the_wheel(tmp_path):
+def test_a_build_removes_old_libraries_and_nothing_else(tmp_path):
+    """What lies in the folder that --build-lib names may be the user's."""
     library = tmp_path / "library"
-    (library / "grpo_kernels").mkdir(parents=True)
-    (library / "grpo_kernels" / "removed_since.py").write_text("")
+    package = library / "grpo_kernels"
+    package.mkdir(parents=True)
+    kept, old = [library / "thesis.tex", package / "notes.txt"], [package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}", package / "_cuda.so"]
+    for path in (*kept, *old):
+        path.write_text("of the user, or of an earlier build")
     made = setup("build", f"--build-lib={library}", f"--build-temp={tmp_path / 'temp'}", CC="no", CXX="no", cwd=copied_tree(tmp_path / "tree"))
     assert made.returncode == 0, made.stderr
-    assert (library / "grpo_kernels" / "loss.py").exists() and not (library / "grpo_kernels" / "removed_since.py").exists()
+    assert (package / "loss.py").exists() and all(path.exists() for path in kept) and not any(path.exists() for path in old)
 
 
 def test_an_extension_of_other_sources_is_refused(tmp_path, monkeypatch):
@@ -281,10 +284,37 @@ def test_the_loss_brings_neither_trainer_nor_plots():
     assert "grpo-kernels[train,bench]" in requirements("test"), "which `make demo` and the tests install"
 
 
-def test_a_module_of_our_own_that_is_missing_is_no_extra():
-    with pytest.raises(ModuleNotFoundError, match="No module named 'grpo_kernels.nothing'") as error, needs("train", "this"):
-        importlib.import_module("grpo_kernels.nothing")
-    assert not isinstance(error.value, MissingExtra)
+@pytest.mark.parametrize("missing", [
+    ModuleNotFoundError("No module named 'grpo_kernels.nothing'", name="grpo_kernels.nothing"),
+    ModuleNotFoundError("No module named 'regex'", name="regex"),  # of transformers itself: a broken installation
+    ModuleNotFoundError("vllm must be installed"),  # raised by hand, without a name
+    ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib"),  # another extra's
+])  # fmt: skip
+def test_a_missing_module_that_the_extra_does_not_bring_stays_what_it_is(missing):
+    with pytest.raises(ModuleNotFoundError) as error, needs("train", "this"):
+        raise missing
+    assert error.value is missing
+
+
+def test_what_an_extra_brings_is_what_it_requires():
+    for extra in ("train", "bench"):
+        assert {re.match(r"[\w-]+", text).group().replace("pyyaml", "yaml") for text in requirements(extra)} <= set(BRINGS[extra])
+    with pytest.raises(MissingExtra, match=r"this needs transformers.nothing, which is not installed: pip install 'grpo-kernels\[train\]'"), needs("train", "this"):
+        raise ModuleNotFoundError(name="transformers.nothing")
+
+
+def test_the_modules_of_the_package_are_there_at_once():
+    code = """
+import sys, grpo_kernels
+assert "torch" not in sys.modules
+names = "backends call distributed engine from_logits logprobs loss losses reference".split()
+assert set(names) <= set(dir(grpo_kernels)) and not hasattr(grpo_kernels, "nothing"), dir(grpo_kernels)
+print(all(getattr(grpo_kernels, name) is sys.modules["grpo_kernels." + name] for name in names), grpo_kernels.losses.config.__name__)
+"""
+    for name in ("losses", "engine"):  # whichever comes first
+        made = run("-c", f"import grpo_kernels; print(grpo_kernels.{name}.__name__)")
+        assert made.stdout == f"grpo_kernels.{name}\n", made.stderr
+    assert run("-c", code).stdout == "True grpo_kernels.losses.config\n"
 
 
 def test_source_distribution_holds_the_sources(tmp_path):

@@ -4,6 +4,8 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import inspect
+import io
 import os
 import pickle
 
@@ -170,8 +172,7 @@ def test_only_what_is_asked_for_comes():
 
 def test_fusing_again_uses_the_newer_options():
     model, (ids, _, labels) = fuse_lm_head(build(), temperature=0.5, outputs=OUTPUTS), batch()
-    first = model.forward.before_fusing
-    assert fuse_lm_head(model, temperature=1.3, outputs=("log_probs",)) is model and model.forward.before_fusing is first
+    assert fuse_lm_head(model, temperature=1.3, outputs=("log_probs",)) is model
     out = model(input_ids=ids, labels=labels, fused_lm_head=True)
     assert_close("log_probs", out.log_probs, statistics(model(input_ids=ids).logits[:, :-1], labels[:, 1:], 1.3)["log_probs"], 1e-5)
     assert out.entropy is None and out.is_top1 is None
@@ -223,22 +224,94 @@ def test_a_saved_model_comes_back_fused(kind, tmp_path):
         compare(fuse_lm_head(pickle.loads(pickle.dumps(twin)), temperature=1.0))
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_a_model_that_accelerate_unwraps_is_fused(keep):
-    """It peels its autocast off the forward and makes a method of what is left."""
+@pytest.fixture
+def bf16():
+    """An accelerator whose autocast wraps the forward of what it prepares."""
     accelerate = pytest.importorskip("accelerate")
+    yield accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_model_that_accelerate_unwraps_is_fused(keep, bf16):
+    """It peels its autocast off the forward and makes a method of what is left."""
     model, (ids, _, labels) = fuse_lm_head(build()), batch()
     exact = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
-    try:
-        accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
-        prepared = accelerator.prepare_model(model)
-        rounded = prepared(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
-        assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
-        model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=keep)
-        ours = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
-        assert torch.equal(ours, rounded if keep else exact) and is_fused(model)
-    finally:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    prepared = bf16.prepare_model(model)
+    rounded = prepared(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+    model = bf16.unwrap_model(prepared, keep_fp32_wrapper=keep)
+    ours = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    assert torch.equal(ours, rounded if keep else exact) and is_fused(model)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("stage", ["fused", "prepared", "unwrapped", "fused again"])
+def test_a_copy_runs_its_own_weights_and_keeps_the_signature(stage, own, bf16):
+    """Whatever accelerate has wrapped around the forward, and whatever forward there was before the fused one."""
+    plain, (ids, _, labels) = build(), batch()
+    signature = inspect.signature(plain.forward)
+    if own:
+        plain.forward = functools.partial(type(plain).forward, plain)
+    model = fuse_lm_head(plain)
+    if stage != "fused":
+        model = bf16.prepare_model(model)
+    if stage in ("unwrapped", "fused again"):
+        model = bf16.unwrap_model(model, keep_fp32_wrapper=False)
+    if stage == "fused again":
+        fuse_lm_head(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert is_fused(twin) and inspect.signature(twin.forward) == signature
+    logits, tolerance = build()(ids).logits, 0.05 if stage == "prepared" else 1e-5
+    truth = statistics(logits[:, :-1], labels[:, 1:])["log_probs"]
+    assert_close("log_probs", twin(input_ids=ids, labels=labels, fused_lm_head=True).log_probs, truth, tolerance)
+    assert_close("logits", twin(ids).logits, logits, tolerance)
+    assert not model(ids).logits.any(), "nor does the original run the copy"
+
+
+def test_a_hook_around_a_fused_forward_stays():
+    """accelerate's hooks copy the attributes of the forward that they wrap onto their own."""
+    hooks, calls = pytest.importorskip("accelerate.hooks"), []
+
+    class Counts(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    model, (ids, _, labels) = fuse_lm_head(build()), batch()
+    hooks.add_hook_to_module(model, Counts())
+    assert is_fused(model) and fuse_lm_head(model, verify=False, outputs=("log_probs",)) is model
+    assert model(input_ids=ids, labels=labels, fused_lm_head=True).entropy is None and calls == [model]
+
+
+def test_a_model_without_its_fused_forward_is_as_it_was_before():
+    model = fuse_lm_head(build())
+    del model.forward
+    assert not is_fused(model) and not is_fused(pickle.loads(pickle.dumps(model)))
+
+
+def test_what_accelerate_has_wrapped_is_fused_again_not_twice(bf16):
+    """New options inside of its autocast. Neither what it prepared nor what it unwrapped is pickled, which would lose the forward."""
+    (ids, _, labels), model = batch(), fuse_lm_head(build(), outputs=("log_probs",))
+    forward = model.forward
+    prepared = bf16.prepare_model(model)
+    rounded, wrapped = prepared(input_ids=ids, labels=labels, fused_lm_head=True).log_probs, prepared.forward
+    again = fuse_lm_head(prepared)(input_ids=ids, labels=labels, fused_lm_head=True)
+    assert torch.equal(again.log_probs, rounded) and again.entropy is not None and prepared.forward == wrapped
+    with pytest.raises(pickle.PicklingError, match="unwrap_model.model, keep_fp32_wrapper=False., then fuse_lm_head again"):
+        torch.save(prepared, io.BytesIO())
+    model = bf16.unwrap_model(prepared, keep_fp32_wrapper=False)
+    with pytest.raises(pickle.PicklingError, match="then fuse_lm_head again"):
+        pickle.dumps(model)
+    assert fuse_lm_head(model, temperature=0.7) is model and type(model.forward) is type(forward)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert is_fused(loaded)
+    truth = statistics(build()(input_ids=ids).logits[:, :-1], labels[:, 1:], 0.7)["log_probs"]
+    assert_close("log_probs", loaded(input_ids=ids, labels=labels, fused_lm_head=True).log_probs, truth, 1e-5)
+    compare(loaded, temperature=1.0)
 
 
 class Odd(hf.LlamaForCausalLM):
@@ -253,8 +326,10 @@ class Odd(hf.LlamaForCausalLM):
 @pytest.mark.parametrize("factor, refused", [(1.05, True), (0.9, True), (1.0, False)])
 def test_an_unknown_treatment_of_logits_is_refused(factor, refused):
     model = tiny_model(model=Odd, odd_factor=factor)
+    before = set(vars(model))
     with pytest.raises(NotImplementedError, match="Odd") if refused else contextlib.nullcontext():
         fuse_lm_head(model)
+    assert is_fused(model) != refused and (set(vars(model)) == before) == refused
 
 
 def test_verifying_leaves_modes_and_memory_alone():

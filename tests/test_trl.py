@@ -576,11 +576,19 @@ def test_a_subclass_with_another_loss_is_told_so(kind, difference, name, folder)
     assert "install" not in words and trl.__version__ not in words
 
 
-def test_a_trl_with_another_loss_is_refused(folder, monkeypatch):
+class Logs(FusedGRPOTrainer):
+    """Overrides what makes no loss."""
+
+    def log(self, *args, **kwargs):
+        super().log(*args, **kwargs)
+
+
+@pytest.mark.parametrize("trainer", [FusedGRPOTrainer, Logs])
+def test_a_trl_with_another_loss_is_refused(trainer, folder, monkeypatch):
     theirs = trl.GRPOTrainer._compute_loss
     monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", lambda self, model, inputs: theirs(self, model, inputs) * 0.5)
     with pytest.raises(RuntimeError, match=f"TRL .{trl.__version__}. is not one that grpo_kernels knows.*gradient in the log-probs"):
-        grpo(FusedGRPOTrainer, folder, saved(folder), loss_type="grpo")
+        grpo(trainer, folder, saved(folder), loss_type="grpo")
 
 
 def test_a_trainer_without_the_seam_is_refused(folder, monkeypatch):

@@ -9,13 +9,18 @@ itself learns one keyword, and makes log-probs where its logits would have been 
 Both run inside the call of the output layer, so that the hooks which gather a sharded layer, and reduce its gradient, fire as
 they do for logits. Every other call, `generate` included, is unchanged.
 
-A copy and a pickle (`torch.save(model)`) of a fused model are fused. `save_pretrained` keeps weights alone: fuse what
+A copy and a pickle (`torch.save(model)`) of a fused model are fused. What accelerate's `unwrap_model(keep_fp32_wrapper=False)`
+returns is fused, but must go through `fuse_lm_head` again before it is pickled. `save_pretrained` keeps weights alone: fuse what
 `from_pretrained` returns. A model that was never fused cannot refuse the keyword, since transformers' forwards ignore keywords that
 they do not know: it returns logits and no log_probs. `is_fused` tells.
 """
 
+import copy
+import functools
+import inspect
+import pickle
 import sys
-import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,38 +110,72 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
     """
     given, model = model, _causal_lm(model)
     _check_options(temperature, outputs, workspace_bytes, backend)
-    own = model.__dict__.get("forward")
     options = {"temperature": temperature, "diagnostics": outputs, "workspace_bytes": workspace_bytes, "backend": backend}
-    model.forward = _FusedForward(model, own.before_fusing if isinstance(own, _FusedForward) else own, options, head_in_float32)
+    before = {name: vars(model)[name] for name in ("forward", "_fused_lm_head") if name in vars(model)}
+    forward, fused = before.get("forward"), is_fused(model)
+    unfused = before["_fused_lm_head"].unfused if fused else forward
+    model._fused_lm_head = _Fused(model, options, head_in_float32, unfused)
+    if not fused or isinstance(getattr(forward, "__func__", None), _FusedForward):
+        model.forward = _Bound(_FusedForward(type(model)), model)
     try:
         if verify:
             _verify(model)
     except BaseException:
-        _restore_forward(model, own)
+        for name in ("forward", "_fused_lm_head"):
+            vars(model).pop(name, None)
+        vars(model).update(before)
         raise
     return given
 
 
-class _FusedForward:
-    """The forward of a fused model. An object and no closure: it is pickled and copied with its model, and works for the copy."""
+@dataclass
+class _Fused:
+    """What a fused model carries, so that it is copied and pickled with it."""
 
-    def __init__(self, model, before_fusing, options, head_in_float32):
-        self.model, self.before_fusing = model, before_fusing  # the forward this instance had, None where it was its class's
-        self.options, self.head_in_float32 = options, head_in_float32
+    model: PreTrainedModel
+    options: dict
+    head_in_float32: bool
+    unfused: Callable | None  # the forward that this instance had, None where it was its class's
+
+    def __deepcopy__(self, memo):
+        return _Fused(*copy.deepcopy(tuple(vars(self).values()), memo))
+
+    def __reduce__(self):
+        # a method is pickled by its name, and by that a model that is being loaded finds its class's forward
+        if is_fused(self.model) and not isinstance(self.model.forward, functools.partial):
+            raise pickle.PicklingError(
+                "a fused model must not be pickled as accelerate prepared or unwrapped it: call "
+                "unwrap_model(model, keep_fp32_wrapper=False), then fuse_lm_head again"
+            )
+        return _Fused, tuple(vars(self).values())
+
+
+class _Bound(functools.partial):
+    """A method to accelerate, which wraps its function and binds the wrapper to the model: a copy of that runs the copy."""
 
     @property
-    def __wrapped__(self):  # generate reads the signature
-        return types.MethodType(type(self.model).forward, self.model) if self.before_fusing is None else self.before_fusing
+    def __func__(self):
+        return self.func
 
-    def __call__(self, *args, fused_lm_head=None, labels=None, shift_labels=None, num_items_in_batch=None, temperature=None,
-                 **kwargs):  # fmt: skip
-        model = self.model
-        if args and args[0] is model:  # accelerate's unwrap_model makes a method of it
-            args = args[1:]
+
+class _FusedForward:
+    """The forward of the fused models of a class, as a function of the model. An object and no closure: it is pickled."""
+
+    def __init__(self, cls):
+        self.cls = cls
+
+    @property
+    def __signature__(self):  # generate reads it
+        return inspect.signature(self.cls.forward)
+
+    def __call__(self, model, /, *args, fused_lm_head=None, labels=None, shift_labels=None, num_items_in_batch=None,
+                 temperature=None, **kwargs):  # fmt: skip
+        fused = model._fused_lm_head
         if not fused_lm_head:
             labelled = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch,
                         "temperature": temperature}  # fmt: skip
-            return self.__wrapped__(*args, **kwargs, **{name: value for name, value in labelled.items() if value is not None})
+            kwargs |= {name: value for name, value in labelled.items() if value is not None}
+            return self.cls.forward(model, *args, **kwargs) if fused.unfused is None else fused.unfused(*args, **kwargs)
         body = {"use_cache": False} | {name: value for name, value in kwargs.items() if value is not None}
         if getattr(model.config.get_text_config(), "output_router_logits", False):
             body.setdefault("output_router_logits", True)
@@ -144,11 +183,11 @@ class _FusedForward:
         attention_mask = args[1] if len(args) > 1 else body.get("attention_mask")
         aux_loss = _router_loss(model, states, attention_mask) if body.get("output_router_logits") else None
         if callable(fused_lm_head):
-            result = _inside_head(model, states[0], fused_lm_head, self.head_in_float32)
+            result = _inside_head(model, states[0], fused_lm_head, fused.head_in_float32)
             return (result, aux_loss) if kwargs.get("output_router_logits") else result
 
         target = _targets(labels, shift_labels, states[0])
-        given = self.options if temperature is None else self.options | {"temperature": temperature}
+        given = fused.options if temperature is None else fused.options | {"temperature": temperature}
         if shift_labels is None and isinstance(given["temperature"], torch.Tensor) and given["temperature"].dim():
             given = given | {"temperature": given["temperature"][:, 1:]}
 
@@ -156,7 +195,7 @@ class _FusedForward:
             hidden = hidden if shift_labels is not None else hidden[:, :-1]
             return _scored(hidden, target.to(hidden.device), head, given)
 
-        output = _inside_head(model, states[0], score, self.head_in_float32)
+        output = _inside_head(model, states[0], score, fused.head_in_float32)
         count = output.label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         output.loss = -output.log_probs.sum() / count
         if aux_loss is not None:

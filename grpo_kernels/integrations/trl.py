@@ -47,6 +47,8 @@ _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _AGREEMENT = 1e-3  # of two sums of the same float32 terms, relative to max(1, |loss|)
 _COMPARED = 8  # micro-batches of each kind whose gradients are compared
 _GRADIENT_AGREEMENT = 1e-2  # relative; one token of 32k on the other side of a clip bound is half of it
+_MAKES_LOSS = ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies", "get_high_entropy_mask",
+               "get_off_policy_mask", "get_gamma_weights")  # fmt: skip
 
 
 def _unknown(what):
@@ -57,13 +59,13 @@ def _unknown(what):
 
 
 def _another_loss(trainer, what):
-    """The fault is a subclass's where there is one that overrides methods of TRL's trainer, and otherwise TRL's."""
+    """The fault is a subclass's where there is one that overrides what makes the loss, and otherwise TRL's."""
     changes = [
         f"{cls.__name__}.{name}"
         for cls in type(trainer).__mro__
         if cls is not FusedGRPOTrainer and not issubclass(trl.GRPOTrainer, cls)
-        for name, value in vars(cls).items()
-        if not name.startswith("__") and callable(value) and hasattr(trl.GRPOTrainer, name)
+        for name in _MAKES_LOSS
+        if name in vars(cls)
     ]
     if not changes:
         return _unknown(what)
