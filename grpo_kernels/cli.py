@@ -162,8 +162,11 @@ def train(argv):
                 data = read_data(run.data)
                 evaluation = read_data(run.eval_data) if run.eval_data else None
                 trainer = GRPOTrainer(run.model, rewards, args, data, eval_dataset=evaluation, peft_config=run.peft_config())
+            else:
+                trainer = demo.unwarmed(args)
+            dry_run.check(trainer)
             if run.dry_run:
-                plan = list(dry_run.describe(demo.unwarmed(args) if run.is_demo else trainer))
+                plan = list(dry_run.describe(trainer))
                 if args.process_index == 0:
                     print("\n".join(plan))
                 return leave_together(args)
@@ -185,13 +188,13 @@ def train(argv):
 @contextlib.contextmanager
 def _in_one_line():
     """Whatever keeps a run from its first step; what is not meant for the user's eyes, with its type and place."""
-    from .trainer.rewards import told
+    from .trainer.rewards import noted, raised_at, told
 
     try:
         yield
     except Exception as error:
         meant = isinstance(error, (ValueError, TypeError, NotImplementedError, OSError, ImportError, RuntimeError))
-        said = " ".join(str(error).split()) if meant else told(error)
+        said = noted(error) or (meant and " ".join(str(error).split())) or told(error, raised_at(error))
         raise UsageError(said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ...") from error
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from grpo_kernels import __version__, backends, cli
-from grpo_kernels.trainer import dry_run
+from grpo_kernels.trainer import dry_run, loading
 from grpo_kernels.trainer.arguments import parse, read_data, read_jsonl
 from grpo_kernels.trainer.demo import DEFAULTS, make_tokenizer
 
@@ -87,7 +87,7 @@ def test_demo_defaults_yaml_and_flags_in_this_order(tmp_path):
     assert run.is_demo
     assert (args.seed, args.learning_rate, args.beta, args.scale_rewards) == (9, 3e-4, 0.5, "none")
     assert args.num_iterations == DEFAULTS["num_iterations"] != 1
-    run, args = parse(["--model", "m", "--data", "d", "--reward", "a:b", "c:d", "--config", str(file)], DEFAULTS)
+    run, args = parse(["--model", "o/m", "--data", "d", "--reward", "a:b", "c:d", "--config", str(file)], DEFAULTS)
     assert not run.is_demo and run.reward == ["a:b", "c:d"] and args.num_iterations == 1 and args.seed == 7
 
 
@@ -163,7 +163,7 @@ def test_data_from_parquet_and_from_disk(folder, capsys):
 
 
 HOSTILE = """
-import asyncio
+import functools
 def no_arguments(): return []
 def no_columns(prompts, completions, completion_ids): return [0.0] * len(completions)
 def by_position(completions, /, **_): return [0.0] * len(completions)
@@ -175,6 +175,12 @@ def too_short(completions, **_): return [0.0]
 def text(completions, **_): return "good"
 def nan(completions, **_): return [float("nan")] * len(completions)
 class Unmade: pass
+def supplying(function):
+    @functools.wraps(function)
+    def wrapper(**given):
+        return function(target=given["level"], **given)
+    return wrapper
+supplied = supplying(wants)
 """
 BROKEN = """
 from grpo_kernels import register_policy_term
@@ -205,7 +211,7 @@ AT_ONCE = {
     "no output": ("--output_dir=", "output_dir ''"),
     "no such folder": ("--model ./nope", "model './nope' no such folder"),
     "no such name": ("--model nope", "model 'nope' no such folder"),
-    "no such subfolder": ("--model model/nope", "model 'model/nope' no such folder"),
+    "no such place": ("--model model/no/pe", "model 'model/no/pe' no such folder"),
     "a model that is a file": ("--model data.jsonl", "model 'data.jsonl' no such folder"),
     "a folder without a model": ("--model empty", "empty config.json"),
     "a model without a tokenizer": ("--model bare", "'bare' tokenizer"),
@@ -229,15 +235,25 @@ AT_ONCE = {
     "weights of other rewards": ("--reward_weights 1 2", "reward_weights 1 [1.0, 2.0]"),
     "no checkpoint": ("--resume_from_checkpoint True", "resume_from_checkpoint no checkpoint"),
     "no such checkpoint": ("--resume_from_checkpoint out/nope", "out/nope no such folder"),
-}
-# what a run would end with in its first minute
-REHEARSED = {
     "no arguments": ("--reward hostile:no_arguments", "'no_arguments' prompts, completions, completion_ids ['level']"),
     "no columns": ("--reward hostile:no_columns", "'no_columns' ['level'] 'level'"),
     "by position": ("--reward hostile:by_position", "'by_position' by name positional"),
     "a class": ("--reward hostile:Unmade", "'Unmade' by name"),
     "missing columns": ("--reward hostile:wants", "'wants' ['target'] ['level']"),
     "missing columns of the evaluation": ("--reward house_rewards:short --eval_data plain.jsonl", "'short' ['level'] []"),
+    "no chat template": ("--data chat.jsonl", "prompts messages 'model' no chat template"),
+    "no chat template for the evaluation": ("--eval_data chat.jsonl", "prompts messages 'model' no chat template"),
+    "an optimiser that is not installed": ("--optim galore_adamw", "galore_torch"),
+    "a learning rate": ("--learning_rate -1", "learning rate: -1"),
+    "a schedule that lacks its option": ("--lr_scheduler_type warmup_stable_decay", "num_decay_steps"),
+    "an optimiser of another package": ("--optim lomo", "lomo"),
+    "an option of the optimiser": ("--adam_beta1 2", "beta 2.0"),
+    "an option of the schedule": ("--lr_scheduler_kwargs {\"nope\":1}", "nope"),
+    "columns that are not passed": ("--remove_unused_columns True", "'short' ['level'] []"),
+    "a first evaluation without data": ("--eval_on_start True", "eval_on_start --eval_data"),
+}  # fmt: skip
+# what a run would end with in its first minute
+REHEARSED = {
     "raises on one": ("--reward hostile:raises_on_one", "'raises_on_one' KeyError (hostile.py, line 7)"),
     "raises later": ("--reward hostile:raises_later", "'raises_later' OSError: no connection"),
     "leaves": ("--reward hostile:leaves", "'leaves' SystemExit"),
@@ -245,19 +261,17 @@ REHEARSED = {
     "text": ("--reward hostile:text", "'text' list of numbers 'good'"),
     "nan": ("--reward hostile:nan", "'nan' finite"),
     "a loss that is no loss per token": ("--reward broken:longest --loss_type a_sum", "'a_sum' one loss a token []"),
-    "no chat template": ("--data chat.jsonl", "chat_template"),
-    "no chat template for the evaluation": ("--eval_data chat.jsonl", "chat_template"),
     "a column by the name of an argument": ("--data reserved.jsonl", "'completions' collides"),
     "another model's tokenizer": ("--model narrow", "tokenizer vocabulary of 8"),
     "a prompt of too many tokens": ("--model gpt --data long.jsonl", "IndexError"),
-    "an optimiser that is not installed": ("--optim galore_adamw", "galore_torch"),
-    "a learning rate": ("--learning_rate -1", "learning rate: -1"),
-    "a schedule that lacks its option": ("--lr_scheduler_type warmup_stable_decay", "num_decay_steps"),
     "an option of generate": ("--generation_kwargs {\"bad_words_ids\":3}", "bad_words_ids 3"),
     "an option of continuous batching": (
         "--use_transformers_continuous_batching --transformers_continuous_batching_config {\"nope\":1}", "nope"),
     "a metric that is none": (
         "--eval_data data.jsonl --eval_strategy steps --eval_steps 1 --metric_for_best_model nope", "metric_for_best_model eval_entropy 'nope'"),
+    "a metric without a value": (
+        "--eval_data data.jsonl --eval_strategy steps --eval_steps 1 --num_generations_eval 1 --per_device_eval_batch_size 1 "
+        "--metric_for_best_model reward_std", "metric_for_best_model 'reward_std'"),
 }  # fmt: skip
 
 
@@ -276,6 +290,7 @@ def hostile(folder):
             "reserved": {"prompt": "1+1=", "level": "easy", "completions": "2"}, "long": {"prompt": "1" * 9, "level": "easy"}}  # fmt: skip
     for name, row in rows.items():
         (folder / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    (folder / "later.jsonl").write_text('{"prompt": "1+1="}\n' * 2 + '{"prompt": "2+1=", "level": "easy"}\n')
     (folder / "empty").mkdir()
     shutil.copytree(folder / "model", folder / "bare")
     for file in (folder / "bare").glob("token*"):
@@ -320,6 +335,19 @@ def test_what_keeps_a_run_from_its_first_step_is_one_line_and_leaves_nothing(hos
         assert files(hostile) == before
 
 
+def test_a_name_of_the_hub_beside_a_folder_of_its_owners_name_is_asked_for(folder, capsys, monkeypatch):
+    (folder / "Qwen").mkdir()
+    asked = []
+
+    def unreachable(path, **_):
+        asked.append(path)
+        raise OSError("we could not connect")
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", unreachable)
+    refused(capsys, "model 'Qwen/Qwen2.5-0.5B' folder 'Qwen' has no 'Qwen2.5-0.5B' could not connect", *GOOD, "--model", "Qwen/Qwen2.5-0.5B")
+    assert asked == ["Qwen/Qwen2.5-0.5B"]
+
+
 @pytest.mark.usefixtures("no_network", "one_thread")
 @pytest.mark.parametrize("name", REHEARSED)
 def test_a_dry_run_finds_what_would_end_the_run_in_its_first_minute(hostile, capsys, name):
@@ -329,6 +357,26 @@ def test_a_dry_run_finds_what_would_end_the_run_in_its_first_minute(hostile, cap
     assert files(hostile) == before
     with pytest.raises((Exception, SystemExit)):  # whatever it is: the dry run was right
         cli.main([*GOOD, *flags.split()])
+
+
+# what is odd and runs: flags
+ALLOWED = {
+    "a wrapper that supplies an argument": "--reward hostile:supplied",
+    "a column that the first row of the evaluation lacks": "--eval_data later.jsonl --per_device_eval_batch_size 2",
+    "a metric of completions that ended": "--eval_data data.jsonl --eval_strategy steps --eval_steps 1 --save_steps 1 --max_completion_length 20 "
+                                          "--metric_for_best_model completions/mean_terminated_length",
+    "an output folder by a detour": "--output_dir new1/../new2",
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_network", "one_thread")
+@pytest.mark.parametrize("name", ALLOWED)
+def test_a_dry_run_lets_through_what_runs_and_leaves_nothing(hostile, capsys, name):
+    before = files(hostile)
+    code, out, err = run(capsys, *GOOD, *ALLOWED[name].split(), "--dry-run")
+    assert code == 0 and "rehearsed" in out and files(hostile) == before, err
+    assert run(capsys, *GOOD, *ALLOWED[name].split())[0] == 0
+    assert not (hostile / "new1").exists()
 
 
 def test_an_error_of_the_dry_run_is_all_that_is_printed(hostile, capsys):

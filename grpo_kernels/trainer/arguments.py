@@ -110,6 +110,8 @@ def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
     for name in ("model", "data", "reward"):
         if not run.is_demo and not getattr(run, name):
             raise ValueError(f"--{name} is missing: a run needs --model, --data and --reward; the demo none of them")
+    if run.model and "/" not in run.model and not os.path.isdir(run.model):  # the hub has models without an owner; here it is a typo
+        raise ValueError(f"--model {run.model!r}: no such folder, and no owner/name of a model on the hub")
     if run.is_demo and (run.reward or run.eval_data or run.use_peft):
         raise ValueError("--reward, --eval_data and --use_peft need --model and --data; the demo brings its own")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
@@ -117,6 +119,7 @@ def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
         if "quantization_config" in (args.model_init_kwargs or {}):
             raise ValueError("--load_in_4bit, --load_in_8bit and model_init_kwargs' quantization_config exclude each other")
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": quantized}
+    args.output_dir = args.output_dir and os.path.normpath(args.output_dir)  # makedirs of a/../b makes a too
     return run, args
 
 
@@ -222,7 +225,8 @@ def read_jsonl(path) -> list[dict]:
         raise ValueError(f"{path}: {error}") from error
     if not rows:
         raise ValueError(f"{path}: wanted at least one row, got none")
-    return rows
+    columns = dict.fromkeys(name for row in rows for name in row)  # a batch of rows that all lack one has it too, as None
+    return [columns | row for row in rows]
 
 
 def _row(line, where):
