@@ -83,9 +83,10 @@ def plan(argv):
     from .engine.plan import DEVICES, Problem, default_budget, predict, steps
     from .engine.plan import plan as choose
 
-    parser = _Parser(prog="grpo-kernels plan", allow_abbrev=False)
-    for name in ("tokens", "vocab", "depth"):
-        parser.add_argument(f"--{name}", type=int, required=True)
+    parser = _Parser(prog="grpo-kernels plan", allow_abbrev=False, epilog=_PLAN)
+    parser.add_argument("--tokens", type=int, required=True, help="N, completion tokens of one call, masked ones apart")
+    parser.add_argument("--vocab", type=int, required=True, help="V, rows of the output layer's weight")
+    parser.add_argument("--depth", type=int, required=True, help="D, the hidden size: columns of that weight")
     parser.add_argument("--device", type=str.lower, choices=sorted(DEVICES), default="h200", help="h200")
     parser.add_argument("--dtype", choices=_BYTES, default="bf16", help="bf16")
     wanted = parser.add_mutually_exclusive_group()
@@ -203,6 +204,8 @@ def _suggest(name, known):
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
+_PLAN = """A step is a product [m, k] x [k, n], or a pass over [m, n] logits where k is empty. It is done `count` times. MiB read
+and written are those of one time; the milliseconds are those of all."""
 _LONGEST = 500  # characters of a message; transformers' may list a hundred models
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 COMMANDS = {"train": train, "plan": plan, "plot": plot, "bench": bench, "doctor": doctor}

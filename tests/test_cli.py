@@ -1,6 +1,7 @@
 """The command line: names, precedence, and messages that say what was wrong."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -21,8 +22,9 @@ from transformers import (
 )
 
 from grpo_kernels import __version__, backends, cli
-from grpo_kernels.trainer import dry_run, loading
-from grpo_kernels.trainer.arguments import parse, read_data, read_jsonl
+from grpo_kernels.losses.config import LOSS_FIELDS
+from grpo_kernels.trainer import GRPOConfig, dry_run, loading
+from grpo_kernels.trainer.arguments import RunArguments, _Parser, parse, read_data, read_jsonl
 from grpo_kernels.trainer.demo import DEFAULTS, make_tokenizer
 
 REWARDS = """
@@ -220,6 +222,14 @@ AT_ONCE = {
     "a model option": ("--model_init_kwargs {\"nope\":1}", "nope"),
     "a dtype that is none": ("--model_init_kwargs {\"dtype\":\"float8\"}", "float8"),
     "attention that is not installed": ("--model_init_kwargs {\"attn_implementation\":\"flash_attention_2\"}", "FlashAttention2 installed"),
+    "a choice far from all": ("--optim nope", "--optim 'nope' train --help lists"),
+    "a choice near to one": ("--optim adamw_torch_fuse", "--optim 'adamw_torch_fuse' did you mean adamw_torch_fused"),
+    "a choice of few": ("--save_strategy nope", "--save_strategy 'nope' wanted no, steps, epoch, best"),
+    "a part of a name": ("--batch_size 4", "'--batch_size' did you mean generation_batch_size or --per_device_train_batch_size"),
+    "a file for a module": ("--reward ./house_rewards.py:short", "write house_rewards:short, without .py"),
+    "a module that is not there": ("--reward nowhere:short", "No module named 'nowhere', looked for from the working directory"),
+    "a module that lacks another": ("--reward needy:f", "cannot import 'needy' No module named 'absent_package')"),
+    "no data": ("--data nowhere.jsonl", "nowhere.jsonl: No such file or directory"),
     "no JSON": ("--generation_kwargs {nope", "generation_kwargs JSON {nope"),
     "JSON of no object": ("--chat_template_kwargs [1]", "chat_template_kwargs JSON object [1]"),
     "no such adapter": ("--use_peft --lora_target_modules nope", "nope not found"),
@@ -280,10 +290,11 @@ def hostile(folder):
     """Beside a good run's files everything that AT_ONCE and REHEARSED name."""
     (folder / "hostile.py").write_text(HOSTILE)
     (folder / "broken.py").write_text(BROKEN)
+    (folder / "needy.py").write_text("import absent_package\n")
     (folder / "unparsed.py").write_text("def f(:\n")
     (folder / "raising.py").write_text("\n1 / 0\n")
     (folder / "leaving.py").write_text("raise SystemExit(0)\n")
-    for name in ("hostile", "broken", "unparsed", "raising", "leaving"):
+    for name in ("hostile", "broken", "unparsed", "raising", "leaving", "needy"):
         sys.modules.pop(name, None)
     chat = [{"role": "user", "content": "1+1="}]
     rows = {"question": {"question": "1+1="}, "plain": {"prompt": "1+1="}, "chat": {"prompt": chat, "level": "easy"},
@@ -357,6 +368,41 @@ def test_a_dry_run_finds_what_would_end_the_run_in_its_first_minute(hostile, cap
     assert files(hostile) == before
     with pytest.raises((Exception, SystemExit)):  # whatever it is: the dry run was right
         cli.main([*GOOD, *flags.split()])
+
+
+def test_what_is_wrong_is_said_once_and_nothing_unlike_it_is_suggested(hostile, capsys):
+    batch = [f"--{name}_batch_size" for name in ("per_device_train", "per_device_eval", "generation")]
+    for flags, said in {
+        "--clip_eps 0.1": "unknown option '--clip_eps'",
+        "--batch_size 4": f"unknown option '--batch_size'; did you mean {' or '.join(batch)}?",
+        "--data nowhere.jsonl": "nowhere.jsonl: No such file or directory",
+        "--reward needy:f": "reward 'needy:f': cannot import 'needy' (ModuleNotFoundError: No module named 'absent_package')",
+    }.items():
+        assert run(capsys, *GOOD, *flags.split())[2] == f"grpo-kernels: {said}\n"
+
+
+def test_an_error_without_a_message_is_told_by_its_type(folder, capsys, monkeypatch):
+    def broken(*_):
+        raise ValueError
+
+    monkeypatch.setattr(dry_run, "check", broken)
+    code, _, err = run(capsys, *GOOD)
+    assert code == 2 and re.fullmatch(r"grpo-kernels: ValueError \(test_cli.py, line \d+\)\n", err), err
+
+
+def test_help_says_what_the_options_of_the_loss_and_the_numbers_of_a_plan_are(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for said in ("upper clip range, 1 + epsilon_high; None means epsilon. For cispo it is the cap itself", "gate temperatures of sapo. > 0. (default: 1.05)"):
+        assert said in text
+    parser = _Parser((RunArguments, GRPOConfig), prog="train")
+    assert all(action.help for action in parser._actions if action.dest in LOSS_FIELDS)
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for said in ("hidden size", "product [m, k] x [k, n]", "`count` times"):
+        assert said in text
 
 
 # what is odd and runs: flags

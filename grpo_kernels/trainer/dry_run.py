@@ -69,8 +69,8 @@ def describe(trainer):
     lengths, highest = [len(ids) for ids in prompts], max(map(max, prompts))
     if highest >= V:
         raise ValueError(f"the tokenizer must be the model's, got token {highest} of a prompt and a vocabulary of {V}")
-    columns = _columns(data)
-    yield f"data       {len(data)} prompts of up to {max(lengths)} tokens (first {len(prompts)}); other columns: {columns or 'none'}"
+    columns = _columns(data) or "none"
+    yield f"data       {len(data)} prompts of up to {max(lengths)} tokens (first {len(prompts)}); other columns: {columns}"
     yield f"rewards    {', '.join(reward_names(trainer.reward_funcs))}"
     checkpoint = trainer.checkpoint_to_resume(args.resume_from_checkpoint)
     if args.resume_from_checkpoint:

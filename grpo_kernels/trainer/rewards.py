@@ -41,12 +41,17 @@ def load_reward(spec: str):
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise ValueError(f"reward must be named package.module:function, or be the folder of a reward model, got {spec!r}")
+    if module_name.endswith(".py"):
+        dotted = os.path.normpath(module_name.removesuffix(".py")).replace(os.sep, ".")
+        raise ValueError(f"reward {spec!r}: write {dotted}:{name}, without .py")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"reward {spec!r}: cannot import {module_name!r} ({told(error, _users_place(error))})") from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name in (module_name, module_name.partition(".")[0])
+        said = told(error, _users_place(error)) + (", looked for from the working directory" if missing else "")
+        raise ValueError(f"reward {spec!r}: cannot import {module_name!r} ({said})") from error
     function = getattr(module, name, None)
     if not callable(function):
         wrong = "has no" if function is None else "holds something that cannot be called under"
@@ -155,8 +160,8 @@ def _users_place(error, function=None):
             return frame.filename, frame.lineno
     while isinstance(function, functools.partial):
         function = function.func
-    called = function.__init__ if inspect.isclass(function) else getattr(type(function), "__call__", None)
-    code = getattr(function, "__code__", None) or getattr(called, "__code__", None)
+    holder, called = (function, "__init__") if inspect.isclass(function) else (type(function), "__call__")
+    code = getattr(function, "__code__", None) or getattr(getattr(holder, called, None), "__code__", None)
     return code and (code.co_filename, code.co_firstlineno)
 
 

@@ -291,8 +291,8 @@ class GRPOTrainer(Trainer):
                 raise
             error = raised
         if self.args.world_size > 1:
-            note = noted(error)
-            said = error and f"rank {self.args.process_index}" + (f": {note}" if note else f" raised {type(error).__name__}: {error}")
+            told = f": {note}" if (note := noted(error)) else f" raised {type(error).__name__}: {error}"
+            said = error and f"rank {self.args.process_index}{told}"
             errors = [text for text in gather_object([said]) if text]
             if errors:
                 raise RuntimeError("; ".join(errors)) from error
