@@ -84,7 +84,7 @@ def plan(argv):
     from .engine.plan import plan as choose
 
     parser = _Parser(prog="grpo-kernels plan", allow_abbrev=False, epilog=_PLAN)
-    parser.add_argument("--tokens", type=int, required=True, help="N, completion tokens of one call, masked ones apart")
+    parser.add_argument("--tokens", type=int, required=True, help="N, completion tokens of one call that are not masked")
     parser.add_argument("--vocab", type=int, required=True, help="V, rows of the output layer's weight")
     parser.add_argument("--depth", type=int, required=True, help="D, the hidden size: columns of that weight")
     parser.add_argument("--device", type=str.lower, choices=sorted(DEVICES), default="h200", help="h200")

@@ -420,14 +420,16 @@ def test_dropout_on_the_heads_adapter_is_refused_before_training(tmp_path):
 
 
 def test_a_dry_run_counts_as_the_run_will(tmp_path):
+    options = dict(max_steps=-1, num_train_epochs=1.5, gradient_accumulation_steps=2, warmup_steps=2)
     for tied in (False, True):
-        t = trainer(tmp_path, model=tiny_model(tie_word_embeddings=tied), max_steps=-1, num_train_epochs=1.5, gradient_accumulation_steps=2)
+        t = trainer(tmp_path, model=tiny_model(tie_word_embeddings=tied), **options)
         plan = dict(line.split(maxsplit=1) for line in dry_run.describe(t) if not line.startswith("the loss"))
         layers = sum(p.numel() for n, p in t.model.named_parameters() if "embed" not in n and "lm_head" not in n)
         tokens = 2 * 8 * (len("456+1=") + 5)
         assert f"{6 * layers * tokens / 1e12:.3g} TFLOP in the body" in plan["operations"], plan
-        plain = trainer(tmp_path, model=tiny_model(tie_word_embeddings=tied), max_steps=-1, num_train_epochs=1.5, gradient_accumulation_steps=2)
+        plain = trainer(tmp_path, model=tiny_model(tie_word_embeddings=tied), **options)
         assert torch.equal(weights(t.model), weights(plain.model)) and all(p.grad is None for p in t.model.parameters()) and t.model.training
+        dry_run.check(t)
         t.train()
         plain.train()
         assert plan["step"].endswith(f"; {t.state.global_step} steps")

@@ -6,6 +6,7 @@ Then its first minute in small: a rollout of short completions, their rewards, l
 import inspect
 
 import huggingface_hub
+import torch
 
 from .. import backends
 from ..engine import plan
@@ -43,8 +44,10 @@ def check(trainer):
         tokenize(trainer.processing_class, [data[0]["prompt"]], args.chat_template_kwargs)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # whose optimiser is that of the sharded model
         return
-    trainer.create_optimizer_and_scheduler(trainer.planned_steps())
-    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.create_optimizer()  # the one of the run: some hang hooks on the parameters, which a second one would not replace
+    # its schedule is tried on another, whose learning rate it may change
+    trainer.create_scheduler(trainer.planned_steps(), torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate))
+    trainer.lr_scheduler = None
 
 
 def describe(trainer):

@@ -49,7 +49,7 @@ def load_reward(spec: str):
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name in (module_name, module_name.partition(".")[0])
+        missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         said = told(error, _users_place(error)) + (", looked for from the working directory" if missing else "")
         raise ValueError(f"reward {spec!r}: cannot import {module_name!r} ({said})") from error
     function = getattr(module, name, None)
