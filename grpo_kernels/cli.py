@@ -83,9 +83,10 @@ def plan(argv):
     from .engine.plan import DEVICES, Problem, default_budget, predict, steps
     from .engine.plan import plan as choose
 
-    parser = _Parser(prog="grpo-kernels plan", allow_abbrev=False)
-    for name in ("tokens", "vocab", "depth"):
-        parser.add_argument(f"--{name}", type=int, required=True)
+    parser = _Parser(prog="grpo-kernels plan", allow_abbrev=False, epilog=_PLAN)
+    parser.add_argument("--tokens", type=int, required=True, help="N, completion tokens of one call that are not masked")
+    parser.add_argument("--vocab", type=int, required=True, help="V, rows of the output layer's weight")
+    parser.add_argument("--depth", type=int, required=True, help="D, the hidden size: columns of that weight")
     parser.add_argument("--device", type=str.lower, choices=sorted(DEVICES), default="h200", help="h200")
     parser.add_argument("--dtype", choices=_BYTES, default="bf16", help="bf16")
     wanted = parser.add_mutually_exclusive_group()
@@ -162,8 +163,11 @@ def train(argv):
                 data = read_data(run.data)
                 evaluation = read_data(run.eval_data) if run.eval_data else None
                 trainer = GRPOTrainer(run.model, rewards, args, data, eval_dataset=evaluation, peft_config=run.peft_config())
+            else:
+                trainer = demo.unwarmed(args)
+            dry_run.check(trainer)
             if run.dry_run:
-                plan = list(dry_run.describe(demo.unwarmed(args) if run.is_demo else trainer))
+                plan = list(dry_run.describe(trainer))
                 if args.process_index == 0:
                     print("\n".join(plan))
                 return leave_together(args)
@@ -185,13 +189,13 @@ def train(argv):
 @contextlib.contextmanager
 def _in_one_line():
     """Whatever keeps a run from its first step; what is not meant for the user's eyes, with its type and place."""
-    from .trainer.rewards import told
+    from .trainer.rewards import noted, raised_at, told
 
     try:
         yield
     except Exception as error:
         meant = isinstance(error, (ValueError, TypeError, NotImplementedError, OSError, ImportError, RuntimeError))
-        said = " ".join(str(error).split()) if meant else told(error)
+        said = noted(error) or (meant and " ".join(str(error).split())) or told(error, raised_at(error))
         raise UsageError(said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ...") from error
 
 
@@ -200,6 +204,8 @@ def _suggest(name, known):
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
+_PLAN = """A step is a product [m, k] x [k, n], or a pass over [m, n] logits where k is empty. It is done `count` times. MiB read
+and written are those of one time; the milliseconds are those of all."""
 _LONGEST = 500  # characters of a message; transformers' may list a hundred models
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 COMMANDS = {"train": train, "plan": plan, "plot": plot, "bench": bench, "doctor": doctor}

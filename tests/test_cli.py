@@ -1,6 +1,7 @@
 """The command line: names, precedence, and messages that say what was wrong."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -21,8 +22,9 @@ from transformers import (
 )
 
 from grpo_kernels import __version__, backends, cli
-from grpo_kernels.trainer import dry_run
-from grpo_kernels.trainer.arguments import parse, read_data, read_jsonl
+from grpo_kernels.losses.config import LOSS_FIELDS
+from grpo_kernels.trainer import GRPOConfig, dry_run, loading
+from grpo_kernels.trainer.arguments import RunArguments, _Parser, parse, read_data, read_jsonl
 from grpo_kernels.trainer.demo import DEFAULTS, make_tokenizer
 
 REWARDS = """
@@ -87,7 +89,7 @@ def test_demo_defaults_yaml_and_flags_in_this_order(tmp_path):
     assert run.is_demo
     assert (args.seed, args.learning_rate, args.beta, args.scale_rewards) == (9, 3e-4, 0.5, "none")
     assert args.num_iterations == DEFAULTS["num_iterations"] != 1
-    run, args = parse(["--model", "m", "--data", "d", "--reward", "a:b", "c:d", "--config", str(file)], DEFAULTS)
+    run, args = parse(["--model", "o/m", "--data", "d", "--reward", "a:b", "c:d", "--config", str(file)], DEFAULTS)
     assert not run.is_demo and run.reward == ["a:b", "c:d"] and args.num_iterations == 1 and args.seed == 7
 
 
@@ -163,7 +165,7 @@ def test_data_from_parquet_and_from_disk(folder, capsys):
 
 
 HOSTILE = """
-import asyncio
+import functools
 def no_arguments(): return []
 def no_columns(prompts, completions, completion_ids): return [0.0] * len(completions)
 def by_position(completions, /, **_): return [0.0] * len(completions)
@@ -175,6 +177,12 @@ def too_short(completions, **_): return [0.0]
 def text(completions, **_): return "good"
 def nan(completions, **_): return [float("nan")] * len(completions)
 class Unmade: pass
+def supplying(function):
+    @functools.wraps(function)
+    def wrapper(**given):
+        return function(target=given["level"], **given)
+    return wrapper
+supplied = supplying(wants)
 """
 BROKEN = """
 from grpo_kernels import register_policy_term
@@ -205,7 +213,7 @@ AT_ONCE = {
     "no output": ("--output_dir=", "output_dir ''"),
     "no such folder": ("--model ./nope", "model './nope' no such folder"),
     "no such name": ("--model nope", "model 'nope' no such folder"),
-    "no such subfolder": ("--model model/nope", "model 'model/nope' no such folder"),
+    "no such place": ("--model model/no/pe", "model 'model/no/pe' no such folder"),
     "a model that is a file": ("--model data.jsonl", "model 'data.jsonl' no such folder"),
     "a folder without a model": ("--model empty", "empty config.json"),
     "a model without a tokenizer": ("--model bare", "'bare' tokenizer"),
@@ -214,6 +222,14 @@ AT_ONCE = {
     "a model option": ("--model_init_kwargs {\"nope\":1}", "nope"),
     "a dtype that is none": ("--model_init_kwargs {\"dtype\":\"float8\"}", "float8"),
     "attention that is not installed": ("--model_init_kwargs {\"attn_implementation\":\"flash_attention_2\"}", "FlashAttention2 installed"),
+    "a choice far from all": ("--optim nope", "--optim 'nope' train --help lists"),
+    "a choice near to one": ("--optim adamw_torch_fuse", "--optim 'adamw_torch_fuse' did you mean adamw_torch_fused"),
+    "a choice of few": ("--save_strategy nope", "--save_strategy 'nope' wanted no, steps, epoch, best"),
+    "a part of a name": ("--batch_size 4", "'--batch_size' did you mean generation_batch_size or --per_device_train_batch_size"),
+    "a file for a module": ("--reward ./house_rewards.py:short", "write house_rewards:short, without .py"),
+    "a module that is not there": ("--reward nowhere:short", "No module named 'nowhere', looked for from the working directory"),
+    "a module that lacks another": ("--reward needy:f", "cannot import 'needy' No module named 'absent_package')"),
+    "no data": ("--data nowhere.jsonl", "nowhere.jsonl: No such file or directory"),
     "no JSON": ("--generation_kwargs {nope", "generation_kwargs JSON {nope"),
     "JSON of no object": ("--chat_template_kwargs [1]", "chat_template_kwargs JSON object [1]"),
     "no such adapter": ("--use_peft --lora_target_modules nope", "nope not found"),
@@ -229,15 +245,25 @@ AT_ONCE = {
     "weights of other rewards": ("--reward_weights 1 2", "reward_weights 1 [1.0, 2.0]"),
     "no checkpoint": ("--resume_from_checkpoint True", "resume_from_checkpoint no checkpoint"),
     "no such checkpoint": ("--resume_from_checkpoint out/nope", "out/nope no such folder"),
-}
-# what a run would end with in its first minute
-REHEARSED = {
     "no arguments": ("--reward hostile:no_arguments", "'no_arguments' prompts, completions, completion_ids ['level']"),
     "no columns": ("--reward hostile:no_columns", "'no_columns' ['level'] 'level'"),
     "by position": ("--reward hostile:by_position", "'by_position' by name positional"),
     "a class": ("--reward hostile:Unmade", "'Unmade' by name"),
     "missing columns": ("--reward hostile:wants", "'wants' ['target'] ['level']"),
     "missing columns of the evaluation": ("--reward house_rewards:short --eval_data plain.jsonl", "'short' ['level'] []"),
+    "no chat template": ("--data chat.jsonl", "prompts messages 'model' no chat template"),
+    "no chat template for the evaluation": ("--eval_data chat.jsonl", "prompts messages 'model' no chat template"),
+    "an optimiser that is not installed": ("--optim galore_adamw", "galore_torch"),
+    "a learning rate": ("--learning_rate -1", "learning rate: -1"),
+    "a schedule that lacks its option": ("--lr_scheduler_type warmup_stable_decay", "num_decay_steps"),
+    "an optimiser of another package": ("--optim lomo", "lomo"),
+    "an option of the optimiser": ("--adam_beta1 2", "beta 2.0"),
+    "an option of the schedule": ("--lr_scheduler_kwargs {\"nope\":1}", "nope"),
+    "columns that are not passed": ("--remove_unused_columns True", "'short' ['level'] []"),
+    "a first evaluation without data": ("--eval_on_start True", "eval_on_start --eval_data"),
+}  # fmt: skip
+# what a run would end with in its first minute
+REHEARSED = {
     "raises on one": ("--reward hostile:raises_on_one", "'raises_on_one' KeyError (hostile.py, line 7)"),
     "raises later": ("--reward hostile:raises_later", "'raises_later' OSError: no connection"),
     "leaves": ("--reward hostile:leaves", "'leaves' SystemExit"),
@@ -245,19 +271,17 @@ REHEARSED = {
     "text": ("--reward hostile:text", "'text' list of numbers 'good'"),
     "nan": ("--reward hostile:nan", "'nan' finite"),
     "a loss that is no loss per token": ("--reward broken:longest --loss_type a_sum", "'a_sum' one loss a token []"),
-    "no chat template": ("--data chat.jsonl", "chat_template"),
-    "no chat template for the evaluation": ("--eval_data chat.jsonl", "chat_template"),
     "a column by the name of an argument": ("--data reserved.jsonl", "'completions' collides"),
     "another model's tokenizer": ("--model narrow", "tokenizer vocabulary of 8"),
     "a prompt of too many tokens": ("--model gpt --data long.jsonl", "IndexError"),
-    "an optimiser that is not installed": ("--optim galore_adamw", "galore_torch"),
-    "a learning rate": ("--learning_rate -1", "learning rate: -1"),
-    "a schedule that lacks its option": ("--lr_scheduler_type warmup_stable_decay", "num_decay_steps"),
     "an option of generate": ("--generation_kwargs {\"bad_words_ids\":3}", "bad_words_ids 3"),
     "an option of continuous batching": (
         "--use_transformers_continuous_batching --transformers_continuous_batching_config {\"nope\":1}", "nope"),
     "a metric that is none": (
         "--eval_data data.jsonl --eval_strategy steps --eval_steps 1 --metric_for_best_model nope", "metric_for_best_model eval_entropy 'nope'"),
+    "a metric without a value": (
+        "--eval_data data.jsonl --eval_strategy steps --eval_steps 1 --num_generations_eval 1 --per_device_eval_batch_size 1 "
+        "--metric_for_best_model reward_std", "metric_for_best_model 'reward_std'"),
 }  # fmt: skip
 
 
@@ -266,16 +290,18 @@ def hostile(folder):
     """Beside a good run's files everything that AT_ONCE and REHEARSED name."""
     (folder / "hostile.py").write_text(HOSTILE)
     (folder / "broken.py").write_text(BROKEN)
+    (folder / "needy.py").write_text("import absent_package\n")
     (folder / "unparsed.py").write_text("def f(:\n")
     (folder / "raising.py").write_text("\n1 / 0\n")
     (folder / "leaving.py").write_text("raise SystemExit(0)\n")
-    for name in ("hostile", "broken", "unparsed", "raising", "leaving"):
+    for name in ("hostile", "broken", "unparsed", "raising", "leaving", "needy"):
         sys.modules.pop(name, None)
     chat = [{"role": "user", "content": "1+1="}]
     rows = {"question": {"question": "1+1="}, "plain": {"prompt": "1+1="}, "chat": {"prompt": chat, "level": "easy"},
             "reserved": {"prompt": "1+1=", "level": "easy", "completions": "2"}, "long": {"prompt": "1" * 9, "level": "easy"}}  # fmt: skip
     for name, row in rows.items():
         (folder / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    (folder / "later.jsonl").write_text('{"prompt": "1+1="}\n' * 2 + '{"prompt": "2+1=", "level": "easy"}\n')
     (folder / "empty").mkdir()
     shutil.copytree(folder / "model", folder / "bare")
     for file in (folder / "bare").glob("token*"):
@@ -320,6 +346,19 @@ def test_what_keeps_a_run_from_its_first_step_is_one_line_and_leaves_nothing(hos
         assert files(hostile) == before
 
 
+def test_a_name_of_the_hub_beside_a_folder_of_its_owners_name_is_asked_for(folder, capsys, monkeypatch):
+    (folder / "Qwen").mkdir()
+    asked = []
+
+    def unreachable(path, **_):
+        asked.append(path)
+        raise OSError("we could not connect")
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", unreachable)
+    refused(capsys, "model 'Qwen/Qwen2.5-0.5B' folder 'Qwen' has no 'Qwen2.5-0.5B' could not connect", *GOOD, "--model", "Qwen/Qwen2.5-0.5B")
+    assert asked == ["Qwen/Qwen2.5-0.5B"]
+
+
 @pytest.mark.usefixtures("no_network", "one_thread")
 @pytest.mark.parametrize("name", REHEARSED)
 def test_a_dry_run_finds_what_would_end_the_run_in_its_first_minute(hostile, capsys, name):
@@ -329,6 +368,61 @@ def test_a_dry_run_finds_what_would_end_the_run_in_its_first_minute(hostile, cap
     assert files(hostile) == before
     with pytest.raises((Exception, SystemExit)):  # whatever it is: the dry run was right
         cli.main([*GOOD, *flags.split()])
+
+
+def test_what_is_wrong_is_said_once_and_nothing_unlike_it_is_suggested(hostile, capsys):
+    batch = [f"--{name}_batch_size" for name in ("per_device_train", "per_device_eval", "generation")]
+    for flags, said in {
+        "--clip_eps 0.1": "unknown option '--clip_eps'",
+        "--batch_size 4": f"unknown option '--batch_size'; did you mean {' or '.join(batch)}?",
+        "--data nowhere.jsonl": "nowhere.jsonl: No such file or directory",
+        "--reward needy:f": "reward 'needy:f': cannot import 'needy' (ModuleNotFoundError: No module named 'absent_package')",
+    }.items():
+        assert run(capsys, *GOOD, *flags.split())[2] == f"grpo-kernels: {said}\n"
+
+
+def test_an_error_without_a_message_is_told_by_its_type(folder, capsys, monkeypatch):
+    def broken(*_):
+        raise ValueError
+
+    monkeypatch.setattr(dry_run, "check", broken)
+    code, _, err = run(capsys, *GOOD)
+    assert code == 2 and re.fullmatch(r"grpo-kernels: ValueError \(test_cli.py, line \d+\)\n", err), err
+
+
+def test_help_says_what_the_options_of_the_loss_and_the_numbers_of_a_plan_are(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for said in ("upper clip range, 1 + epsilon_high; None means epsilon. For cispo it is the cap itself", "gate temperatures of sapo. > 0. (default: 1.05)"):
+        assert said in text
+    parser = _Parser((RunArguments, GRPOConfig), prog="train")
+    assert all(action.help for action in parser._actions if action.dest in LOSS_FIELDS)
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for said in ("hidden size", "product [m, k] x [k, n]", "`count` times"):
+        assert said in text
+
+
+# what is odd and runs: flags
+ALLOWED = {
+    "a wrapper that supplies an argument": "--reward hostile:supplied",
+    "a column that the first row of the evaluation lacks": "--eval_data later.jsonl --per_device_eval_batch_size 2",
+    "a metric of completions that ended": "--eval_data data.jsonl --eval_strategy steps --eval_steps 1 --save_steps 1 --max_completion_length 20 "
+                                          "--metric_for_best_model completions/mean_terminated_length",
+    "an output folder by a detour": "--output_dir new1/../new2",
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_network", "one_thread")
+@pytest.mark.parametrize("name", ALLOWED)
+def test_a_dry_run_lets_through_what_runs_and_leaves_nothing(hostile, capsys, name):
+    before = files(hostile)
+    code, out, err = run(capsys, *GOOD, *ALLOWED[name].split(), "--dry-run")
+    assert code == 0 and "rehearsed" in out and files(hostile) == before, err
+    assert run(capsys, *GOOD, *ALLOWED[name].split())[0] == 0
+    assert not (hostile / "new1").exists()
 
 
 def test_an_error_of_the_dry_run_is_all_that_is_printed(hostile, capsys):

@@ -1,6 +1,7 @@
 """GRPOTrainer: its loss against full logits, its bookkeeping, and that a killed run goes on as if it had not been."""
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -109,6 +111,8 @@ def test_config_holds_every_loss_option_once_by_name_and_default():
         (dict(loss_type="ppo"), "loss_type"),
         (dict(top_p=0.0), "top_p"),
         (dict(num_iterations=0), "num_iterations"),
+        (dict(num_iterations=True), "num_iterations must be an integer >= 1, got True"),
+        (dict(per_device_train_batch_size=8.0), "per_device_train_batch_size must be an integer"),
         (dict(min_p=1.5), "min_p"),
         (dict(repetition_penalty=0.0), "repetition_penalty"),
         (dict(generation_kwargs={"num_beams": 4}), "num_beams"),
@@ -126,6 +130,11 @@ def test_config_holds_every_loss_option_once_by_name_and_default():
 def test_bad_options_are_named(tmp_path, options, named):
     with pytest.raises(ValueError, match=named):
         config(tmp_path, **options)
+
+
+def test_numpys_integers_are_integers(tmp_path):
+    args = config(tmp_path, num_generations=np.int64(4), per_device_train_batch_size=np.int32(8))
+    assert json.loads(args.to_json_string())["num_generations"] == 4 and args.generation_batch_size == 8
 
 
 def test_bad_arguments_are_named(tmp_path):

@@ -1,6 +1,7 @@
 """What a run does around the loss: sampling options, rewards of every kind, a moving reference, samples to read, checkpoints to trust."""
 
 import asyncio
+import functools
 import json
 import math
 import pickle
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from test_trainer import DATA, config, digit_sum, next_micro_batches, tiny_model, trainer, weights
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification, Trainer
 
-from grpo_kernels.trainer import GRPOTrainer, checkpoints, dry_run, watch
+from grpo_kernels.trainer import GRPOTrainer, checkpoints, dry_run, loading, rewards, watch
 from grpo_kernels.trainer import trainer as trainer_module
 from grpo_kernels.trainer.demo import make_tokenizer
 from grpo_kernels.trainer.metrics import Recorded
@@ -143,6 +144,60 @@ def test_an_asynchronous_reward_that_raises_is_heard():
 
     with pytest.raises(RuntimeError, match="no connection"):
         score([broken], ["p"], ["a"], [[1]], {})
+
+
+class Stop(Exception):
+    pass
+
+
+def line_of(function, offset=0):
+    return f"(test_trainer_services.py, line {function.__code__.co_firstlineno + offset})"
+
+
+def stops(**_):
+    raise Stop
+
+
+async def stops_later(**_):
+    raise Stop("enough")
+
+
+def reads_json(completions, **_):
+    return json.loads("{")
+
+
+def leaves(**_):
+    raise SystemExit(0)
+
+
+def takes_nothing():
+    return []
+
+
+class Judge:
+    def __call__(self, completions):
+        return []
+
+
+@pytest.mark.parametrize(
+    "function, kind, said",
+    [
+        (stops, Stop, "'stops' raised Stop " + line_of(stops, 1)),
+        (stops_later, Stop, "'stops_later' raised Stop: enough " + line_of(stops_later, 1)),
+        (reads_json, json.JSONDecodeError, line_of(reads_json, 1)),
+        (takes_nothing, TypeError, line_of(takes_nothing)),
+        (functools.partial(takes_nothing), TypeError, line_of(takes_nothing)),
+        (Judge(), TypeError, line_of(Judge.__call__)),
+        (len, TypeError, "'len' raised TypeError: len() takes no keyword arguments"),
+        (leaves, RuntimeError, "'leaves' raised SystemExit: 0 " + line_of(leaves, 1)),
+    ],
+)
+def test_what_a_reward_raises_keeps_its_type_and_names_the_users_line(tmp_path, function, kind, said):
+    with pytest.raises(kind) as raised:
+        trainer(tmp_path, rewards=function).train()
+    assert raised.type is kind
+    notes = " ".join([str(raised.value), *getattr(raised.value, "__notes__", ())])
+    assert notes.endswith(said) and " rewards.py" not in notes and "(rewards.py" not in notes, notes
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -320,6 +375,43 @@ def test_a_dtype_by_its_older_name(tmp_path):
         assert GRPOTrainer(str(tmp_path / "model"), digit_sum, args, DATA).model.dtype == torch.bfloat16
 
 
+def test_what_says_where_a_model_is_reaches_config_tokenizer_and_weights(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "model" / "part")
+    make_tokenizer().save_pretrained(tmp_path / "model" / "part")
+    where = {"trust_remote_code": True, "subfolder": "part", "revision": "main", "local_files_only": True, "code_revision": "v1", "token": "t"}
+    asked = {}
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        real = getattr(loading, name).from_pretrained
+
+        def spy(path, name=name, real=real, **options):
+            asked.setdefault(name, options)  # transformers asks for the configuration again
+            return real(path, **options)
+
+        monkeypatch.setattr(getattr(loading, name), "from_pretrained", spy)
+    model = str(tmp_path / "model")
+    GRPOTrainer(model, digit_sum, config(tmp_path / "run", model_init_kwargs=where), DATA)
+    assert asked.pop("AutoModelForCausalLM") == {"dtype": "float32", **where}
+    assert asked == {"AutoConfig": where, "AutoTokenizer": where}
+    given = loading.AutoConfig.from_pretrained(f"{model}/part", attention_dropout=0.25)
+    args = config(tmp_path / "run", model_init_kwargs={"subfolder": "part", "config": given}, trust_remote_code=True)
+    asked.clear()
+    assert GRPOTrainer(model, digit_sum, args, DATA).model.config.attention_dropout == 0.25
+    assert asked["AutoTokenizer"]["trust_remote_code"] is True
+
+
+def test_a_name_without_an_owner_is_for_the_hub_to_know(tmp_path, monkeypatch):
+    def unknown(path, **_):
+        raise OSError(f"{path} is not on the hub")
+
+    for name in ("AutoConfig", "AutoModelForSequenceClassification"):
+        monkeypatch.setattr(getattr(loading if name == "AutoConfig" else rewards, name), "from_pretrained", unknown)
+    for model, judge in (("gpt2", digit_sum), (tiny_model(), "gpt2")):
+        with pytest.raises(OSError, match="gpt2 is not on the hub"):
+            GRPOTrainer(model, judge, config(tmp_path), DATA, processing_class=make_tokenizer())
+    with pytest.raises(ValueError, match="reward model './gpt2': no such folder"):
+        GRPOTrainer(tiny_model(), "./gpt2", config(tmp_path), DATA, processing_class=make_tokenizer())
+
+
 def test_dropout_on_the_heads_adapter_is_refused_before_training(tmp_path):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.1, task_type="CAUSAL_LM")
@@ -328,14 +420,16 @@ def test_dropout_on_the_heads_adapter_is_refused_before_training(tmp_path):
 
 
 def test_a_dry_run_counts_as_the_run_will(tmp_path):
+    options = dict(max_steps=-1, num_train_epochs=1.5, gradient_accumulation_steps=2, warmup_steps=2)
     for tied in (False, True):
-        t = trainer(tmp_path, model=tiny_model(tie_word_embeddings=tied), max_steps=-1, num_train_epochs=1.5, gradient_accumulation_steps=2)
+        t = trainer(tmp_path, model=tiny_model(tie_word_embeddings=tied), **options)
         plan = dict(line.split(maxsplit=1) for line in dry_run.describe(t) if not line.startswith("the loss"))
         layers = sum(p.numel() for n, p in t.model.named_parameters() if "embed" not in n and "lm_head" not in n)
         tokens = 2 * 8 * (len("456+1=") + 5)
         assert f"{6 * layers * tokens / 1e12:.3g} TFLOP in the body" in plan["operations"], plan
-        plain = trainer(tmp_path, model=tiny_model(tie_word_embeddings=tied), max_steps=-1, num_train_epochs=1.5, gradient_accumulation_steps=2)
+        plain = trainer(tmp_path, model=tiny_model(tie_word_embeddings=tied), **options)
         assert torch.equal(weights(t.model), weights(plain.model)) and all(p.grad is None for p in t.model.parameters()) and t.model.training
+        dry_run.check(t)
         t.train()
         plain.train()
         assert plan["step"].endswith(f"; {t.state.global_step} steps")

@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, HfArgumentParser
 
 from ..extras import needs
 from ..losses.config import LOSS_TYPES
-from .config import GRPOConfig
+from .config import NOT_OURS, GRPOConfig
 from .rewards import load_reward
 
 
@@ -81,9 +81,20 @@ class RunArguments:
         return self.model is None and self.data is None
 
 
+_FEW = 12  # choices that a message lists
+_CLOSE = 0.75  # of difflib's ratio; --clip_eps and --logging_steps have 0.6
+_LONG = 5  # letters of a name that may be part of another
+
+
 class _Parser(HfArgumentParser):
     def error(self, message):
         raise ValueError(message)  # argparse would print the usage of 150 options and exit
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:  # of which argparse would list all, forty of --optim
+            names = [str(getattr(choice, "value", choice)) for choice in action.choices]
+            known = f"; `train --help` lists {len(names)}" if len(names) > _FEW else f", wanted {', '.join(names)}"
+            raise ValueError(f"--{action.dest} has no choice {value!r}{_suggested(str(value), names) or known}")
 
 
 def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
@@ -106,10 +117,12 @@ def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
     parser.set_defaults(**settings)
     run, args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        raise ValueError(_unknown("option", unknown[0], parser._option_string_actions))
+        raise ValueError(_unknown("option", unknown[0], [f"--{name}" for name in _dests(parser)]))
     for name in ("model", "data", "reward"):
         if not run.is_demo and not getattr(run, name):
             raise ValueError(f"--{name} is missing: a run needs --model, --data and --reward; the demo none of them")
+    if run.model and "/" not in run.model and not os.path.isdir(run.model):  # a typo, more often than gpt2
+        raise ValueError(f"--model {run.model!r}: no such folder, and no owner/name of a model on the hub")
     if run.is_demo and (run.reward or run.eval_data or run.use_peft):
         raise ValueError("--reward, --eval_data and --use_peft need --model and --data; the demo brings its own")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
@@ -117,6 +130,7 @@ def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
         if "quantization_config" in (args.model_init_kwargs or {}):
             raise ValueError("--load_in_4bit, --load_in_8bit and model_init_kwargs' quantization_config exclude each other")
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": quantized}
+    args.output_dir = args.output_dir and os.path.normpath(args.output_dir)  # makedirs of a/../b makes a too
     return run, args
 
 
@@ -179,7 +193,7 @@ def read_yaml(path) -> dict:
     known = {f.name for cls in (RunArguments, GRPOConfig) for f in dataclasses.fields(cls) if f.init} - {"config"}
     for key in settings:
         if key not in known:
-            raise ValueError(f"--config {path}: " + _unknown("key", str(key), known))
+            raise ValueError(f"--config {path}: " + _unknown("key", str(key), sorted(known)))
     return settings
 
 
@@ -219,10 +233,11 @@ def read_jsonl(path) -> list[dict]:
                 if line.strip():
                     rows.append(_row(line, f"{path}, line {number}"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     if not rows:
         raise ValueError(f"{path}: wanted at least one row, got none")
-    return rows
+    columns = dict.fromkeys(name for row in rows for name in row)  # a batch of rows that all lack one has it too, as None
+    return [columns | row for row in rows]
 
 
 def _row(line, where):
@@ -237,6 +252,21 @@ def _row(line, where):
     return row
 
 
+def _dests(parser):
+    """Options by one of their spellings."""
+    return [action.dest for action in parser._actions if action.dest not in NOT_OURS]
+
+
 def _unknown(kind, name, known):
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"unknown {kind} {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+    return f"unknown {kind} {name!r}" + _suggested(name, known)
+
+
+def _suggested(name, known):
+    """The names that are spelled much like it, or that hold all of its words."""
+    plain = name.partition("=")[0].replace("-", "_").strip("_")
+    bare = {option.lstrip("-"): option for option in known}
+    close = difflib.get_close_matches(plain, bare, n=3, cutoff=_CLOSE)
+    if len(plain) >= _LONG:
+        close += [option for option in bare if f"_{plain}_" in f"_{option}_"]
+    close = list(dict.fromkeys(close))[:4]
+    return f"; did you mean {' or '.join(bare[option] for option in close)}?" if close else ""

@@ -6,9 +6,12 @@ without being written twice. Names are those of TRL's GRPO trainer.
 
 import dataclasses
 import importlib.util
+import inspect
 import json
 import math
+import operator
 import os
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -28,10 +31,22 @@ _OURS = {
 
 _JSON = ("model_init_kwargs", "chat_template_kwargs", "generation_kwargs", "transformers_continuous_batching_config")
 
+# of TrainingArguments: without a meaning for rollouts
+NOT_OURS = ("auto_find_batch_size", "include_num_input_tokens_seen", "label_smoothing_factor")
+
+
+def _documented(cls):
+    """What the section Args of a docstring says of each name, in one line."""
+    section = (inspect.getdoc(cls) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {5,}.*)*)", section, re.M)
+    return {name: " ".join(text.replace("``", "").split()) for names, text in entries for name in names.split(", ")}
+
+
+_HELP = _documented(GRPOLossConfig)
 _LossFields = dataclasses.make_dataclass(
     "_LossFields",
     [
-        (f.name, kind, field(default=f.default, metadata={"help": f"{f.name} of GRPOLossConfig."}))
+        (f.name, kind, field(default=f.default, metadata={"help": _HELP.get(f.name, "").replace("%", "%%")}))
         for f in dataclasses.fields(GRPOLossConfig)
         for kind in [str if "Literal" in str(f.type) else f.type]  # a Literal's flag would refuse the names of registered losses
     ],
@@ -152,8 +167,9 @@ class GRPOConfig(TrainingArguments, _LossFields):
         least_of |= dict.fromkeys(sizes, 1)
         for name, least in least_of.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+            setattr(self, name, operator.index(value))  # numpy's could not be written to a checkpoint's JSON
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
@@ -176,7 +192,7 @@ class GRPOConfig(TrainingArguments, _LossFields):
             )
         if self.num_generations_eval is not None and self.num_generations_eval < 1:
             raise ValueError(f"num_generations_eval must be None or >= 1, got {self.num_generations_eval!r}")
-        for name in ("auto_find_batch_size", "include_num_input_tokens_seen", "label_smoothing_factor"):
+        for name in NOT_OURS:
             if getattr(self, name) not in (False, None, "no", 0.0):
                 raise ValueError(f"{name} must be left alone: it has no meaning for rollouts, got {getattr(self, name)!r}")
         if self.use_liger_kernel:

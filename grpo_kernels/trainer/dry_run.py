@@ -6,6 +6,7 @@ Then its first minute in small: a rollout of short completions, their rewards, l
 import inspect
 
 import huggingface_hub
+import torch
 
 from .. import backends
 from ..engine import plan
@@ -16,8 +17,9 @@ from .rewards import RESERVED, reward_names
 from .rollout import tokenize
 from .trainer import named_datasets, state_of
 
-_TOKENISED = 1000  # rows of data whose prompts are tokenised; more would be waited for
+_FIRST = 1000  # rows of data that are looked at; more would be waited for
 _SAMPLED = 8  # tokens of a completion
+_OF_ENDED = [f"completions/{kind}_terminated_length" for kind in ("mean", "min", "max")]
 
 
 def forgo_hub(args):
@@ -27,11 +29,32 @@ def forgo_hub(args):
     args.push_to_hub = False
 
 
+def check(trainer):
+    """Of every run before its first step: the columns that rewards need, a first prompt of each data set, optimiser and schedule.
+
+    Raises:
+        ValueError: naming the reward and the column that it lacks.
+        Exception: whatever making a prompt's tokens, the optimiser or the schedule raises.
+    """
+    args = trainer.args
+    for data in (trainer.train_dataset, *_evaluated(trainer).values()):
+        columns = [] if args.remove_unused_columns else _columns(data)
+        for name, function in zip(reward_names(trainer.reward_funcs), trainer.reward_funcs, strict=True):
+            _check_signature(name, function, columns)
+        tokenize(trainer.processing_class, [data[0]["prompt"]], args.chat_template_kwargs)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # whose optimiser is that of the sharded model
+        return
+    trainer.create_optimizer()  # the one of the run: some hang hooks on the parameters, which a second one would not replace
+    # its schedule is tried on another, whose learning rate it may change
+    trainer.create_scheduler(trainer.planned_steps(), torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate))
+    trainer.lr_scheduler = None
+
+
 def describe(trainer):
     """Lines. The first thousand prompts are tokenised, and the first rollout is rehearsed: no weight changes, nothing is written.
 
     Raises:
-        ValueError: naming what in the data cannot be trained on, a column that a reward lacks, a checkpoint that cannot be resumed.
+        ValueError: naming what in the data cannot be trained on, a checkpoint that cannot be resumed.
         Exception: whatever the run would end with in its first minute.
     """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
@@ -45,19 +68,13 @@ def describe(trainer):
         "" if head.weight.requires_grad else ", frozen")  # fmt: skip
 
     data = trainer.train_dataset
-    rows = [data[i] for i in range(min(len(data), _TOKENISED))]
-    prompts = tokenize(tokenizer, [row["prompt"] for row in rows], args.chat_template_kwargs)
+    prompts = tokenize(tokenizer, [row["prompt"] for row in _first_rows(data)], args.chat_template_kwargs)
     lengths, highest = [len(ids) for ids in prompts], max(map(max, prompts))
     if highest >= V:
         raise ValueError(f"the tokenizer must be the model's, got token {highest} of a prompt and a vocabulary of {V}")
-    columns = _columns(rows)
-    yield f"data       {len(data)} prompts of up to {max(lengths)} tokens (first {len(rows)}); other columns: {columns or 'none'}"
-    names = reward_names(trainer.reward_funcs)
-    evaluated = {} if trainer.eval_dataset is None else named_datasets(trainer.eval_dataset)
-    for given in (columns, *(_columns([data[0]]) for data in evaluated.values())):
-        for name, function in zip(names, trainer.reward_funcs, strict=True):
-            _check_signature(name, function, [] if args.remove_unused_columns else given)
-    yield f"rewards    {', '.join(names)}"
+    columns = _columns(data) or "none"
+    yield f"data       {len(data)} prompts of up to {max(lengths)} tokens (first {len(prompts)}); other columns: {columns}"
+    yield f"rewards    {', '.join(reward_names(trainer.reward_funcs))}"
     checkpoint = trainer.checkpoint_to_resume(args.resume_from_checkpoint)
     if args.resume_from_checkpoint:
         yield f"resumes    from {checkpoint or 'nothing: it begins anew'}"
@@ -65,12 +82,12 @@ def describe(trainer):
     groups = args.generation_batch_size // args.num_generations
     steps = trainer.planned_steps()
     yield (f"rollout    {groups} prompts x {args.num_generations} completions of up to {args.max_completion_length} tokens, "
-           f"for {args.steps_per_rollout} optimiser steps")  # fmt: skip
+           f"for {args.steps_per_rollout} optimiser step{'s' * (args.steps_per_rollout != 1)}")  # fmt: skip
     rows_of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     tokens = rows_of_step * (max(lengths) + args.max_completion_length)
     kept = rows_of_step * args.max_completion_length
     yield (f"step       {rows_of_step * args.world_size} completions, up to {tokens * args.world_size:,} tokens, of which "
-           f"{kept * args.world_size:,} have a loss; {steps} steps")  # fmt: skip
+           f"{kept * args.world_size:,} have a loss; {steps} step{'s' * (steps != 1)}")  # fmt: skip
 
     weight, live = head.weight, args.per_device_train_batch_size * args.max_completion_length
     needs_weight = weight.requires_grad or (head.lora is not None and head.lora[1].requires_grad)
@@ -102,6 +119,7 @@ def describe(trainer):
     if trainer.state.global_step >= steps:
         yield f"rehearsed  nothing: {checkpoint} has taken all {steps} steps of the run"
         return
+    evaluated = _evaluated(trainer)
     _rehearse(trainer, steps, checkpoint, evaluated)
     yield "rehearsed  a rollout of short completions, rewards, loss, gradients, optimiser" + (", evaluation" if evaluated else "")
 
@@ -121,6 +139,8 @@ def _rehearse(trainer, steps, checkpoint, evaluated):
         loss.backward()
         trainer.model.zero_grad(set_to_none=True)
         seen = {f"eval_{name}" for part in evaluated for name in _evaluate(trainer, part, evaluated[part])}
+        if args.max_completion_length < whole:  # none of the short ones may have come to its end
+            seen |= {f"eval_{part}_{name}".replace("__", "_") for part in evaluated for name in _OF_ENDED}
     finally:
         args.max_completion_length, trainer.optimizer, trainer.lr_scheduler = whole, None, None
     best = args.metric_for_best_model
@@ -129,7 +149,7 @@ def _rehearse(trainer, steps, checkpoint, evaluated):
 
 
 def _evaluate(trainer, part, data):
-    """Names of the metrics of one round on an evaluation set."""
+    """Names of the metrics that one round on an evaluation set reports."""
     args = trainer.args
     repeats = args.num_generations_eval or args.num_generations
     trainer.model.eval()
@@ -137,21 +157,29 @@ def _evaluate(trainer, part, data):
         trainer._evaluate_round(data, 0, max(args.per_device_eval_batch_size // repeats, 1), repeats)
     finally:
         trainer.model.train()
-    return [f"{part}_{name}".lstrip("_") for name in trainer._metrics["eval"].names()]
+    return [f"{part}_{name}".lstrip("_") for name in trainer._metrics["eval"].take(trainer.accelerator.gather)]
 
 
 def _positions(causal_lm):
     return getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _columns(rows):
-    return sorted({name for row in rows for name in row} - {"prompt"})
+def _evaluated(trainer):
+    return {} if trainer.eval_dataset is None else named_datasets(trainer.eval_dataset)
+
+
+def _first_rows(data):
+    return [data[i] for i in range(min(len(data), _FIRST))]
+
+
+def _columns(data):
+    return sorted({name for row in _first_rows(data) for name in row} - {"prompt"})
 
 
 def _check_signature(name, function, columns):
     """Of a reward function whose signature says what it wants."""
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, follow_wrapped=False)  # a wrapper may supply what is behind it
     except (TypeError, ValueError):
         return
     parameters = signature.parameters.values()

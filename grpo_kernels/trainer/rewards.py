@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import inspect
 import math
@@ -9,11 +10,12 @@ import os
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from .loading import load_tokenizer, refuse_missing
+from .loading import finding, load_tokenizer
 
 RESERVED = ("prompts", "completions", "completion_ids")
 
@@ -39,12 +41,17 @@ def load_reward(spec: str):
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise ValueError(f"reward must be named package.module:function, or be the folder of a reward model, got {spec!r}")
+    if module_name.endswith(".py"):
+        dotted = os.path.normpath(module_name.removesuffix(".py")).replace(os.sep, ".")
+        raise ValueError(f"reward {spec!r}: write {dotted}:{name}, without .py")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"reward {spec!r}: cannot import {module_name!r} ({told(error)})") from error
+        missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        said = told(error, _users_place(error)) + (", looked for from the working directory" if missing else "")
+        raise ValueError(f"reward {spec!r}: cannot import {module_name!r} ({said})") from error
     function = getattr(module, name, None)
     if not callable(function):
         wrong = "has no" if function is None else "holds something that cannot be called under"
@@ -92,14 +99,14 @@ def _answers(functions, names, given):
     """Of all functions; those that are asynchronous wait together."""
     answers = []
     for function, name in zip(functions, names, strict=True):
-        with _naming(name):
+        with _naming(name, function):
             answers.append(function(**given))
     waiting = [i for i, answer in enumerate(answers) if inspect.isawaitable(answer)]
     if not waiting:
         return answers
 
     async def answered(i):
-        with _naming(names[i]):
+        with _naming(names[i], functions[i]):
             return await answers[i]
 
     async def gathered():
@@ -114,20 +121,54 @@ def _answers(functions, names, given):
 
 
 @contextlib.contextmanager
-def _naming(name):
+def _naming(name, function):
+    """An exception of a reward function keeps its type; a note on it says which reward it was, and where in the user's code."""
     try:
         yield
     except (Exception, SystemExit) as error:
-        raise RuntimeError(f"reward {name!r} raised {told(error)}") from error
+        said = f"reward {name!r} raised {told(error, _users_place(error, function))}"
+        if isinstance(error, SystemExit):  # would end the run with status 0
+            raise RuntimeError(said) from error
+        error.__notes__ = [*getattr(error, "__notes__", ()), said]  # what 3.11's add_note does
+        raise
 
 
-def told(error) -> str:
-    """An exception of somebody else's code in one line: its type, what it says, and where it was raised."""
-    said = f"{type(error).__name__}: " + " ".join(str(error).split())
-    if isinstance(error, (ImportError, SyntaxError)):  # raised by the import itself
-        return said
+def noted(error):
+    """What `_naming` wrote on an exception, or None."""
+    return next((note for note in reversed(getattr(error, "__notes__", ())) if note.startswith("reward ")), None)
+
+
+def raised_at(error):
+    """(file, line) of the last frame."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{said} ({os.path.basename(last.filename)}, line {last.lineno})"
+    return last.filename, last.lineno
+
+
+def told(error, place) -> str:
+    """An exception in one line: its type, what it says, and where it was raised."""
+    text = " ".join(str(error).split())
+    said = type(error).__name__ + (f": {text}" if text else "")
+    if place is None or isinstance(error, (ImportError, SyntaxError)):  # raised by the import itself
+        return said
+    return f"{said} ({os.path.basename(place[0])}, line {place[1]})"
+
+
+def _users_place(error, function=None):
+    """(file, line) where the user's code raised; of a function that was called wrongly, its definition. None: a function in C."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not _is_library(frame.filename):
+            return frame.filename, frame.lineno
+    while isinstance(function, functools.partial):
+        function = function.func
+    holder, called = (function, "__init__") if inspect.isclass(function) else (type(function), "__call__")
+    code = getattr(function, "__code__", None) or getattr(getattr(holder, called, None), "__code__", None)
+    return code and (code.co_filename, code.co_firstlineno)
+
+
+def _is_library(file):
+    ours, python = os.path.dirname(os.path.dirname(__file__)), os.path.dirname(os.__file__)
+    installed = {"site-packages", "dist-packages"} & set(Path(file).parts)
+    return bool(installed) or file.startswith(("<frozen", ours + os.sep, python + os.sep))
 
 
 class ModelReward:
@@ -152,15 +193,15 @@ class ModelReward:
         """From a model, or the path of one."""
         if isinstance(model, (str, os.PathLike)):
             path = os.fspath(model)
-            refuse_missing(path, "reward model")
-            model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                path, trust_remote_code=trust_remote_code, output_loading_info=True
-            )
+            with finding(path, "reward model"):
+                model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                    path, trust_remote_code=trust_remote_code, output_loading_info=True
+                )
             if loaded["missing_keys"]:
                 raise ValueError(f"reward model {path!r} has no {', '.join(sorted(loaded['missing_keys'])[:3])}: it is none")
         else:
             path = model.config._name_or_path
-        tokenizer = tokenizer or load_tokenizer(path, trust_remote_code)
+        tokenizer = tokenizer or load_tokenizer(path, trust_remote_code=trust_remote_code)
         return cls(model.to(device), tokenizer, os.path.basename(os.path.normpath(path)) or type(model).__name__)
 
     @torch.inference_mode()

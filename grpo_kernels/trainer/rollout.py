@@ -43,10 +43,16 @@ def tokenize(tokenizer, prompts, chat_template_kwargs=None) -> list[list[int]]:
     ids = []
     for prompt in prompts:
         if not isinstance(prompt, str):
-            prompt = tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
-            )
-            ids.append(tokenizer(prompt, add_special_tokens=False)["input_ids"])  # the template wrote them
+            try:
+                text = tokenizer.apply_chat_template(
+                    prompt, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+                )
+            except ValueError as error:
+                if getattr(tokenizer, "chat_template", "") is not None:
+                    raise
+                name = tokenizer.name_or_path
+                raise ValueError(f"the data's prompts are messages, and the tokenizer of {name!r} has no chat template") from error
+            ids.append(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote them
         else:
             ids.append(tokenizer(prompt)["input_ids"])
         if not ids[-1]:

@@ -48,7 +48,7 @@ from . import checkpoints, diagnose, microbatch, reference_model
 from .config import GRPOConfig
 from .loading import load, refuse_encoder
 from .metrics import Recorded
-from .rewards import ModelReward, reward_metrics, reward_names, score
+from .rewards import ModelReward, noted, reward_metrics, reward_names, score
 from .rollout import joined, length_metrics, sample, sampling_config, seeded, tokenize
 from .watch import Samples
 
@@ -103,6 +103,8 @@ class GRPOTrainer(Trainer):
                 f"got {args.reward_weights}"
             )
         _check_dataset("train_dataset", train_dataset)
+        if args.eval_on_start and eval_dataset is None:
+            raise ValueError("eval_on_start must be False without an eval_dataset (--eval_data), got True")
         for name, data in named_datasets(eval_dataset).items():
             _check_dataset(f"eval_dataset {name}".strip(), data, needed=bool(name))
         if isinstance(model, (str, os.PathLike)):
@@ -289,7 +291,8 @@ class GRPOTrainer(Trainer):
                 raise
             error = raised
         if self.args.world_size > 1:
-            said = error and f"rank {self.args.process_index} raised {type(error).__name__}: {error}"
+            told = f": {note}" if (note := noted(error)) else f" raised {type(error).__name__}: {error}"
+            said = error and f"rank {self.args.process_index}{told}"
             errors = [text for text in gather_object([said]) if text]
             if errors:
                 raise RuntimeError("; ".join(errors)) from error
