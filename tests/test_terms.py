@@ -226,7 +226,7 @@ def test_the_command_line_knows_the_terms_of_a_reward_module(tmp_path):
     )
     code = (
         "from grpo_kernels.trainer.arguments import parse\n"
-        "run, args = parse(['--model', 'm', '--data', 'd', '--reward', 'my_reward:reward', '--loss_type', 'mine', '--use_cpu',\n"
+        "run, args = parse(['--model', 'owner/m', '--data', 'd', '--reward', 'my_reward:reward', '--loss_type', 'mine', '--use_cpu',\n"
         "                   '--output_dir', 'out'], {})\n"
         "print(args.loss_type)"
     )

@@ -226,10 +226,16 @@ def test_a_saved_model_comes_back_fused(kind, tmp_path):
 
 @pytest.fixture
 def bf16():
-    """An accelerator whose autocast wraps the forward of what it prepares."""
+    """An accelerator whose autocast wraps the forward of what it prepares; the one state of the process is another test's again."""
     accelerate = pytest.importorskip("accelerate")
+    states = [kind._shared_state for kind in (accelerate.state.AcceleratorState, accelerate.state.PartialState)]
+    before = [dict(state) for state in states]
+    for state in states:
+        state.clear()
     yield accelerate.Accelerator(mixed_precision="bf16", cpu=True)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    for state, old in zip(states, before, strict=True):
+        state.clear()
+        state.update(old)
 
 
 @pytest.mark.parametrize("keep", [True, False])
