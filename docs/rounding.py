@@ -2,6 +2,8 @@
 
     python -m docs.rounding      the tables of docs/precision.md
 
+The last one is of ordinary products: what gradients lose between two phases.
+
 Model: ``block`` products are added at once. They and the sum so far are aligned to the largest exponent among them (of a product:
 that of one factor plus that of the other), cut off ``bits`` below it, added exactly, and the result is cut to a float32.
 Known: exact products, truncation of both kinds (Fasi et al. 2021, doi 10.7717/peerj-cs.330). Blocks and bits: Khattak and Mikaitis
@@ -10,11 +12,14 @@ Assumed: one accumulator takes all of K in order. Where cuBLAS divides K, errors
 """
 
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import numpy as np
 import torch
 
+from grpo_kernels import linear_logprobs
 from grpo_kernels.bench import problem, shapes, workloads
+from grpo_kernels.engine import products
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,31 @@ def product_errors(how, a, b):
     return [np.linalg.norm(error, axis=1) / np.linalg.norm(exact, axis=1) for error in errors]
 
 
+def two_phase_errors(deviation, temperature, rows=128, vocab=20_001, depth=256):
+    """Relative error of dW of log-probs: PyTorch's and ours from bf16 logits, ours from float32 ones (emulated)."""
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, depth).bfloat16()
+    head = (torch.randn(vocab, depth) * deviation / depth**0.5).bfloat16()
+    tokens, g = torch.randint(0, vocab, (rows,)), torch.randn(rows)
+
+    def through_logits(weight):
+        z = hidden.to(weight.dtype) @ weight.T
+        log_p = ((z if z.dtype == torch.float64 else z.float()) / temperature).log_softmax(-1)
+        return log_p.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+    def ours(weight):
+        return linear_logprobs(hidden, weight, tokens, backend="torch", temperature=temperature).logps
+
+    def gradient(function, dtype=torch.bfloat16):
+        weight = head.to(dtype, copy=True).requires_grad_()
+        return torch.autograd.grad((function(weight) * g).sum(), weight)[0].double()
+
+    exact, found = gradient(through_logits, torch.float64), [gradient(through_logits), gradient(ours)]
+    with mock.patch.object(products, "FLOAT32_TILES", ("torch",)):
+        found.append(gradient(ours))
+    return [((x - exact).norm() / exact.norm()).item() for x in found]
+
+
 def show(name, how, errors):
     cells = (f"{abs(e).mean():.1e}, {(e**2).mean() ** 0.5:.1e}, {abs(e).max():.1e}".replace("e-0", "e-") for e in errors)
     print(f"| {name} | {how.name} | {' | '.join(cells)} |", flush=True)
@@ -94,6 +124,10 @@ def main(rows=128, depths=(896, 2048, 4096, 8192), vocab=151_936, dw_rows=6144, 
     for name, a, b in (("dH", dz, head[:, :channels].T), ("dW", many.T[:channels], hidden[:, :channels].T)):
         for how in (V100, A100, HOPPER, ROUNDING, OFTEN, IN_ORDER):
             show(name, how, product_errors(how, a, b))
+    print("| deviation, temperature | PyTorch, bf16 logits | ours, bf16 logits | ours, float32 logits |\n" + "|---" * 4 + "|")
+    for deviation in (3.0, 1.0, 0.1):
+        errors = two_phase_errors(deviation, 0.7)
+        print(f"| {deviation:g}, 0.7 | " + " | ".join(f"{e:.1e}".replace("e-0", "e-") for e in errors) + " |")
 
 
 if __name__ == "__main__":

@@ -139,17 +139,17 @@ def score_logits(
     The variance is 0 where it is not wanted.
     """
     dtype, wanted = accumulation_dtype(logits.dtype), decoded(tuple(numbers), work)
-    out = [torch.zeros(target.shape, dtype=dtype, device=logits.device) for _ in range(4)]
+    *scored, variance = out = [torch.zeros(target.shape, dtype=dtype, device=logits.device) for _ in range(4)]
     for values, sequence in _sequences(logits):
         for span in _spans(kept[sequence]):
             stats = new_statistics(values[span].shape[0], dtype, logits.device)
             temp = None if temperature is None else temperature[sequence][span]
             tile = Tile(_rows(values[span]), target[sequence][span].contiguous(), wanted.transform, temperature=temp)
             backends.kernels(wanted.backend).statistics(tile, stats)
-            for vector, value in zip(out, finalize(stats), strict=False):
+            for vector, value in zip(scored, finalize(stats), strict=True):
                 vector[sequence][span] = value
             if wanted.diagnostics[-1]:
-                out[3][sequence][span] = variance_of(with_tile(new_moments(stats.shape[0], dtype, logits.device), tile))
+                variance[sequence][span] = variance_of(with_tile(new_moments(stats.shape[0], dtype, logits.device), tile))
     return out
 
 

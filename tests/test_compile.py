@@ -211,7 +211,7 @@ def test_opcheck(adapter):
             score = (hidden, head, [rows, target, w + 0.5], 4, stash_rows, *two_phases)
             torch.library.opcheck(registered.score.default, score, test_utils=checks)
             *scored, stash, _ = registered.score(*score)
-            incoming = [normal(5), normal(5)]
+            incoming = [normal(5), normal(5), normal(5)]
             back = (hidden, head, [rows, target, w + 0.5], scored, stash, incoming, *two_phases)
             torch.library.opcheck(registered.score_backward.default, back, test_utils=checks)
 

@@ -69,20 +69,14 @@ def gradient(tile, out, scored, g, g_entropy=None):
 
 def target_gradient(tile, scored, g, g_entropy, g_lse):
     """(column, whether it is in this tile, d loss / d raw logit) of each row's target, [R, 1] each; ``g_lse``: that of lse."""
-    logps, lse, entropy, g, g_lse = (x.unsqueeze(1) for x in (*scored, g, g_lse))
     column, here = _target_column(tile.target, tile.values.shape[1])
-    raw = tile.values.gather(1, column).to(lse.dtype)
-    bias = None if tile.bias is None else tile.bias[column]
-    _, slope = transformed(replace(tile, values=raw if bias is None else raw + bias, bias=None), slice(None), lse.dtype)
-    p = logps.exp()
-    dz, idle = g_lse * p - g * logps.expm1(), (g == 0) & (g_lse == 0)
-    if g_entropy is not None:
-        dz = dz - g_entropy.unsqueeze(1) * (p * (logps + entropy)).where(p != 0, 0.0)
-        idle = idle & (g_entropy.unsqueeze(1) == 0)
-    if slope is not None:
-        dz = (dz * slope).where(dz != 0, 0.0)
-    dz = dz * (tile.transform.logit_scale / _temperature(tile, slice(None)))
-    return column, here, dz.masked_fill(idle, 0.0)
+    raw = tile.values.gather(1, column).to(scored.lse.dtype)
+    if tile.bias is not None:
+        raw = raw + tile.bias[column]
+    own, rest, first = torch.empty_like(raw), torch.empty_like(raw), torch.zeros_like(tile.target)
+    gradient(replace(tile, values=raw, target=first, bias=None), own, scored, g, g_entropy)
+    gradient(replace(tile, values=raw, target=first - 1, bias=None), rest, scored, -g_lse)  # g_lse p: no target
+    return column, here, own + rest
 
 
 def slabs(tile):

@@ -93,7 +93,7 @@ def _score_backward(
     incoming: Sequence[Tensor | None], numbers: Sequence[float], work: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     run = Run(hidden, head, rows, rows[0].shape[0], decoded(tuple(numbers), work), two_phases=True, backward=True)
-    g, g_entropy, g_lse = (*incoming, None)[:3]
+    g, g_entropy, g_lse = incoming
     if run.wide and len(stash):  # torch.compile hands over zeros for None, so that this is known here at the earliest
         g_entropy = _unless_zero(g_entropy, run.work.shard)
         stash = stash if g_entropy is None else stash[:0]
