@@ -32,6 +32,9 @@ struct Tile {
   Transform transform;
   const void* bias;         // acc [C] or null; may hold -inf
   const void* temperature;  // acc [R] or null
+  // [R, 2] or null. Row r is then the elements [first, last) of the acc [M] behind values.data; `rows` is R, `columns` is M, there is no
+  // bias, target is relative to `first`, and a result lies on the tile.
+  const int64_t* ranges;
 };
 
 struct Scored {
@@ -78,6 +81,33 @@ struct PolicyParams {
   PolicyRows rows;
   PolicyTerms terms;
   Scored scored;  // written
+};
+
+// R rows of one matrix, each with a range of rows of another.
+struct Pairs {
+  const int64_t* ids;     // [M], rows of the other matrix; an id outside of it is no pair
+  const int64_t* ranges;  // [R, 2]: row r has the pairs [first, last), which may be none
+  const int64_t* rows;    // [R], where the rows are in their matrix, each once; null: row r is the r-th
+  int64_t count;          // R
+};
+
+struct PairLogitsParams {
+  Pairs pairs;
+  Matrix hidden;     // [.., K]
+  Matrix weight;     // [V, K], of hidden's dtype
+  const void* bias;  // acc [V] or null; may hold -inf
+  void* out;         // acc [M]; an id outside of the weight gives -inf, or with `add` nothing
+  double scale;      // of the dot product
+  bool add;          // to out
+};
+
+struct PairSumsParams {
+  Pairs pairs;    // rows are out's, and one outside of it is left alone, as is one without a pair; ids are source's
+  const void* g;  // acc [M]
+  Matrix source;  // [.., K]
+  Matrix out;     // [.., K], of source's dtype or acc
+  double scale;   // of the sum
+  bool add;       // to out, before it is rounded
 };
 
 struct TransposeParams {

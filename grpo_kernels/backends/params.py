@@ -20,7 +20,7 @@ INT, POINTER = ctypes.c_int, ctypes.c_void_p
 _INT64, _DOUBLE, _BOOL = ctypes.c_int64, ctypes.c_double, ctypes.c_bool
 _Matrix = struct("Matrix", (POINTER, "data"), (_INT64, "rows columns row_stride"), (INT, "dtype"))
 _Transform = struct("Transform", (_DOUBLE, "logit_scale softcap temperature"))
-_Tile = struct("Tile", (_Matrix, "values"), (POINTER, "target"), (_Transform, "transform"), (POINTER, "bias temperature"))
+_Tile = struct("Tile", (_Matrix, "values"), (POINTER, "target"), (_Transform, "transform"), (POINTER, "bias temperature ranges"))
 _Scored = struct("Scored", (POINTER, "logps lse entropy"))
 _Rows = struct("PolicyRows", (POINTER, "w_policy advantages old ref w_kl w_entropy"))
 _Terms = struct("PolicyTerms", (INT, "kind"), (_DOUBLE, "epsilon_low epsilon_high delta sapo_temperature_pos sapo_temperature_neg"),
@@ -28,6 +28,10 @@ _Terms = struct("PolicyTerms", (INT, "kind"), (_DOUBLE, "epsilon_low epsilon_hig
 _Statistics = struct("StatisticsParams", (_Tile, "tile"), (POINTER, "stats"))
 _Gradient = struct("GradientParams", (_Tile, "tile"), (_Matrix, "out"), (_Scored, "scored"), (POINTER, "g g_entropy"))
 _Policy = struct("PolicyParams", (_Tile, "tile"), (_Matrix, "out"), (_Rows, "rows"), (_Terms, "terms"), (_Scored, "scored"))
+_Pairs = struct("Pairs", (POINTER, "ids ranges rows"), (_INT64, "count"))
+_PairLogits = struct("PairLogitsParams", (_Pairs, "pairs"), (_Matrix, "hidden weight"), (POINTER, "bias out"), (_DOUBLE, "scale"),
+                     (_BOOL, "add"))  # fmt: skip
+_PairSums = struct("PairSumsParams", (_Pairs, "pairs"), (POINTER, "g"), (_Matrix, "source out"), (_DOUBLE, "scale"), (_BOOL, "add"))
 _Transpose = struct("TransposeParams", (_Matrix, "matrix"), (POINTER, "out"))
 
 
@@ -36,7 +40,8 @@ def statistics(tile, stats):
 
 
 def gradient(tile, out, scored, g, g_entropy=None):
-    return _Gradient(_tile(tile), _matrix(out), _scored(scored), _at(g), _at(g_entropy))
+    where = _tile(tile)
+    return _Gradient(where, where.values if tile.ranges is not None else _matrix(out), _scored(scored), _at(g), _at(g_entropy))
 
 
 def policy(tile, out, rows, terms, scored):
@@ -47,6 +52,14 @@ def policy(tile, out, rows, terms, scored):
     vectors = _Rows(*(_at(getattr(rows, name)) for name, _ in _Rows._fields_))
     constants = (getattr(terms, name) for name, _ in _Terms._fields_[1:])
     return _Policy(_tile(tile), _matrix(out), vectors, _Terms(KINDS.index(terms.kind), *constants), _scored(scored))
+
+
+def pair_logits(pairs, hidden, weight, out, scale, bias, add):
+    return _PairLogits(_pairs(pairs), _matrix(hidden), _matrix(weight), _at(bias), _at(out), scale, add)
+
+
+def pair_sums(pairs, g, source, out, scale, add):
+    return _PairSums(_pairs(pairs), _at(g), _matrix(source), _matrix(out), scale, add)
 
 
 def transpose(matrix, out):
@@ -62,9 +75,17 @@ def _matrix(x):
 
 
 def _tile(tile):
-    t = tile.transform
+    t, values = tile.transform, tile.values
     transform = _Transform(t.logit_scale, t.softcap or 0.0, t.temperature)
-    return _Tile(_matrix(tile.values), _at(tile.target), transform, _at(tile.bias), _at(tile.temperature))
+    if tile.ranges is None:
+        matrix = _matrix(values)
+    else:
+        matrix = _Matrix(values.data_ptr(), tile.ranges.shape[0], values.shape[0], 0, _DTYPES.index(values.dtype))
+    return _Tile(matrix, _at(tile.target), transform, _at(tile.bias), _at(tile.temperature), _at(tile.ranges))
+
+
+def _pairs(pairs):
+    return _Pairs(_at(pairs.ids), _at(pairs.ranges), _at(pairs.rows), pairs.ranges.shape[0])
 
 
 def _scored(scored):

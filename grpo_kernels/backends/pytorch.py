@@ -4,9 +4,11 @@
     gradient(tile, out, scored, g, g_entropy)  d loss / d raw logits
     policy(tile, out, rows, terms, scored)     statistics, coefficient and gradient of whole rows at once, the fused GRPO kernel;
                                                not here: the engine then takes statistics, autograd of the term, gradient
+    pair_logits(pairs, hidden, weight, out)    z of pairs (row of hidden, row of weight)
+    pair_sums(pairs, g, source, out)           sums over a row's pairs: dH of them, and with rows and ids exchanged dW
 
 ``out`` [R, C] is other memory in the inputs' dtype, or the tile's own memory in its own dtype: the lane that has read an element
-writes it. Rows whose g and g_entropy are 0 become zeros whatever they hold. Each kernel walks the tile in slabs of rows, so that
+writes it. `statistics` and `gradient` take a tile with ranges too. Rows whose g and g_entropy are 0 become zeros whatever they hold. Each kernel walks the tile in slabs of rows, so that
 its float32 temporaries stay at a few tens of MiB. Per element: one exp, one read, and one write but for `statistics`.
 """
 
@@ -14,9 +16,10 @@ from dataclasses import replace
 
 import torch
 
-from .statistics import merged
+from .statistics import Pairs, Tile, check_pairs, merged
 
 _SLAB_ELEMENTS = 1 << 20
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def why_unavailable():
@@ -28,7 +31,7 @@ def statistics(tile, stats):
 
     stats columns: max; sum of exp(z - max) without the target's column; sum of (z - max) exp(z - max); target's z.
     """
-    for s in slabs(tile.values):
+    for s in slabs(tile):
         z, _ = transformed(tile, s, stats.dtype)
         column, here = _target_column(tile.target[s], z.shape[1])
         peak = z.amax(1, keepdim=True)
@@ -47,11 +50,11 @@ def gradient(tile, out, scored, g, g_entropy=None):
     dz = [ g (onehot - p) - g_entropy p (log p + entropy) ] (1 - tanh^2 of the softcap) logit_scale / temperature
     """
     transform = tile.transform
-    for s in slabs(tile.values):
+    for s in slabs(tile):
         logps, lse, entropy = (x[s].unsqueeze(1) for x in scored)
         t, rows_g = _temperature(tile, s), g[s].unsqueeze(1)
-        column, here = _target_column(tile.target[s], tile.values.shape[1])
         z, slope = transformed(tile, s, lse.dtype)
+        column, here = _target_column(tile.target[s], z.shape[1])
         log_p = z - lse
         # near p = 1, z - lse has lost the digits of log p
         log_p = log_p.scatter(1, column, torch.where(here, logps, log_p.gather(1, column)))
@@ -64,7 +67,12 @@ def gradient(tile, out, scored, g, g_entropy=None):
             idle = idle & (g_entropy[s].unsqueeze(1) == 0)
         if slope is not None:
             dz = (dz * slope).where(dz != 0, 0.0)
-        out[s] = (dz * (transform.logit_scale / t)).masked_fill(idle, 0.0).to(out.dtype)
+        dz = (dz * (transform.logit_scale / t)).masked_fill(idle, 0.0).to(out.dtype)
+        if tile.ranges is None:
+            out[s] = dz
+        else:
+            at, inside = _places(tile.ranges[s])
+            out[at[inside]] = dz[inside]
 
 
 def target_gradient(tile, scored, g, g_entropy, g_lse):
@@ -79,22 +87,97 @@ def target_gradient(tile, scored, g, g_entropy, g_lse):
     return column, here, own + rest
 
 
-def slabs(tile):
-    step = max(1, _SLAB_ELEMENTS // max(1, tile.shape[1]))
-    return [slice(start, start + step) for start in range(0, tile.shape[0], step)]
+def slabs(tile: Tile):
+    """The tile's rows, some at a time."""
+    rows, columns = tile.values.shape if tile.ranges is None else (len(tile.ranges), _longest(tile.ranges))
+    step = max(1, _SLAB_ELEMENTS // max(1, columns))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def transformed(tile, s, dtype):
-    """(z, derivative of the softcap or None) of some rows of a tile."""
-    transform = tile.transform
-    y = tile.values[s].to(dtype)
+    """(z, derivative of the softcap or None) of some rows of a tile; behind the end of a range z is -inf."""
+    transform, inside = tile.transform, None
+    if tile.ranges is None:
+        y = tile.values[s].to(dtype)
+    else:
+        at, inside = _places(tile.ranges[s])
+        y = tile.values[at].where(inside, 0.0)
     if tile.bias is not None:
         y = y + tile.bias.to(dtype)
     y, slope = y * transform.logit_scale, None
     if transform.softcap is not None:
         share = y / transform.softcap
         y, slope = transform.softcap * torch.tanh(share), 1 / torch.cosh(share).square()  # 1 - tanh^2 without its cancellation
-    return y / _temperature(tile, s), slope
+    z = y / _temperature(tile, s)
+    return (z if inside is None else z.where(inside, -float("inf"))), slope
+
+
+def pair_logits(pairs, hidden, weight, out, scale=1.0, bias=None, add=False):
+    """out[j] = scale * hidden[rows[r]] . weight[ids[j]] + bias[ids[j]] for each pair j of each row r, added to out with ``add``.
+
+    hidden [.., K] and weight [V, K] share a dtype, out [M] and bias [V] are acc. An id outside of [0, V) gives -inf, or with
+    ``add`` nothing. What belongs to no range is left alone.
+    """
+    check_pairs(pairs, _DTYPES, out, hidden, weight, bias)
+    row, at = _flat(pairs)
+    ids, row = pairs.ids[at], row if pairs.rows is None else pairs.rows[row]
+    here = (ids >= 0) & (ids < weight.shape[0])
+    if not add:
+        out[at[~here]] = -float("inf")
+    ids, row, at = ids[here], row[here], at[here]
+    for s in _pieces(len(at), weight.shape[1]):
+        z = scale * (hidden[row[s]].to(out.dtype) * weight[ids[s]].to(out.dtype)).sum(1)
+        z = z if bias is None else z + bias[ids[s]]
+        out[at[s]] = out[at[s]] + z if add else z
+
+
+def pair_sums(pairs, g, source, out, scale=1.0, add=False):
+    """out[rows[r]] = scale * sum of g[j] source[ids[j]] over the pairs j of row r, in a fixed order; added to out with ``add``.
+
+    source [.., K]; out [.., K] in its dtype or in acc, rounded once; g [M] acc. Ids outside of source count nothing, whatever
+    their g; rows outside of out, and rows without a pair, are left alone.
+    """
+    check_pairs(pairs, _DTYPES, g, out, source)
+    first, last = pairs.ranges.unbind(1)
+    rows = torch.arange(len(first), device=first.device) if pairs.rows is None else pairs.rows
+    chosen = ((first < last) & (rows >= 0) & (rows < out.shape[0])).nonzero().squeeze(1)
+    width = _longest(pairs.ranges)
+    for s in _pieces(len(chosen), width * source.shape[1]):
+        at, inside = _places(pairs.ranges[chosen[s]])
+        ids, to = pairs.ids[at], rows[chosen[s]]
+        inside = inside & (ids >= 0) & (ids < source.shape[0])
+        total = out.new_zeros(len(at), source.shape[1], dtype=g.dtype)
+        for c in _pieces(at.shape[1], len(at) * source.shape[1]):
+            factors = g[at[:, c]].where(inside[:, c], 0.0).unsqueeze(1)
+            values = source[ids[:, c].where(inside[:, c], 0)].to(g.dtype)
+            total += scale * torch.bmm(factors, values.where(inside[:, c].unsqueeze(2), 0.0)).squeeze(1)
+        out[to] = (out[to].to(g.dtype) + total if add else total).to(out.dtype)
+
+
+def _flat(pairs: Pairs):
+    """(row r, place j) of every pair."""
+    first, last = pairs.ranges.unbind(1)
+    lengths = last - first
+    row = torch.repeat_interleave(torch.arange(len(first), device=first.device), lengths)
+    before = lengths.cumsum(0) - lengths
+    return row, first[row] + torch.arange(len(row), device=row.device) - before[row]
+
+
+def _places(ranges):
+    """(places [R, C], which of them lie inside), each range from its first on, padded to the longest."""
+    first, last = ranges.unbind(1)
+    at = first.unsqueeze(1) + torch.arange(max(1, _longest(ranges)), device=ranges.device)
+    inside = at < last.unsqueeze(1)
+    return at.where(inside, 0), inside
+
+
+def _longest(ranges):
+    return int((ranges[:, 1] - ranges[:, 0]).max()) if len(ranges) else 0
+
+
+def _pieces(count, size):
+    step = max(1, _SLAB_ELEMENTS // max(1, size))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _temperature(tile, s):

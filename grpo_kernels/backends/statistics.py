@@ -1,4 +1,4 @@
-"""What the row kernels of every backend are handed, and the running statistics of a row of logits."""
+"""What the row and pair kernels of every backend are handed, and the running statistics of a row of logits."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,13 +13,24 @@ class Tile:
     """What one call of a row kernel sees: R rows and C columns of raw logits ``h W^T``, and how they become z.
 
     ``z = softcap * tanh(logit_scale * (raw + bias) / softcap) / temperature``. acc is float32, or float64 for float64 values.
+    With ``ranges`` the rows are of different lengths: row r is ``values[first:last]`` of values [M], (first, last) = ranges[r].
     """
 
-    values: torch.Tensor  # [R, C] raw logits, columns adjacent
+    values: torch.Tensor  # [R, C] raw logits, columns adjacent; [M] acc with ranges
     target: torch.Tensor  # [R] int64, relative to the first column; outside of [0, C): not in this tile
     transform: LogitTransform
     bias: torch.Tensor | None = None  # [C] acc, may hold -inf
     temperature: torch.Tensor | None = None  # [R] acc, overrides the transform's
+    ranges: torch.Tensor | None = None  # [R, 2] int64 within [0, M], none overlaps another; there is no bias then
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What one call of a pair kernel sees: R rows of one matrix, each with a range of rows of another."""
+
+    ids: torch.Tensor  # [M] int64, rows of the other matrix; an id outside of it is no pair
+    ranges: torch.Tensor  # [R, 2] int64: row r has the pairs [first, last), which may be none
+    rows: torch.Tensor | None = None  # [R] int64, where the rows are in their matrix, each once; None: row r is the r-th
 
 
 class Scored(NamedTuple):
@@ -75,30 +86,66 @@ def check(tile: Tile, results: dict, out: torch.Tensor | None = None, **tensors)
     ``results``: {dtype of a tile: dtypes that may be written}. ``tensors`` are [R] acc, stats [R, 4]; None where it may be absent.
     """
     # `if` and `raise`: an assert would be gone under `python -O`, and text built for nothing costs more than the checks
-    values = tile.values
-    (rows, columns), dtype, device = values.shape, values.dtype, values.device
+    values, ranges = tile.values, tile.ranges
+    (rows, columns), dtype, device = _shape_of(tile), values.dtype, values.device
     if dtype not in results:
         raise AssertionError(f"tile must be one of {', '.join(map(str, results))}, got {dtype}")
-    check_rows("tile", values)
+    if ranges is None:
+        check_rows("tile", values)
+    elif tile.bias is not None or not values.is_contiguous() or dtype not in (torch.float32, torch.float64):
+        raise AssertionError(f"a tile with ranges must be contiguous [M] float32 or float64 without bias, got {described(values)}")
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    tensors |= {"target": tile.target, "bias": tile.bias, "temperature": tile.temperature}
+    tensors |= {"target": tile.target, "bias": tile.bias, "temperature": tile.temperature, "ranges": ranges}
+    shapes = {"stats": (rows, 4), "bias": (columns,), "ranges": (rows, 2)}
     for name, x in tensors.items():
         if x is None and name not in _REQUIRED:
             continue
-        shape = (rows, 4) if name == "stats" else (columns,) if name == "bias" else (rows,)
-        wanted = torch.int64 if name == "target" else acc
-        if x is None or x.shape != shape or x.dtype != wanted or x.device != device or not x.is_contiguous():
-            raise AssertionError(f"{name} must be contiguous {shape} {wanted} on {device}, got {described(x)}")
+        check_vector(name, x, shapes.get(name, (rows,)), torch.int64 if name in ("target", "ranges") else acc, device)
     if out is None:
         return
     if out.shape != values.shape or out.dtype not in results[dtype] or out.device != device:
         dtypes = " or ".join(map(str, results[dtype]))
         raise AssertionError(f"out must be {tuple(values.shape)} {dtypes} on {device}, got {described(out)}")
+    if ranges is not None:
+        require(out.data_ptr() == values.data_ptr() and out.dtype == dtype, "out must be the tile's own memory where it has ranges")
+        return
     check_rows("out", out)
     if out.data_ptr() == values.data_ptr() and out.dtype == dtype and (rows <= 1 or out.stride(0) == values.stride(0)):
         return
     if out.data_ptr() < _end(values) and values.data_ptr() < _end(out):
         raise AssertionError("out must be the tile's own memory in its own dtype, or other memory")
+
+
+def check_pairs(pairs: Pairs, dtypes, per_pair: torch.Tensor, per_row: torch.Tensor, per_id: torch.Tensor, bias=None):
+    """Raises AssertionError as `check` does. ``per_pair`` [M] acc; ``per_row`` [.., K] and ``per_id`` [.., K] are the matrices."""
+    dtype, device = per_id.dtype, per_id.device
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    if dtype not in dtypes:
+        raise AssertionError(f"matrices must be one of {', '.join(map(str, dtypes))}, got {dtype}")
+    count = pairs.ranges.shape[0]
+    check_vector("ids", pairs.ids, pairs.ids.shape[:1], torch.int64, device)
+    check_vector("ranges", pairs.ranges, (count, 2), torch.int64, device)
+    check_vector("per_pair", per_pair, pairs.ids.shape, acc, device)
+    if pairs.rows is not None:
+        check_vector("rows", pairs.rows, (count,), torch.int64, device)
+    if bias is not None:
+        check_vector("bias", bias, per_id.shape[:1], acc, device)
+    for name, x in (("per_row", per_row), ("per_id", per_id)):
+        check_rows(name, x)
+        if x.shape[1] != per_id.shape[1] or x.dtype not in (dtype, acc) or x.device != device:
+            raise AssertionError(f"{name} must be [.., {per_id.shape[1]}] {dtype} on {device}, got {described(x)}")
+    if pairs.rows is None and per_row.shape[0] < count:
+        raise AssertionError(f"per_row must have {count} rows, got {described(per_row)}")
+
+
+def _shape_of(tile):
+    """(rows, columns); with ranges there is no number of columns."""
+    return tile.values.shape if tile.ranges is None else (tile.ranges.shape[0], None)
+
+
+def check_vector(name, x, shape, dtype, device):
+    if x is None or x.shape != shape or x.dtype != dtype or x.device != device or not x.is_contiguous():
+        raise AssertionError(f"{name} must be contiguous {tuple(shape)} {dtype} on {device}, got {described(x)}")
 
 
 def require(holds, message):

@@ -44,7 +44,7 @@ class Diagnostics:
         if not (mean or top):
             return
         total, best, where = self.sum[rows], self.best[rows], self.where[rows]
-        for s in slabs(tile.values):
+        for s in slabs(tile):
             z, _ = transformed(tile, s, self.sum.dtype)
             if mean:
                 total[s] += z.sum(1)
@@ -79,10 +79,10 @@ def new_moments(rows, dtype, device):
 
 def with_tile(moments, tile):
     """The moments of some columns and those of a tile together."""
-    if not tile.values.shape[1]:
+    if tile.ranges is None and not tile.values.shape[1]:
         return moments
     out = torch.empty_like(moments)
-    for s in slabs(tile.values):
+    for s in slabs(tile):
         z, _ = transformed(tile, s, moments.dtype)
         peak = z.amax(1)
         z = z - peak.where(peak != -float("inf"), 0.0).unsqueeze(1)
