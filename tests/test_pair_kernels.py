@@ -7,7 +7,7 @@ import torch
 from problems import DEVICE
 from row_kernels import all_kernels
 
-from grpo_kernels.backends.statistics import Pairs, Scored, Tile, finalize, new_statistics
+from grpo_kernels.backends.statistics import Pairs, Tile, finalize, new_statistics
 from grpo_kernels.losses.config import LogitTransform
 
 KERNELS = [k for k in all_kernels() if hasattr(k.module, "pair_logits") and not k.wide and not k.apart]
