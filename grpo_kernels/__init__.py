@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .losses.config import GRPOLossConfig
     from .losses.objective import objective
     from .losses.terms import register_policy_term
+    from .support import TokenSupport
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "GRPOLossOutput",
     "LogProbs",
     "LogProbsAndLse",
+    "TokenSupport",
     "available_backends",
     "fused_linear_grpo_loss",
     "group_advantages",
@@ -46,9 +48,10 @@ _MODULES = {
     "losses.config": ("GRPOLossConfig",),
     "losses.objective": ("objective",),
     "losses.terms": ("register_policy_term",),
+    "support": ("TokenSupport",),
 }
 _SUBMODULES = ("backends", "build_cuda", "call", "devices", "distributed", "engine", "from_logits", "logprobs", "loss", "losses",
-               "reference")  # fmt: skip
+               "reference", "support")  # fmt: skip
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 

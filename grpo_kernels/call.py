@@ -34,6 +34,8 @@ from .distributed import (
     validate_across_ranks,
 )
 from .engine.operands import Head, Rows, Work, can_sync
+from .engine.ops import row_logprobs
+from .engine.pairs import PairRows, RangeScores, range_logprobs, with_pair_logits
 from .engine.plan import default_budget
 from .engine.products import accumulation_dtype
 from .engine.temperature import with_temperature_gradient
@@ -49,6 +51,7 @@ from .losses.objective import (
 )
 from .losses.terms import PolicyRows
 from .packed import PackedLayout
+from .support import Supports, TokenSupport, check_support, wrong_token
 
 
 class LogProbs(NamedTuple):
@@ -108,6 +111,7 @@ class TokenArguments:
     data_parallel_group: Any = None
     options: dict | None = None  # of a config that is yet to be validated
     return_lse: bool = False
+    support: TokenSupport | None = None
 
     ids_name = "token_ids"
     entropy_has_gradient = True  # or may have one
@@ -138,6 +142,10 @@ class TokenArguments:
             check_shape("temperature", temperature, tokens, ())
             # its gradient is a sum over the tokens, in float32 if not float64
             temperature = temperature.to(torch.promote_types(temperature.dtype, torch.float32)).expand(tokens)
+        if self.support is not None:
+            check_support(self.support, tokens, device)
+            if self.return_lse:
+                raise ValueError("return_lse must be False with a support, whose lse would be another, got True")
         refuse_lost_gradients(self.config, mask=self.mask)
         mask = torch.ones(tokens, dtype=torch.bool, device=device) if self.mask is None else self.mask
         return replace(self, hidden=hidden, weight=weight, bias=bias, lora=lora, mask=mask, temperature=temperature)
@@ -156,7 +164,8 @@ class TokenArguments:
 
     def facts(self):
         """What must be the same on all ranks of a vocab_parallel_group, beside the head."""
-        return {"which tensors are given": self.given("mask", "bias", "temperature"), "return_lse": int(self.return_lse)}
+        given = self.given("mask", "bias", "temperature", "support")
+        return {"which tensors are given": given, "return_lse": int(self.return_lse)}
 
 
 @dataclass(frozen=True)
@@ -226,7 +235,7 @@ class LossArguments(TokenArguments):
     def facts(self):
         return {
             "which tensors are given": self.given("bias", "old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps",
-                                                  "num_items", "temperature", "cu_seqlens"),
+                                                  "num_items", "temperature", "cu_seqlens", "support"),
             "config": repr(self.config), "shape of advantages": list(self.advantages.shape),
             "length of kept_rows": -1 if self.kept_rows is None else self.kept_rows.numel(),
             "sequence_parallel": int(self.sequence_parallel),
@@ -245,23 +254,40 @@ class Call:
     correction: torch.Tensor | None  # 0-dim, to add to log-probs: NaN if a value was bad; None where that was raised
     loss: "TokenLoss | None"
     temperature: torch.Tensor | None = None  # like mask, where it wants a gradient
+    pairs: PairRows | None = None  # the rows that have a support of two tokens and more
 
-    def per_token(self, logps, entropy, found, lse=None):
-        """What `row_logprobs` has found as (logps, entropy, lse) of the shape of mask, differentiable in the temperature too."""
-        logps, entropy, lse = (None if x is None else self.scatter(x) for x in (logps, entropy, lse))
-        if self.temperature is None:
-            return logps, entropy, lse
-        variance = self.scatter(found[:, -1]) if self.work.diagnostics[-1] else None
-        return with_temperature_gradient(logps, entropy, self.temperature, self.mask, variance, lse)
+    def scores(self, entropy_gradient=False, return_lse=False):
+        """(logps, entropy, lse or None) in two phases, of the shape of mask, all differentiable; diagnostics [N, 4] or [0, 4]."""
+        over, call = self.over_supports()
+        logps, entropy, found, lse = row_logprobs(call.head, call.rows, call.work, entropy_gradient, return_lse)
+        logps, entropy = self.scatter(logps, over.logps), self.scatter(entropy, over.entropy)
+        lse = None if lse is None else self.scatter(lse)
+        if self.temperature is not None:
+            variance = self.scatter(found[:, -1], over.variance) if self.work.diagnostics[-1] else None
+            logps, entropy, lse = with_temperature_gradient(logps, entropy, self.temperature, self.mask, variance, lse)
+        return logps, entropy, lse, found
+
+    def over_supports(self):
+        """(`RangeScores` of the rows that have a support, the call of the others).
+
+        What the others send back to hidden and head passes through the pairs, which add theirs to it.
+        """
+        if self.pairs is None:
+            return RangeScores(), self
+        z, hidden, head = with_pair_logits(self.head, self.rows.hidden, self.pairs, self.work)
+        return range_logprobs(z, self.pairs, self.work), replace(self, head=head, rows=replace(self.rows, hidden=hidden))
 
     @property
     def one_pass(self):
         """Whether the gradients are ready when the forward ends."""
         return self.rows.policy is not None
 
-    def scatter(self, values):
-        """[N] -> the shape of mask, 0 elsewhere; differentiable."""
-        full = values.new_zeros(self.mask.numel()).index_copy(0, self.rows.index, values).view(self.mask.shape)
+    def scatter(self, values, over_supports=None):
+        """[N] of the rows, and [R] of those with a support -> the shape of mask, 0 elsewhere; differentiable."""
+        full = values.new_zeros(self.mask.numel()).index_copy(0, self.rows.index, values)
+        if over_supports is not None:
+            full = full.index_copy(0, self.pairs.index, over_supports)
+        full = full.view(self.mask.shape)
         return full if self.correction is None else (full + self.correction).where(self.mask.bool(), 0.0)
 
 
@@ -279,8 +305,9 @@ def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -
             args = replace(args, hidden=hidden, weight=weight, bias=bias, lora=lora, vocab_parallel_group=group).checked()
             variance = args.temperature_has_gradient and args.entropy_has_gradient
             head, work = _head_and_work(args, (*map(bool, diagnostics), variance))
-            if group is not None and any(diagnostics):
-                raise ValueError("diagnostics must be empty with a vocab_parallel_group")
+            for name in ("vocab_parallel_group", "support"):
+                if any(diagnostics) and (group if name == "vocab_parallel_group" else args.support) is not None:
+                    raise ValueError(f"diagnostics must be empty with a {name}")
             if group is not None:
                 _bring_facts(meeting, args, work)
             loss = TokenLoss(args, wait) if isinstance(args, LossArguments) else None
@@ -334,21 +361,33 @@ def _with_rows(args, head, work, loss, wait):
     """
     mask, shard = args.mask, work.shard
     vocab = args.weight.shape[0] if shard is None else shard.total
-    flags = value_flags(args, vocab, loss)
     trains = any(work.needs)
-    correction = None
+    kept, correction = mask.reshape(-1).bool(), None
+    flags = value_flags(args, vocab, loss)
     if wait:
-        kept = mask.reshape(-1).bool()
         all_train = loss is None or args.differentiable_logps  # a term of the caller's may train what the loss leaves alone
         live = torch.zeros_like(kept) if not trains else kept if all_train else kept & loss.live().reshape(-1)
-        n, n_live, *bad = torch.cat([torch.stack([kept.sum(), live.sum()]), flags]).tolist()
+        over = None if args.support is None else Supports.checked(args, kept, vocab)
+        kinds = (2 - kept.to(torch.int8) - live.to(torch.int8)) if over is None else over.kinds(kept, live)
+        counts = [(kinds == kind).sum() for kind in range(2 if over is None else 5)]
+        found = torch.cat([torch.stack(counts), flags, *([] if over is None else [over.missing(kept).unsqueeze(0)])]).tolist()
+        counts, bad = found[: len(counts)], found[len(counts) :]
         if shard is not None:
-            shard.agree(mask.device, kept=n, trained=n_live, wrong=sum(bad))
-        raise_bad_values(bad, vocab)
-        # a stable sort by (live, scored only, masked) instead of nonzero, which would synchronise again
-        index = (2 - kept.to(torch.int8) - live.to(torch.int8)).argsort(stable=True)[:n]
+            shard.agree(mask.device, kept=sum(counts), trained=sum(counts[: len(counts) // 2 * 2 : 2]), wrong=sum(bad))
+        raise_bad_values(bad[: len(flags)], vocab)
+        if over is not None and bad[-1]:
+            raise ValueError(wrong_token(args.support, kept, over.token_ids, mask.shape, args.ids_name))
+        # a stable sort by kind (live, scored only, those with a support likewise, others) instead of nonzero, which would synchronise
+        order = kinds.argsort(stable=True)
+        n, n_live = counts[0] + counts[1], counts[0]
+        index = order[:n]
+        pairs = None if over is None else over.rows(order[n : n + sum(counts[2:4])], counts[2])
     else:
         index, bad = _given_rows(mask, args.kept_rows, flags)
+        pairs = None
+        if args.support is not None:
+            index, pairs, wrong = Supports.given(args, index, kept, vocab, trains)
+            bad = bad | wrong
         n_live = index.shape[0] if trains else 0
         correction = torch.zeros((), device=mask.device).masked_fill(bad, float("nan"))
     hidden = args.hidden
@@ -356,17 +395,28 @@ def _with_rows(args, head, work, loss, wait):
         hidden = hidden.where(mask.bool().unsqueeze(-1), 0.0)
 
     target = args.completion_ids.reshape(-1)[index]
-    temperature = args.temperature
-    if temperature is not None:
-        temperature = temperature.detach().reshape(-1)[index].to(accumulation_dtype(hidden.dtype))
+    temperature = _row_temperature(args, index, correction)
     if correction is not None:
         target = target.clamp(0, vocab - 1)
-        kept = mask.reshape(-1)[index].bool()  # of a masked row it may be anything
-        temperature = None if temperature is None else temperature.where(kept & (temperature > 0), 1.0)
     if shard is not None:
         target = target - shard.offset
+    if pairs is not None:
+        pairs = replace(pairs, temperature=_row_temperature(args, pairs.index, correction))
+        pairs = pairs if shard is None else replace(pairs, ids=pairs.ids - shard.offset).of_shard(args.weight.shape[0])
     rows = Rows(hidden.reshape(-1, hidden.shape[-1]).contiguous(), index, n_live, target, temperature)
-    return Call(head, rows, work, mask, correction, loss, args.temperature if args.temperature_has_gradient else None)
+    differentiable = args.temperature if args.temperature_has_gradient else None
+    return Call(head, rows, work, mask, correction, loss, differentiable, pairs)
+
+
+def _row_temperature(args, index, correction):
+    """Of some rows [N] acc; None where all have the same."""
+    if args.temperature is None:
+        return None
+    temperature = args.temperature.detach().reshape(-1)[index].to(accumulation_dtype(args.hidden.dtype))
+    if correction is None:
+        return temperature
+    kept = args.mask.reshape(-1)[index].bool()  # of a masked row it may be anything
+    return temperature.where(kept & (temperature > 0), 1.0)
 
 
 def _given_rows(mask, kept_rows, flags):

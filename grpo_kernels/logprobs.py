@@ -8,7 +8,7 @@ from typing_extensions import Unpack
 from .call import LogProbs, LogProbsAndLse, TokenArguments, describe
 from .checks import Backend, refuse_transforms
 from .engine.diagnostics import NAMES
-from .engine.ops import row_logprobs
+from .support import TokenSupport
 
 
 class LogProbsOptions(TypedDict, total=False):
@@ -24,6 +24,7 @@ class LogProbsOptions(TypedDict, total=False):
     sequence_parallel: bool
     workspace_bytes: int | None
     backend: Backend
+    support: TokenSupport | None
 
 
 @overload
@@ -56,6 +57,7 @@ def linear_logprobs(
     workspace_bytes: int | None = None,
     backend: Backend = "auto",
     return_lse: bool = False,
+    support: TokenSupport | None = None,
 ) -> LogProbs | LogProbsAndLse:
     """Log-probs of tokens and entropies of their distributions, without the logits. Position t of hidden predicts token t.
 
@@ -80,6 +82,8 @@ def linear_logprobs(
         backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
         return_lse: also return ``lse = z.logsumexp(-1)``, for a z-loss ``(lse[mask]**2).mean()``. Its gradient costs no product of
             its own, but on a GPU, in 16 bits, no row is stashed then: 8NVD.
+        support: `TokenSupport` of the flattened positions, the tokens that each could have been sampled as: logits outside of it
+            count as -inf, and nothing of them is computed. M D multiplications for M pairs instead of N V D.
 
     Returns:
         `LogProbs` (logps, entropy), or `LogProbsAndLse` (logps, entropy, lse): [..] float32 (float64 for float64), 0 where masked,
@@ -92,14 +96,14 @@ def linear_logprobs(
     """
     logps, entropy, lse, *_ = _scored(
         hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
-        workspace_bytes, backend, return_lse=return_lse,
+        workspace_bytes, backend, return_lse=return_lse, support=support,
     )  # fmt: skip
     return LogProbsAndLse(logps, entropy, lse) if return_lse else LogProbs(logps, entropy)
 
 
 def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, lora=None,
                      vocab_parallel_group=None, sequence_parallel=False, workspace_bytes=None, backend="auto",
-                     diagnostics=(), sums_hidden=True):  # fmt: skip
+                     diagnostics=(), sums_hidden=True, support=None):  # fmt: skip
     """`linear_logprobs` with what trainers log beside: ``diagnostics`` names some of ``diagnostics.NAMES``.
 
     ``sums_hidden`` False leaves the gradient of hidden this rank's part of a sum over the vocab_parallel_group.
@@ -110,13 +114,13 @@ def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, tempera
     """
     logps, entropy, _, *beside = _scored(
         hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
-        workspace_bytes, backend, diagnostics, sums_hidden,
+        workspace_bytes, backend, diagnostics, sums_hidden, support=support,
     )  # fmt: skip
     return [logps, entropy, *beside]
 
 
 def _scored(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
-            workspace_bytes, backend, diagnostics=(), sums_hidden=True, return_lse=False):  # fmt: skip
+            workspace_bytes, backend, diagnostics=(), sums_hidden=True, return_lse=False, support=None):  # fmt: skip
     """[logps, entropy, lse or None, and the three diagnostics or None]."""
     wanted = [name in diagnostics for name in NAMES]
     refuse_transforms({"temperature": temperature})
@@ -126,9 +130,9 @@ def _scored(hidden, weight, token_ids, mask, bias, temperature, logit_scale, sof
     options = {"temperature": 1.0 if per_token else temperature, "logit_scale": logit_scale, "softcap": softcap}
     args = TokenArguments(hidden, weight, token_ids, mask, None, bias, temperature if per_token else None, lora,
                           vocab_parallel_group, sequence_parallel, workspace_bytes, backend, options=options,
-                          return_lse=return_lse)  # fmt: skip
+                          return_lse=return_lse, support=support)  # fmt: skip
     call = describe(args, wanted, sums_hidden)
-    logps, entropy, found, lse = row_logprobs(call.head, call.rows, call.work, return_lse=return_lse)
+    logps, entropy, lse, found = call.scores(return_lse=return_lse)
     beside = [call.scatter(found[:, i]) if want else None for i, want in enumerate(wanted)]
     beside[2] = None if beside[2] is None else beside[2] > 0
-    return [*call.per_token(logps, entropy, found, lse), *beside]
+    return [logps, entropy, lse, *beside]

@@ -12,8 +12,9 @@ from typing_extensions import Unpack
 
 from .call import GRPOLossOutput, LossArguments, describe
 from .checks import Backend, Reduction
-from .engine.ops import loss_in_one_pass, row_logprobs, with_gradients
+from .engine.ops import loss_in_one_pass, with_gradients
 from .losses.config import LOSS_FIELDS, GRPOLossConfig, LossOptions
+from .support import TokenSupport
 
 
 def fused_linear_grpo_loss(
@@ -41,6 +42,7 @@ def fused_linear_grpo_loss(
     backend: Backend = "auto",
     differentiable_logps: bool = False,
     reduction: Reduction = "loss_type",
+    support: TokenSupport | None = None,
 ) -> GRPOLossOutput:
     """The loss of the GRPO family from hidden states and the head's weight. Position t of hidden predicts token t.
 
@@ -89,6 +91,9 @@ def fused_linear_grpo_loss(
         reduction: ``loss_type`` adds the tokens' losses up as the loss_type does. ``none``: loss is [B, T], 0 where masked, the
             ``s + beta * k3 - entropy_coef * entropy`` of each token without the normaliser, in two phases. s has its factors: the
             importance_sampling_ratio and the masks of the entropy quantile and of off-policy sequences.
+        support: `TokenSupport` of the flattened [B, T] or packed [N], the tokens that each position could have been sampled as:
+            logits outside of it count as -inf, in log-probs, entropy and everything behind them. ``old_logps``, ``ref_logps`` and
+            ``sampling_logps`` must have been taken over the same supports.
 
     Returns:
         `GRPOLossOutput`: loss 0-dim, differentiable once in hidden, weight, bias, lora and temperature; logps and entropy [B, T],
@@ -106,14 +111,15 @@ def fused_linear_grpo_loss(
         workspace_bytes, backend, kept_rows, data_parallel_group, advantages=advantages, old_logps=old_logps, ref_logps=ref_logps,
         importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
         cu_seqlens=cu_seqlens, differentiable_logps=differentiable_logps,
-        reduction=reduction,
+        reduction=reduction, support=support,
     )  # fmt: skip
     call = describe(args)
     if call.one_pass:
+        over, call = call.over_supports()
         logps, entropy, gradients = loss_in_one_pass(call.head, call.rows, call.work)
-        logps, entropy = call.scatter(logps), call.scatter(entropy)
+        logps, entropy = call.scatter(logps, over.logps), call.scatter(entropy, over.entropy)
     else:
-        logps, entropy, _ = call.per_token(*row_logprobs(call.head, call.rows, call.work, args.entropy_has_gradient))
+        logps, entropy, *_ = call.scores(args.entropy_has_gradient)
     loss, metrics = call.loss(logps, entropy)
     if call.one_pass:
         loss = with_gradients(loss, gradients, call.head, call.rows, call.work)

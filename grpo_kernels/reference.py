@@ -8,6 +8,7 @@ from .call import GRPOLossOutput, LossArguments, TokenLoss
 from .checks import raise_bad_values, value_flags
 from .distributed import group_in_use, validate_across_ranks
 from .losses.config import GRPOLossConfig
+from .support import wrong_token, wrong_values
 
 
 def grpo_loss(
@@ -29,13 +30,25 @@ def grpo_loss(
         args = given.checked()
         loss = TokenLoss(args, wait=True)
         raise_bad_values(value_flags(args, weight.shape[0], loss).tolist(), weight.shape[0])
+        allowed = None if args.support is None else _allowed(args)
     loss.weigh()
 
     rows = args.hidden.where(mask.bool().unsqueeze(-1), 0.0)
     z = hidden_to_logits(rows, args.weight, args.bias, args.lora)
-    logps, entropy = logps_from_logits(z, completion_ids, mask, config, args.temperature)
+    logps, entropy = logps_from_logits(z, completion_ids, mask, config, args.temperature, allowed)
     loss, metrics = loss(logps, entropy)
     return GRPOLossOutput.of(loss, logps, entropy, metrics, args.differentiable_logps)
+
+
+def _allowed(args):
+    """[.., V] bool: the tokens that could have been sampled; all of them where masked."""
+    support, kept, vocab, tokens = args.support, args.mask.reshape(-1).bool(), args.weight.shape[0], args.mask.shape
+    if message := wrong_values(support, kept, vocab, tokens):
+        raise ValueError(message)
+    mask, ids = support.to_mask(vocab), args.completion_ids.reshape(-1)
+    if not mask[kept.nonzero().squeeze(1), ids[kept]].all():
+        raise ValueError(wrong_token(support, kept, ids, tokens, args.ids_name))
+    return (mask | ~kept.unsqueeze(1)).view(*tokens, vocab)
 
 
 def hidden_to_logits(hidden, weight, bias, lora):
@@ -46,8 +59,11 @@ def hidden_to_logits(hidden, weight, bias, lora):
     return z if bias is None else z + bias.to(z.dtype)
 
 
-def logps_from_logits(z, token_ids, mask, config, temperature=None):
-    """[..., V] raw logits -> (logps, entropy) [...], float32 (float64 stays), 0 where the mask is 0."""
+def logps_from_logits(z, token_ids, mask, config, temperature=None, allowed=None):
+    """[..., V] raw logits -> (logps, entropy) [...], float32 (float64 stays), 0 where the mask is 0.
+
+    ``allowed`` [..., V] bool: the logits of the others are -inf.
+    """
     kept = mask.bool()
     z = z.to(torch.promote_types(z.dtype, torch.float32)).where(kept.unsqueeze(-1), 0.0)
     z = config.logit_scale * z
@@ -59,6 +75,8 @@ def logps_from_logits(z, token_ids, mask, config, temperature=None):
         banned = z == -float("inf")  # the temperature's gradient would be 0 times it
         z = z.masked_fill(banned, 0.0) / temperature.to(z.dtype).where(kept, 1.0).unsqueeze(-1)
         z = z.masked_fill(banned, -float("inf"))
+    if allowed is not None:
+        z = z.masked_fill(~allowed, -float("inf"))
     token = token_ids.where(kept, 0).long().unsqueeze(-1)
     target = z.gather(-1, token).squeeze(-1)
     # lp = -softplus(lse_others - z[token]): the difference z[token] - lse would cancel near p = 1

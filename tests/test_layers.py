@@ -20,6 +20,7 @@ FLOORS = (
     ("integrations",),
     ("loss", "logprobs", "from_logits", "reference"),
     ("call",),
+    ("support",),
     ("engine", "checks", "packed"),
     ("backends", "distributed"),
     ("losses", "build_cuda", "devices", "extras", "peft_import", "tracing"),

@@ -8,8 +8,9 @@
     pair_sums(pairs, g, source, out)           sums over a row's pairs: dH of them, and with rows and ids exchanged dW
 
 ``out`` [R, C] is other memory in the inputs' dtype, or the tile's own memory in its own dtype: the lane that has read an element
-writes it. `statistics` and `gradient` take a tile with ranges too. Rows whose g and g_entropy are 0 become zeros whatever they hold. Each kernel walks the tile in slabs of rows, so that
-its float32 temporaries stay at a few tens of MiB. Per element: one exp, one read, and one write but for `statistics`.
+writes it. `statistics` and `gradient` take a tile with ranges too. Rows whose g and g_entropy are 0 become zeros whatever they
+hold. Each kernel walks the tile in slabs of rows, so that its float32 temporaries stay at a few tens of MiB. Per element: one exp,
+one read, and one write but for `statistics`.
 """
 
 from dataclasses import replace

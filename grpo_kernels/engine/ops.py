@@ -163,7 +163,8 @@ class _WithGradients(torch.autograd.Function):
             for grad in grads:
                 backends.scale_(grad, scale, ctx.backend)
         done = [grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.needs, strict=True)]
-        return None, None, None, None, *done, *(None,) * len(done)
+        # the loss has a graph of its own where some of its rows are computed over supports
+        return g if ctx.needs_input_grad[0] else None, None, None, None, *done, *(None,) * len(done)
 
 
 # Two phases

@@ -9,6 +9,8 @@ transposed copy (2 cores, AMX, 1024 x 151,936: 270 ms against 130 ms + 20 ms for
 """
 
 import functools
+import mmap
+import sys
 
 import torch
 
@@ -91,6 +93,18 @@ def empty(*shape, like, dtype=None):
     if out.device.type == "cpu" and out.numel() * out.element_size() >= _HUGE_PAGE_BYTES:
         native.advise_huge_pages(out)
     return out
+
+
+def zeros(like):
+    """torch.zeros_like, contiguous; on the CPU large ones are fresh pages of the system, which costs nothing until they are touched.
+
+    Filling 272 MB takes 27 to 60 ms; a gradient of few rows writes as many pages.
+    """
+    size = like.numel() * like.element_size()
+    if like.device.type != "cpu" or size < _HUGE_PAGE_BYTES or not sys.platform.startswith("linux"):
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
 
 
 class KeptMemory:

@@ -1,0 +1,237 @@
+"""The sparse side of a call: logits of pairs (row of hidden, vocabulary id) instead of whole rows of them.
+
+    logits    z_j = h W_v (+ adapter, + bias) of each pair j = (row, v)                D multiplications and e D bytes of W a pair
+    scores    log-probs, lse and entropy of a row over its range of pairs, by the row kernels
+    backward  dz of a range in place of z; dH = sum over a row's pairs of dz_j W_v; dW_v = sum over an id's pairs of dz_j h
+
+z is float32 (float64 for float64) whatever the inputs are: M numbers, so that nothing is ever computed again. dH and dW are one
+kernel: the second with rows and ids exchanged, over pairs sorted by id. Nothing here synchronises but the compaction for a shard.
+
+`with_pair_logits` also hands hidden and head through: what the dense side of the same call sends back to them arrives in its
+backward, which adds the pairs' part in place. So a call that has both sides has one dW.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from .. import backends
+from ..backends.statistics import Pairs, Scored, Tile, finalize, merged, new_statistics
+from .diagnostics import new_moments, variance_of, with_tile
+from .diagnostics import merged as merged_moments
+from .operands import Head, Work
+from .ops import differentiable_once
+from .products import accumulation_dtype, zeros
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """The rows of a call that are computed over their pairs, those that need a gradient in front."""
+
+    index: torch.Tensor  # [R] int64, of a row in hidden
+    live: int
+    ids: torch.Tensor  # [M] int64, relative to this rank's first row of the vocabulary
+    ranges: torch.Tensor  # [R, 2] int64: row r has the pairs [first, last)
+    row_of: torch.Tensor  # [M] int64, the row in hidden of a pair
+    target: torch.Tensor | None = None  # [R] int64, relative to first; outside of the range where this rank does not have it
+    temperature: torch.Tensor | None = None  # [R] acc
+
+    @property
+    def trained(self):
+        """The live rows."""
+        return replace(self, index=self.index[: self.live], ranges=self.ranges[: self.live])
+
+    def of_shard(self, vocab):
+        """The pairs whose id is in this rank's part of the vocabulary; ranges shrink, none goes."""
+        here = (self.ids >= 0) & (self.ids < vocab)
+        before = torch.nn.functional.pad(here.cumsum(0), (1, 0))
+        ranges, target = before[self.ranges], self.target
+        if target is not None:
+            # where the target is not here, what would be its place is another's: behind the end
+            at = (self.ranges[:, 0] + target).clamp(max=max(len(here) - 1, 0))
+            target = (before[at] - ranges[:, 0]).where(here[at], -1) if len(here) else torch.full_like(target, -1)
+        own = here.nonzero().squeeze(1)
+        return replace(self, ids=self.ids[own], row_of=self.row_of[own], ranges=ranges, target=target)
+
+
+class RangeScores(NamedTuple):
+    """Of R rows over their ranges, [R] each; None: there are no such rows, or no variance is wanted."""
+
+    logps: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    variance: torch.Tensor | None = None  # of log p
+
+
+def with_pair_logits(head: Head, hidden, pairs: PairRows, work: Work):
+    """(z [M] raw logits with the bias, differentiable; hidden and head, through which the dense side's gradients come)."""
+    z, hidden, *tensors = _PairLogits.apply(pairs, work, hidden, *head.tensors)
+    return z, hidden, Head(*tensors)
+
+
+def range_logprobs(z, pairs: PairRows, work: Work):
+    """`RangeScores` of the rows over their ranges of z; logps and entropy differentiable."""
+    return RangeScores(*_RangeLogProbs.apply(pairs, work, z))
+
+
+class _PairLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pairs, work, hidden, *tensors):
+        ctx.pairs, ctx.work = pairs, work
+        ctx.set_materialize_grads(False)
+        side = _Side(pairs, work, hidden, tensors)
+        z = side.logits()
+        ctx.save_for_backward(hidden, *tensors)
+        through = (hidden, *tensors)
+        ctx.mark_non_differentiable(*(x for x, needed in zip(through, work.needs, strict=True) if x is not None and not needed))
+        return z, *through
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, dz, *incoming):
+        hidden, *tensors = ctx.saved_tensors
+        found = list(incoming)
+        if dz is not None:
+            found = _Side(ctx.pairs, ctx.work, hidden, tensors).gradients(dz.contiguous(), found)
+        return None, None, *(x if needed else None for x, needed in zip(found, ctx.work.needs, strict=True))
+
+
+class _Side:
+    """One call of the pair kernels over the operands of a head."""
+
+    def __init__(self, pairs, work, hidden, tensors):
+        self.pairs, self.work, self.hidden, self.head = pairs, work, hidden, Head(*tensors)
+        self.kernels = backends.kernels(work.backend)
+        self.accumulate = accumulation_dtype(hidden.dtype)
+
+    def logits(self):
+        pairs, head = self.pairs, self.head
+        z = torch.empty(pairs.ids.shape, dtype=self.accumulate, device=pairs.ids.device)
+        by_row = Pairs(pairs.ids, pairs.ranges, pairs.index)
+        bias = None if head.bias is None else head.bias.to(self.accumulate).contiguous()
+        self.kernels.pair_logits(by_row, self.hidden, _adjacent(head.weight), z, bias=bias)
+        if head.lora_a is not None:
+            self.kernels.pair_logits(by_row, self._adapted(), _adjacent(head.lora_b), z, scale=self.work.lora_scale, add=True)
+        return z
+
+    def _adapted(self):
+        """t = h A^T [N, r], 0 in the other rows of hidden."""
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            t = self.hidden[self.pairs.index] @ self.head.lora_a.T
+        return t.new_zeros(self.hidden.shape[0], t.shape[1]).index_copy_(0, self.pairs.index, t)
+
+    def gradients(self, dz, found):
+        """``found``: (dH, dW, dbias, dA, dB) as far as they are known, or None; the pairs' part is added in place."""
+        dh, dw, dbias, da, db = found
+        needs_hidden, needs_weight, needs_bias, needs_a, needs_b = self.work.needs
+        pairs, head = self.pairs.trained, self.head
+        t = self._adapted() if needs_b else None
+        if needs_hidden or needs_a:
+            dh, da = self._of_rows(dz, dh, da)
+        if needs_weight or needs_bias or needs_b:
+            by_id, g = _by_id(pairs, dz, self.hidden.shape[0], head.weight.shape[0])
+            dw = self._of_ids(by_id, g, self.hidden, head.weight, dw, 1.0) if needs_weight else dw
+            db = self._of_ids(by_id, g, t, head.lora_b, db, self.work.lora_scale) if needs_b else db
+            if needs_bias:
+                one = dz.new_ones(self.hidden.shape[0], 1)
+                total = dz.new_zeros(len(head.bias), 1)
+                self.kernels.pair_sums(by_id, g, one, total)
+                total = total.squeeze(1).to(head.bias.dtype)
+                dbias = total if dbias is None else dbias.add_(total)
+        return dh, dw, dbias, da, db
+
+    def _of_ids(self, by_id, g, source, like, found, scale):
+        out = zeros(like) if found is None else found
+        self.kernels.pair_sums(by_id, g, source, out, scale=scale, add=found is not None)
+        return out
+
+    def _of_rows(self, dz, dh, da):
+        """(dH, dA)"""
+        pairs, head, hidden, shard = self.pairs.trained, self.head, self.hidden, self.work.shard
+        needs_hidden, needs_a = self.work.needs[0], self.work.needs[3]
+        apart = shard is not None or head.lora_a is not None  # the rows in memory of their own first
+        if needs_hidden and not apart:
+            found, dh = dh, torch.zeros_like(hidden) if dh is None else dh
+            self.kernels.pair_sums(Pairs(pairs.ids, pairs.ranges, pairs.index), dz, _adjacent(head.weight), dh, add=found is not None)
+            return dh, da
+        rows = Pairs(pairs.ids, pairs.ranges)
+        own = dz.new_zeros(len(pairs.index), hidden.shape[1]) if needs_hidden else None
+        if needs_hidden:
+            self.kernels.pair_sums(rows, dz, _adjacent(head.weight), own)
+        if head.lora_a is not None:
+            dt = dz.new_zeros(len(pairs.index), head.lora_a.shape[0])
+            self.kernels.pair_sums(rows, dz, _adjacent(head.lora_b), dt, scale=self.work.lora_scale)
+            a = head.lora_a.to(dt.dtype)
+            with torch.autocast(hidden.device.type, enabled=False):
+                if needs_hidden:
+                    own.addmm_(dt, a)
+                if needs_a:
+                    part = dt.T @ hidden[pairs.index].to(dt.dtype)
+                    if shard is not None:
+                        shard.sum_now(part)
+                    da = part.to(head.lora_a.dtype) if da is None else da.add_(part.to(da.dtype))
+        if needs_hidden:
+            own = own.to(hidden.dtype)
+            if shard is not None:
+                shard.sum_later(own)()
+            dh = torch.zeros_like(hidden) if dh is None else dh
+            dh.index_add_(0, pairs.index, own)
+        return dh, da
+
+
+def _by_id(pairs, dz, rows, vocab):
+    """(the pairs sorted by id, each id's as one range; dz in that order). Pairs of other rows go behind the end, as id ``vocab``."""
+    place = torch.arange(len(dz), device=dz.device)
+    trained = torch.zeros(rows, dtype=torch.bool, device=dz.device).index_fill_(0, pairs.index, True)
+    valid = trained[pairs.row_of] & (pairs.ids >= 0) & (pairs.ids < vocab)
+    ids, order = pairs.ids.where(valid, vocab).sort(stable=True)
+    begins = ids != torch.nn.functional.pad(ids, (1, 0), value=-1)[:-1]
+    last = torch.searchsorted(ids, ids, right=True)
+    ranges = torch.stack([place, last.where(begins, place)], 1)
+    return Pairs(pairs.row_of[order], ranges, ids), dz[order]
+
+
+class _RangeLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pairs, work, z):
+        kernels = backends.kernels(work.backend)
+        tile = Tile(z, pairs.target, work.transform, None, pairs.temperature, pairs.ranges)
+        stats = new_statistics(len(pairs.index), z.dtype, z.device)
+        kernels.statistics(tile, stats)
+        variance = None
+        if work.diagnostics[-1]:
+            variance = with_tile(new_moments(len(stats), z.dtype, z.device), tile)
+        if work.shard is not None:
+            stats = _reduced(merged, work.shard.gathered(stats))
+            variance = None if variance is None else _reduced(merged_moments, work.shard.gathered(variance))
+        scored = finalize(stats)
+        ctx.tile, ctx.kernels, ctx.live = tile, kernels, pairs.live
+        ctx.save_for_backward(z, *scored)
+        ctx.set_materialize_grads(False)
+        variance = None if variance is None else variance_of(variance)
+        if variance is not None:
+            ctx.mark_non_differentiable(variance)
+        return scored.logps, scored.entropy, variance
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, g, g_entropy, _):
+        z, *scored = ctx.saved_tensors
+        if g is None and g_entropy is None:
+            return None, None, None
+        g = torch.zeros_like(scored[0]) if g is None else g.contiguous()
+        g_entropy = None if g_entropy is None else g_entropy.contiguous()
+        dz = z.clone()
+        ctx.kernels.gradient(replace(ctx.tile, values=dz), dz, Scored(*scored), g, g_entropy)
+        return None, None, dz
+
+
+def _reduced(function, parts):
+    whole, *others = parts
+    for part in others:  # in rank order, so that all ranks have the same bits
+        whole = function(whole, part)
+    return whole
+
+
+def _adjacent(matrix):
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()

@@ -1,0 +1,286 @@
+"""`TokenSupport`: the tokens that each position could have been sampled as, and what is asked of them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .engine.operands import can_sync
+from .engine.pairs import PairRows
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSupport:
+    """The tokens that each position could have been sampled as: what top-k, top-p or min-p left of the vocabulary.
+
+    Position i, of the flattened [B, T] or of packed [N], has ``ids[offsets[i]:offsets[i + 1]]``, in any order, none twice. An empty
+    range is the whole vocabulary. At kept positions the token itself is among them.
+
+    The first call that uses a support looks at its values once and remembers what it found; that waits for the device.
+
+    Args:
+        ids: [M] int32 or int64.
+        offsets: [positions + 1] int64 (or int32), from 0 to M, never falling.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype or shape. Values are checked where a call uses them.
+    """
+
+    ids: torch.Tensor
+    offsets: torch.Tensor
+
+    def __post_init__(self):
+        for name in ("ids", "offsets"):
+            x = getattr(self, name)
+            if not isinstance(x, torch.Tensor) or x.dtype not in _INTEGERS:
+                got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+                raise TypeError(f"support.{name} must be an int32 or int64 tensor, got {got}")
+            if x.dim() != 1:
+                raise ValueError(f"support.{name} must be 1-D, got {list(x.shape)}")
+        if not len(self.offsets):
+            raise ValueError("support.offsets must have an entry more than there are positions, got none")
+        if self.ids.device != self.offsets.device:
+            raise ValueError(f"support.offsets must be on {self.ids.device} as support.ids is, got {self.offsets.device}")
+
+    @staticmethod
+    def from_mask(mask: torch.Tensor) -> "TokenSupport":
+        """Of a bool mask [.., V], True for the tokens that were left. A position without any True has the whole vocabulary."""
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.dim() < 1:
+            raise TypeError(f"mask must be a bool tensor [.., V], got {getattr(mask, 'dtype', type(mask).__name__)}")
+        flat = mask.reshape(-1, mask.shape[-1])
+        return TokenSupport(flat.nonzero()[:, 1], _offsets(flat.sum(1)))
+
+    @staticmethod
+    def from_padded(ids: torch.Tensor, pad: int = -1) -> "TokenSupport":
+        """Of ids [.., K], with ``pad`` where a position has fewer. One of nothing but ``pad`` has the whole vocabulary."""
+        if not isinstance(ids, torch.Tensor) or ids.dtype not in _INTEGERS or ids.dim() < 1:
+            raise TypeError(f"ids must be an int32 or int64 tensor [.., K], got {getattr(ids, 'dtype', type(ids).__name__)}")
+        flat = ids.reshape(-1, ids.shape[-1])
+        return TokenSupport(flat[flat != pad], _offsets((flat != pad).sum(1)))
+
+    @staticmethod
+    def from_sequences(sequences, length: int | None = None, device=None) -> "TokenSupport":
+        """Of one (token_ids, offsets) a sequence, arrays or lists, as samplers return them.
+
+        Args:
+            sequences: B of them; offsets from 0, an entry more than the sequence has tokens.
+            length: T of a padded [B, T], where shorter sequences get empty ranges behind their end; None is the packed layout.
+            device: of the result; None is the CPU.
+        """
+        ids, lengths = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+        for number, (token_ids, offsets) in enumerate(sequences):
+            token_ids, own = (torch.as_tensor(x, dtype=torch.int64).cpu() for x in (token_ids, offsets))
+            if own.dim() != 1 or len(own) < 1 or own[0] != 0 or own[-1] != len(token_ids) or (own.diff() < 0).any():
+                raise ValueError(f"offsets of sequence {number} must rise from 0 to {len(token_ids)}, got {own.tolist()[:8]}")
+            own = own.diff()
+            if length is not None and len(own) > length:
+                raise ValueError(f"sequence {number} must have at most {length} positions, got {len(own)}")
+            ids.append(token_ids)
+            lengths.append(own if length is None else torch.nn.functional.pad(own, (0, length - len(own))))
+        return TokenSupport(torch.cat(ids), _offsets(torch.cat(lengths))).to(device or "cpu")
+
+    @property
+    def positions(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self) -> torch.Tensor:
+        """[positions] int64: how many tokens each could have been; 0 is the whole vocabulary."""
+        return self.offsets.long().diff()
+
+    def to(self, device) -> "TokenSupport":
+        return TokenSupport(self.ids.to(device), self.offsets.to(device))
+
+    def take(self, index: torch.Tensor) -> "TokenSupport":
+        """Of the positions ``index`` [n] int64, in their order."""
+        lengths, starts = self.lengths()[index], self.offsets.long()[index]
+        offsets = _offsets(lengths)
+        row = torch.repeat_interleave(torch.arange(len(index), device=index.device), lengths)
+        return TokenSupport(self.ids[(starts - offsets[:-1])[row] + torch.arange(len(row), device=row.device)], offsets)
+
+    def to_mask(self, vocab: int) -> torch.Tensor:
+        """[positions, vocab] bool; all True where a range is empty. Ids outside of the vocabulary are left out."""
+        facts = self.facts()
+        mask = (self.lengths() == 0).unsqueeze(1).repeat(1, vocab)
+        inside = (self.ids >= 0) & (self.ids < vocab)
+        mask[facts.row_of[inside], self.ids[inside].long()] = True
+        return mask
+
+    def facts(self) -> "Facts":
+        """What a look at the values has found; taken again when they were changed."""
+        key = None if self.ids.is_inference() or self.offsets.is_inference() else (self.ids._version, self.offsets._version)
+        known = self.__dict__.get("_facts")
+        if known is None or key is None or known[0] != key:
+            known = key, Facts.of(self)
+            object.__setattr__(self, "_facts", known)
+        return known[1]
+
+    def __repr__(self):
+        return f"TokenSupport(positions={self.positions}, ids={len(self.ids)}, device={self.ids.device})"
+
+    def __getstate__(self):
+        return {"ids": self.ids, "offsets": self.offsets}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of a support's values, on the host but for ``row_of`` and ``ranges``."""
+
+    wrong: str | None  # what is wrong with the offsets; then nothing else is known
+    lowest: int = 0  # id
+    highest: int = -1
+    repeats: bool = False  # whether a range has an id twice
+    empty: int = 0  # ranges
+    row_of: torch.Tensor | None = None  # [M] int64, the position of each id
+    ranges: torch.Tensor | None = None  # [positions, 2] int64, first and last of each
+
+    @staticmethod
+    def of(support):
+        ids, offsets = support.ids, support.offsets.long()
+        total, lengths = len(ids), offsets.diff()
+        falls = (lengths < 0).sum()
+        ends = torch.stack([offsets[0], offsets[-1], falls, (lengths == 0).sum()])
+        first, last, falls, empty = ends.tolist()
+        if first != 0 or last != total or falls:
+            where = "" if not falls else f"; they fall behind position {int((lengths < 0).nonzero()[0])}"
+            return Facts(f"support.offsets must rise from 0 to {total}, the number of ids, without falling, got {first} to {last}{where}")
+        row_of = torch.repeat_interleave(torch.arange(len(lengths), device=ids.device), lengths, output_size=total)
+        ranges = torch.stack([offsets[:-1], offsets[1:]], 1)
+        if not total:
+            return Facts(None, empty=empty, row_of=row_of, ranges=ranges)
+        lowest, highest = torch.stack(ids.aminmax()).tolist()
+        repeats = bool(_repeats(ids.long() - lowest, row_of, highest - lowest + 1).any())
+        return Facts(None, lowest, highest, repeats, empty, row_of, ranges)
+
+
+def _repeats(ids, row_of, size):
+    """Of each pair of neighbours in the order of (row, id): whether they are the same."""
+    key = (row_of * size + ids).sort().values
+    return key[1:] == key[:-1]
+
+
+def _offsets(lengths):
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def check_support(support, tokens, device):
+    """Type, shape and device; no values."""
+    if not isinstance(support, TokenSupport):
+        raise TypeError(f"support must be a TokenSupport or None, got {type(support).__name__}")
+    if support.positions != tokens.numel():
+        raise ValueError(
+            f"support.offsets must have {tokens.numel() + 1} entries, one more than the {tokens.numel()} positions of "
+            f"{list(tokens)}, got {support.positions + 1}"
+        )
+    if support.ids.device != device:
+        raise ValueError(f"support must be on {device} as hidden is, got {support.ids.device}")
+
+
+def found_in(support, token_ids):
+    """[positions] int64: where among all ids a position's token is, or -1. No synchronisation once the facts are known."""
+    row_of = support.facts().row_of
+    here = (support.ids == token_ids[row_of]).long() * torch.arange(1, len(row_of) + 1, device=row_of.device) - 1
+    return torch.full_like(token_ids, -1).scatter_reduce_(0, row_of, here, "amax")
+
+
+def wrong_values(support, kept, vocab, tokens):
+    """None, or what is wrong at the kept positions, named with its place; waits for the device. ``kept`` is flat, ``tokens`` a shape."""
+    facts = support.facts()
+    if facts.wrong:
+        return facts.wrong
+    if facts.lowest < 0 or facts.highest >= vocab:
+        outside = (kept[facts.row_of] & ((support.ids < 0) | (support.ids >= vocab))).nonzero()
+        if len(outside):
+            first = int(outside[0])
+            place = _place(int(facts.row_of[first]), tokens)
+            return f"support.ids must be in [0, V = {vocab}) where the mask is 1, got {int(support.ids[first])} at position {place}"
+    if facts.repeats:
+        own = kept[facts.row_of].nonzero().squeeze(1)
+        size = facts.highest - facts.lowest + 1
+        key, order = (facts.row_of[own] * size + support.ids[own].long() - facts.lowest).sort()
+        again = (key[1:] == key[:-1]).nonzero()
+        if len(again):
+            first = own[order[again[0, 0]]]
+            place = _place(int(facts.row_of[first]), tokens)
+            return f"support.ids must name a token once in a range, got {int(support.ids[first])} twice at position {place}"
+    return None
+
+
+def wrong_token(support, kept, token_ids, tokens, name):
+    """What to say where a kept position's token is not among its ids."""
+    missing = kept & (support.lengths() > 0) & (found_in(support, token_ids) < 0)
+    first = int(missing.nonzero()[0])
+    return (
+        f"{name} must be among support.ids where the mask is 1: token {int(token_ids[first])} at position {_place(first, tokens)} "
+        "is not what it could have been sampled as"
+    )
+
+
+def _place(position, tokens):
+    """A flattened position as an index of the tokens' shape."""
+    place = []
+    for size in reversed(tokens):
+        position, rest = divmod(position, size)
+        place.append(rest)
+    return place[::-1] if len(place) > 1 else place[0]
+
+
+@dataclass(frozen=True)
+class Supports:
+    """The supports of a call and its flattened tokens: which rows are computed over theirs, and how."""
+
+    support: TokenSupport
+    token_ids: torch.Tensor  # [positions]
+    places: torch.Tensor  # [positions] int64, of the token among all ids, or -1
+    vocab: int
+
+    @staticmethod
+    def checked(args, kept, vocab):
+        """Raises ValueError for wrong values at kept positions, but for tokens outside of their supports: `missing` counts them."""
+        if message := wrong_values(args.support, kept, vocab, args.mask.shape):
+            raise ValueError(message)
+        token_ids = args.completion_ids.reshape(-1)
+        return Supports(args.support, token_ids, found_in(args.support, token_ids), vocab)
+
+    @property
+    def whole(self):
+        """[positions]: the support is the vocabulary."""
+        lengths = self.support.lengths()
+        return (lengths == 0) | ((lengths == self.vocab) if self.vocab > 1 else lengths < 0)
+
+    def missing(self, kept):
+        """0-dim: kept positions whose token is not among the ids."""
+        return (kept & (self.places < 0) & (self.support.lengths() > 0)).sum()
+
+    def kinds(self, kept, live):
+        """[positions]: 0 and 1 the whole vocabulary, 2 and 3 over the support, live and not; 4 a single token, 5 masked."""
+        kinds = (1 - live.to(torch.int8)) + 2 * (~self.whole).to(torch.int8)
+        return kinds.masked_fill(self.support.lengths() == 1, 4).masked_fill(~kept, 5)
+
+    def rows(self, index, live):
+        facts = self.support.facts()
+        ranges = facts.ranges[index]
+        return PairRows(index, live, self.support.ids.long(), ranges, facts.row_of, self.places[index] - ranges[:, 0])
+
+    @staticmethod
+    def given(args, index, kept, vocab, trains):
+        """(the rows of the whole vocabulary, `PairRows` of the others, whether a value is bad) of rows that are not looked at.
+
+        All are live, those with a single token too. A support that has an empty range makes the host wait for the rows.
+        """
+        support, nothing = args.support, index[:0]
+        if not can_sync(args.hidden) and "_facts" not in vars(support):
+            raise RuntimeError(
+                "support cannot be used under torch.compile, nor in a CUDA graph before a call outside of one has looked at it"
+            )
+        facts, wrong = support.facts(), torch.zeros((), dtype=torch.bool, device=index.device)
+        doubtful = facts.wrong or facts.lowest < 0 or facts.highest >= vocab or facts.repeats
+        if doubtful and (facts.wrong or wrong_values(support, kept, vocab, args.mask.shape)):
+            return nothing, None, ~wrong
+        token_ids = args.completion_ids.reshape(-1)
+        over = Supports(support, token_ids, found_in(support, token_ids), vocab)
+        whole = nothing
+        if facts.empty:
+            chosen = over.whole[index]
+            whole, index = index[chosen], index[~chosen]
+        return whole, over.rows(index, len(index) if trains else 0), over.missing(kept) > 0
