@@ -377,7 +377,7 @@ def _with_rows(args, head, work, loss, wait):
         raise_bad_values(bad[: len(flags)], vocab)
         if over is not None and bad[-1]:
             raise ValueError(wrong_token(args.support, kept, over.token_ids, mask.shape, args.ids_name))
-        # a stable sort by kind (live, scored only, those with a support likewise, others) instead of nonzero, which would synchronise
+        # a stable sort by kind (live, scored only, over supports likewise, others) instead of nonzero, which would synchronise
         order = kinds.argsort(stable=True)
         n, n_live = counts[0] + counts[1], counts[0]
         index = order[:n]

@@ -18,8 +18,8 @@ import torch
 
 from .. import backends
 from ..backends.statistics import Pairs, Scored, Tile, finalize, merged, new_statistics
-from .diagnostics import new_moments, variance_of, with_tile
 from .diagnostics import merged as merged_moments
+from .diagnostics import new_moments, variance_of, with_tile
 from .operands import Head, Work
 from .ops import differentiable_once
 from .products import accumulation_dtype, zeros
