@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .backends import available_backends
     from .call import GRPOLossOutput, LogProbs, LogProbsAndLse
     from .from_logits import grpo_loss_from_logits
-    from .logprobs import linear_logprobs
+    from .logprobs import linear_logprobs, linear_logprobs_at
     from .loss import FusedLinearGRPOLoss, fused_linear_grpo_loss
     from .losses.advantages import group_advantages
     from .losses.config import GRPOLossConfig
@@ -33,6 +33,7 @@ __all__ = [
     "group_advantages",
     "grpo_loss_from_logits",
     "linear_logprobs",
+    "linear_logprobs_at",
     "objective",
     "reference",
     "register_policy_term",
@@ -42,7 +43,7 @@ _MODULES = {
     "backends": ("available_backends",),
     "call": ("GRPOLossOutput", "LogProbs", "LogProbsAndLse"),
     "from_logits": ("grpo_loss_from_logits",),
-    "logprobs": ("linear_logprobs",),
+    "logprobs": ("linear_logprobs", "linear_logprobs_at"),
     "loss": ("FusedLinearGRPOLoss", "fused_linear_grpo_loss"),
     "losses.advantages": ("group_advantages",),
     "losses.config": ("GRPOLossConfig",),

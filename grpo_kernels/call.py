@@ -113,7 +113,7 @@ class TokenArguments:
     return_lse: bool = False
     support: TokenSupport | None = None
 
-    ids_name = "token_ids"
+    ids_name: str = "token_ids"
     entropy_has_gradient = True  # or may have one
 
     def checked(self):
@@ -182,7 +182,7 @@ class LossArguments(TokenArguments):
     differentiable_logps: bool = False
     reduction: str = "loss_type"
 
-    ids_name = "completion_ids"
+    ids_name: str = "completion_ids"
 
     @property
     def entropy_has_gradient(self):
@@ -377,7 +377,7 @@ def _with_rows(args, head, work, loss, wait):
         raise_bad_values(bad[: len(flags)], vocab)
         if over is not None and bad[-1]:
             raise ValueError(wrong_token(args.support, kept, over.token_ids, mask.shape, args.ids_name))
-        # a stable sort by kind (live, scored only, over supports likewise, others) instead of nonzero, which would synchronise
+        # a stable sort by kind (live, scored only, over supports likewise, others): nonzero would synchronise again
         order = kinds.argsort(stable=True)
         n, n_live = counts[0] + counts[1], counts[0]
         index = order[:n]

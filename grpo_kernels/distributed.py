@@ -118,12 +118,30 @@ class VocabShard:
         count("dA", x)
         dist.all_reduce(x, group=self.group)
 
+    def summed(self, x):
+        """The ranks' parts of x added up, differentiable: each rank has the gradient of the sum already."""
+        return _Summed.apply(x, self)
+
     def any(self, wanted):
         """Where some rank wants a row, all do."""
         flags = wanted.to(torch.uint8)
         count("rows", flags)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
         return flags.bool()
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shard):
+        count("logits", x)
+        total = x.clone()
+        dist.all_reduce(total, group=shard.group)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g, None
 
 
 class _GatheredSequence(torch.autograd.Function):

@@ -1,13 +1,18 @@
-"""`linear_logprobs`: log-probs and entropy of given tokens from hidden states, differentiable under any loss, in two phases."""
+"""`linear_logprobs`: log-probs and entropy of given tokens from hidden states, differentiable under any loss, in two phases.
 
+`linear_logprobs_at` has those of several tokens a position.
+"""
+
+from dataclasses import replace
 from typing import Any, Literal, TypedDict, overload
 
 import torch
 from typing_extensions import Unpack
 
 from .call import LogProbs, LogProbsAndLse, TokenArguments, describe
-from .checks import Backend, refuse_transforms
+from .checks import Backend, kind, refuse_transforms
 from .engine.diagnostics import NAMES
+from .engine.pairs import PairRows, with_pair_logits
 from .support import TokenSupport
 
 
@@ -101,6 +106,83 @@ def linear_logprobs(
     return LogProbsAndLse(logps, entropy, lse) if return_lse else LogProbs(logps, entropy)
 
 
+def linear_logprobs_at(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    vocab_parallel_group: Any = None,
+    sequence_parallel: bool = False,
+    workspace_bytes: int | None = None,
+    backend: Backend = "auto",
+) -> LogProbs:
+    """Log-probs over the whole vocabulary of K tokens a position: top-k distillation, prefix trees, candidates of a reward model.
+
+    Equals ``z.log_softmax(-1).gather(-1, ids)`` with the z of `linear_logprobs`, in one pass over the vocabulary for any K: the
+    normaliser is that of the likeliest of the K tokens, and the logits of the others are dot products.
+
+    Args:
+        ids: [.., K] int64 or int32 in [0, V) where the mask is 1; -1 is none.
+        hidden, weight, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
+            workspace_bytes, backend: as in `linear_logprobs`.
+
+    Returns:
+        `LogProbs`: logps [.., K], 0 for an id of -1 and where masked; entropy [..] of the whole vocabulary. float32 (float64 for
+        float64), differentiable once. 6NVD operations forward and backward within the stash, as `linear_logprobs`, and K D a row.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came.
+        RuntimeError: a named backend cannot be used, or the call is traced by torch.compile.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("linear_logprobs_at cannot be used under torch.compile: call it inside of torch.compiler.disable")
+    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids must be an int32 or int64 tensor [.., K], got {kind(ids)}")
+    if ids.dim() < 1:
+        raise ValueError("ids must be [.., K], got a 0-dim tensor")
+    count, ids = ids.shape[-1], torch.nn.functional.pad(ids.long(), (0, 1), value=-1)
+    highest, lowest = ids.amax(-1), ids.amin(-1)
+    call = _described(
+        hidden, weight, torch.where(lowest < -1, lowest, highest.clamp(min=0)),  # a wrong id, where there is one, for the checks
+        mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel, workspace_bytes, backend,
+        ids_name="ids",
+    )  # fmt: skip
+    index, chosen = call.rows.index, ids.reshape(-1, count + 1)[call.rows.index]
+    z, call = _logits_at(call, chosen)
+    given, offset = chosen >= 0, 0 if call.work.shard is None else call.work.shard.offset
+    # the likeliest is the target of the dense pass: near p = 1, z - lse has lost its digits
+    best = z.detach().masked_fill(~given, -float("inf")).argmax(1, keepdim=True)
+    call = replace(call, rows=replace(call.rows, target=chosen.gather(1, best).squeeze(1).clamp(min=0) - offset))
+    logps, entropy, *_ = call.scores()
+    top = z.gather(1, best)
+    difference = torch.where((z == top) & z.isinf(), 0.0, z - top)  # of banned tokens alone
+    values = (difference + logps.reshape(-1)[index].unsqueeze(1)).where(given, 0.0)
+    full = values.new_zeros(entropy.numel(), count + 1).index_copy(0, index, values).view(ids.shape)
+    return LogProbs(full.where(call.mask.bool().unsqueeze(-1), 0.0)[..., :count], entropy)
+
+
+def _logits_at(call, ids):
+    """(z [N, K] of these tokens, 0 where an id is -1, differentiable; the call, whose gradients pass through the pairs)."""
+    rows, work = call.rows, call.work
+    own = ids if work.shard is None else ids - work.shard.offset
+    here = (ids >= 0) & (own >= 0) & (own < call.head.weight.shape[0])
+    pairs = PairRows.rectangular(own.where(here, -1), rows.index, rows.live)
+    z, hidden, head = with_pair_logits(call.head, rows.hidden, pairs, work)
+    z = z.view(ids.shape).where(here, 0.0)
+    z = work.transform.logit_scale * (z if work.shard is None else work.shard.summed(z))
+    if work.transform.softcap is not None:
+        z = work.transform.softcap * torch.tanh(z / work.transform.softcap)
+    given = rows.temperature if call.temperature is None else call.temperature.reshape(-1)[rows.index]
+    z = z / (work.transform.temperature if given is None else given.to(z.dtype).unsqueeze(1))
+    return z, replace(call, head=head, rows=replace(rows, hidden=hidden))
+
+
 def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, lora=None,
                      vocab_parallel_group=None, sequence_parallel=False, workspace_bytes=None, backend="auto",
                      diagnostics=(), sums_hidden=True, support=None):  # fmt: skip
@@ -123,16 +205,23 @@ def _scored(hidden, weight, token_ids, mask, bias, temperature, logit_scale, sof
             workspace_bytes, backend, diagnostics=(), sums_hidden=True, return_lse=False, support=None):  # fmt: skip
     """[logps, entropy, lse or None, and the three diagnostics or None]."""
     wanted = [name in diagnostics for name in NAMES]
+    call = _described(
+        hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
+        workspace_bytes, backend, wanted, sums_hidden, return_lse=return_lse, support=support,
+    )  # fmt: skip
+    logps, entropy, lse, found = call.scores(return_lse=return_lse)
+    beside = [call.scatter(found[:, i]) if want else None for i, want in enumerate(wanted)]
+    beside[2] = None if beside[2] is None else beside[2] > 0
+    return [logps, entropy, lse, *beside]
+
+
+def _described(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group,
+               sequence_parallel, workspace_bytes, backend, diagnostics=(False,) * 3, sums_hidden=True, **more):  # fmt: skip
     refuse_transforms({"temperature": temperature})
     per_token = isinstance(temperature, torch.Tensor)
     if per_token and temperature.dim() == 0 and not (temperature.requires_grad and torch.is_grad_enabled()):
         per_token, temperature = False, temperature.item()
     options = {"temperature": 1.0 if per_token else temperature, "logit_scale": logit_scale, "softcap": softcap}
     args = TokenArguments(hidden, weight, token_ids, mask, None, bias, temperature if per_token else None, lora,
-                          vocab_parallel_group, sequence_parallel, workspace_bytes, backend, options=options,
-                          return_lse=return_lse, support=support)  # fmt: skip
-    call = describe(args, wanted, sums_hidden)
-    logps, entropy, lse, found = call.scores(return_lse=return_lse)
-    beside = [call.scatter(found[:, i]) if want else None for i, want in enumerate(wanted)]
-    beside[2] = None if beside[2] is None else beside[2] > 0
-    return [logps, entropy, lse, *beside]
+                          vocab_parallel_group, sequence_parallel, workspace_bytes, backend, options=options, **more)  # fmt: skip
+    return describe(args, diagnostics, sums_hidden)

@@ -142,8 +142,9 @@ class Facts:
         ends = torch.stack([offsets[0], offsets[-1], falls, (lengths == 0).sum()])
         first, last, falls, empty = ends.tolist()
         if first != 0 or last != total or falls:
-            where = "" if not falls else f"; they fall behind position {int((lengths < 0).nonzero()[0])}"
-            return Facts(f"support.offsets must rise from 0 to {total}, the number of ids, without falling, got {first} to {last}{where}")
+            where = f"; they fall behind position {int((lengths < 0).nonzero()[0])}" if falls else ""
+            wanted = f"support.offsets must rise from 0 to {total}, the number of ids, without falling"
+            return Facts(f"{wanted}, got {first} to {last}{where}")
         row_of = torch.repeat_interleave(torch.arange(len(lengths), device=ids.device), lengths, output_size=total)
         ranges = torch.stack([offsets[:-1], offsets[1:]], 1)
         if not total:
@@ -184,7 +185,10 @@ def found_in(support, token_ids):
 
 
 def wrong_values(support, kept, vocab, tokens):
-    """None, or what is wrong at the kept positions, named with its place; waits for the device. ``kept`` is flat, ``tokens`` a shape."""
+    """None, or what is wrong at the kept positions, named with its place; waits for the device.
+
+    ``kept`` [positions] is the mask, ``tokens`` its shape.
+    """
     facts = support.facts()
     if facts.wrong:
         return facts.wrong

@@ -37,6 +37,13 @@ class PairRows:
     target: torch.Tensor | None = None  # [R] int64, relative to first; outside of the range where this rank does not have it
     temperature: torch.Tensor | None = None  # [R] acc
 
+    @staticmethod
+    def rectangular(ids, index, live):
+        """Rows ``index`` of hidden with as many ids each, [R, K]; an id outside of the vocabulary is no pair."""
+        starts = torch.arange(len(index) + 1, device=ids.device) * ids.shape[1]
+        ranges = torch.stack([starts[:-1], starts[1:]], 1)
+        return PairRows(index, live, ids.reshape(-1), ranges, index.repeat_interleave(ids.shape[1]))
+
     @property
     def trained(self):
         """The live rows."""
@@ -151,8 +158,8 @@ class _Side:
         needs_hidden, needs_a = self.work.needs[0], self.work.needs[3]
         apart = shard is not None or head.lora_a is not None  # the rows in memory of their own first
         if needs_hidden and not apart:
-            found, dh = dh, torch.zeros_like(hidden) if dh is None else dh
-            self.kernels.pair_sums(Pairs(pairs.ids, pairs.ranges, pairs.index), dz, _adjacent(head.weight), dh, add=found is not None)
+            add, dh = dh is not None, torch.zeros_like(hidden) if dh is None else dh
+            self.kernels.pair_sums(Pairs(pairs.ids, pairs.ranges, pairs.index), dz, _adjacent(head.weight), dh, add=add)
             return dh, da
         rows = Pairs(pairs.ids, pairs.ranges)
         own = dz.new_zeros(len(pairs.index), hidden.shape[1]) if needs_hidden else None
@@ -180,7 +187,7 @@ class _Side:
 
 
 def _by_id(pairs, dz, rows, vocab):
-    """(the pairs sorted by id, each id's as one range; dz in that order). Pairs of other rows go behind the end, as id ``vocab``."""
+    """(the pairs sorted by id, each id's as one range; dz in that order). Those of other rows get id ``vocab``, behind the end."""
     place = torch.arange(len(dz), device=dz.device)
     trained = torch.zeros(rows, dtype=torch.bool, device=dz.device).index_fill_(0, pairs.index, True)
     valid = trained[pairs.row_of] & (pairs.ids >= 0) & (pairs.ids < vocab)

@@ -96,9 +96,9 @@ def empty(*shape, like, dtype=None):
 
 
 def zeros(like):
-    """torch.zeros_like, contiguous; on the CPU large ones are fresh pages of the system, which costs nothing until they are touched.
+    """torch.zeros_like, contiguous; a large one on the CPU is fresh pages of the system, which cost nothing until they are touched.
 
-    Filling 272 MB takes 27 to 60 ms; a gradient of few rows writes as many pages.
+    To fill 272 MB takes 27 to 60 ms; a gradient of few rows touches few pages.
     """
     size = like.numel() * like.element_size()
     if like.device.type != "cpu" or size < _HUGE_PAGE_BYTES or not sys.platform.startswith("linux"):
