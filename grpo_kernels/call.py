@@ -259,7 +259,11 @@ class Call:
     def scores(self, entropy_gradient=False, return_lse=False):
         """(logps, entropy, lse or None) in two phases, of the shape of mask, all differentiable; diagnostics [N, 4] or [0, 4]."""
         over, call = self.over_supports()
-        logps, entropy, found, lse = row_logprobs(call.head, call.rows, call.work, entropy_gradient, return_lse)
+        if self.only_pairs:
+            nothing = over.logps.new_empty(0)
+            logps, entropy, found, lse = nothing, nothing, nothing.view(0, 1), None
+        else:
+            logps, entropy, found, lse = row_logprobs(call.head, call.rows, call.work, entropy_gradient, return_lse)
         logps, entropy = self.scatter(logps, over.logps), self.scatter(entropy, over.entropy)
         lse = None if lse is None else self.scatter(lse)
         if self.temperature is not None:
@@ -276,6 +280,11 @@ class Call:
             return RangeScores(), self
         z, hidden, head = with_pair_logits(self.head, self.rows.hidden, self.pairs, self.work)
         return range_logprobs(z, self.pairs, self.work), replace(self, head=head, rows=replace(self.rows, hidden=hidden))
+
+    @property
+    def only_pairs(self):
+        """Whether no row is computed over the whole vocabulary, and some may be over a support."""
+        return self.pairs is not None and not len(self.rows.index)
 
     @property
     def one_pass(self):
@@ -318,7 +327,7 @@ def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -
         return call
     loss.weigh()
     two_phases = args.differentiable_logps or args.temperature_has_gradient or args.reduction == "none" or not any(work.needs)
-    if two_phases or not depends_on_its_row_alone(args.config, on_policy=args.old_logps is None):
+    if two_phases or call.only_pairs or not depends_on_its_row_alone(args.config, on_policy=args.old_logps is None):
         return call
     policy, linear = loss.coefficients(call.rows.index[: call.rows.live])
     return replace(call, rows=replace(call.rows, policy=policy), work=replace(work, config=args.config, linear=linear))

@@ -102,7 +102,8 @@ def transformed(tile, s, dtype):
         y = tile.values[s].to(dtype)
     else:
         at, inside = _places(tile.ranges[s])
-        y = tile.values[at].where(inside, 0.0)
+        values = tile.values if len(tile.values) else tile.values.new_zeros(1)
+        y = values[at].where(inside, 0.0)
     if tile.bias is not None:
         y = y + tile.bias.to(dtype)
     y, slope = y * transform.logit_scale, None

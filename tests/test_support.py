@@ -1,0 +1,373 @@
+"""Log-probs and losses over supports, the tokens that could have been sampled, against full logits with -inf outside of them."""
+
+import dataclasses
+import functools
+import math
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from problems import DEVICE, draw_problem, make_problem, packed, run
+from test_parity import BACKENDS, draw_call, every_backend, on_the_cpu, random_needs
+from test_vocab_parallel import sharded, spawn
+from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
+
+from grpo_kernels import (
+    FusedLinearGRPOLoss,
+    GRPOLossConfig,
+    TokenSupport,
+    fused_linear_grpo_loss,
+    linear_logprobs,
+    reference,
+)
+from grpo_kernels.backends import pytorch
+from grpo_kernels.engine import ops
+from grpo_kernels.losses.config import LOSS_TYPES
+from grpo_kernels.support import Facts
+
+
+def draw_support(p, seed, empty=0.15, single=0.35):
+    """Ranges of every kind over a problem's positions: empty, of one token, of several, of nearly all; garbage where masked."""
+    g = torch.Generator().manual_seed(seed)
+    vocab, ids = p.weight.shape[0], p.completion_ids.reshape(-1)
+    kept, N = p.mask.bool().reshape(-1), p.mask.numel()
+    share = torch.tensor([0.05, 0.3, 0.95])[torch.randint(0, 3, (N, 1), generator=g)]
+    allowed = torch.rand(N, vocab, generator=g) < share
+    kind = torch.rand(N, generator=g)
+    allowed[(kind >= empty) & (kind < empty + single)] = False
+    allowed[torch.arange(N), ids.where(kept, 0)] = True
+    allowed[kind < empty] = False
+    support = TokenSupport.from_mask(allowed)
+    # in any order, and ids that are nobody's where nothing is kept
+    order = torch.rand(len(support.ids), generator=g)
+    order = torch.stack([support.facts().row_of, order.argsort().argsort()]).double()
+    ids = support.ids[(order[0] * len(support.ids) + order[1]).argsort()]
+    return TokenSupport(ids.where(kept[support.facts().row_of], vocab + 7).to(DEVICE), support.offsets.to(DEVICE))
+
+
+def over_support(p, seed, **kinds):
+    """(the problem with old, reference and sampler's log-probs as far from the policy's over the support as they were; the support)."""
+    support = draw_support(p, seed, **kinds)
+    config = dataclasses.replace(p.config, beta=0.0, off_policy_mask_threshold=None, top_entropy_quantile=1.0)
+    call = functools.partial(run, reference.grpo_loss, dataclasses.replace(p, config=config), dtype=torch.float64, needs=())
+    with torch.no_grad():
+        shift = (call(support=support).logps - call().logps).cpu()
+    moved = {name: getattr(p, name) + shift for name in ("old_logps", "ref_logps", "sampling_logps") if getattr(p, name) is not None}
+    return dataclasses.replace(p, **moved), support
+
+
+def drawn(seed, dtype, backend, **fixed):
+    p, needs, more, scale = draw_call(seed, dtype, backend)
+    p = draw_problem(seed, dtype, **fixed) if fixed else p
+    empty = random.Random(seed).choice([0.0, 0.0, 0.15, 1.0])
+    p, support = over_support(p, seed, empty=empty, single=random.Random(seed).choice([0.0, 0.4]) * (1 - empty))
+    return p, needs, {**more, "support": support}, scale
+
+
+@every_backend
+@pytest.mark.parametrize("block", range(10))
+def test_float64_equals_the_reference(block, backend):
+    for seed in range(4000 + 12 * block, 4000 + 12 * block + 12):
+        p, needs, more, scale = drawn(seed, torch.float64, backend)
+        ours = run(fused_linear_grpo_loss, p, needs=needs, scale=scale, **more)
+        truth = run(reference.grpo_loss, p, needs=needs, scale=scale, support=more["support"])
+        assert_all_close(ours.flat(), truth.flat(), 1e-10, hint=f"seed {seed} {needs} {more}")
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("block", range(8))
+def test_no_worse_than_full_logits_in_their_dtype(block, dtype, backend):
+    for seed in range(5000 + 8 * block, 5000 + 8 * block + 8):
+        fixed = {"top_entropy_quantile": 1.0} if dtype == torch.bfloat16 else {}
+        p, needs, more, scale = drawn(seed, dtype, backend, **fixed)
+        if dtype == torch.bfloat16 and (p.hidden.shape[-1] < 8 or p.weight.shape[0] < 17):
+            continue
+        ours = run(fused_linear_grpo_loss, p, needs=needs, scale=scale, **more).flat()
+        theirs = run(reference.grpo_loss, p, needs=needs, scale=scale, support=more["support"]).flat()
+        exact = run(reference.grpo_loss, p, dtype=torch.float64, needs=needs, scale=scale, support=more["support"]).flat()
+        for name, truth in exact.items():
+            if truth is None:
+                assert ours[name] is None
+            elif dtype == torch.float32 or not name.startswith("metric"):
+                assert ours[name].dtype == theirs[name].dtype
+                floor = 4e-3 if dtype == torch.bfloat16 else 1e-5 + 1e-7 / max(truth.double().norm().item(), 1e-30)
+                assert_no_worse_than_torch(f"seed {seed} {needs} {name}", ours[name], theirs[name], truth, floor=floor)
+
+
+@every_backend
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_every_loss(loss_type, level, layout, backend):
+    config = GRPOLossConfig(loss_type=loss_type, importance_sampling_level=level, beta=0.04, entropy_coef=0.01, max_completion_length=9,
+                            temperature=0.8)  # fmt: skip
+    p = make_problem(7, B=5, T=9, V=61, config=config, bias=True, lora=True, ratio="token", confident=False)
+    p, support = over_support(packed(p) if layout == "packed" else p, 3)
+    ours = run(fused_linear_grpo_loss, p, support=support, backend=backend)
+    assert_all_close(ours.flat(), run(reference.grpo_loss, p, support=support).flat(), 1e-10)
+    module = FusedLinearGRPOLoss(**dataclasses.asdict(config))
+    positional, keywords, _ = p.arguments()
+    del keywords["config"]
+    assert torch.equal(module(*positional, **keywords, support=support, backend=backend).loss, ours.loss)
+
+
+@every_backend
+def test_bits_repeat_and_a_retained_graph_gives_them_again(backend):
+    p, support = over_support(make_problem(B=6, T=11, V=131, D=40, dtype=torch.float32, bias=True, lora=True), 5)
+    first, second = (run(fused_linear_grpo_loss, p, support=support, backend=backend).flat() for _ in range(2))
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+    positional, keywords, leaves = p.arguments()
+    loss = fused_linear_grpo_loss(*positional, **keywords, support=support, backend=backend).loss
+    wanted = [leaves[name] for name in p.leaves]
+    once = torch.autograd.grad(loss, wanted, retain_graph=True)
+    for a, b, name in zip(once, torch.autograd.grad(loss, wanted), p.leaves, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, first[f"gradient of {name}"]), name
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_log_probs_and_entropy_are_differentiable_in_everything(dtype, backend):
+    p = make_problem(B=4, T=9, V=61, dtype=dtype, bias=True, lora=True, config=GRPOLossConfig(softcap=4.0))
+    p, support = over_support(p, 11)
+    g, g_entropy = torch.randn(2, *p.mask.shape, dtype=torch.float64, device=DEVICE)
+
+    def results(function, dtype):
+        (hidden, weight, ids, _, mask), keywords, leaves = p.arguments(dtype)
+        temperature = torch.linspace(0.6, 1.7, mask.numel(), device=DEVICE, dtype=keywords["old_logps"].dtype).view(mask.shape).requires_grad_()
+        logps, entropy = function(hidden, weight, ids, mask, keywords["bias"], temperature, keywords["lora"])
+        ((logps * g).sum() + (entropy * g_entropy).sum()).backward()
+        return [logps, entropy, *(leaves[name].grad for name in p.leaves), temperature.grad]
+
+    def ours(hidden, weight, ids, mask, bias, temperature, lora):
+        return linear_logprobs(hidden, weight, ids, mask=mask, bias=bias, temperature=temperature, lora=lora, softcap=4.0, support=support,
+                               backend=backend)  # fmt: skip
+
+    def plain(hidden, weight, ids, mask, bias, temperature, lora):
+        z = reference.hidden_to_logits(hidden.where(mask.bool().unsqueeze(-1), 0.0), weight, bias, lora)
+        allowed = support.to_mask(len(weight)).view(*ids.shape, -1)
+        return reference.logps_from_logits(z, ids, mask, p.config, temperature, allowed | ~mask.bool().unsqueeze(-1))
+
+    exact = results(plain, torch.float64)
+    for i, (x, theirs, truth) in enumerate(zip(results(ours, dtype), results(plain, dtype), exact, strict=True)):
+        if dtype == torch.float64:
+            assert_close(str(i), x, truth, 1e-10)
+        else:
+            assert_no_worse_than_torch(str(i), x, theirs, truth, floor=1e-5)
+
+
+def test_supports_are_built_from_what_samplers_hand_over():
+    allowed = torch.zeros(2, 3, 9, dtype=torch.bool)
+    allowed[0, 0, [1, 4]] = allowed[0, 2, [8]] = allowed[1, 1, [0, 3, 5]] = True
+    a = TokenSupport.from_mask(allowed)
+    padded = torch.full((2, 3, 4), -1)
+    padded[0, 0, :2], padded[0, 2, 0], padded[1, 1, 1:] = torch.tensor([1, 4]), 8, torch.tensor([0, 3, 5])
+    b = TokenSupport.from_padded(padded)
+    c = TokenSupport.from_sequences([([1, 4, 8], [0, 2, 2, 3]), ([0, 3, 5], [0, 0, 3])], length=3)
+    for other in (b, c):
+        assert torch.equal(a.ids, other.ids) and torch.equal(a.offsets, other.offsets)
+    assert a.offsets.tolist() == [0, 2, 2, 3, 3, 6, 6] and a.ids.tolist() == [1, 4, 8, 0, 3, 5]
+    assert torch.equal(a.to_mask(9).view(2, 3, 9), allowed | ~allowed.any(-1, keepdim=True))
+    assert TokenSupport.from_sequences([([1, 4, 8], [0, 2, 2, 3]), ([0], [0, 1])]).lengths().tolist() == [2, 0, 1, 1]
+    some = a.take(torch.tensor([4, 1, 0]))
+    assert some.ids.tolist() == [0, 3, 5, 1, 4] and some.lengths().tolist() == [3, 0, 2]
+    with pytest.raises(ValueError, match=r"sequence 1 must have at most 1 positions, got 2"):
+        TokenSupport.from_sequences([([0], [0, 1]), ([0, 3], [0, 1, 2])], length=1)
+    with pytest.raises(ValueError, match=r"offsets of sequence 0 must rise from 0 to 2, got \[0, 3\]"):
+        TokenSupport.from_sequences([([0, 1], [0, 3])])
+
+
+@every_backend
+def test_a_single_token_is_not_computed(backend):
+    """NaN in its hidden state does no harm, and no kernel is called."""
+    p = make_problem(B=3, T=5, V=37, confident=False)
+    p.hidden[:] = math.nan
+    support = TokenSupport.from_padded(p.completion_ids.unsqueeze(-1)).to(DEVICE)
+    found = run(fused_linear_grpo_loss, p, support=support, backend=backend, config=dataclasses.replace(p.config, entropy_coef=0.1))
+    assert not found.logps.any() and not found.entropy.any() and found.loss.isfinite()
+    assert not any(found.gradients[name].any() for name in ("hidden", "weight"))
+
+
+@on_the_cpu
+def test_nothing_of_the_vocabularys_size_is_made(monkeypatch):
+    """With a frozen head; and no row of logits ever."""
+    p, support = over_support(make_problem(B=4, T=9, V=5003, D=24, dtype=torch.float32), 2, empty=0.0)
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor))
+            return out
+
+    monkeypatch.setattr(ops, "_score", None)
+    monkeypatch.setattr(ops, "_one_pass", None)
+    positional, keywords, _ = p.arguments(needs=("hidden",))
+    keywords |= {"support": support, "backend": "cpu"}
+    fused_linear_grpo_loss(*positional, **keywords)  # the support is looked at
+    with Sizes():
+        fused_linear_grpo_loss(*positional, **keywords).loss.backward()
+    largest = max(len(support.ids), p.hidden.numel())
+    assert max(size for size in sizes if size != p.weight.numel()) <= largest
+    assert sizes.count(p.weight.numel()) <= 4, "the weight is handed through, not copied"
+
+
+@every_backend
+def test_one_dense_product_serves_the_rows_without_a_support(backend):
+    """In one pass and in two phases: dW of both sides is one tensor, and all rows empty is a call without a support."""
+    for config in (GRPOLossConfig(), GRPOLossConfig(importance_sampling_level="sequence")):
+        p = make_problem(B=4, T=9, V=61, config=config)
+        nothing = TokenSupport(torch.zeros(0, dtype=torch.int64), torch.zeros(p.mask.numel() + 1, dtype=torch.int64)).to(DEVICE)
+        ours, plain = (run(fused_linear_grpo_loss, p, backend=backend, **more).flat() for more in ({"support": nothing}, {}))
+        assert all(torch.equal(x, plain[name]) for name, x in ours.items())
+        everything = TokenSupport.from_mask(torch.ones(p.mask.numel(), 61, dtype=torch.bool)).to(DEVICE)
+        ours = run(fused_linear_grpo_loss, p, backend=backend, support=everything).flat()
+        assert all(torch.equal(x, plain[name]) for name, x in ours.items())
+
+
+def wrong_supports(p):
+    """name -> (support, kept_rows may find it, message)."""
+    ids = p.completion_ids.reshape(-1)
+    N = len(ids)
+    pairs = torch.stack([ids, (ids + 1) % 37], 1)
+    place = int(p.mask.bool().reshape(-1).nonzero()[3])
+    where = rf"position \[{place // 6}, {place % 6}\]"
+    even = torch.arange(0, 2 * N + 1, 2)
+
+    def changed(column, value):
+        out = pairs.clone()
+        out[place, column] = value
+        return TokenSupport(out.reshape(-1), even)
+
+    other = (int(ids[place]) + 2) % 37
+    falling = even.clone()
+    falling[4] = 13
+    return {
+        "token outside": (changed(0, other), rf"completion_ids must be among support\.ids.*token {int(ids[place])} at {where}"),
+        "twice": (changed(1, int(ids[place])), rf"support\.ids must name a token once in a range, got {int(ids[place])} twice at {where}"),
+        "too large": (changed(1, 37), rf"support\.ids must be in \[0, V = 37\).*got 37 at {where}"),
+        "negative": (changed(1, -1), rf"support\.ids must be in \[0, V = 37\).*got -1 at {where}"),
+        "falls": (TokenSupport(pairs.reshape(-1), falling), rf"support\.offsets must rise from 0 to {2 * N}.*fall behind position 4"),
+        "too short": (TokenSupport(pairs.reshape(-1)[:-1], even), rf"support\.offsets must rise from 0 to {2 * N - 1}.*got 0 to {2 * N}"),
+        "starts late": (TokenSupport(torch.cat([ids[:1], pairs.reshape(-1)]), even + 1), r"must rise from 0 .*got 1 to"),
+    }  # fmt: skip
+
+
+WRONG = ("token outside", "twice", "too large", "negative", "falls", "too short", "starts late")
+
+
+@every_backend
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_value_is_named_with_its_place(name, backend):
+    p = make_problem(confident=False)
+    support, message = wrong_supports(p)[name]
+    support = support.to(DEVICE)
+    for function in (functools.partial(fused_linear_grpo_loss, backend=backend), reference.grpo_loss):
+        with pytest.raises(ValueError, match=message):
+            run(function, p, support=support)
+    found = run(fused_linear_grpo_loss, p, support=support, kept_rows=p.kept_rows(), backend=backend)
+    assert found.loss.isnan()
+    # where it is masked, it is nobody's business; offsets are
+    if name not in ("falls", "too short", "starts late"):
+        p.mask[:] = False
+        p.mask[-1, -1] = True
+        run(fused_linear_grpo_loss, p, support=support, backend=backend)
+
+
+def test_a_wrong_kind_is_refused():
+    p = make_problem()
+    N = p.mask.numel()
+    support = TokenSupport(p.completion_ids.reshape(-1), torch.arange(N + 1))
+    positional, keywords, _ = p.arguments()
+    call = functools.partial(fused_linear_grpo_loss, *positional, **keywords)
+    for given, kind, message in (
+        (p.mask, TypeError, "support must be a TokenSupport or None, got Tensor"),
+        (TokenSupport(support.ids[:-1], support.offsets[:-1]), ValueError, rf"support\.offsets must have {N + 1} entries.*got {N}"),
+        (support.to("meta"), ValueError, "support must be on cpu as hidden is, got meta"),
+    ):
+        with pytest.raises(kind, match=message):
+            call(support=given)
+    for ids, offsets, kind, message in (
+        (support.ids.float(), support.offsets, TypeError, r"support\.ids must be an int32 or int64 tensor, got torch\.float32"),
+        (support.ids.view(1, -1), support.offsets, ValueError, r"support\.ids must be 1-D, got \[1, 24\]"),
+        (support.ids, support.offsets.tolist(), TypeError, r"support\.offsets must be an int32 or int64 tensor, got list"),
+        (support.ids, support.offsets[:0], ValueError, r"support\.offsets must have an entry more"),
+    ):
+        with pytest.raises(kind, match=message):
+            TokenSupport(ids, offsets)
+    hidden, weight, ids = positional[:3]
+    with pytest.raises(ValueError, match="return_lse must be False with a support"):
+        linear_logprobs(hidden, weight, ids, mask=p.mask, support=support, return_lse=True)
+
+
+def test_a_support_is_looked_at_once_and_again_when_it_was_changed(monkeypatch):
+    looks, look = [], Facts.of
+    monkeypatch.setattr(Facts, "of", lambda support: looks.append(support) or look(support))
+    p, support = over_support(make_problem(), 1, empty=0.0)
+    support = TokenSupport(support.ids.clone(), support.offsets.clone())
+    looks.clear()
+    for _ in range(3):
+        run(fused_linear_grpo_loss, p, support=support)
+    assert len(looks) == 1
+    support.ids[:] = 0
+    with pytest.raises(ValueError, match=r"must (be among|name a token once)"):
+        run(fused_linear_grpo_loss, p, support=support)
+    assert len(looks) == 2
+
+
+@on_the_cpu
+def test_compiled_calls_are_refused_by_name():
+    p, support = over_support(make_problem(dtype=torch.float32), 1)
+    positional, keywords, _ = p.arguments()
+    with pytest.raises(RuntimeError, match="support cannot be used under torch.compile"):
+        torch.compile(lambda: fused_linear_grpo_loss(*positional, **keywords, support=support).loss, backend="eager", fullgraph=True)()
+
+
+@on_the_cpu
+def test_dw_has_fresh_pages_and_they_read_as_zeros():
+    """Above 8 MiB it is memory of the system's own, of which only the rows that occur are touched."""
+    p = make_problem(V=70_001, D=32, dtype=torch.float32, confident=False)
+    support = TokenSupport.from_padded(torch.stack([p.completion_ids, torch.full_like(p.completion_ids, 70_000)], -1))
+    found = run(fused_linear_grpo_loss, p, support=support)
+    exact = run(reference.grpo_loss, p, dtype=torch.float64, support=support)
+    dw = found.gradients["weight"]
+    assert_close("dW", dw, exact.gradients["weight"], 1e-5)
+    dw += 1  # of an optimiser that works in place
+    untouched = torch.ones(70_001, dtype=torch.bool)
+    untouched[support.ids] = False
+    assert (dw[untouched] == 1).all() and not (dw[~untouched] == 1).all()
+
+
+def shards_agree(rank, world):
+    wrong = []
+    for seed in range(6):
+        for backend in ("torch", "cpu"):
+            p = make_problem(seed, B=4, T=7, V=53, bias=True, lora=seed % 2 == 0, temperature=seed % 3 == 0,
+                             config=GRPOLossConfig(beta=0.04, entropy_coef=0.02 * (seed % 2), softcap=5.0 if seed == 3 else None,
+                                                   importance_sampling_level=("token", "sequence")[seed % 2]))  # fmt: skip
+            p, support = over_support(p, seed, empty=(0.0, 0.2)[seed % 2])
+            alone = run(fused_linear_grpo_loss, p, backend=backend, support=support).flat()
+            q, own = sharded(p, rank, world)
+            ours, again = (run(fused_linear_grpo_loss, q, backend=backend, support=support, vocab_parallel_group=dist.group.WORLD).flat()
+                           for _ in range(2))  # fmt: skip
+            for quantity, x in ours.items():
+                truth = alone[quantity]
+                truth = truth[own] if quantity.split()[-1] in ("weight", "bias", "lora_b") else truth
+                error = (x - truth).abs().max() if x.numel() else torch.zeros(())
+                if error > 1e-10 or not torch.equal(x, again[quantity]):
+                    wrong.append((seed, backend, quantity, float(error)))
+    return wrong
+
+
+@on_the_cpu
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_sharded_vocabulary_equals_one_process(tmp_path, world):
+    """Three ranks: the last has no row of the vocabulary at all, and takes part."""
+    for rank, wrong in enumerate(spawn(tmp_path, world, shards_agree)):
+        assert wrong == [], f"rank {rank}: {wrong[:5]}"
+
+
+def test_the_tests_reach_every_backend():
+    assert "torch" in BACKENDS and pytorch.pair_sums is not None and random_needs is not None
