@@ -76,4 +76,6 @@ PYBIND11_MODULE(_native, m) {
   define(m, "gradient", &RowKernels::gradient);
   define(m, "policy", &RowKernels::policy);
   define(m, "transpose", &RowKernels::transpose);
+  define(m, "pair_logits", &RowKernels::pair_logits);
+  define(m, "pair_sums", &RowKernels::pair_sums);
 }

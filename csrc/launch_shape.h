@@ -14,14 +14,15 @@ namespace {
 
 constexpr int kUnitBytes = 16;
 constexpr int kFewestLanes = 256, kMostLanes = 4096;  // of a row: a warp for each block of the largest cluster; four for each thread
+constexpr int kFewestLanesOfRange = 32;               // of a range: a warp, for half of them have two columns
 constexpr int kFewestUnits = 6;                       // of a lane in a longer row, or merging costs more than folding
 constexpr int kLargestCluster = 8;                    // more need a permission of their own, and not every GPU has them
 constexpr int kPerMultiprocessor = 2;                 // blocks that a row's pieces leave room for: one computes while another loads
 constexpr int kScratchBytes = (kMostLanes / 32 + 1) * 4 * 8;  // statistics of 32 lanes each, and of the row
 
 // Lanes of a row of so many units.
-GRPO_SHAPE int lanes_of(int64_t units) {
-  int lanes = kFewestLanes;
+GRPO_SHAPE int lanes_of(int64_t units, int fewest = kFewestLanes) {
+  int lanes = fewest;
   while (lanes < kMostLanes && int64_t(2 * kFewestUnits) * lanes <= units) lanes *= 2;
   return lanes;
 }
@@ -91,6 +92,30 @@ inline int threads_of(int64_t columns, int element_size, int visits, int cluster
   while (threads < most && threads < mine && int64_t(threads) * cluster * in_flight < units) threads *= 2;
   return threads;
 }
+
+// ---- the pair kernels
+
+constexpr int kMostPairThreads = 256;
+constexpr int kLogitsThreads = 128, kSumsThreads = 256;
+constexpr int kLongRange = 64;  // pairs; a warp alone adds up as many, more are cut into slices
+constexpr int kSlices = 8;
+constexpr int kSumsSharedBytes = kSlices * 32 * 2 * kUnitBytes;  // a unit of sums for each lane; those of 16 bits are kept in 32
+
+// Blocks that a row's range of pairs is dealt out to in pair_logits: so many that the longest is no tail, few of them in vain.
+GRPO_SHAPE int blocks_of_range(int64_t rows) {
+  int blocks = 4;
+  while (blocks < 32 && blocks * rows < 1 << 15) blocks *= 2;
+  return blocks;
+}
+
+// Blocks of a row in pair_sums, a unit for each lane of a warp.
+GRPO_SHAPE int64_t pieces_of_sum(int64_t columns, int element_size) {
+  const int64_t bytes = 32 * kUnitBytes;
+  return (columns * element_size + bytes - 1) / bytes;
+}
+
+// Rows of a block in pair_sums, at most a lane for each. Most rows of a large count are empty: a gradient of the weight's.
+GRPO_SHAPE int rows_of_block(int64_t rows) { return rows < 1 << 18 ? 8 : rows < 1 << 19 ? 16 : 32; }
 
 }  // namespace
 }  // namespace grpo_kernels

@@ -1,4 +1,4 @@
-// The row kernels and the transpose on the CPU, compiled once per instruction set under another GK_ISA.
+// The row kernels, the pair kernels and the transpose on the CPU, compiled once per instruction set under another GK_ISA.
 //
 //   statistics  reads a tile once. Per element: 1 exp, 2 fused multiply-adds, 1 maximum.
 //   gradient    reads and writes it once. Per element: 1 exp, 1 multiplication.
@@ -12,6 +12,7 @@
 #include <new>
 #include <utility>
 
+#include "pair_kernels_cpu.h"
 #include "row_math.h"
 #include "vector.h"
 
@@ -283,6 +284,17 @@ void gradient_row(const T* in, T* out, int64_t columns, int64_t target, const Ve
   if (has_target) store_scalar(out + target, A(at_target));
 }
 
+// Where the elements of a row are.
+template <class T>
+struct Span {
+  T* data;
+  int64_t columns;
+
+  Span(const Matrix& matrix, const int64_t* ranges, int64_t r)
+      : data(ranges ? static_cast<T*>(matrix.data) + ranges[2 * r] : row_of<T>(matrix, r)),
+        columns(ranges ? ranges[2 * r + 1] - ranges[2 * r] : matrix.columns) {}
+};
+
 // Calls f(r, kept) for every row.
 template <class T, class F>
 void for_each_row(const Matrix& tile, int threads, bool keep, F f) {
@@ -290,7 +302,7 @@ void for_each_row(const Matrix& tile, int threads, bool keep, F f) {
   (void)threads;
   const int64_t per_task = tile.rows >= 4 * kRowsPerTask * threads ? kRowsPerTask : 1;
   const int64_t tasks = (tile.rows + per_task - 1) / per_task;
-  const int64_t blocks = (tile.columns + kBlock<T> - 1) / kBlock<T>;
+  const int64_t blocks = keep ? (tile.columns + kBlock<T> - 1) / kBlock<T> : 0;
 #pragma omp parallel num_threads(threads)
   {
     // No memory for it: exponentials are taken twice.
@@ -313,8 +325,9 @@ void statistics_rows(const StatisticsParams& p, int threads) {
   const Matrix& tile = p.tile.values;
   for_each_row<T>(tile, threads, false, [&](int64_t r, const Kept<A>*) {
     auto& stats = static_cast<RowStatistics<A>*>(p.stats)[r];
+    const Span<T> row(tile, p.tile.ranges, r);
     RowStatistics<double> s{stats.max, stats.others, stats.moment, stats.target};
-    fold_row<T>(row_of<T>(tile, r), tile.columns, p.tile.target[r], {p.tile, r}, s, nullptr);
+    fold_row<T>(row.data, row.columns, p.tile.target[r], {p.tile, r}, s, nullptr);
     stats = {A(s.max), A(s.others), A(s.moment), A(s.target)};
   });
 }
@@ -328,7 +341,8 @@ void gradient_rows(const GradientParams& p, int threads) {
     const auto at = [r](const void* vector) { return double(value<A>(vector, r)); };
     const RowGradient<double> d(transform, at(p.g), at(p.g_entropy), at(p.scored.lse), 0, at(p.scored.logps),
                                 at(p.scored.entropy));
-    gradient_row<T>(row_of<T>(tile, r), row_of<T>(p.out, r), tile.columns, p.tile.target[r], transform, d, nullptr);
+    const Span<T> row(tile, p.tile.ranges, r), out(p.out, p.tile.ranges, r);
+    gradient_row<T>(row.data, out.data, row.columns, p.tile.target[r], transform, d, nullptr);
   });
 }
 
@@ -466,9 +480,21 @@ void transpose(const TransposeParams& p, int threads) {
   transpose_rows<uint64_t>(p, threads);
 }
 
+void pair_logits(const PairLogitsParams& p, int threads) {
+  by_dtype(p.weight, [&](auto element) { logits_of_pairs<decltype(element)>(p, threads); });
+}
+
+void pair_sums(const PairSumsParams& p, int threads) {
+  by_dtype(p.source, [&](auto element) {
+    using T = decltype(element);
+    if (p.out.dtype == p.source.dtype) return sums_over_pairs<T, T>(p, threads);
+    sums_over_pairs<T, acc_t<T>>(p, threads);
+  });
+}
+
 }  // namespace
 
 extern const RowKernels GK_ISA;
-const RowKernels GK_ISA = {statistics, gradient, policy, transpose};
+const RowKernels GK_ISA = {statistics, gradient, policy, transpose, pair_logits, pair_sums};
 
 }  // namespace grpo_kernels

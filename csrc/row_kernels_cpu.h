@@ -10,6 +10,8 @@ struct RowKernels {
   void (*gradient)(const GradientParams&, int threads);
   void (*policy)(const PolicyParams&, int threads);
   void (*transpose)(const TransposeParams&, int threads);
+  void (*pair_logits)(const PairLogitsParams&, int threads);
+  void (*pair_sums)(const PairSumsParams&, int threads);
 };
 
 }  // namespace grpo_kernels

@@ -1,7 +1,9 @@
-// Launches of the row kernels: the instantiation for a tile's dtypes and options, and the launch shape.
+// Launches of the row and pair kernels: the instantiation for dtypes and options, and the launch shape.
 #include "row_kernels_cuda.cuh"
 
 #include <cstdio>
+
+#include "pairs_cuda.cuh"
 
 #include "row_kernels_cuda.h"
 
@@ -39,22 +41,24 @@ struct Shape {
 };
 
 // Fills in what the caller left open; returns what is wrong with the rest, or nullptr.
-const char* shape_of(const Matrix& tile, int element_size, const CudaLaunch& launch, int visits, int capability, Shape& shape) {
-  if (tile.rows > INT32_MAX / kLargestCluster || tile.columns > INT32_MAX / 2) {
-    return failure("%lld rows or %lld columns are too many", (long long)tile.rows, (long long)tile.columns);
+const char* shape_of(const Tile& tile, int element_size, const CudaLaunch& launch, int visits, int capability, Shape& shape) {
+  const Matrix& values = tile.values;
+  if (values.rows > INT32_MAX / kLargestCluster || values.columns > INT32_MAX / 2) {
+    return failure("%lld rows or %lld columns are too many", (long long)values.rows, (long long)values.columns);
   }
-  shape.cluster = launch.cluster ? launch.cluster : cluster_size(tile.columns, element_size, capability);
+  shape.cluster = launch.cluster ? launch.cluster : cluster_size(values.columns, element_size, capability);
   shape.kept = launch.variant == 2 || (launch.variant == 0 && visits == 2 && shape.cluster > 0);
   if (!shape.kept) shape.cluster = 1;
   const bool power_of_two = shape.cluster > 0 && (shape.cluster & (shape.cluster - 1)) == 0;
   const bool possible = capability >= 90 && power_of_two && shape.cluster <= kLargestCluster;
-  const int64_t shared = shape.kept && possible ? block_memory(tile.columns, element_size, shape.cluster) : kScratchBytes;
+  const int64_t shared = shape.kept && possible ? block_memory(values.columns, element_size, shape.cluster) : kScratchBytes;
   if (shape.kept && (!possible || shared > most_shared_memory(capability))) {
     return failure("a row of %lld columns does not fit the shared memory of a cluster of %d blocks at compute capability %d",
-                   (long long)tile.columns, shape.cluster, capability);
+                   (long long)values.columns, shape.cluster, capability);
   }
   shape.shared = int(shared);
-  shape.threads = launch.threads ? launch.threads : threads_of(tile.columns, element_size, shape.kept ? 1 : visits, shape.cluster);
+  const int chosen = tile.ranges ? kFewestLanesOfRange : threads_of(values.columns, element_size, shape.kept ? 1 : visits, shape.cluster);
+  shape.threads = launch.threads ? launch.threads : chosen;
   if (shape.threads < 32 || shape.threads > most_threads(element_size) || shape.threads % 32) {
     return failure("threads must be a multiple of 32 up to %d, got %d", most_threads(element_size), shape.threads);
   }
@@ -62,7 +66,7 @@ const char* shape_of(const Matrix& tile, int element_size, const CudaLaunch& lau
 }
 
 template <class Params>
-cudaError_t start(void (*kernel)(Params), const Params& params, const Shape& shape, int capability, void* stream) {
+cudaError_t start(void (*kernel)(Params), const Params& params, int64_t blocks, const Shape& shape, int capability, void* stream) {
   if (shape.shared > 48 << 10) {
     const void* address = reinterpret_cast<const void*>(kernel);
     // the same limit from every thread: one that asked for its own launch would take away another's
@@ -71,7 +75,7 @@ cudaError_t start(void (*kernel)(Params), const Params& params, const Shape& sha
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(params.tile.values.rows) * unsigned(shape.cluster));
+  config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(unsigned(shape.threads));
   config.dynamicSmemBytes = size_t(shape.shared);
   config.stream = static_cast<cudaStream_t>(stream);
@@ -93,15 +97,23 @@ const Matrix& result_of(const PolicyParams& p) { return p.out; }
 template <class Params>
 using Kernel = void (*)(Params);
 
-template <class T, class O>
-Kernel<StatisticsParams> instantiation(const StatisticsParams& p, bool) {
-  return has_plain_transform(p.tile) ? statistics_kernel<T, true> : statistics_kernel<T, false>;
+template <class T, class O, Rows Mode>
+Kernel<StatisticsParams> instantiation_of(const StatisticsParams& p) {
+  return has_plain_transform(p.tile) ? statistics_kernel<T, true, Mode> : statistics_kernel<T, false, Mode>;
 }
 
-template <class T, class O>
-Kernel<GradientParams> instantiation(const GradientParams& p, bool) {
+template <class T, class O, Rows Mode>
+Kernel<GradientParams> instantiation_of(const GradientParams& p) {
   const bool plain = has_plain_transform(p.tile) && !p.g_entropy;
-  return plain ? gradient_kernel<T, O, true> : gradient_kernel<T, O, false>;
+  return plain ? gradient_kernel<T, O, true, Mode> : gradient_kernel<T, O, false, Mode>;
+}
+
+// Ranges are of acc, and results lie on them.
+template <class T, class O, class Params>
+Kernel<Params> instantiation(const Params& p, bool) {
+  if (!p.tile.ranges) return instantiation_of<T, O, Rows::twice>(p);
+  if constexpr (std::is_same_v<T, acc_of<T>> && std::is_same_v<T, O>) return instantiation_of<T, O, Rows::ranges>(p);
+  return nullptr;
 }
 
 template <class T, class O>
@@ -145,14 +157,14 @@ const char* run(const char* name, const Params& p, const CudaLaunch& launch, int
   if (visits == 1) wanted.variant = 1;
   while (true) {
     Shape shape;
-    if (const char* wrong = shape_of(values, size_of(values.dtype), wanted, visits, capability, shape)) {
+    if (const char* wrong = shape_of(p.tile, size_of(values.dtype), wanted, visits, capability, shape)) {
       return failure("%s kernel: %s", name, wrong);
     }
     const auto kernel = kernel_for(p, shape.kept);
     if (!kernel) {
       return failure("%s kernel: no result of dtype %d from a tile of dtype %d", name, int(result_of(p).dtype), int(values.dtype));
     }
-    const cudaError_t error = start(kernel, p, shape, capability, launch.stream);
+    const cudaError_t error = start(kernel, p, values.rows * shape.cluster, shape, capability, launch.stream);
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();  // or the next check of anybody would meet it again
     // A part of a GPU may be too small for a cluster. Two reads give the same bits.
@@ -160,6 +172,52 @@ const char* run(const char* name, const Params& p, const CudaLaunch& launch, int
     if (wanted.variant != 0 || !shape.kept || !no_room) return failure("%s kernel: %s", name, cudaGetErrorString(error));
     wanted.variant = 1;
   }
+}
+
+template <class T>
+Kernel<PairLogitsParams> instantiation(const PairLogitsParams&, bool aligned) {
+  return aligned ? pair_logits_kernel<T, true> : pair_logits_kernel<T, false>;
+}
+
+template <class T>
+Kernel<PairSumsParams> instantiation(const PairSumsParams& p, bool aligned) {
+  using A = acc_of<T>;
+  if (p.out.dtype == p.source.dtype) return aligned ? pair_sums_kernel<T, T, true> : pair_sums_kernel<T, T, false>;
+  return aligned ? pair_sums_kernel<T, A, true> : pair_sums_kernel<T, A, false>;
+}
+
+bool is_aligned(const Matrix& m) {
+  const int64_t size = size_of(m.dtype);
+  return reinterpret_cast<uintptr_t>(m.data) % kUnitBytes == 0 && m.row_stride * size % kUnitBytes == 0 && m.columns * size % kUnitBytes == 0;
+}
+
+// `per_row` and `per_id` are the matrices that rows and ids are of.
+template <class Params>
+const char* run_pairs(const char* name, const Params& p, const Matrix& per_row, const Matrix& per_id, int64_t blocks, Shape shape,
+                      const CudaLaunch& launch) {
+  if (p.pairs.count == 0) return nullptr;
+  if (blocks > INT32_MAX || per_id.rows > INT32_MAX || per_id.columns > INT32_MAX / 2) {
+    return failure("%s kernel: %lld rows with pairs, or of %lld ids, or %lld columns are too many", name, (long long)p.pairs.count,
+                   (long long)per_id.rows, (long long)per_id.columns);
+  }
+  if (launch.threads) shape.threads = launch.threads;
+  if (shape.threads < 32 || shape.threads > kMostPairThreads || shape.threads % 32) {
+    return failure("%s kernel: threads must be a multiple of 32 up to %d, got %d", name, kMostPairThreads, shape.threads);
+  }
+  const OnDevice device(launch.device);
+  if (device.error != cudaSuccess) {
+    return failure("%s kernel: device %d: %s", name, launch.device, cudaGetErrorString(device.error));
+  }
+  const bool aligned = is_aligned(per_row) && is_aligned(per_id);
+  const Dtype dtype = per_id.dtype;
+  const auto kernel = dtype == Dtype::bfloat16  ? instantiation<__nv_bfloat16>(p, aligned)
+                      : dtype == Dtype::float16 ? instantiation<__half>(p, aligned)
+                      : dtype == Dtype::float32 ? instantiation<float>(p, aligned)
+                                                : instantiation<double>(p, aligned);
+  const cudaError_t error = start(kernel, p, blocks, shape, 0, launch.stream);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or the next check of anybody would meet it again
+  return failure("%s kernel: %s", name, cudaGetErrorString(error));
 }
 
 }  // namespace
@@ -176,6 +234,19 @@ const char* grpo_cuda_gradient(const GradientParams* params, const CudaLaunch* l
 
 const char* grpo_cuda_policy(const PolicyParams* params, const CudaLaunch* launch) { return run("policy", *params, *launch, 2); }
 
+const char* grpo_cuda_pair_logits(const PairLogitsParams* params, const CudaLaunch* launch) {
+  const int64_t rows = params->pairs.count;
+  return run_pairs("pair_logits", *params, params->hidden, params->weight, rows * blocks_of_range(rows),
+                   {false, 1, kLogitsThreads, 0}, *launch);
+}
+
+const char* grpo_cuda_pair_sums(const PairSumsParams* params, const CudaLaunch* launch) {
+  const int64_t rows = params->pairs.count, of_block = rows_of_block(rows);
+  const int64_t pieces = pieces_of_sum(params->source.columns, size_of(params->source.dtype));
+  return run_pairs("pair_sums", *params, params->out, params->source, (rows + of_block - 1) / of_block * pieces,
+                   {false, 1, kSumsThreads, kSumsSharedBytes}, *launch);
+}
+
 #ifndef GRPO_SOURCES
 #define GRPO_SOURCES ""
 #endif
@@ -183,7 +254,7 @@ const char* grpo_cuda_sources() { return GRPO_SOURCES; }
 
 const char* grpo_cuda_probe() {
   cudaFuncAttributes attributes;
-  const void* kernel = reinterpret_cast<const void*>(gradient_kernel<float, float, true>);
+  const void* kernel = reinterpret_cast<const void*>(gradient_kernel<float, float, true, Rows::twice>);
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();

@@ -1,4 +1,5 @@
-// The three row kernels on CUDA. R rows, C columns; a thread block, or a cluster of them, owns a row.
+// The three row kernels on CUDA. R rows, C columns; a thread block, or a cluster of them, owns a row. A row may be a range of a
+// vector (Rows::ranges): those are short, so that they have few lanes and a warp for each.
 //
 //   statistics  reads a tile once
 //   gradient    reads and writes it once
@@ -14,30 +15,15 @@
 #pragma once
 
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstring>
-#include <type_traits>
 
 #include "element_math.h"
-#include "launch_shape.h"
+#include "units_cuda.cuh"
 
 namespace grpo_kernels {
 
-#ifdef __CUDACC__
-__device__ __forceinline__ unsigned char* shared_memory() {
-  extern __shared__ __align__(16) unsigned char bytes[];
-  return bytes;
-}
-#else
-unsigned char* shared_memory();  // the tests run this source on the host
-#endif
-
 namespace {
 
-enum class Rows { twice, kept };
+enum class Rows { twice, kept, ranges };
 
 template <Rows Mode>
 struct ClusterOf;
@@ -54,63 +40,8 @@ constexpr bool kHasClusters = false;  // and kernels that need them are empty
 // Loads a thread has under way; fewer where the registers are needed for a bias, a softcap or the entropy.
 template <class T, bool Plain>
 constexpr int kInFlight = sizeof(T) == 8 ? 1 : (Plain ? 2 : 1) * (sizeof(T) == 2 ? 1 : 2);
-constexpr unsigned kWholeWarp = 0xffffffffu;
-
-template <class T>
-using acc_of = std::conditional_t<std::is_same_v<T, double>, double, float>;
-template <class T>
-constexpr int kUnit = kUnitBytes / int(sizeof(T));  // columns
 template <class T>
 constexpr int kMostThreads = sizeof(T) == 8 ? 512 : 1024;
-
-// ---- elements and units
-
-__device__ __forceinline__ float widened(float x) { return x; }
-__device__ __forceinline__ double widened(double x) { return x; }
-__device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widened(__half x) { return __half2float(x); }
-
-template <class O, class A>
-__device__ __forceinline__ O rounded(A x) {
-  if constexpr (std::is_same_v<O, __nv_bfloat16>) return __float2bfloat16_rn(x);
-  else if constexpr (std::is_same_v<O, __half>) return __float2half_rn(x);
-  else return x;
-}
-
-template <int Bytes>
-using bits_of = std::conditional_t<
-    Bytes == 2, unsigned short,
-    std::conditional_t<Bytes == 4, unsigned, std::conditional_t<Bytes == 8, uint2, uint4>>>;
-
-// Past the first-level cache: no element is read twice out of it.
-template <class V>
-__device__ __forceinline__ V load(const V* p) {
-  const bits_of<sizeof(V)> bits = __ldcg(reinterpret_cast<const bits_of<sizeof(V)>*>(p));
-  V v;
-  memcpy(&v, &bits, sizeof(V));
-  return v;
-}
-
-template <class V>
-__device__ __forceinline__ void store(V* p, const V& v) {
-  bits_of<sizeof(V)> bits;
-  memcpy(&bits, &v, sizeof(V));
-  __stcg(reinterpret_cast<bits_of<sizeof(V)>*>(p), bits);
-}
-
-// N neighbouring elements, moved at once.
-template <class T, int N>
-struct alignas(N * sizeof(T)) Unit {
-  T at[N];
-};
-
-template <class T>
-using InputUnit = Unit<T, kUnit<T>>;
-
-template <class V>
-__device__ __forceinline__ bool is_aligned(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0;
-}
 
 // The units of a row that one block has, in and out: numbered from left to right, unit i is in lane i % mine of them. `T` is what
 // the tile holds, `O` what is written.
@@ -125,11 +56,17 @@ struct Share {
   int whole;        // its first units that can be moved at once
   bool aligned;
 
-  __device__ __forceinline__ Share(const Matrix& values, const Matrix& result, int64_t row, int rank, int blocks)
-      : in(row_of<const T>(values, row)), out(row_of<O>(result, row)), columns(int(values.columns)) {
+  __device__ __forceinline__ Share(const Tile& tile, const Matrix& result, int64_t row, int rank, int blocks)
+      : in(row_of<const T>(tile.values, row)), out(row_of<O>(result, row)), columns(int(tile.values.columns)) {
+    if constexpr (Mode == Rows::ranges) {
+      const int64_t first_of_row = tile.ranges[2 * row], last_of_row = tile.ranges[2 * row + 1];
+      in += first_of_row;
+      out += first_of_row;
+      columns = int(last_of_row - first_of_row);
+    }
     aligned = is_aligned<InputUnit<T>>(in) && is_aligned<Unit<O, kUnit<T>>>(out);
     const int of_row = (columns + kUnit<T> - 1) / kUnit<T>;
-    lanes = lanes_of(of_row);
+    lanes = lanes_of(of_row, Mode == Rows::ranges ? kFewestLanesOfRange : kFewestLanes);
     mine = lanes / blocks;
     first = rank * mine;
     units = share_of(of_row, lanes, first, mine);
@@ -141,7 +78,7 @@ struct Share {
 
   // First column of this block's unit i.
   __device__ __forceinline__ int column(int i) const {
-    if constexpr (Mode == Rows::twice) return i * kUnit<T>;
+    if constexpr (Mode != Rows::kept) return i * kUnit<T>;
     const int k = i >> (31 - __clz(mine));  // a power of two
     return column(i - k * mine, k);
   }
@@ -290,9 +227,9 @@ struct Row {
   ElementTransform<A, Plain> transform;
 
   __device__ __forceinline__ Row(const Tile& tile, const Matrix& out)
-      : row(index()), share(tile.values, out, row, rank, blocks), transform(tile, row) {
+      : row(index()), share(tile, out, row, rank, blocks), transform(tile, row) {
     const int64_t c = tile.target[row];
-    target = c >= 0 && c < tile.values.columns ? int(c) : -1;
+    target = c >= 0 && c < share.columns ? int(c) : -1;
   }
 
   // The statistics of the row, in every thread; once per kernel.
@@ -383,19 +320,19 @@ struct Row {
 
 // ---- the kernels
 
-template <class T, bool Plain>
+template <class T, bool Plain, Rows Mode>
 __global__ void __launch_bounds__(kMostThreads<T>, 1) statistics_kernel(const StatisticsParams p) {
   using A = acc_of<T>;
-  Row<T, T, Plain, Rows::twice> row(p.tile, p.tile.values);
+  Row<T, T, Plain, Mode> row(p.tile, p.tile.values);
   auto& stats = static_cast<RowStatistics<A>*>(p.stats)[row.row];
   const RowStatistics<A> before = stats, s = row.statistics();
   if (row.is_first_thread()) stats = merged(before, s);
 }
 
-template <class T, class O, bool Plain>
+template <class T, class O, bool Plain, Rows Mode>
 __global__ void __launch_bounds__(kMostThreads<T>, 1) gradient_kernel(const GradientParams p) {
   using A = acc_of<T>;
-  const Row<T, O, Plain, Rows::twice> row(p.tile, p.out);
+  const Row<T, O, Plain, Mode> row(p.tile, p.out);
   const A lse = value<A>(p.scored.lse, row.row), logps = value<A>(p.scored.logps, row.row), entropy = value<A>(p.scored.entropy, row.row);
   const A g = value<A>(p.g, row.row), g_entropy = Plain ? A(0) : value<A>(p.g_entropy, row.row);
   row.write({row.transform, g, g_entropy, lse, A(0), logps, entropy});
@@ -403,7 +340,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1) gradient_kernel(const Grad
 
 template <class T, class O, bool Plain, Rows Mode>
 __global__ void __launch_bounds__(kMostThreads<T>, 1) policy_kernel(const PolicyParams p) {
-  if constexpr (Mode == Rows::twice || kHasClusters) {
+  if constexpr (Mode != Rows::kept || kHasClusters) {
     using A = acc_of<T>;
     Row<T, O, Plain, Mode> row(p.tile, p.out);
     const RowStatistics<A> s = row.statistics();

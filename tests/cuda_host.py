@@ -75,3 +75,4 @@ def _on_the_host(name):
 
 
 statistics, gradient, policy = map(_on_the_host, ("statistics", "gradient", "policy"))
+pair_logits, pair_sums = map(_on_the_host, ("pair_logits", "pair_sums"))

@@ -1,9 +1,9 @@
-"""The row kernels in CUDA C++: machine code built ahead of time, nothing compiled at first use, PyTorch not linked.
+"""The row and pair kernels in CUDA C++: machine code built ahead of time, nothing compiled at first use, PyTorch not linked.
 
 They live in a shared library of their own, `_cuda.so` beside this package's modules, which is handed addresses, shapes, strides, a
 device and a stream through plain C structs. The contract is that of `pytorch.py`.
 
-Source: csrc/row_kernels_cuda.cu (launches), csrc/row_kernels_cuda.cuh (loops), csrc/row_math.h (formulas).
+Source: csrc/row_kernels_cuda.cu (launches), csrc/row_kernels_cuda.cuh and csrc/pairs_cuda.cuh (loops), csrc/row_math.h (formulas).
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import torch
 
 from .. import build_cuda
 from . import params
-from .statistics import check
+from .statistics import check, check_pairs, require
 
 LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 BUILD = "`grpo-kernels doctor --build-cuda` builds them where nvcc is installed"
@@ -35,20 +35,31 @@ class Kernels:
     def statistics(self, tile, stats):
         """Folds a tile into the running statistics [R, 4] of its rows."""
         check(tile, _RESULTS, stats=stats)
-        self._launch("statistics", tile, params.statistics(tile, stats))
+        self._launch("statistics", tile.values, params.statistics(tile, stats))
 
     def gradient(self, tile, out, scored, g, g_entropy=None):
         """Writes the gradient of the raw logits."""
         check(tile, _RESULTS, out, g=g, g_entropy=g_entropy, **scored._asdict())
-        self._launch("gradient", tile, params.gradient(tile, out, scored, g, g_entropy))
+        self._launch("gradient", tile.values, params.gradient(tile, out, scored, g, g_entropy))
 
     def policy(self, tile, out, rows, terms, scored):
         """The fused GRPO kernel: statistics, coefficient and gradient of whole rows in one launch; ``scored`` is written."""
         check(tile, _RESULTS, out, **scored._asdict(), **vars(rows))
-        self._launch("policy", tile, params.policy(tile, out, rows, terms, scored))
+        self._launch("policy", tile.values, params.policy(tile, out, rows, terms, scored))
 
-    def _launch(self, kernel, tile, filled):
-        launch = _Launch(**_place(tile.values), **self.shape)
+    def pair_logits(self, pairs, hidden, weight, out, scale=1.0, bias=None, add=False):
+        """Writes z of pairs (row of hidden, row of weight)."""
+        check_pairs(pairs, _RESULTS, out, hidden, weight, bias)
+        require(hidden.dtype == weight.dtype, f"hidden must be {weight.dtype} as weight is, got {hidden.dtype}")
+        self._launch("pair_logits", weight, params.pair_logits(pairs, hidden, weight, out, scale, bias, add))
+
+    def pair_sums(self, pairs, g, source, out, scale=1.0, add=False):
+        """Writes the sums over each row's pairs."""
+        check_pairs(pairs, _RESULTS, g, out, source)
+        self._launch("pair_sums", source, params.pair_sums(pairs, g, source, out, scale, add))
+
+    def _launch(self, kernel, where, filled):
+        launch = _Launch(**_place(where), **self.shape)
         wrong = getattr(self.library, f"grpo_cuda_{kernel}")(ctypes.byref(filled), ctypes.byref(launch))
         if wrong:
             raise RuntimeError(wrong.decode())
@@ -58,7 +69,7 @@ class Kernels:
 def loaded(path):
     """The library with the types of its functions."""
     library = ctypes.CDLL(path)
-    for name in ("statistics", "gradient", "policy", "sources", "probe"):
+    for name in ("statistics", "gradient", "policy", "pair_logits", "pair_sums", "sources", "probe"):
         getattr(library, f"grpo_cuda_{name}").restype = ctypes.c_char_p
     return library
 
@@ -113,8 +124,16 @@ def policy(*args, **more):
     _kernels().policy(*args, **more)
 
 
-def _place(values):
+def pair_logits(*args, **more):
+    _kernels().pair_logits(*args, **more)
+
+
+def pair_sums(*args, **more):
+    _kernels().pair_sums(*args, **more)
+
+
+def _place(tensor):
     """Device and stream of a launch."""
-    if not values.is_cuda:
+    if not tensor.is_cuda:
         return {}
-    return {"device": values.device.index, "stream": torch.cuda.current_stream(values.device).cuda_stream}
+    return {"device": tensor.device.index, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}

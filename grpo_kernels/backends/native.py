@@ -3,7 +3,7 @@
 The contract is that of `pytorch.py`, on tiles of float32, bfloat16 or float64, for results of the same dtype. ``isa`` is one of
 `isas`, None means the best. Importing this module never fails: `why_unavailable` says what is missing.
 
-Source: csrc/row_kernels_cpu.cpp (loops), csrc/row_math.h (formulas).
+Source: csrc/row_kernels_cpu.cpp and csrc/pair_kernels_cpu.h (loops), csrc/row_math.h (formulas).
 """
 
 import ctypes
@@ -24,7 +24,7 @@ except ImportError as error:
 
 from .. import build_cuda
 from . import params
-from .statistics import check, check_rows, described
+from .statistics import check, check_pairs, check_rows, described, require
 
 _BUILD_INFO = Path(__file__).parent.parent / "_build_info.json"
 _RESULTS = {dtype: (dtype,) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
@@ -92,6 +92,19 @@ def policy(tile, out, rows, terms, scored, isa=None):
     _run("policy", isa, tile.values, params.policy(tile, out, rows, terms, scored))
 
 
+def pair_logits(pairs, hidden, weight, out, scale=1.0, bias=None, add=False, isa=None):
+    """out[j] = scale * hidden[rows[r]] . weight[ids[j]] + bias[ids[j]] for each pair j of each row r, added to out with ``add``."""
+    _check_pairs(pairs, out, hidden, weight, bias)
+    require(hidden.dtype == weight.dtype, "hidden and weight must share a dtype")
+    _run("pair_logits", isa, pairs.ranges, params.pair_logits(pairs, hidden, weight, out, scale, bias, add))
+
+
+def pair_sums(pairs, g, source, out, scale=1.0, add=False, isa=None):
+    """out[rows[r]] = scale * sum of g[j] source[ids[j]] over the pairs j of row r, added to out with ``add``."""
+    _check_pairs(pairs, g, out, source)
+    _run("pair_sums", isa, pairs.ranges, params.pair_sums(pairs, g, source, out, scale, add))
+
+
 def transpose(matrix, out, isa=None):
     """``out.copy_(matrix.T)``: ``[R, C]`` of any row stride into contiguous ``[C, R]`` of the same dtype."""
     if matrix.dtype not in _RESULTS or matrix.device.type != "cpu":
@@ -109,6 +122,14 @@ def _check(tile, out=None, **tensors):
     if tile.values.device.type != "cpu":
         raise AssertionError(f"tile must be {_SUPPORTED}, got {described(tile.values)}")
     check(tile, _RESULTS, out, **tensors)
+
+
+def _check_pairs(pairs, per_pair, per_row, per_id, bias=None):
+    if why_unavailable() is not None:
+        raise AssertionError(why_unavailable())
+    if per_id.device.type != "cpu":
+        raise AssertionError(f"matrices must be {_SUPPORTED}, got {described(per_id)}")
+    check_pairs(pairs, _RESULTS, per_pair, per_row, per_id, bias)
 
 
 def _run(kernel, isa, values, filled):

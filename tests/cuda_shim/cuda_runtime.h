@@ -93,6 +93,18 @@ T __shfl_xor_sync(unsigned mask, T value, int distance, int = 32, int line = __b
   return shim::shuffle(mask, value, shim::lane() ^ unsigned(distance), line);
 }
 
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from, int = 32, int line = __builtin_LINE()) {
+  return shim::shuffle(mask, value, unsigned(from), line);
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool holds, int line = __builtin_LINE()) {
+  unsigned bits = unsigned(holds) << shim::lane();
+  for (int distance = 16; distance > 0; distance /= 2) bits |= __shfl_xor_sync(mask, bits, distance, 32, line);
+  return bits;
+}
+
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 
 template <class T>
@@ -100,6 +112,10 @@ T __ldcg(const T* p) {
   shim::check_alignment(p, sizeof(T));
   shim::maybe_yield();
   return *p;
+}
+template <class T>
+T __ldg(const T* p) {
+  return __ldcg(p);
 }
 template <class T>
 void __stcg(T* p, T value) {
