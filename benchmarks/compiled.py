@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -21,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from grpo_kernels.backends import triton as backend
-from grpo_kernels.backends.statistics import Scored, Tile, new_statistics
+from grpo_kernels.backends.statistics import Pairs, Scored, Tile, new_statistics
 from grpo_kernels.losses.config import LogitTransform
 from grpo_kernels.losses.terms import KINDS, PolicyRows, PolicyTerms
 
@@ -33,21 +34,25 @@ OPTIONS = {
     "odd V": {"columns": WIDE + 1}, "V 32k": {"columns": 32_000}, "column block": {"columns": NARROW}, "softcap": {"softcap": 30.0},
     "bias": {"bias": True}, "temperature": {"temperature": True}, "entropy": {"entropy": True}, "KL": {"kl": True},
     "bf16 tile": {"tile": torch.bfloat16}, "float32 out": {"out": torch.float32}, "fp16 out": {"out": torch.float16},
-    **{kind: {"kind": kind} for kind in KINDS},
+    "ranges": {"ranges": True}, **{kind: {"kind": kind} for kind in KINDS},
+    "float32": {"tile": torch.float32}, "to float32": {"out": torch.float32}, "add": {"add": True}, "K 896": {"columns": 896},
 }
 CASES = {
-    "statistics": ("", "odd V", "column block", "column block, softcap", "bias, temperature", "column block, bf16 tile"),
+    "statistics": ("", "odd V", "column block", "column block, softcap", "bias, temperature", "column block, bf16 tile",
+                   "ranges", "ranges, softcap, temperature"),
     "gradient": ("", "odd V", "column block", "softcap", "entropy", "entropy, softcap, bias", "float32 out", "bf16 tile",
-                 "bf16 tile, entropy, softcap"),
+                 "bf16 tile, entropy, softcap", "float32 out, ranges", "float32 out, ranges, entropy, softcap, temperature"),
     "policy": ("clipped, KL", "clipped, KL, odd V", "clipped, KL, V 32k", "clipped, KL, bias", "clipped, KL, bf16 tile",
                "clipped, KL, bias, entropy, temperature", "clipped, KL, bias, entropy, softcap", "cispo, KL, softcap", "sapo, KL",
                "linear", "linear, KL, entropy, softcap", "clipped, KL, float32 out", "clipped, KL, fp16 out",
                "clipped, KL, float32 out, entropy, softcap"),
+    "pair_logits": ("", "bias", "add", "K 896", "float32"),
+    "pair_sums": ("", "add", "K 896", "to float32, add", "float32, to float32"),
 }
 
 
 def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bfloat16, stride=None, bias=False, temperature=False,
-          entropy=False, kind="clipped", kl=False):
+          entropy=False, kind="clipped", kl=False, ranges=False):
     """Calls the backend as the engine does: rows on 128 bytes unless a stride is given, results of the tile's dtype in place."""
 
     def matrix(dtype):
@@ -56,6 +61,9 @@ def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bflo
     vector, transform, result = torch.zeros(2), LogitTransform(1.0, softcap, 1.0), matrix(out)
     logits, scored, g_entropy = result if out == tile else matrix(tile), Scored(vector, vector, vector), vector if entropy else None
     tile = Tile(logits, vector.long(), transform, torch.zeros(columns) if bias else None, vector if temperature else None)
+    if ranges:
+        result = vector
+        tile = replace(tile, values=vector, ranges=torch.zeros(2, 2, dtype=torch.long))
     if kernel == "statistics":
         backend.statistics(tile, new_statistics(2, torch.float32, "cpu"))
     elif kernel == "policy":
@@ -64,6 +72,16 @@ def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bflo
         backend.policy(tile, result, PolicyRows(vector, *inputs, g_entropy), terms, scored)
     else:
         backend.gradient(tile, result, scored, vector, g_entropy)
+
+
+def start_pairs(kernel, columns=4096, tile=torch.bfloat16, out=torch.bfloat16, bias=False, add=False):
+    """As `start`: a matrix of hidden states and one of weights."""
+    vector, pairs = torch.zeros(2), Pairs(torch.zeros(2, dtype=torch.long), torch.zeros(2, 2, dtype=torch.long))
+    hidden, weight = torch.zeros(2, 2, columns, dtype=tile)
+    if kernel == "pair_logits":
+        backend.pair_logits(pairs, hidden, weight, vector, bias=vector if bias else None, add=add)
+    else:
+        backend.pair_sums(pairs, vector, weight, hidden.to(out), add=add)
 
 
 def row(name: str, architecture: int) -> dict:
@@ -79,7 +97,7 @@ def row(name: str, architecture: int) -> dict:
         made.append((run(self, *args, warmup=True, **more), more["BLOCK"]))
 
     with mock.patch.object(triton.JITFunction, "run", compile_only):
-        start(kernel, **options)
+        (start_pairs if "pair" in kernel else start)(kernel, **options)
     ((compiled, block),) = made
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "cubin")
