@@ -84,10 +84,9 @@ def start_pairs(kernel, columns=4096, tile=torch.bfloat16, out=torch.bfloat16, b
         backend.pair_sums(pairs, vector, weight, hidden.to(out), add=add)
 
 
-def row(name: str, architecture: int) -> dict:
-    """A kernel and its options, compiled by the path of a launch on a GPU of this architecture, and judged."""
-    kernel, *words = name.split(", ")
-    options, made, run = {key: value for word in words for key, value in OPTIONS[word].items()}, [], triton.JITFunction.run
+def launches(architecture: int, call) -> list:
+    """(kernel, BLOCK) of each launch of a call, compiled by its path on a GPU of this architecture."""
+    made, run = [], triton.JITFunction.run
     triton.runtime.driver.set_active(SimpleNamespace(
         get_current_device=lambda: architecture, get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", architecture, 32),
@@ -97,17 +96,26 @@ def row(name: str, architecture: int) -> dict:
         made.append((run(self, *args, warmup=True, **more), more["BLOCK"]))
 
     with mock.patch.object(triton.JITFunction, "run", compile_only):
-        (start_pairs if "pair" in kernel else start)(kernel, **options)
-    ((compiled, block),) = made
+        call()
+    return made
+
+
+def row(name: str, architecture: int) -> dict:
+    """A kernel and its options, compiled and judged."""
+    kernel, *words = name.split(", ")
+    options = {key: value for word in words for key, value in OPTIONS[word].items()}
+    pairs, ranges = kernel in ("pair_logits", "pair_sums"), "ranges" in options
+    ((compiled, block),) = launches(architecture, lambda: (start_pairs if pairs else start)(kernel, **options))
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         (code,) = machine_code.read(cubin).values()
-    moved = [machine_code.accesses(loop) for loop, _ in code.loops]
-    load, store = (min((width for each in moved for width in each[kind]), default=0) for kind in (0, 1))
-    size, out_size = (options.get(key, default).itemsize for key, default in (("tile", torch.float32), ("out", torch.bfloat16)))
-    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    judged = occupancy.judged(code, warps, shared, str(architecture), size, out_size, "bias" in options)
+    moved, narrowest = [machine_code.accesses(loop) for loop, _ in code.loops], max if pairs else min  # a pair's id is read alone
+    load, store = (min((narrowest(each[kind]) for each in moved if each[kind]), default=0) for kind in (0, 1))
+    dtypes = {"tile": torch.bfloat16 if pairs else torch.float32, "out": torch.bfloat16} | options
+    warps, shared, bias = compiled.metadata.num_warps, compiled.metadata.shared, "bias" in options and not pairs
+    judged = occupancy.judged(code, warps, shared, str(architecture), dtypes["tile"].itemsize, dtypes["out"].itemsize, bias)
+    judged |= {"must_stream": architecture != 100 if pairs else judged["must_stream"] and not ranges, "aligned": 4 if ranges else 16}
     return {"kernel": name, "arch": f"sm_{architecture}", "block": block, "warps": warps, **judged, "load": load, "store": store}
 
 
