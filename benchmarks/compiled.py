@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -21,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from grpo_kernels.backends import triton as backend
-from grpo_kernels.backends.statistics import Scored, Tile, new_statistics
+from grpo_kernels.backends.statistics import Pairs, Scored, Tile, new_statistics
 from grpo_kernels.losses.config import LogitTransform
 from grpo_kernels.losses.terms import KINDS, PolicyRows, PolicyTerms
 
@@ -33,21 +34,25 @@ OPTIONS = {
     "odd V": {"columns": WIDE + 1}, "V 32k": {"columns": 32_000}, "column block": {"columns": NARROW}, "softcap": {"softcap": 30.0},
     "bias": {"bias": True}, "temperature": {"temperature": True}, "entropy": {"entropy": True}, "KL": {"kl": True},
     "bf16 tile": {"tile": torch.bfloat16}, "float32 out": {"out": torch.float32}, "fp16 out": {"out": torch.float16},
-    **{kind: {"kind": kind} for kind in KINDS},
+    "ranges": {"ranges": True}, **{kind: {"kind": kind} for kind in KINDS},
+    "float32": {"tile": torch.float32}, "to float32": {"out": torch.float32}, "add": {"add": True}, "K 896": {"columns": 896},
 }
 CASES = {
-    "statistics": ("", "odd V", "column block", "column block, softcap", "bias, temperature", "column block, bf16 tile"),
+    "statistics": ("", "odd V", "column block", "column block, softcap", "bias, temperature", "column block, bf16 tile",
+                   "ranges", "ranges, softcap, temperature"),
     "gradient": ("", "odd V", "column block", "softcap", "entropy", "entropy, softcap, bias", "float32 out", "bf16 tile",
-                 "bf16 tile, entropy, softcap"),
+                 "bf16 tile, entropy, softcap", "float32 out, ranges", "float32 out, ranges, entropy, softcap, temperature"),
     "policy": ("clipped, KL", "clipped, KL, odd V", "clipped, KL, V 32k", "clipped, KL, bias", "clipped, KL, bf16 tile",
                "clipped, KL, bias, entropy, temperature", "clipped, KL, bias, entropy, softcap", "cispo, KL, softcap", "sapo, KL",
                "linear", "linear, KL, entropy, softcap", "clipped, KL, float32 out", "clipped, KL, fp16 out",
                "clipped, KL, float32 out, entropy, softcap"),
+    "pair_logits": ("", "bias", "add", "K 896", "float32"),
+    "pair_sums": ("", "add", "K 896", "to float32, add", "float32, to float32"),
 }
 
 
 def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bfloat16, stride=None, bias=False, temperature=False,
-          entropy=False, kind="clipped", kl=False):
+          entropy=False, kind="clipped", kl=False, ranges=False):
     """Calls the backend as the engine does: rows on 128 bytes unless a stride is given, results of the tile's dtype in place."""
 
     def matrix(dtype):
@@ -56,6 +61,9 @@ def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bflo
     vector, transform, result = torch.zeros(2), LogitTransform(1.0, softcap, 1.0), matrix(out)
     logits, scored, g_entropy = result if out == tile else matrix(tile), Scored(vector, vector, vector), vector if entropy else None
     tile = Tile(logits, vector.long(), transform, torch.zeros(columns) if bias else None, vector if temperature else None)
+    if ranges:
+        result = vector
+        tile = replace(tile, values=vector, ranges=torch.zeros(2, 2, dtype=torch.long))
     if kernel == "statistics":
         backend.statistics(tile, new_statistics(2, torch.float32, "cpu"))
     elif kernel == "policy":
@@ -66,10 +74,19 @@ def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bflo
         backend.gradient(tile, result, scored, vector, g_entropy)
 
 
-def row(name: str, architecture: int) -> dict:
-    """A kernel and its options, compiled by the path of a launch on a GPU of this architecture, and judged."""
-    kernel, *words = name.split(", ")
-    options, made, run = {key: value for word in words for key, value in OPTIONS[word].items()}, [], triton.JITFunction.run
+def start_pairs(kernel, columns=4096, tile=torch.bfloat16, out=torch.bfloat16, bias=False, add=False):
+    """As `start`: a matrix of hidden states and one of weights."""
+    vector, pairs = torch.zeros(2), Pairs(torch.zeros(2, dtype=torch.long), torch.zeros(2, 2, dtype=torch.long))
+    hidden, weight = torch.zeros(2, 2, columns, dtype=tile)
+    if kernel == "pair_logits":
+        backend.pair_logits(pairs, hidden, weight, vector, bias=vector if bias else None, add=add)
+    else:
+        backend.pair_sums(pairs, vector, weight, hidden.to(out), add=add)
+
+
+def launches(architecture: int, call) -> list:
+    """(kernel, BLOCK) of each launch of a call, compiled by its path on a GPU of this architecture."""
+    made, run = [], triton.JITFunction.run
     triton.runtime.driver.set_active(SimpleNamespace(
         get_current_device=lambda: architecture, get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", architecture, 32),
@@ -79,17 +96,26 @@ def row(name: str, architecture: int) -> dict:
         made.append((run(self, *args, warmup=True, **more), more["BLOCK"]))
 
     with mock.patch.object(triton.JITFunction, "run", compile_only):
-        start(kernel, **options)
-    ((compiled, block),) = made
+        call()
+    return made
+
+
+def row(name: str, architecture: int) -> dict:
+    """A kernel and its options, compiled and judged."""
+    kernel, *words = name.split(", ")
+    options = {key: value for word in words for key, value in OPTIONS[word].items()}
+    pairs, ranges = kernel in ("pair_logits", "pair_sums"), "ranges" in options
+    ((compiled, block),) = launches(architecture, lambda: (start_pairs if pairs else start)(kernel, **options))
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         (code,) = machine_code.read(cubin).values()
-    moved = [machine_code.accesses(loop) for loop, _ in code.loops]
-    load, store = (min((width for each in moved for width in each[kind]), default=0) for kind in (0, 1))
-    size, out_size = (options.get(key, default).itemsize for key, default in (("tile", torch.float32), ("out", torch.bfloat16)))
-    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    judged = occupancy.judged(code, warps, shared, str(architecture), size, out_size, "bias" in options)
+    moved, narrowest = [machine_code.accesses(loop) for loop, _ in code.loops], max if pairs else min  # a pair's id is read alone
+    load, store = (min((narrowest(each[kind]) for each in moved if each[kind]), default=0) for kind in (0, 1))
+    dtypes = {"tile": torch.bfloat16 if pairs else torch.float32, "out": torch.bfloat16} | options
+    warps, shared, bias = compiled.metadata.num_warps, compiled.metadata.shared, "bias" in options and not pairs
+    judged = occupancy.judged(code, warps, shared, str(architecture), dtypes["tile"].itemsize, dtypes["out"].itemsize, bias)
+    judged |= {"must_stream": architecture != 100 if pairs else judged["must_stream"] and not ranges, "aligned": 4 if ranges else 16}
     return {"kernel": name, "arch": f"sm_{architecture}", "block": block, "warps": warps, **judged, "load": load, "store": store}
 
 

@@ -63,10 +63,12 @@ def faults(found: dict) -> list[str]:
     """What must not be: spills, no room, accesses below 16 bytes, waiting for loads while memory is idle.
 
     A kernel may wait on tiles of 16 bits, which a GPU's logits are not, with a bias, and on sm_100, which wants more than 32 KB.
+    Over ranges it may wait, too, and since they start anywhere, its accesses are of single elements.
     """
+    wanted = found.get("aligned", 16)
     problems = [f"{found['spills']} bytes or accesses are spilled"] * (found["spills"] > 0)
     problems += ["no multiprocessor takes a block"] * (found["blocks"] == 0)
-    problems += [f"{key}s of {found[key]} bytes in a loop" for key in ("load", "store") if 0 < found.get(key, 16) < 16]
+    problems += [f"{key}s of {found[key]} bytes in a loop" for key in ("load", "store") if 0 < found.get(key, wanted) < wanted]
     problems += ["no load was found in any loop"] * (found.get("load") == 0)
     waits = found["must_stream"] and found["binds"] == "latency"
     return problems + [f"{found['latency']} clocks for {found['memory']} of memory's: {found['flight']} bytes in flight"] * waits
@@ -74,7 +76,7 @@ def faults(found: dict) -> list[str]:
 
 def report(rows: list[dict], what: str) -> int:
     """Prints rows, what binds them and what is wrong with them; 1 where something is."""
-    columns, width = [key for key in rows[0] if key not in ("kernel", "must_stream")], max(len(row["kernel"]) for row in rows)
+    columns, width = [key for key in rows[0] if key not in ("kernel", "must_stream", "aligned")], max(len(row["kernel"]) for row in rows)
     for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
         print(f"{row['kernel']:<{width}} " + " ".join(f"{row[key]:>9}" for key in columns))
     bad = [f"{row['kernel']} on {row['arch']}: {problem}" for row in rows for problem in faults(row)]

@@ -136,6 +136,16 @@ def policy_coefficient(logps, old, ref, advantage, w_policy, w_kl, epsilon_low, 
 
 
 @triton.jit
+def _row_at(tile, row, ranges_ptr, columns):
+    """(pointer to a row of a tile, its number of columns)."""
+    row_ptr = tile.pointer + row * tile.stride
+    if ranges_ptr is not None:
+        first = tl.load(ranges_ptr + 2 * row)
+        row_ptr, columns = tile.pointer + first, (tl.load(ranges_ptr + 2 * row + 1) - first).to(tl.int32)
+    return row_ptr, columns
+
+
+@triton.jit
 def _row_temperature(temperature_ptr, row, temperature, ACC: tl.constexpr):
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + row)
@@ -220,7 +230,7 @@ def _row_statistics(row_ptr, columns, target, transform, BLOCK: tl.constexpr):
 
     here = (target >= 0) & (target < columns)
     at = tl.where(here, target, 0)
-    z, _ = _transformed(tl.load(row_ptr + at), at, None, transform)
+    z, _ = _transformed(tl.load(row_ptr + at, mask=here, other=0.0), at, None, transform)
     z, nowhere, zero = tl.where(here, z, float("-inf")), tl.full((), float("-inf"), z.dtype), tl.zeros((), z.dtype)
     return _merged(Statistics(row_peak, tl.sum(others, 0), tl.sum(moment, 0), nowhere), Statistics(z, zero, zero, z))
 
@@ -294,7 +304,7 @@ def _write_row(row_ptr, out_ptr, columns, target, scored, g, g_entropy, transfor
             tl.store(out_ptr + start + lanes, result.to(dtype), mask=start + lanes < columns)
 
 
-@triton.jit(do_not_specialize_on_alignment=["stats_ptr", "target_ptr", "temperature_ptr"])  # slices that start anywhere
+@triton.jit(do_not_specialize_on_alignment=["stats_ptr", "target_ptr", "temperature_ptr", "ranges_ptr"])  # slices start anywhere
 def statistics_kernel(
     tile,  # Matrix of raw logits
     stats_ptr,  # [R, 4] acc, the fields of Statistics
@@ -307,6 +317,7 @@ def statistics_kernel(
     temperature: tl.float64,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
+    ranges_ptr=None,  # [R, 2] int64: where the rows are behind the tile's pointer
 ):
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 at 14k rows of 152k
@@ -315,7 +326,8 @@ def statistics_kernel(
     transform = Transform(bias_ptr, scale, tl.full((), softcap, ACC) if SOFTCAP else None, temperature)
     target = tl.load(target_ptr + row).to(tl.int32)
     before = Statistics(tl.load(stats_ptr), tl.load(stats_ptr + 1), tl.load(stats_ptr + 2), tl.load(stats_ptr + 3))
-    after = _merged(before, _row_statistics(tile.pointer + row * tile.stride, columns, target, transform, BLOCK))
+    row_ptr, columns = _row_at(tile, row, ranges_ptr, columns)
+    after = _merged(before, _row_statistics(row_ptr, columns, target, transform, BLOCK))
     tl.debug_barrier()  # every thread has read what the first ones overwrite now
     tl.store(stats_ptr, after.peak)
     tl.store(stats_ptr + 1, after.others)
@@ -323,7 +335,7 @@ def statistics_kernel(
     tl.store(stats_ptr + 3, after.target)
 
 
-@triton.jit(do_not_specialize_on_alignment=["scored", "g_ptr", "g_entropy_ptr", "target_ptr", "temperature_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["scored", "g_ptr", "g_entropy_ptr", "target_ptr", "temperature_ptr", "ranges_ptr"])
 def gradient_kernel(
     tile,  # Matrix of raw logits
     out,  # Matrix: the tile itself, or other memory
@@ -339,6 +351,7 @@ def gradient_kernel(
     temperature: tl.float64,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
+    ranges_ptr=None,  # [R, 2] int64: where the rows are behind the tile's pointer
 ):
     ACC: tl.constexpr = scored.lse.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -348,8 +361,10 @@ def gradient_kernel(
     if g_entropy_ptr is not None:
         g_entropy = tl.load(g_entropy_ptr + row)
     scores = Scored(tl.load(scored.logps + row), tl.load(scored.lse + row), tl.load(scored.entropy + row))
-    _write_row(tile.pointer + row * tile.stride, out.pointer + row * out.stride, columns, tl.load(target_ptr + row).to(tl.int32),
-               scores, g, g_entropy, transform, BLOCK)  # fmt: skip
+    out_ptr, _ = _row_at(out, row, ranges_ptr, columns)
+    row_ptr, columns = _row_at(tile, row, ranges_ptr, columns)
+    target = tl.load(target_ptr + row).to(tl.int32)
+    _write_row(row_ptr, out_ptr, columns, target, scores, g, g_entropy, transform, BLOCK)
 
 
 @triton.jit(do_not_specialize_on_alignment=["scored", "rows", "target_ptr", "temperature_ptr"])

@@ -1,4 +1,4 @@
-"""The row kernels in Triton: checked launches, and the launch shape.
+"""The row and pair kernels in Triton: checked launches, and the launch shapes.
 
 On a GPU they are compiled at first use; on the CPU they run in Triton's interpreter when TRITON_INTERPRET=1 was set before
 the first use, which is slow and meant for tests. The contract of the functions is that of `pytorch.py`.
@@ -12,29 +12,31 @@ from dataclasses import dataclass
 import torch
 
 from ..losses.terms import KINDS
-from .statistics import check, require
+from .statistics import check, check_pairs, require
 
 _REMEDY = "pip install triton (3.4 or newer)"
-_KERNELS = f"{__package__}.row_kernels_triton"
 _SCALE_BLOCK = 8192
 _RESULTS = {dtype: (dtype,) for dtype in (torch.bfloat16, torch.float16, torch.float64)}  # of each dtype of a tile
 _RESULTS[torch.float32] = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Kernels:
-    """row_kernels_triton, imported when one of its names is used: a call on the CPU does without Triton's fifth of a second."""
+    """A module, imported when one of its names is used: a call on the CPU does without Triton's fifth of a second."""
+
+    def __init__(self, name):
+        self._name = f"{__package__}.{name}"
 
     def __getattr__(self, name):
-        return getattr(importlib.import_module(_KERNELS), name)
+        return getattr(importlib.import_module(self._name), name)
 
 
-kernels = _Kernels()
+kernels, pair_kernels = _Kernels("row_kernels_triton"), _Kernels("pair_kernels_triton")
 
 
 @functools.cache
 def _import_error():
     try:
-        importlib.import_module(_KERNELS)
+        assert kernels.policy_kernel
         return None
     except Exception as error:  # a broken Triton, whatever it raises, must not take the other backends with it
         return f"{type(error).__name__}: {error}"
@@ -60,8 +62,18 @@ class LaunchShape:
     warps: int
 
 
-def launch_shape(columns: int, element_size: int, reads: int = 1, plain: bool = True) -> LaunchShape:
+@dataclass(frozen=True)
+class PairShape:
+    rows: int  # of a group
+    programs: int  # that share a group's pairs, or its columns
+    pairs: int  # that a program takes in one step
+    block: int  # columns that it takes of them
+
+
+def launch_shape(columns: int | None, element_size: int, reads: int = 1, plain: bool = True) -> LaunchShape:
     """A pure function of the width of a tile, of how often a kernel reads it, and of whether its arithmetic is plain.
+
+    Ranges, ``columns`` None, are mostly of less than 20 columns: a warp and one step do.
 
     Eight elements a thread: two 16-byte loads in flight and two ahead. A long row that is read twice gets all the threads of a
     multiprocessor, so that few rows are in flight and the second read finds as much as can be of its row in the L2 cache. With
@@ -70,22 +82,38 @@ def launch_shape(columns: int, element_size: int, reads: int = 1, plain: bool = 
     another's loads. Reasoned from the compiled code (``make kernels``), not measured yet: ``make gpu
     STAGE=kernels`` holds each kernel against the bandwidth of a copy.
     """
+    if columns is None:
+        return LaunchShape(128, 1)
     for least, block, warps in ((65536, 8192, 32), (16384, 4096, 16), (2048, 2048, 8), (0, 1024, 4)):
         if columns >= least and (warps < 32 or (reads > 1 and plain)) and (warps < 16 or plain):
             return LaunchShape(block // 2, warps) if element_size == 8 else LaunchShape(block, warps)
     raise AssertionError(columns)
 
 
+def logits_shape(rows: int, pairs: int, element_size: int) -> PairShape:
+    """A pure function. A row's range may hold most of the pairs: all of a group's programs take parts of it."""
+    most = 32 if rows >= 8192 else 128  # some thousands of programs
+    return PairShape(32, min(most, 1 + pairs // 8), 8, 512 // element_size)
+
+
+def sums_shape(rows: int, columns: int, element_size: int) -> PairShape:
+    """A pure function. A program takes several rows where there are many: of most ids of a dW, all pairs are another row's."""
+    block = 1024 // element_size
+    programs = -(-columns // block)
+    return PairShape(max(1, min(32, rows * programs // 32768)), programs, 8, block)
+
+
 def statistics(tile, stats):
     """Folds a tile into the running statistics [R, 4] of its rows."""
     check(tile, _RESULTS, stats=stats)
-    _launch(kernels.statistics_kernel, tile, None, stats, shape=_shape(tile))
+    _launch(kernels.statistics_kernel, tile, None, stats, shape=_shape(tile), ranges_ptr=tile.ranges)
 
 
 def gradient(tile, out, scored, g, g_entropy=None):
     """Writes the gradient of the raw logits."""
     check(tile, _RESULTS, out, g=g, g_entropy=g_entropy, **scored._asdict())
-    _launch(kernels.gradient_kernel, tile, out, scored, g, g_entropy, shape=_shape(tile, plain=g_entropy is None))
+    _launch(kernels.gradient_kernel, tile, out, scored, g, g_entropy, shape=_shape(tile, plain=g_entropy is None),
+            ranges_ptr=tile.ranges)  # fmt: skip
 
 
 def policy(tile, out, rows, terms, scored):
@@ -97,6 +125,22 @@ def policy(tile, out, rows, terms, scored):
     _launch(kernels.policy_kernel, tile, out, scored, kernels.Rows(**vars(rows)), numbers=numbers,
             shape=_shape(tile, reads=2, plain=rows.w_entropy is None),
             KIND=KINDS.index(terms.kind), BIAS_CORRECTION=bool(terms.use_bias_correction_kl))  # fmt: skip
+
+
+def pair_logits(pairs, hidden, weight, out, scale=1.0, bias=None, add=False):
+    """Writes z of pairs (row of hidden, row of weight)."""
+    check_pairs(pairs, _RESULTS, out, hidden, weight, bias)
+    shape = logits_shape(pairs.ranges.shape[0], out.shape[0], weight.element_size())
+    _launch_pairs(pair_kernels.pair_logits_kernel, pairs, hidden, weight, bias, out, scale=scale, add=add,
+                  shape=shape, ROWS=shape.rows)  # fmt: skip
+
+
+def pair_sums(pairs, g, source, out, scale=1.0, add=False):
+    """Writes sums over a row's pairs, in the order of the pairs."""
+    check_pairs(pairs, _RESULTS, g, out, source)
+    shape = sums_shape(pairs.ranges.shape[0], *source.shape[1:], source.element_size())
+    _launch_pairs(pair_kernels.pair_sums_kernel, pairs, out, source, g, shape.rows, out.shape[0], scale=scale, add=add,
+                  shape=shape)  # fmt: skip
 
 
 def scale_(tensor, scale):
@@ -111,11 +155,12 @@ def scale_(tensor, scale):
 
 
 def _launch(kernel, tile, out, *args, shape, numbers=(), **constants):
-    (rows, columns), transform = tile.values.shape, tile.transform
+    ranges, transform = tile.ranges, tile.transform
+    rows, columns = tile.values.shape if ranges is None else (ranges.shape[0], 0)
     if rows == 0:
         return
     numbers = transform.logit_scale, transform.softcap or 0.0, transform.temperature, *numbers
-    matrices = [kernels.Matrix(x, x.stride(0)) for x in (tile.values, out) if x is not None]
+    matrices = [kernels.Matrix(x, x.stride(0) if ranges is None else 0) for x in (tile.values, out) if x is not None]
     with _device(tile.values):
         kernel[(rows,)](
             *matrices, *args, tile.target, tile.bias, tile.temperature, columns, *map(float, numbers), **constants,
@@ -123,9 +168,22 @@ def _launch(kernel, tile, out, *args, shape, numbers=(), **constants):
         )  # fmt: skip
 
 
+def _launch_pairs(kernel, pairs, per_row, per_id, *args, scale, add, shape, **constants):
+    count, (rows, columns) = pairs.ranges.shape[0], per_id.shape
+    if count == 0 or shape.programs == 0:
+        return
+    matrices = [kernels.Matrix(x, x.stride(0)) for x in (per_row, per_id)]
+    with _device(per_id):
+        kernel[-(-count // shape.rows), shape.programs](
+            pair_kernels.Pairs(**vars(pairs)), *matrices, *args, count, rows, columns, float(scale), **constants,
+            ADD=add, PAIRS=shape.pairs, BLOCK=shape.block, num_warps=1,
+        )  # fmt: skip
+
+
 def _shape(tile, reads=1, plain=True):
     plain = plain and tile.bias is None and tile.transform.softcap is None
-    return launch_shape(tile.values.shape[1], tile.values.element_size(), reads, plain)
+    columns = tile.values.shape[1] if tile.ranges is None else None
+    return launch_shape(columns, tile.values.element_size(), reads, plain)
 
 
 def _device(tensor):
