@@ -1,5 +1,6 @@
 """A call, described once: its arguments checked, and from them the head, the rows, and what is wanted of them."""
 
+import functools
 import numbers
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, get_args
@@ -109,7 +110,7 @@ class TokenArguments:
     backend: str = "auto"
     kept_rows: torch.Tensor | None = None
     data_parallel_group: Any = None
-    options: dict | None = None  # of a config that is yet to be validated
+    options: tuple | None = None  # (temperature, logit_scale, softcap) of a config that is yet to be validated
     return_lse: bool = False
     support: TokenSupport | None = None
 
@@ -118,7 +119,7 @@ class TokenArguments:
 
     def checked(self):
         if self.options is not None:
-            return replace(self, config=GRPOLossConfig(**self.options), options=None).checked()
+            return replace(self, config=_config_of(*self.options), options=None).checked()
         hidden, weight, bias, lora = self.hidden, self.weight, self.bias, self.lora
         if weight is not None:
             hidden, weight, bias, lora = check_head(hidden, weight, bias, lora, self.vocab_parallel_group)
@@ -166,6 +167,19 @@ class TokenArguments:
         """What must be the same on all ranks of a vocab_parallel_group, beside the head."""
         given = self.given("mask", "bias", "temperature", "support")
         return {"which tensors are given": given, "return_lse": int(self.return_lse)}
+
+
+def _config_of(temperature, logit_scale, softcap):
+    make = _known_config if all(isinstance(x, (int, float, type(None))) for x in (temperature, logit_scale, softcap)) else _new_config
+    return make(temperature, logit_scale, softcap)
+
+
+def _new_config(temperature, logit_scale, softcap):
+    return GRPOLossConfig(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+
+
+# to validate one takes a twentieth of a short call
+_known_config = functools.lru_cache(64, typed=True)(_new_config)
 
 
 @dataclass(frozen=True)
@@ -293,7 +307,8 @@ class Call:
 
     def scatter(self, values, over_supports=None):
         """[N] of the rows, and [R] of those with a support -> the shape of mask, 0 elsewhere; differentiable."""
-        full = values.new_zeros(self.mask.numel()).index_copy(0, self.rows.index, values)
+        full = values.new_zeros(self.mask.numel())
+        full = full if self.only_pairs else full.index_copy(0, self.rows.index, values)
         if over_supports is not None:
             full = full.index_copy(0, self.pairs.index, over_supports)
         full = full.view(self.mask.shape)
@@ -378,9 +393,10 @@ def _with_rows(args, head, work, loss, wait):
         live = torch.zeros_like(kept) if not trains else kept if all_train else kept & loss.live().reshape(-1)
         over = None if args.support is None else Supports.checked(args, kept, vocab)
         kinds = (2 - kept.to(torch.int8) - live.to(torch.int8)) if over is None else over.kinds(kept, live)
-        counts = [(kinds == kind).sum() for kind in range(2 if over is None else 5)]
-        found = torch.cat([torch.stack(counts), flags, *([] if over is None else [over.missing(kept).unsqueeze(0)])]).tolist()
-        counts, bad = found[: len(counts)], found[len(counts) :]
+        known = torch.arange(2 if over is None else 5, device=kinds.device)
+        counts = (kinds == known.unsqueeze(1)).sum(1)
+        found = torch.cat([counts, flags, *([] if over is None else [over.missing(kept).unsqueeze(0)])]).tolist()
+        counts, bad = found[: len(known)], found[len(known) :]
         if shard is not None:
             shard.agree(mask.device, kept=sum(counts), trained=sum(counts[: len(counts) // 2 * 2 : 2]), wrong=sum(bad))
         raise_bad_values(bad[: len(flags)], vocab)

@@ -221,7 +221,7 @@ def _described(hidden, weight, token_ids, mask, bias, temperature, logit_scale, 
     per_token = isinstance(temperature, torch.Tensor)
     if per_token and temperature.dim() == 0 and not (temperature.requires_grad and torch.is_grad_enabled()):
         per_token, temperature = False, temperature.item()
-    options = {"temperature": 1.0 if per_token else temperature, "logit_scale": logit_scale, "softcap": softcap}
+    options = 1.0 if per_token else temperature, logit_scale, softcap
     args = TokenArguments(hidden, weight, token_ids, mask, None, bias, temperature if per_token else None, lora,
                           vocab_parallel_group, sequence_parallel, workspace_bytes, backend, options=options, **more)  # fmt: skip
     return describe(args, diagnostics, sums_hidden)

@@ -124,15 +124,17 @@ class TokenSupport:
 
 @dataclass(frozen=True)
 class Facts:
-    """Of a support's values, on the host but for ``row_of`` and ``ranges``."""
+    """Of a support's values: numbers on the host, tensors beside the ids."""
 
     wrong: str | None  # what is wrong with the offsets; then nothing else is known
     lowest: int = 0  # id
     highest: int = -1
     repeats: bool = False  # whether a range has an id twice
     empty: int = 0  # ranges
-    row_of: torch.Tensor | None = None  # [M] int64, the position of each id
+    lengths: torch.Tensor | None = None  # [positions] int64
     ranges: torch.Tensor | None = None  # [positions, 2] int64, first and last of each
+    row_of: torch.Tensor | None = None  # [M] int64, the position of each id
+    place: torch.Tensor | None = None  # [M] int64: 0, 1, ...
 
     @staticmethod
     def of(support):
@@ -146,12 +148,12 @@ class Facts:
             wanted = f"support.offsets must rise from 0 to {total}, the number of ids, without falling"
             return Facts(f"{wanted}, got {first} to {last}{where}")
         row_of = torch.repeat_interleave(torch.arange(len(lengths), device=ids.device), lengths, output_size=total)
-        ranges = torch.stack([offsets[:-1], offsets[1:]], 1)
-        if not total:
-            return Facts(None, empty=empty, row_of=row_of, ranges=ranges)
-        lowest, highest = torch.stack(ids.aminmax()).tolist()
-        repeats = bool(_repeats(ids.long() - lowest, row_of, highest - lowest + 1).any())
-        return Facts(None, lowest, highest, repeats, empty, row_of, ranges)
+        place, ranges = torch.arange(total, device=ids.device), torch.stack([offsets[:-1], offsets[1:]], 1)
+        lowest, highest, repeats = 0, -1, False
+        if total:
+            lowest, highest = torch.stack(ids.aminmax()).tolist()
+            repeats = bool(_repeats(ids.long() - lowest, row_of, highest - lowest + 1).any())
+        return Facts(None, lowest, highest, repeats, empty, lengths, ranges, row_of, place)
 
 
 def _repeats(ids, row_of, size):
@@ -181,9 +183,9 @@ def check_support(support, tokens, device):
 
 def found_in(support, token_ids):
     """[positions] int64: where among all ids a position's token is, or -1. No synchronisation once the facts are known."""
-    row_of = support.facts().row_of
-    here = (support.ids == token_ids[row_of]).long() * torch.arange(1, len(row_of) + 1, device=row_of.device) - 1
-    return torch.full_like(token_ids, -1).scatter_reduce_(0, row_of, here, "amax")
+    facts = support.facts()
+    here = facts.place.where(support.ids == token_ids[facts.row_of], -1)
+    return torch.full_like(token_ids, -1).scatter_reduce_(0, facts.row_of, here, "amax")
 
 
 def wrong_values(support, kept, vocab, tokens):
@@ -214,7 +216,7 @@ def wrong_values(support, kept, vocab, tokens):
 
 def wrong_token(support, kept, token_ids, tokens, name):
     """What to say where a kept position's token is not among its ids."""
-    missing = kept & (support.lengths() > 0) & (found_in(support, token_ids) < 0)
+    missing = kept & (support.facts().lengths > 0) & (found_in(support, token_ids) < 0)
     first = int(missing.nonzero()[0])
     return (
         f"{name} must be among support.ids where the mask is 1: token {int(token_ids[first])} at position {_place(first, tokens)} "
@@ -251,17 +253,17 @@ class Supports:
     @property
     def whole(self):
         """[positions]: the support is the vocabulary."""
-        lengths = self.support.lengths()
+        lengths = self.support.facts().lengths
         return (lengths == 0) | ((lengths == self.vocab) if self.vocab > 1 else lengths < 0)
 
     def missing(self, kept):
         """0-dim: kept positions whose token is not among the ids."""
-        return (kept & (self.places < 0) & (self.support.lengths() > 0)).sum()
+        return (kept & (self.places < 0) & (self.support.facts().lengths > 0)).sum()
 
     def kinds(self, kept, live):
         """[positions]: 0 and 1 the whole vocabulary, 2 and 3 over the support, live and not; 4 a single token, 5 masked."""
         kinds = (1 - live.to(torch.int8)) + 2 * (~self.whole).to(torch.int8)
-        return kinds.masked_fill(self.support.lengths() == 1, 4).masked_fill(~kept, 5)
+        return kinds.masked_fill(self.support.facts().lengths == 1, 4).masked_fill(~kept, 5)
 
     def rows(self, index, live):
         facts = self.support.facts()
