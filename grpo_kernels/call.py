@@ -170,8 +170,8 @@ class TokenArguments:
 
 
 def _config_of(temperature, logit_scale, softcap):
-    make = _known_config if all(isinstance(x, (int, float, type(None))) for x in (temperature, logit_scale, softcap)) else _new_config
-    return make(temperature, logit_scale, softcap)
+    plain = all(x is None or isinstance(x, (int, float)) for x in (temperature, logit_scale, softcap))
+    return (_known_config if plain else _new_config)(temperature, logit_scale, softcap)
 
 
 def _new_config(temperature, logit_scale, softcap):

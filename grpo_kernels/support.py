@@ -278,7 +278,7 @@ class Supports:
         """
         support, nothing = args.support, index[:0]
         if not can_sync(args.hidden) and "_facts" not in vars(support):
-            raise RuntimeError("support cannot be used while a CUDA graph is captured before a call outside of one has looked at it")
+            raise RuntimeError("support cannot be used in a CUDA graph before a call outside of one has looked at it")
         facts, wrong = support.facts(), torch.zeros((), dtype=torch.bool, device=index.device)
         doubtful = facts.wrong or facts.lowest < 0 or facts.highest >= vocab or facts.repeats
         if doubtful and (facts.wrong or wrong_values(support, kept, vocab, args.mask.shape)):

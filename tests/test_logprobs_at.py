@@ -23,7 +23,7 @@ def drawn_ids(p, K, seed=0):
     """The sampled token, the likeliest one, one twice, and some that are none; garbage where masked."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, p.weight.shape[0], (*p.mask.shape, K), generator=g)
-    ids[..., 0] = p.completion_ids.where(p.mask.bool(), 0)
+    ids[..., :1] = p.completion_ids.where(p.mask.bool(), 0).unsqueeze(-1)
     if K > 2:
         ids[..., 1] = ids[..., 2]
         ids[torch.rand(ids.shape, generator=g) < 0.2] = -1

@@ -143,11 +143,12 @@ def pair_sums(pairs, g, source, out, scale=1.0, add=False):
     first, last = pairs.ranges.unbind(1)
     rows = torch.arange(len(first), device=first.device) if pairs.rows is None else pairs.rows
     chosen = ((first < last) & (rows >= 0) & (rows < out.shape[0])).nonzero().squeeze(1)
-    width = _longest(pairs.ranges)
+    width, known = _longest(pairs.ranges), source.shape[0]
+    source = source if known else source.new_zeros(1, source.shape[1])
     for s in _pieces(len(chosen), width * source.shape[1]):
         at, inside = _places(pairs.ranges[chosen[s]])
         ids, to = pairs.ids[at], rows[chosen[s]]
-        inside = inside & (ids >= 0) & (ids < source.shape[0])
+        inside = inside & (ids >= 0) & (ids < known)
         total = out.new_zeros(len(at), source.shape[1], dtype=g.dtype)
         for c in _pieces(at.shape[1], len(at) * source.shape[1]):
             factors = g[at[:, c]].where(inside[:, c], 0.0).unsqueeze(1)
