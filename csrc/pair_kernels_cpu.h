@@ -7,6 +7,8 @@
 // neither on the number of threads nor on the other pairs. float arithmetic, double for float64.
 #pragma once
 
+#include <type_traits>
+
 #include "row_math.h"
 #include "vector.h"
 
@@ -14,7 +16,6 @@ namespace grpo_kernels {
 namespace {
 
 constexpr int64_t kPairsPerPiece = 64;
-constexpr int64_t kPairsAhead = 4;  // that are fetched while another is at work
 
 // Pieces of equal work for any lengths of ranges: `per_pair` units for each pair, in the order of the rows. Calls f(r, from, to) with
 // the units [from, to) of row r.
@@ -56,11 +57,24 @@ GK_INLINE const T* row_within(const Matrix& matrix, int64_t row) {
 
 GK_INLINE int64_t place_of(const Pairs& pairs, int64_t r) { return pairs.rows ? pairs.rows[r] : r; }
 
+// Rows of the matrix that ids name are anywhere in it: a row is asked for this many pairs before its turn, and only its first bytes,
+// behind which the hardware reads on by itself. 7,700 pairs of 896 bf16 in a matrix of 152k rows, two threads of a Xeon with AMX: dot
+// products take 1.3 ms without it, 1.1 with whole rows, 0.9 so.
+constexpr int64_t kPairsAhead = 4, kBytesAhead = 512;
+
 template <class T>
-GK_INLINE void fetch_row(const Matrix& matrix, int64_t row) {
-  const char* p = reinterpret_cast<const char*>(row_within<T>(matrix, row));
-  if (!p) return;
-  for (int64_t byte = 0; byte < matrix.columns * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(p + byte, 0, 2);
+GK_INLINE void fetch(const Matrix& matrix, int64_t row, int64_t column, int64_t bytes) {
+  const T* elements = row_within<T>(matrix, row);
+  if (!elements) return;
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(elements + column) + byte, 0, 2);
+}
+
+// Of the first pairs of the row behind r.
+template <class T>
+GK_INLINE void fetch_next(const Pairs& pairs, const Matrix& matrix, int64_t r) {
+  if (r + 1 >= pairs.count) return;
+  const int64_t first = pairs.ranges[2 * r + 2], last = pairs.ranges[2 * r + 3];
+  for (int64_t j = first; j < last && j < first + kPairsAhead; j++) fetch<T>(matrix, pairs.ids[j], 0, kBytesAhead);
 }
 
 // Two halves of lanes are added until one lane is left.
@@ -114,12 +128,13 @@ void logits_of_pairs(const PairLogitsParams& p, int threads) {
     const T* h = row_within<T>(p.hidden, place_of(p.pairs, r));
     if (!h) return;
     const int64_t first = p.pairs.ranges[2 * r], last = p.pairs.ranges[2 * r + 1];
+    fetch_next<T>(p.pairs, p.weight, r);
     for (int64_t j = first + from; j < first + to;) {
       const T* w[P];
       int64_t to_out[P];
       int n = 0;
       for (; n < P && j < first + to; j++) {
-        if (j + kPairsAhead < last) fetch_row<T>(p.weight, p.pairs.ids[j + kPairsAhead]);
+        if (j + kPairsAhead < last) fetch<T>(p.weight, p.pairs.ids[j + kPairsAhead], 0, kBytesAhead);
         w[n] = row_within<T>(p.weight, p.pairs.ids[j]);
         to_out[n] = j;
         if (w[n]) {
@@ -142,7 +157,7 @@ void logits_of_pairs(const PairLogitsParams& p, int threads) {
   });
 }
 
-constexpr int kVectors = 8;  // sums of one block of columns, which stay in registers
+constexpr int kVectors = 8;  // of sums of one block of columns, in registers; 16 of AVX-512's 32 are no faster
 
 template <class T, class O>
 struct RowSum {
@@ -166,6 +181,7 @@ struct RowSum {
     const A* g = static_cast<const A*>(p.g);
     for (int64_t j = first; j < last; j++) {
       const T* row = row_within<T>(p.source, p.pairs.ids[j]);
+      if (j + kPairsAhead < last) fetch<T>(p.source, p.pairs.ids[j + kPairsAhead], c, N * L * sizeof(T));
       if (!row) continue;
       for (int i = 0; i < N; i++) sum[i] = sum[i] + load(row + c + i * L) * g[j];
     }
@@ -207,6 +223,7 @@ void sums_over_pairs(const PairSumsParams& p, int threads) {
   for_each_part(p.pairs, blocks, threads, [&](int64_t r, int64_t from, int64_t to) {
     const int64_t place = place_of(p.pairs, r), first = p.pairs.ranges[2 * r], last = p.pairs.ranges[2 * r + 1];
     if (place < 0 || place >= p.out.rows) return;
+    fetch_next<T>(p.pairs, p.source, r);
     // a block belongs to the part with its first unit
     const int64_t length = last - first, begin = (from + length - 1) / length * kColumns, end = (to + length - 1) / length * kColumns;
     RowSum<T, O>{p, first, last, row_of<O>(p.out, place)}.template columns<kVectors>(begin, end < K ? end : K);

@@ -10,7 +10,7 @@ from row_kernels import acc, each_dtype, make_tile
 from test_row_kernels import log_probs
 
 from grpo_kernels.backends import native, params, pytorch
-from grpo_kernels.backends.statistics import Scored, Tile, finalize, new_statistics
+from grpo_kernels.backends.statistics import Pairs, Scored, Tile, finalize, new_statistics
 from grpo_kernels.losses.config import LogitTransform
 from grpo_kernels.losses.terms import KINDS, PolicyRows, PolicyTerms
 
@@ -102,6 +102,31 @@ def test_same_bits_whatever_the_threads_and_the_place(isa, dtype):
 
 @each_isa
 @each_dtype
+def test_pair_kernels_same_bits_whatever_the_threads_and_the_other_pairs(isa, dtype):
+    """Ranges of many lengths, which pieces of work cut anywhere."""
+    lengths = torch.tensor([1, 2, 500, 0, 3, 64, 129, 1, 0, 40])
+    last, K, V = lengths.cumsum(0), 300, 50
+    ids, ranges = torch.randint(-1, V + 1, (int(last[-1]),)), torch.stack([last - lengths, last], 1)
+    hidden, weight, g = make_tile(10, K, dtype, 3), make_tile(V, K, dtype), torch.randn(len(ids)).to(acc(dtype))
+
+    def everything(rows):
+        logits, sums, wide = nan(len(ids), dtype=acc(dtype)), nan(10, K, dtype=dtype), nan(10, K, dtype=acc(dtype))
+        for some in rows:
+            pairs = Pairs(ids, ranges[some].contiguous(), some)
+            native.pair_logits(pairs, hidden, weight, logits, isa=isa)
+            for out in (sums, wide):
+                native.pair_sums(pairs, g, weight, out, isa=isa)
+        return logits, sums[lengths > 0], wide[lengths > 0]
+
+    first = everything([torch.arange(10)])
+    assert not any(x.isnan().any() for x in first)
+    for threads, rows in ((2, [torch.arange(10)]), (3, [torch.arange(10).flip(0)]), (2, torch.arange(10).split(1))):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, first, everything(rows)))
+
+
+@each_isa
+@each_dtype
 @pytest.mark.parametrize("rows, columns", [(0, 7), (3, 0)])
 def test_nothing_to_do(isa, dtype, rows, columns):
     tile = Tile(torch.empty(rows, columns, dtype=dtype), torch.zeros(rows, dtype=torch.int64), PLAIN)
@@ -129,7 +154,7 @@ def test_pages():
 def test_wrong_arguments_are_refused():
     values, target, vector = torch.zeros(3, 8), torch.zeros(3, dtype=torch.int64), torch.zeros(3)
     tile, stats, scored = Tile(values, target, PLAIN), new_statistics(3, torch.float32, "cpu"), Scored(vector, vector, vector)
-    other, both = torch.zeros(3, 8), torch.zeros(3, 20)
+    other, both, ranges = torch.zeros(3, 8), torch.zeros(3, 20), torch.zeros(3, 2, dtype=torch.int64)
     bad = {
         "tile must be": [
             lambda: native.statistics(Tile(values.half(), target, PLAIN), stats),
@@ -155,6 +180,12 @@ def test_wrong_arguments_are_refused():
         "g must be": [lambda: native.gradient(tile, values, scored, None), lambda: native.gradient(tile, values, scored, vector[:2])],
         "g_entropy must be": [lambda: native.gradient(tile, values, scored, vector, vector.double())],
         "old must be": [lambda: native.policy(tile, values, PolicyRows(vector, vector, old=vector[:1]), CLIPPED, scored)],
+        "ids must be": [lambda: native.pair_logits(Pairs(target.int(), ranges), values, other, vector)],
+        "ranges must be": [lambda: native.pair_sums(Pairs(target, ranges[:, :1]), vector, values, other)],
+        "per_pair must be": [lambda: native.pair_sums(Pairs(target, ranges), vector.double(), values, other)],
+        "per_row must have 4 rows": [lambda: native.pair_sums(Pairs(target, torch.zeros(4, 2, dtype=torch.int64)), vector, values, other)],
+        "matrices must be": [lambda: native.pair_sums(Pairs(target, ranges), vector, values.half(), other)],
+        "must share a dtype": [lambda: native.pair_logits(Pairs(target, ranges), values, other.bfloat16(), vector)],
         "advantages are missing": [lambda: native.policy(tile, values, PolicyRows(vector), CLIPPED, scored)],
         "w_kl is missing": [lambda: native.policy(tile, values, PolicyRows(None, ref=vector), CLIPPED, scored)],
         "kind must be": [lambda: native.policy(tile, values, PolicyRows(None), PolicyTerms(kind="clip"), scored)],
