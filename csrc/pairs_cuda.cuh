@@ -194,7 +194,7 @@ __device__ __forceinline__ void write_sums(const A (&sums)[N], const PairSumsPar
 
 // A block has some rows, most of which may be empty, and 32 units of each. Its warps take turns at them, and share the long ones.
 template <class T, class O, bool Aligned>
-__global__ void __launch_bounds__(kMostPairThreads, 3) pair_sums_kernel(const PairSumsParams p) {
+__global__ void __launch_bounds__(kMostPairThreads, 2) pair_sums_kernel(const PairSumsParams p) {
   using A = acc_of<T>;
   const int warp = int(threadIdx.x / 32), warps = int(blockDim.x / 32), lane = int(threadIdx.x % 32);
   const unsigned pieces = unsigned(pieces_of_sum(p.out.columns, sizeof(T)));
