@@ -1,7 +1,7 @@
 // The two pair kernels on CUDA, over K columns: dot products and sums of pairs (row of one matrix, row of another).
 //
-//   pair_logits  a warp computes a pair: it reads the K elements of a row of the weight past the first-level cache, and the row of
-//                hidden through it, whose pairs are a block's. A lane has 8 loads of 16 bytes under way, a warp 4 KiB.
+//   pair_logits  a warp computes a pair: it reads its 8 bytes of id, the K elements of a row of the weight past the first-level cache,
+//                and the row of hidden through it. A lane has 8 loads of 16 bytes under way, a warp 4 KiB.
 //   pair_sums    a warp sums 512 bytes of a row over its pairs: it reads them of a row of the source for each pair, and the pair's id
 //                and g, 12 bytes (16 in double), which makes 2 % more. A lane has 8 loads of 16 bytes under way, each of another pair,
 //                and the next 32 ids; its sums are in registers, and the result is written once.
