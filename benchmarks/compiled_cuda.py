@@ -1,7 +1,8 @@
 """What nvcc makes of the CUDA C++ kernels, for every architecture and without a GPU, judged by the machine code.
 
 ``python -m benchmarks.compiled_cuda`` (part of ``make kernels``) fails on the faults of `occupancy.py`. Threads, cluster and shared
-memory are those of a launch on rows of 151,936 columns, as csrc/launch_shape.h picks them. Without nvcc it says so and passes.
+memory are those of a launch on rows of 151,936 columns, on ranges and on pairs, as csrc/launch_shape.h picks them. Without nvcc it
+says so and passes.
 """
 
 import os
@@ -25,6 +26,8 @@ int main(int, char** v) {
   const int64_t columns = std::atoll(v[1]);
   const int size = std::atoi(v[2]), capability = std::atoi(v[3]), visits = std::atoi(v[4]), kept = std::atoi(v[5]);
   const int cluster = kept ? grpo_kernels::cluster_size(columns, size, capability) : 0;
+  using namespace grpo_kernels;
+  std::printf("%d %d %d %d %d %d ", kFewestLanesOfRange, kScratchBytes, kLogitsThreads, 0, kSumsThreads, kSumsSharedBytes);
   std::printf("%d %d %lld", cluster, grpo_kernels::threads_of(columns, size, visits, cluster ? cluster : 1),
               (long long)grpo_kernels::block_memory(columns, size, cluster));
 }
@@ -53,7 +56,10 @@ def row(shape: Path, architecture: str, name: str, code: machine_code.Kernel) ->
     kept = kernel == "policy" and mode == "1"
     visits = 2 if kernel == "policy" and not kept else 1
     found = machine_code.run(shape, COLUMNS, size, architecture.rstrip("a"), visits, int(kept))
-    cluster, threads, shared = map(int, found.split())
+    *others, cluster, threads, shared = map(int, found.split())
+    of_kernel = {"pair_logits": others[2:4], "pair_sums": others[4:6]}
+    if mode == "2" or kernel in of_kernel:
+        threads, shared = of_kernel.get(kernel, others[:2])
     if kept and not cluster:
         return None
     judged = occupancy.judged(code, threads // 32, shared, architecture, size, out_size)

@@ -97,16 +97,13 @@ inline int threads_of(int64_t columns, int element_size, int visits, int cluster
 
 constexpr int kMostPairThreads = 256;
 constexpr int kLogitsThreads = 128, kSumsThreads = 256;
+constexpr int kRowsOfBlock = 8;  // at least; half of them have two pairs
 constexpr int kLongRange = 64;  // pairs; a warp alone adds up as many, more are cut into slices
 constexpr int kSlices = 8;
 constexpr int kSumsSharedBytes = kSlices * 32 * 2 * kUnitBytes;  // a unit of sums for each lane; those of 16 bits are kept in 32
 
-// Blocks that a row's range of pairs is dealt out to in pair_logits: so many that the longest is no tail, few of them in vain.
-GRPO_SHAPE int blocks_of_range(int64_t rows) {
-  int blocks = 4;
-  while (blocks < 32 && blocks * rows < 1 << 15) blocks *= 2;
-  return blocks;
-}
+// Blocks that share kRowsOfBlock rows in pair_logits: so many that a range of thousands is not what all others wait for.
+GRPO_SHAPE int blocks_of_rows(int64_t rows) { return rows < 1 << 12 ? 32 : rows < 1 << 14 ? 16 : 8; }
 
 // Blocks of a row in pair_sums, a unit for each lane of a warp.
 GRPO_SHAPE int64_t pieces_of_sum(int64_t columns, int element_size) {
@@ -115,7 +112,9 @@ GRPO_SHAPE int64_t pieces_of_sum(int64_t columns, int element_size) {
 }
 
 // Rows of a block in pair_sums, at most a lane for each. Most rows of a large count are empty: a gradient of the weight's.
-GRPO_SHAPE int rows_of_block(int64_t rows) { return rows < 1 << 18 ? 8 : rows < 1 << 19 ? 16 : 32; }
+GRPO_SHAPE int rows_of_block(int64_t rows) {
+  return rows < 1 << 18 ? kRowsOfBlock : rows < 1 << 19 ? 2 * kRowsOfBlock : 4 * kRowsOfBlock;
+}
 
 }  // namespace
 }  // namespace grpo_kernels

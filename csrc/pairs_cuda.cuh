@@ -1,7 +1,7 @@
 // The two pair kernels on CUDA, over K columns: dot products and sums of pairs (row of one matrix, row of another).
 //
-//   pair_logits  a warp computes a pair: it reads the K elements of a row of the weight past the first-level cache, and the row of
-//                hidden through it, whose pairs are a block's. A lane has 8 loads of 16 bytes under way, a warp 4 KiB.
+//   pair_logits  a warp computes a pair: it reads its 8 bytes of id, the K elements of a row of the weight past the first-level cache,
+//                and the row of hidden through it. A lane has 8 loads of 16 bytes under way, a warp 4 KiB.
 //   pair_sums    a warp sums 512 bytes of a row over its pairs: it reads them of a row of the source for each pair, and the pair's id
 //                and g, 12 bytes (16 in double), which makes 2 % more. A lane has 8 loads of 16 bytes under way, each of another pair,
 //                and the next 32 ids; its sums are in registers, and the result is written once.
@@ -17,7 +17,23 @@
 namespace grpo_kernels {
 namespace {
 
-constexpr int kPairLoads = 8;  // of a lane, under way
+// Of a lane, under way; without alignment a unit takes several loads.
+template <bool Aligned>
+constexpr int kPairLoads = Aligned ? 8 : 2;
+
+// A unit as it was loaded: ptxas would rather have a register for every two bytes of it until they are used.
+template <class T>
+struct Packed {
+  bits_of<kUnitBytes> bits;
+
+  __device__ __forceinline__ Packed() : bits{} {}
+  __device__ __forceinline__ Packed(const InputUnit<T>& unit) { memcpy(&bits, &unit, kUnitBytes); }
+  __device__ __forceinline__ InputUnit<T> unit() const {
+    InputUnit<T> unit;
+    memcpy(&unit, &bits, kUnitBytes);
+    return unit;
+  }
+};
 
 // The unit from column `c` on; zeros behind the row's end.
 template <bool Aligned, bool Again, class T>
@@ -37,20 +53,20 @@ __device__ __forceinline__ InputUnit<T> unit_of(const T* row, int c, int columns
 // hidden . weight, in every lane.
 template <bool Aligned, class T, class A = acc_of<T>>
 __device__ __forceinline__ A dot_of_warp(const T* hidden, const T* weight, int columns) {
-  constexpr int kStep = 32 * kUnit<T>;
+  constexpr int kStep = 32 * kUnit<T>, kLoads = kPairLoads<Aligned>;
   A sums[kUnit<T>] = {};
-  for (int first = int(threadIdx.x % 32) * kUnit<T>; first < columns; first += kPairLoads * kStep) {
-    InputUnit<T> units[kPairLoads];
+  for (int first = int(threadIdx.x % 32) * kUnit<T>; first < columns; first += kLoads * kStep) {
+    Packed<T> units[kLoads];
 #pragma unroll
-    for (int i = 0; i < kPairLoads; i++) {
+    for (int i = 0; i < kLoads; i++) {
       if (first + i * kStep < columns) units[i] = unit_of<Aligned, false>(weight, first + i * kStep, columns);
     }
 #pragma unroll
-    for (int i = 0; i < kPairLoads; i++) {
+    for (int i = 0; i < kLoads; i++) {
       if (first + i * kStep >= columns) break;
-      const InputUnit<T> other = unit_of<Aligned, true>(hidden, first + i * kStep, columns);
+      const InputUnit<T> unit = units[i].unit(), other = unit_of<Aligned, true>(hidden, first + i * kStep, columns);
 #pragma unroll
-      for (int j = 0; j < kUnit<T>; j++) sums[j] += widened(other.at[j]) * widened(units[i].at[j]);
+      for (int j = 0; j < kUnit<T>; j++) sums[j] += widened(other.at[j]) * widened(unit.at[j]);
     }
   }
 #pragma unroll
@@ -63,57 +79,97 @@ __device__ __forceinline__ A dot_of_warp(const T* hidden, const T* weight, int c
   return sums[0];
 }
 
-// A block has every `blocks_of_range`-th run of its row's pairs, a warp one pair of a run.
-template <class T, bool Aligned>
-__global__ void __launch_bounds__(kMostPairThreads) pair_logits_kernel(const PairLogitsParams p) {
-  using A = acc_of<T>;
-  const int blocks = blocks_of_range(p.pairs.count), warps = int(blockDim.x / 32), turn = blocks * warps;
-  const int64_t r = blockIdx.x / unsigned(blocks), last = p.pairs.ranges[2 * r + 1];
-  int64_t j = p.pairs.ranges[2 * r] + blockIdx.x % unsigned(blocks) * warps + threadIdx.x / 32;
-  if (j >= last) return;
-  const T* hidden = row_of<const T>(p.hidden, p.pairs.rows ? p.pairs.rows[r] : r);
-  const bool writes = threadIdx.x % 32 == 0;
-  for (int64_t id = p.pairs.ids[j], next; j < last; j += turn, id = next) {
-    next = j + turn < last ? p.pairs.ids[j + turn] : -1;
-    A* out = static_cast<A*>(p.out) + j;
-    if (id < 0 || id >= p.weight.rows) {
-      if (writes && !p.add) *out = -infinity<A>();
-      continue;
+// An id, or -1 where it is none of the matrix's; these have fewer than 2^31 rows, and half the registers are saved.
+__device__ __forceinline__ int id_of(const Pairs& pairs, int64_t j, const Matrix& per_id) {
+  const int64_t id = pairs.ids[j];
+  return id >= 0 && id < per_id.rows ? int(id) : -1;
+}
+
+__device__ __forceinline__ int64_t place_of(const Pairs& pairs, int64_t r) { return pairs.rows ? pairs.rows[r] : r; }
+
+// The pairs of a block's rows, one behind the other; each warp takes those that are its own.
+struct PairWalk {
+  const int64_t first_row;
+  int length = 0;  // of the row that is this lane's
+  int of = 0;      // row that holds the pair
+  int before = 0;  // pairs of the rows before it
+
+  struct Pair {
+    int64_t j = -1;  // -1: there is none
+    int row, id;
+  };
+
+  __device__ __forceinline__ PairWalk(const Pairs& pairs, int64_t first_row) : first_row(first_row) {
+    const int64_t r = first_row + threadIdx.x % 32;
+    if (threadIdx.x % 32 < kRowsOfBlock && r < pairs.count) length = int(pairs.ranges[2 * r + 1] - pairs.ranges[2 * r]);
+  }
+
+  // The at-th pair; `at` never falls.
+  __device__ __forceinline__ Pair operator()(const Pairs& pairs, const Matrix& per_id, int at) {
+    for (; of < kRowsOfBlock; of++) {
+      const int pairs_of_row = __shfl_sync(kWholeWarp, length, of);
+      if (at - before < pairs_of_row) break;
+      before += pairs_of_row;
     }
-    const A sum = dot_of_warp<Aligned>(hidden, row_of<const T>(p.weight, id), int(p.weight.columns));
-    if (writes) *out = A(p.scale) * sum + value<A>(p.bias, id) + (p.add ? *out : A(0));
+    Pair pair;
+    if (of == kRowsOfBlock) return pair;
+    pair.j = pairs.ranges[2 * (first_row + of)] + at - before;
+    pair.row = int(place_of(pairs, first_row + of));
+    pair.id = id_of(pairs, pair.j, per_id);
+    return pair;
+  }
+};
+
+// kRowsOfBlock rows are shared by blocks_of_rows blocks, whose warps take turns at the pairs.
+template <class T, bool Aligned>
+__global__ void __launch_bounds__(kMostPairThreads, 3) pair_logits_kernel(const PairLogitsParams p) {
+  using A = acc_of<T>;
+  const int blocks = blocks_of_rows(p.pairs.count), warps = int(blockDim.x / 32);
+  PairWalk walk(p.pairs, int64_t(blockIdx.x / unsigned(blocks)) * kRowsOfBlock);
+  int at = int(blockIdx.x % unsigned(blocks)) * warps + int(threadIdx.x / 32);
+  auto pair = walk(p.pairs, p.weight, at);
+  while (pair.j >= 0) {
+    const auto next = walk(p.pairs, p.weight, at += blocks * warps);  // its id is on the way meanwhile
+    const bool here = pair.id >= 0;
+    A z = -infinity<A>();
+    if (here) {
+      z = dot_of_warp<Aligned>(row_of<const T>(p.hidden, pair.row), row_of<const T>(p.weight, pair.id), int(p.weight.columns));
+      z = A(p.scale) * z + value<A>(p.bias, pair.id);
+    }
+    A* out = static_cast<A*>(p.out) + pair.j;
+    if (threadIdx.x % 32 == 0 && (here || !p.add)) *out = p.add ? *out + z : z;
+    pair = next;
   }
 }
 
-// Adds a unit of every pair j of [first, last), of every `step`-th run of 32 pairs, to the lane's sums.
+// Adds a unit of the `count` pairs from `first` on, of every `step`-th run of 32 of them, to the lane's sums.
 template <bool Aligned, class T, class A>
-__device__ __forceinline__ void add_pairs(A (&sums)[kUnit<T>], const PairSumsParams& p, int64_t first, int64_t last, int step, int column) {
+__device__ __forceinline__ void add_pairs(A (&sums)[kUnit<T>], const PairSumsParams& p, int64_t first, int count, int step, int column) {
+  constexpr int kLoads = kPairLoads<Aligned>;
   const int lane = int(threadIdx.x % 32), columns = int(p.source.columns);
-  int id = -1, next_id;  // of the pair that is this lane's; -1: none
+  int id = -1, next_id;  // of the pair that is this lane's
   A g = 0, next_g;
-  const auto read = [&](int64_t j, int& id, A& g) {
-    const int64_t found = j < last ? p.pairs.ids[j] : -1;
-    const bool here = found >= 0 && found < p.source.rows;
-    id = here ? int(found) : -1;
-    g = here ? value<A>(p.g, j) : A(0);
+  const auto read = [&](int at, int& id, A& g) {
+    id = at < count ? id_of(p.pairs, first + at, p.source) : -1;
+    g = id >= 0 ? value<A>(p.g, first + at) : A(0);
   };
-  read(first + lane, id, g);
-  for (; first < last; first += 32 * step, id = next_id, g = next_g) {
-    read(first + 32 * step + lane, next_id, next_g);
-    for (int i = 0; i < 32 && first + i < last; i += kPairLoads) {
-      InputUnit<T> units[kPairLoads];
-      A factors[kPairLoads];
+  read(lane, id, g);
+  for (int run = 0; run < count; run += 32 * step, id = next_id, g = next_g) {
+    read(run + 32 * step + lane, next_id, next_g);
+#pragma unroll 1
+    for (int i = 0; i < 32 && run + i < count; i += kLoads) {
+      Packed<T> units[kLoads];
 #pragma unroll
-      for (int k = 0; k < kPairLoads; k++) {
+      for (int k = 0; k < kLoads; k++) {
         const int row = __shfl_sync(kWholeWarp, id, i + k);
-        factors[k] = __shfl_sync(kWholeWarp, g, i + k);
-        units[k] = {};
         if (row >= 0 && column < columns) units[k] = unit_of<Aligned, false>(row_of<const T>(p.source, row) + column, 0, columns - column);
       }
 #pragma unroll
-      for (int k = 0; k < kPairLoads; k++) {
+      for (int k = 0; k < kLoads; k++) {
+        const A factor = __shfl_sync(kWholeWarp, g, i + k);
+        const InputUnit<T> unit = units[k].unit();
 #pragma unroll
-        for (int j = 0; j < kUnit<T>; j++) sums[j] += factors[k] * widened(units[k].at[j]);
+        for (int j = 0; j < kUnit<T>; j++) sums[j] += factor * widened(unit.at[j]);
       }
     }
   }
@@ -138,35 +194,34 @@ __device__ __forceinline__ void write_sums(const A (&sums)[N], const PairSumsPar
 
 // A block has some rows, most of which may be empty, and 32 units of each. Its warps take turns at them, and share the long ones.
 template <class T, class O, bool Aligned>
-__global__ void __launch_bounds__(kMostPairThreads) pair_sums_kernel(const PairSumsParams p) {
+__global__ void __launch_bounds__(kMostPairThreads, 2) pair_sums_kernel(const PairSumsParams p) {
   using A = acc_of<T>;
   const int warp = int(threadIdx.x / 32), warps = int(blockDim.x / 32), lane = int(threadIdx.x % 32);
   const unsigned pieces = unsigned(pieces_of_sum(p.out.columns, sizeof(T)));
   const int rows = rows_of_block(p.pairs.count), column = int(blockIdx.x % pieces * 32 + unsigned(lane)) * kUnit<T>;
-  const int64_t r = int64_t(blockIdx.x / pieces) * rows + lane;
-  int64_t first = 0, last = 0, row = -1;  // of the row that is this lane's
-  if (lane < rows && r < p.pairs.count) {
-    first = p.pairs.ranges[2 * r];
-    last = p.pairs.ranges[2 * r + 1];
-    if (first < last) row = p.pairs.rows ? p.pairs.rows[r] : r;
+  const int64_t first_row = int64_t(blockIdx.x / pieces) * rows;
+  const int64_t* ranges = p.pairs.ranges + 2 * first_row;
+  int length = 0;  // of the row that is this lane's
+  if (lane < rows && first_row + lane < p.pairs.count) length = int(ranges[2 * lane + 1] - ranges[2 * lane]);
+  if (length > 0) {
+    const int64_t place = place_of(p.pairs, first_row + lane);
+    if (place < 0 || place >= p.out.rows) length = 0;
   }
-  const bool here = row >= 0 && row < p.out.rows, is_long = last - first > kLongRange;
-  const unsigned short_rows = __ballot_sync(kWholeWarp, here && !is_long), long_rows = __ballot_sync(kWholeWarp, here && is_long);
+  const unsigned some = __ballot_sync(kWholeWarp, length > 0), many = __ballot_sync(kWholeWarp, length > kLongRange);
   int turn = 0;
-  for (unsigned rest = short_rows; rest; rest &= rest - 1, turn++) {
+  for (unsigned rest = some & ~many; rest; rest &= rest - 1, turn++) {
     if (turn % warps != warp) continue;
     const int of = __ffs(int(rest)) - 1;
     A sums[kUnit<T>] = {};
-    add_pairs<Aligned, T>(sums, p, __shfl_sync(kWholeWarp, first, of), __shfl_sync(kWholeWarp, last, of), 1, column);
-    write_sums<Aligned, O>(sums, p, __shfl_sync(kWholeWarp, row, of), column);
+    add_pairs<Aligned, T>(sums, p, ranges[2 * of], __shfl_sync(kWholeWarp, length, of), 1, column);
+    write_sums<Aligned, O>(sums, p, place_of(p.pairs, first_row + of), column);
   }
   A* partial = reinterpret_cast<A*>(shared_memory()) + lane;  // [kSlices, kUnit, 32]
-  for (unsigned rest = long_rows; rest; rest &= rest - 1) {
-    const int of = __ffs(int(rest)) - 1;
-    const int64_t from = __shfl_sync(kWholeWarp, first, of), end = __shfl_sync(kWholeWarp, last, of), to = __shfl_sync(kWholeWarp, row, of);
+  for (unsigned rest = many; rest; rest &= rest - 1) {
+    const int of = __ffs(int(rest)) - 1, count = __shfl_sync(kWholeWarp, length, of);
     for (int slice = warp; slice < kSlices; slice += warps) {
       A sums[kUnit<T>] = {};
-      add_pairs<Aligned, T>(sums, p, from + 32 * slice, end, kSlices, column);
+      add_pairs<Aligned, T>(sums, p, ranges[2 * of] + 32 * slice, count - 32 * slice, kSlices, column);
 #pragma unroll
       for (int j = 0; j < kUnit<T>; j++) partial[(slice * kUnit<T> + j) * 32] = sums[j];
     }
@@ -177,7 +232,7 @@ __global__ void __launch_bounds__(kMostPairThreads) pair_sums_kernel(const PairS
 #pragma unroll
         for (int j = 0; j < kUnit<T>; j++) sums[j] += partial[(slice * kUnit<T> + j) * 32];
       }
-      write_sums<Aligned, O>(sums, p, to, column);
+      write_sums<Aligned, O>(sums, p, place_of(p.pairs, first_row + of), column);
     }
     __syncthreads();
   }

@@ -196,7 +196,7 @@ template <class Params>
 const char* run_pairs(const char* name, const Params& p, const Matrix& per_row, const Matrix& per_id, int64_t blocks, Shape shape,
                       const CudaLaunch& launch) {
   if (p.pairs.count == 0) return nullptr;
-  if (blocks > INT32_MAX || per_id.rows > INT32_MAX || per_id.columns > INT32_MAX / 2) {
+  if (blocks > INT32_MAX || per_row.rows > INT32_MAX || per_id.rows > INT32_MAX || per_id.columns > INT32_MAX / 2) {
     return failure("%s kernel: %lld rows with pairs, or of %lld ids, or %lld columns are too many", name, (long long)p.pairs.count,
                    (long long)per_id.rows, (long long)per_id.columns);
   }
@@ -236,8 +236,8 @@ const char* grpo_cuda_policy(const PolicyParams* params, const CudaLaunch* launc
 
 const char* grpo_cuda_pair_logits(const PairLogitsParams* params, const CudaLaunch* launch) {
   const int64_t rows = params->pairs.count;
-  return run_pairs("pair_logits", *params, params->hidden, params->weight, rows * blocks_of_range(rows),
-                   {false, 1, kLogitsThreads, 0}, *launch);
+  const int64_t blocks = (rows + kRowsOfBlock - 1) / kRowsOfBlock * blocks_of_rows(rows);
+  return run_pairs("pair_logits", *params, params->hidden, params->weight, blocks, {false, 1, kLogitsThreads, 0}, *launch);
 }
 
 const char* grpo_cuda_pair_sums(const PairSumsParams* params, const CudaLaunch* launch) {

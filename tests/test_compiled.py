@@ -152,15 +152,17 @@ def test_cuda_kernels_are_judged_at_their_launch(tmp_path, kernel):
     subprocess.run(["g++", f"-I{ROOT / 'csrc'}", shape.with_suffix(".cpp"), "-o", shape], check=True)
     names = compiled_cuda.short([
         "_ZN12grpo_kernels54_GLOBAL__N__1_2_c13policy_kernelIf13__nv_bfloat16Lb1ELNS_4RowsE1EEEvNS_12PolicyParamsE",
-        "_ZN12grpo_kernels17statistics_kernelIfLb0EEEvNS_16StatisticsParamsE",
+        "_ZN12grpo_kernels17statistics_kernelIfLb0ELNS_4RowsE0EEEvNS_16StatisticsParamsE",
     ])
-    assert names[1] == "statistics<float, false>"
+    assert names[1] == "statistics<float, false, 0>"
     found = compiled_cuda.row(shape, "90a", "policy<float, __nv_bfloat16, true, 1>", kernel)
     assert (found["threads"], found["cluster"], found["blocks"]) == (512, 8, 2) and found["must_stream"]
     assert compiled_cuda.row(shape, "80", "policy<float, __nv_bfloat16, true, 1>", kernel) is None
     found = compiled_cuda.row(shape, "80", "policy<float, __nv_bfloat16, true, 0>", kernel)
     assert (found["threads"], found["cluster"], found["blocks"]) == (1024, 1, 1)
-    assert compiled_cuda.row(shape, "90a", "gradient<double, double, false, 2>", kernel)["threads"] == 512
+    assert compiled_cuda.row(shape, "90a", "gradient<double, double, false, 0>", kernel)["threads"] == 512
+    for name, threads in ("gradient<float, float, true, 2>", 32), ("pair_logits<float, true>", 128), ("pair_sums<float, float, true>", 256):
+        assert compiled_cuda.row(shape, "90a", name, kernel)["threads"] == threads
 
 
 CHECK = """

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from tolerance import assert_no_worse_than_torch
 
 from grpo_kernels import build_cuda
 from grpo_kernels.backends import cuda
-from grpo_kernels.backends.statistics import Scored, Tile, finalize, new_statistics
+from grpo_kernels.backends.statistics import Pairs, Scored, Tile, finalize, new_statistics
 from grpo_kernels.losses.config import LogitTransform as Transform
 from grpo_kernels.losses.terms import PolicyRows, PolicyTerms
 
@@ -376,6 +377,104 @@ def test_the_variant_is_chosen_by_device_and_width():
     assert torch.equal(results[80], twice) and torch.equal(results[90], kept)
 
 
+# ---- pairs and ranges
+
+LENGTHS = [2, 0, 1, 65, 300, 17, 2, 700]  # the long ones: of some slices, of each slice, of more runs than slices
+
+
+def pair_problem(dtype, K=264, offset=0):
+    """(pairs, hidden, weight, g); the matrices begin `offset` elements behind 16 bytes."""
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0)
+    pairs = Pairs(torch.randint(-1, 40, (int(ends[-1]),)), torch.stack([ends[:-1], ends[1:]], 1), torch.randperm(len(LENGTHS)))
+    spare = 5 if offset else 8
+    hidden, weight = (framed(torch.randn(rows, K).to(dtype), spare, offset)[0] for rows in (len(LENGTHS), 39))
+    return pairs, hidden, weight, torch.randn(len(pairs.ids), dtype=acc_of(dtype))
+
+
+def logits_of(problem, add=False, **launch):
+    """What stood there was NaN; with `add` it was 1."""
+    pairs, hidden, weight, g = problem
+    out = torch.full_like(g, 1.0 if add else float("nan"))
+    cuda_host.pair_logits(pairs, hidden, weight, out, 0.7, torch.arange(39, dtype=g.dtype), add, **launch)
+    return out
+
+
+def sums_of(problem, narrow=None, add=False, **launch):
+    pairs, hidden, weight, g = problem
+    out = torch.full(hidden.shape, 1.0 if add else float("nan"), dtype=narrow or hidden.dtype)
+    cuda_host.pair_sums(pairs, g, weight, out, 0.7, add, **launch)
+    return out
+
+
+same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype, narrow", [(d, d) for d in (torch.float32, torch.float16, torch.float64)] + [
+    (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=lambda d: str(d).removeprefix("torch."))  # fmt: skip
+def test_pairs_have_the_same_bits_at_every_schedule_launch_and_alignment(dtype, narrow, add):
+    problem = pair_problem(dtype)
+    pairs, hidden, weight, g = problem
+    logits, sums = logits_of(problem, add), sums_of(problem, narrow, add)
+    rest = sums[pairs.rows[LENGTHS.index(0)]]
+    assert (rest == 1).all() if add else rest.isnan().all()
+    for threads, seed in ((32, 1), (96, 2), (256, 3), (96, 4)):
+        launch = dict(threads=threads, seed=seed, yield_one_in=1 if threads == 96 else 50)
+        same(logits_of(problem, add, **launch), logits)
+        same(sums_of(problem, narrow, add, **launch), sums)
+    _, other_hidden, other_weight, _ = pair_problem(dtype, offset=1)
+    problem = pairs, other_hidden.copy_(hidden), other_weight.copy_(weight), g
+    same(logits_of(problem, add), logits)
+    same(sums_of(problem, narrow, add), sums)
+
+
+@pytest.mark.parametrize("kernel, counts", [(logits_of, (1 << 12, 1 << 14)), (sums_of, (1 << 18, 1 << 19))], ids=["logits", "sums"])
+def test_pairs_have_the_same_bits_among_many_rows(kernel, counts):
+    """The number of rows says how many of them share a block, and how many blocks share them."""
+    pairs, hidden, weight, g = problem = pair_problem(torch.bfloat16, K=24)
+    expected = kernel(problem)
+    for count in counts:
+        ranges, rows = torch.zeros(count, 2, dtype=torch.int64), torch.arange(count) + len(hidden)
+        chosen = 3 * torch.arange(len(LENGTHS)) + count - 30
+        ranges[chosen], rows[chosen] = pairs.ranges, pairs.rows
+        same(kernel((Pairs(pairs.ids, ranges, rows), hidden, weight, g), threads=32, yield_one_in=1000), expected)
+
+
+def test_ranges_have_the_same_bits_at_every_launch_and_place():
+    """Of a row counts its length alone, and it needs no alignment."""
+    for dtype in (torch.float32, torch.float64):
+        lengths, results = torch.tensor([1, 2, 37, 700, 5000]), []
+        values = [torch.randn(n, dtype=dtype) for n in lengths]
+        for gap, threads in ((0, 0), (0, 64), (3, 96), (4, 512), (1, 0)):
+            last = (lengths + gap).cumsum(0)
+            ranges, memory = torch.stack([last - lengths, last], 1), torch.full((int(last[-1]) + 2,), SENTINEL, dtype=dtype)
+            for (first, end), row in zip(ranges.tolist(), values, strict=True):
+                memory[first:end] = row
+            tile, stats = Tile(memory, lengths // 2, Transform(1.3, 5.0), ranges=ranges), new_statistics(5, dtype, "cpu")
+            cuda_host.statistics(tile, stats, threads=threads)
+            cuda_host.gradient(tile, memory, finalize(stats), stats[:, 3].cos(), threads=threads)
+            inside = torch.cat([torch.arange(first, end) for first, end in ranges.tolist()])
+            results.append((stats, memory[inside]))
+            memory[inside] = SENTINEL
+            assert (memory == SENTINEL).all()
+        for stats, written in results[1:]:
+            same(stats, results[0][0])
+            same(written, results[0][1])
+
+
+def test_what_is_wrong_with_pairs_is_said():
+    problem = pair_problem(torch.float32, K=8)
+    for kernel in (logits_of, sums_of):
+        for threads in (48, 512):
+            with pytest.raises(RuntimeError, match=f"multiple of 32 up to 256, got {threads}"):
+                kernel(problem, threads=threads)
+        with pytest.raises(RuntimeError, match="device 3: invalid device ordinal"):
+            kernel(problem, device=3)
+    pairs, hidden, weight, g = pair_problem(torch.bfloat16, K=8)
+    with pytest.raises(AssertionError, match="hidden must be torch.bfloat16 as weight is"):
+        logits_of((pairs, hidden.float(), weight, g))
+
+
 # ---- errors
 
 
@@ -404,7 +503,7 @@ def test_what_is_wrong_is_said():
         cuda_host.policy(Tile(wide, torch.tensor([0]), PLAIN), wide, *linear(one), scored_like(one), variant=KEPT)
 
 
-FAULTS = {
+FAULTS = {  # (before, after, (variant, cluster)) of the policy kernel
     "a block's partial sums are read before they are there": (
         "else __syncthreads();", "", (TWICE, 0)),
     "the row's sums are read before they are there": ("    __syncthreads();\n    return scratch()->row;", "    return scratch()->row;", (TWICE, 0)),
@@ -438,6 +537,27 @@ def test_a_kernel_without_its_barrier_is_found_out(fault, tmp_path):
     assert not all(torch.equal(result, right[0]) for result in wrong)
 
 
+PAIR_FAULTS = {
+    "slices are added before they are there": ("    __syncthreads();\n    if (warp == 0) {", "    if (warp == 0) {"),
+    "slices are overwritten before they are added": ("      write_sums<Aligned, O>(sums, p, place_of(p.pairs, first_row + of), column);\n    }\n"
+                                                     "    __syncthreads();\n", "      write_sums<Aligned, O>(sums, p, place_of(p.pairs, first_row + of), column);\n    }\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PAIR_FAULTS)
+def test_a_sum_without_its_barrier_is_found_out(fault, tmp_path):
+    before, after = PAIR_FAULTS[fault]
+    sources = tmp_path / "csrc"
+    shutil.copytree(cuda_host.CSRC, sources)
+    text = (sources / "pairs_cuda.cuh").read_text()
+    assert text.count(before) == 1
+    (sources / "pairs_cuda.cuh").write_text(text.replace(before, after))
+    problem = pair_problem(torch.float32, K=100)
+    right = sums_of(problem, yield_one_in=1, flags=("-O1",))
+    wrong = [sums_of(problem, yield_one_in=1, seed=seed, sources=sources, flags=("-O1",)) for seed in range(1, 6)]
+    assert not all(torch.equal(result.nan_to_num(7.0), right.nan_to_num(7.0)) for result in wrong)
+
+
 # ---- sanitizers
 
 SANITIZED = """
@@ -446,7 +566,7 @@ import torch
 sys.path[:0] = {paths!r}
 import cuda_host
 from cuda_host import KEPT, SANITIZERS, TWICE
-from test_cuda_kernels import PAIRS, Tile, Transform, call, problem, statistics
+from test_cuda_kernels import PAIRS, Tile, Transform, call, finalize, logits_of, new_statistics, pair_problem, problem, statistics, sums_of
 
 for dtype, narrow in PAIRS:
     # one row: it is aligned, so that a unit read as a whole behind its end is seen
@@ -461,6 +581,21 @@ for dtype, narrow in PAIRS:
             if narrow == dtype:
                 call(kernel, p, p.logits.clone(), None, transform, **launch)
                 cuda_host.gradient(Tile(p.logits.clone(), p.target, transform), out, p.scored, p.g, p.g, **launch)
+
+for dtype, narrow in PAIRS:
+    for K in (264, 77):
+        # cut to their rows: what lies behind the last one is nobody's
+        pairs, hidden, weight, g = pair_problem(dtype, K)
+        given = pairs, hidden.clone(), weight.clone(), g
+        logits_of(given, flags=SANITIZERS)
+        sums_of(given, add=K == 77, flags=SANITIZERS)
+        if dtype == torch.bfloat16:
+            sums_of(given, torch.float32, flags=SANITIZERS)
+for dtype in (torch.float32, torch.float64):
+    values, ranges = torch.randn(707, dtype=dtype), torch.tensor([[0, 2], [2, 5], [5, 5], [5, 707]])
+    tile, stats = Tile(values, torch.tensor([1, 2, 0, 701]), Transform(), ranges=ranges), new_statistics(4, dtype, "cpu")
+    cuda_host.statistics(tile, stats, flags=SANITIZERS)
+    cuda_host.gradient(tile, values, finalize(stats), stats[:, 0].cos(), flags=SANITIZERS)
 print("clean")
 """
 
