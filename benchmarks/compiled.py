@@ -110,12 +110,14 @@ def row(name: str, architecture: int) -> dict:
         cubin = Path(folder, "cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         (code,) = machine_code.read(cubin).values()
-    moved, narrowest = [machine_code.accesses(loop) for loop, _ in code.loops], max if pairs else min  # a pair's id is read alone
-    load, store = (min((narrowest(each[kind]) for each in moved if each[kind]), default=0) for kind in (0, 1))
+    moved = [machine_code.accesses(loop) for loop, _ in code.loops]
+    width = max if pairs else min  # a pair's id is read alone
+    load, store = (min((width(each[kind]) for each in moved if each[kind]), default=0) for kind in (0, 1))
     dtypes = {"tile": torch.bfloat16 if pairs else torch.float32, "out": torch.bfloat16} | options
     warps, shared, bias = compiled.metadata.num_warps, compiled.metadata.shared, "bias" in options and not pairs
     judged = occupancy.judged(code, warps, shared, str(architecture), dtypes["tile"].itemsize, dtypes["out"].itemsize, bias)
-    judged |= {"must_stream": architecture != 100 if pairs else judged["must_stream"] and not ranges, "aligned": 4 if ranges else 16}
+    must_stream = architecture != 100 if pairs else judged["must_stream"] and not ranges
+    judged |= {"must_stream": must_stream, "aligned": 4 if ranges else 16}
     return {"kernel": name, "arch": f"sm_{architecture}", "block": block, "warps": warps, **judged, "load": load, "store": store}
 
 

@@ -68,7 +68,8 @@ def faults(found: dict) -> list[str]:
     wanted = found.get("aligned", 16)
     problems = [f"{found['spills']} bytes or accesses are spilled"] * (found["spills"] > 0)
     problems += ["no multiprocessor takes a block"] * (found["blocks"] == 0)
-    problems += [f"{key}s of {found[key]} bytes in a loop" for key in ("load", "store") if 0 < found.get(key, wanted) < wanted]
+    narrow = [key for key in ("load", "store") if 0 < found.get(key, wanted) < wanted]
+    problems += [f"{key}s of {found[key]} bytes in a loop" for key in narrow]
     problems += ["no load was found in any loop"] * (found.get("load") == 0)
     waits = found["must_stream"] and found["binds"] == "latency"
     return problems + [f"{found['latency']} clocks for {found['memory']} of memory's: {found['flight']} bytes in flight"] * waits
@@ -76,7 +77,8 @@ def faults(found: dict) -> list[str]:
 
 def report(rows: list[dict], what: str) -> int:
     """Prints rows, what binds them and what is wrong with them; 1 where something is."""
-    columns, width = [key for key in rows[0] if key not in ("kernel", "must_stream", "aligned")], max(len(row["kernel"]) for row in rows)
+    columns = [key for key in rows[0] if key not in ("kernel", "must_stream", "aligned")]
+    width = max(len(row["kernel"]) for row in rows)
     for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
         print(f"{row['kernel']:<{width}} " + " ".join(f"{row[key]:>9}" for key in columns))
     bad = [f"{row['kernel']} on {row['arch']}: {problem}" for row in rows for problem in faults(row)]

@@ -139,6 +139,7 @@ def test_faults_are_found(capsys):
             "flight": 1, "memory": 2, "latency": 3}
     assert occupancy.faults(good) == [] == occupancy.faults(good | {"store": 0, "binds": "issue"})
     assert occupancy.faults(good | {"binds": "latency", "must_stream": False}) == []
+    assert occupancy.faults(good | {"load": 4, "store": 4, "aligned": 4}) == []
     assert occupancy.report([good], "all") == 0 and capsys.readouterr().out.endswith("all: 1 compiled, bound 1 by memory; no fault\n")
     for bad in ({"spills": 4}, {"blocks": 0}, {"load": 8}, {"store": 4}, {"load": 0}, {"binds": "latency"}):
         assert len(occupancy.faults(good | bad)) == 1, bad
@@ -190,6 +191,45 @@ assert found["binds"] == "latency" and len(occupancy.faults(found)) == 1 and fou
 """
 
 
+VARIANTS = """
+import torch
+from benchmarks import compiled
+from grpo_kernels.backends import triton
+from grpo_kernels.backends.statistics import Pairs, Tile, new_statistics
+from grpo_kernels.losses.config import LogitTransform
+
+
+def some(*shape, start=0, dtype=torch.float32):
+    return torch.zeros(start + shape[0], *shape[1:], dtype=dtype)[start:]
+
+
+def pairs(rows, count, start):
+    return Pairs(some(count, start=start, dtype=torch.int64), some(rows, 2, start=start, dtype=torch.int64),
+                 some(rows, start=start, dtype=torch.int64))
+
+
+def logits(rows, count, vocab, start):
+    hidden, weight = (torch.zeros(n, 64, dtype=torch.bfloat16) for n in (rows, vocab))
+    triton.pair_logits(pairs(rows, count, start), hidden, weight, some(count, start=start), bias=some(vocab, start=start))
+
+
+def sums(rows, count, vocab, start):
+    out, source = (torch.zeros(n, 64, dtype=torch.bfloat16) for n in (rows, vocab))
+    triton.pair_sums(pairs(rows, count, start), some(count, start=start), source, out)
+
+
+def statistics(rows, count, vocab, start):
+    target, ranges = some(rows, start=start, dtype=torch.int64), some(rows, 2, start=start, dtype=torch.int64)
+    triton.statistics(Tile(some(count), target, LogitTransform(), ranges=ranges), new_statistics(rows, torch.float32, "cpu"))
+
+
+for call in (logits, sums, statistics):
+    shapes = [(1, 1, 1, 0), (2, 16, 32, 1), (16, 7, 1000, 0), (9000, 5, 17, 1), (40_000, 12_345, 16, 2)]
+    made = {kernel.hash for shape in shapes for kernel, _ in compiled.launches(90, lambda: call(*shape))}
+    assert len(made) == 1, (call, len(made))
+"""
+
+
 def outside(*arguments):
     """In a process without the interpreter, whose functions cannot be compiled."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -199,6 +239,11 @@ def outside(*arguments):
 
 def test_triton_kernels_are_compiled_and_judged():
     done = outside("-c", CHECK)
+    assert done.returncode == 0, done.stderr
+
+
+def test_neither_lengths_nor_starts_compile_a_pair_kernel_again():
+    done = outside("-c", VARIANTS)
     assert done.returncode == 0, done.stderr
 
 

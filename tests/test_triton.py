@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 from problems import DEVICE, make_problem, run
-from row_kernels import NAN, make_tile
+from row_kernels import NAN, acc, make_tile
 from test_row_kernels import Terms, Transform
 from tolerance import assert_all_close
 
 from grpo_kernels import GRPOLossConfig, available_backends, backends, devices, fused_linear_grpo_loss
 from grpo_kernels.backends import triton
-from grpo_kernels.backends.statistics import Scored, Tile, new_statistics
+from grpo_kernels.backends.statistics import Pairs, Scored, Tile, new_statistics
 from grpo_kernels.engine import ops, products
 from grpo_kernels.losses.terms import PolicyRows
 
@@ -78,6 +78,83 @@ def test_the_launch_shape_is_a_pure_function():
                 assert shape.block & (shape.block - 1) == 0 and shape.block // (32 * shape.warps) in (4, 8)
                 assert shape.warps in (4, 8, 16, 32)
     assert triton.launch_shape(151_936, 4, 2).warps == 32, "one row per multiprocessor, so that the second read is cached"
+
+
+def test_the_launch_shapes_of_pairs_are_pure_functions():
+    assert triton.launch_shape(None, 4) == triton.launch_shape(None, 8) == triton.LaunchShape(128, 1)
+    for rows in (1, 40, 1024, 8191, 8192, 65_536, 1 << 20):
+        for count in (0, 1, 100, 10_000, 1 << 24):
+            for element_size in (2, 4, 8):
+                logits = triton.logits_shape(rows, count, element_size)
+                sums = triton.sums_shape(rows, count, element_size)  # of so many columns
+                assert logits == triton.logits_shape(rows, count, element_size)
+                assert sums == triton.sums_shape(rows, count, element_size)
+                for shape in (logits, sums):
+                    assert all(n & (n - 1) == 0 for n in (logits.rows, shape.pairs, shape.block))
+                    assert shape.block * element_size % (32 * 16) == 0, "whole 16-byte loads of each thread"
+                assert 1 <= logits.programs <= 128 and 1 <= sums.rows <= 32 and sums.programs * sums.block >= count
+    assert triton.sums_shape(1024, 4096, 2).rows == 1, "few rows, a program each"
+    assert triton.sums_shape(1 << 20, 4096, 2).rows == 32, "most of them without a pair"
+
+
+def make_pairs(dtype=torch.float32, start=0):
+    """(Pairs, hidden, weight, g), the vectors ``start`` elements behind an aligned address."""
+    lengths = torch.tensor([2, 0, 41, 1, 0, 9, 3, 100, 1, 16])
+    last = lengths.cumsum(0)
+
+    def moved(x):
+        return torch.cat([x.new_zeros(start, *x.shape[1:]), x]).to(DEVICE)[start:]
+
+    ids, rows, g = torch.randint(-1, 31, (int(last[-1]),)), torch.randperm(len(lengths)), torch.randn(int(last[-1]), dtype=acc(dtype))
+    hidden, weight = (torch.randn(n, 150, dtype=torch.float64).to(dtype).to(DEVICE) for n in (len(lengths), 30))
+    return Pairs(moved(ids), moved(torch.stack([last - lengths, last], 1)), moved(rows)), hidden, weight, moved(g)
+
+
+def of_pairs(pairs, hidden, weight, g):
+    logits, sums = torch.full_like(g, NAN), torch.zeros_like(hidden)
+    triton.pair_logits(pairs, hidden, weight, logits, scale=0.3)
+    triton.pair_sums(pairs, g, weight, sums, scale=0.3)
+    return logits, sums
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_how_pairs_are_dealt_out_changes_no_bit(monkeypatch, dtype):
+    problem, logits_shape, sums_shape = make_pairs(dtype), triton.logits_shape, triton.sums_shape
+    logits, sums = of_pairs(*problem)
+    assert not torch.isnan(logits).any()
+    for rows, programs in ((32, 1), (4, 3), (1, 7)):
+        monkeypatch.setattr(triton, "logits_shape", lambda *a, r=rows, p=programs: dataclasses.replace(logits_shape(*a), rows=r, programs=p))
+        monkeypatch.setattr(triton, "sums_shape", lambda *a, r=rows: dataclasses.replace(sums_shape(*a), rows=r))
+        again = of_pairs(*problem)
+        assert torch.equal(again[0], logits) and torch.equal(again[1], sums)
+
+
+def test_ranges_and_pairs_start_at_any_element():
+    torch.manual_seed(1)
+    expected = of_pairs(*make_pairs())
+    torch.manual_seed(1)
+    found = of_pairs(*make_pairs(start=1))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    values = torch.randn(3001, device=DEVICE)
+    ranges = torch.tensor([[0, 1], [1, 3], [3, 2500], [2501, 2630], [2630, 3000]], device=DEVICE)
+    target = torch.tensor([0, 1, 130, 127, 369], device=DEVICE)
+    stats = new_statistics(10, torch.float32, DEVICE).view(2, 5, 4)
+    triton.statistics(Tile(values[:3000], target, Transform(), ranges=ranges), stats[0])
+    triton.statistics(Tile(torch.cat([values[:1], values])[1:], target, Transform(), ranges=ranges), stats[1])
+    assert torch.equal(stats[0], stats[1]) and stats.isfinite().all()
+    for (first, last), column, row in zip(ranges.tolist(), target.tolist(), stats[0], strict=True):
+        x = values[first:last].double()
+        assert row[0] == x.max() and row[3] == x[column]
+        torch.testing.assert_close(row[1].double(), (x - x.max()).exp().sum() - (x[column] - x.max()).exp(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_empty_range_leaves_statistics_alone():
+    values, ranges = torch.randn(4, device=DEVICE), torch.tensor([[4, 4], [0, 4]], device=DEVICE)
+    stats = torch.stack([torch.tensor([1.0, 2.0, -0.5, 0.5]), torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf])]).to(DEVICE)
+    before = stats.clone()
+    triton.statistics(Tile(values, torch.zeros(2, dtype=torch.int64, device=DEVICE), Transform(), ranges=ranges), stats)
+    torch.testing.assert_close(stats[0], before[0], rtol=1e-6, atol=0)
+    assert stats[1, 0] == values.max() and stats[1, 3] == values[0]
 
 
 def test_the_backend_is_chosen_by_device_and_named_ones_are_never_replaced(monkeypatch):
@@ -158,6 +235,16 @@ def test_wrong_arguments_are_refused():
         "entropy": lambda: triton.policy(tile, values, rows, Terms(), scored._replace(entropy=g.bfloat16())),
         "advantages": lambda: triton.policy(tile, values, dataclasses.replace(rows, advantages=None), Terms(), scored),
         "w_kl": lambda: triton.policy(tile, values, dataclasses.replace(rows, w_kl=None), Terms(), scored),
+    }
+    pairs, hidden, weight, factors = make_pairs()
+    replaced = lambda **changes: dataclasses.replace(pairs, **changes)  # noqa: E731
+    bad |= {
+        "ids": lambda: triton.pair_sums(replaced(ids=pairs.ids.int()), factors, weight, hidden),
+        "ranges": lambda: triton.pair_sums(replaced(ranges=pairs.ranges[:, :1]), factors, weight, hidden),
+        "rows": lambda: triton.pair_logits(replaced(rows=pairs.rows[1:]), hidden, weight, factors),
+        "per_pair": lambda: triton.pair_logits(pairs, hidden, weight, factors[1:]),
+        "per_row": lambda: triton.pair_logits(pairs, hidden[:, 1:], weight, factors),
+        "whole rows": lambda: triton.policy(changed(values=g, ranges=pairs.ranges[:ROWS].contiguous()), g, rows, Terms(), scored),
     }
     tile.values[:] = 1.0
     for name, call in bad.items():

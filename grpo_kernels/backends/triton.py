@@ -65,7 +65,7 @@ class LaunchShape:
 @dataclass(frozen=True)
 class PairShape:
     rows: int  # of a group
-    programs: int  # that share a group's pairs, or its columns
+    programs: int  # that share a group's pairs, or its columns: grid y
     pairs: int  # that a program takes in one step
     block: int  # columns that it takes of them
 
@@ -91,16 +91,23 @@ def launch_shape(columns: int | None, element_size: int, reads: int = 1, plain: 
 
 
 def logits_shape(rows: int, pairs: int, element_size: int) -> PairShape:
-    """A pure function. A row's range may hold most of the pairs: all of a group's programs take parts of it."""
-    most = 32 if rows >= 8192 else 128  # some thousands of programs
+    """A pure function of how many rows and pairs there are. A few ranges hold thousands of pairs: a group's programs share them.
+
+    A block of columns is one 16-byte load of each thread for each of 8 pairs. Not measured yet, as of `launch_shape`.
+    """
+    most = 32 if rows >= 8192 else 128  # some thousands of programs, or more
     return PairShape(32, min(most, 1 + pairs // 8), 8, 512 // element_size)
 
 
 def sums_shape(rows: int, columns: int, element_size: int) -> PairShape:
-    """A pure function. A program takes several rows where there are many: of most ids of a dW, all pairs are another row's."""
+    """A pure function of how many rows and columns there are. Most rows of a dW have no pair: a program looks at several.
+
+    A block of columns is two 16-byte loads of each thread for each of 4 pairs. Half of the ranges have no more than 2 pairs, and
+    with 8 at a time fewer programs fit a multiprocessor. Not measured yet, as of `launch_shape`.
+    """
     block = 1024 // element_size
     programs = -(-columns // block)
-    return PairShape(max(1, min(32, rows * programs // 32768)), programs, 8, block)
+    return PairShape(max(1, min(32, rows * programs // 32768)), programs, 4, block)
 
 
 def statistics(tile, stats):
@@ -119,6 +126,7 @@ def gradient(tile, out, scored, g, g_entropy=None):
 def policy(tile, out, rows, terms, scored):
     """The fused GRPO kernel: statistics, scores, coefficient and gradient of whole rows in one launch."""
     check(tile, _RESULTS, out, **scored._asdict(), **vars(rows))
+    require(tile.ranges is None, "a tile of whole rows was wanted, got one with ranges")
     require(terms.kind == "linear" or rows.w_policy is None or rows.advantages is not None, "advantages are missing")
     require(rows.ref is None or rows.w_kl is not None, "w_kl is missing")
     numbers = terms.epsilon_low, terms.epsilon_high, terms.delta, terms.sapo_temperature_pos, terms.sapo_temperature_neg
