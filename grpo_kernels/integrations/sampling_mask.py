@@ -36,7 +36,8 @@ class SupportRecorder(LogitsProcessor):
 
     def begin(self, prompt_length, eos_ids):
         """Of a call of generate: the columns of its prompt, and the tokens [n] that end a sequence or None."""
-        self._prompt_length, self._eos_ids, self._rows = prompt_length, eos_ids, None
+        self._prompt_length, self._eos_ids = prompt_length, eos_ids
+        self._rows, self.vocab = None, None  # of the scores
         self._steps = {}  # place in the completion -> (ids int32, row after row; their number in each row [B])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -46,7 +47,7 @@ class SupportRecorder(LogitsProcessor):
         if self._eos_ids is not None:
             whole |= torch.isin(written, self._eos_ids.to(written.device)).any(1)  # an ended row goes on with padding
         left &= ~whole.unsqueeze(1)
-        self._rows = len(scores)
+        self._rows, self.vocab = scores.shape
         # by place and not by call: assisted generation comes back to the places whose candidates it has rejected
         self._steps[written.shape[1]] = left.nonzero()[:, 1].int(), left.sum(1)
         return scores
