@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from test_documentation import table
 from test_trainer import DATA, config, model_inputs, next_micro_batches, tiny_model, trainer, weights
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import TopKLogitsWarper
@@ -228,8 +229,9 @@ def test_logs_and_the_dry_run_speak_of_it(tmp_path):
     assert plan["sampling"] == "top_k 3; the loss is over the tokens that this leaves"
     t.train()
     for log, prefix in zip(t.state.log_history, ("", "eval_"), strict=False):
-        found = [log[f"{prefix}sampling_mask/{name}"] for name in ("mean_size", "single_share", "computed_share")]
-        assert found == pytest.approx([3.0, 0.0, 3 / 32])
+        found = {name: value for name, value in log.items() if "sampling_mask/" in name}
+        names = [prefix + row[0] for row in table("metrics.md", "Of the sampling mask")[1:]]
+        assert found == pytest.approx(dict(zip(names, [3.0, 0.0, 3 / 32], strict=True)))
     off = trainer(tmp_path, peaked_model(), top_k=3, keep_sampling_mask=False)
     assert any("over the whole vocabulary (keep_sampling_mask is off)" in line for line in dry_run.describe(off))
 
