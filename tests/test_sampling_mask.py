@@ -108,6 +108,23 @@ def test_a_processor_of_the_call_and_a_second_call():
     assert torch.equal(found, scores.isfinite()[mask]) and found.sum(1).max() <= 3 and found.sum(1).min() < 3
 
 
+def test_places_whose_candidates_were_rejected_are_recorded_anew():
+    model = peaked_model()
+    rejected = 0
+    for seed in range(4):
+        recorder, sequences, mask, _ = sampled(model, dict(top_p=0.7), B=1, P=12, T=30, seed=seed, prompt_lookup_num_tokens=3)
+        T = mask.shape[1]
+        wanted = left_by(own_logits(model, sequences, T), top_p=0.7)
+        assert torch.equal(recorder.support(mask).to_mask(32).view(1, T, 32)[mask], wanted[mask])
+        rejected += len(recorder._steps) > T
+    assert rejected
+
+
+def test_rows_that_have_ended_take_no_memory():
+    recorder, _, mask, _ = sampled(peaked_model(), dict(top_p=0.8))
+    assert not mask.all() and sum(len(ids) for ids, _ in recorder._steps.values()) == len(recorder.support(mask).ids)
+
+
 def test_what_cannot_be_recorded_is_refused():
     model = peaked_model()
     with pytest.raises(TypeError, match="model must be a causal LM .*got Linear"), recorded_support(torch.nn.Linear(1, 1)):
