@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
 
+from ..support import TokenSupport
+
 SEAL = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _BLOCK = 2**22
@@ -113,7 +115,8 @@ def load_rollout(folder, rank, step, steps_per_rollout) -> dict:
             f"{path}: step {step} is amid a rollout, without which the run cannot go on as it was; "
             f"resume from a checkpoint that holds it, or from a step divisible by {steps_per_rollout}"
         )
-    return torch.load(path, map_location="cpu", weights_only=True)  # "cpu:0", a rank's device, is not known to it
+    with torch.serialization.safe_globals([TokenSupport]):
+        return torch.load(path, map_location="cpu", weights_only=True)  # "cpu:0", a rank's device, is not known to it
 
 
 def _by_step(output_dir):

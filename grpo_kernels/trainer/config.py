@@ -22,6 +22,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..checks import check_options
 from ..losses.advantages import AGGREGATIONS, SCALE_REWARDS
 from ..losses.config import GRPOLossConfig
+from . import sampling_mask
 
 # of GenerationConfig: what else has an option of its own, or would change what a rollout is
 _OURS = {
@@ -93,6 +94,12 @@ class GRPOConfig(TrainingArguments, _LossFields):
     )
     repetition_penalty: float = field(
         default=1.0, metadata={"help": "Divides the positive logits of tokens already written; 1 is no penalty."}
+    )
+    keep_sampling_mask: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Take log-probs, entropy, ratio and KL over the tokens that truncated sampling left; None: where it truncates."
+        },
     )
     generation_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Further options of transformers' GenerationConfig (JSON); they win over those above."}
@@ -184,6 +191,11 @@ class GRPOConfig(TrainingArguments, _LossFields):
             raise ValueError("use_transformers_continuous_batching has no min_p and no repetition_penalty: leave them alone, or it")
         if self.use_transformers_continuous_batching and self.generation_kwargs:
             raise ValueError("generation_kwargs must be None with use_transformers_continuous_batching, which lacks most of them")
+        if self.use_transformers_continuous_batching and self.keep_sampling_mask:
+            raise ValueError(
+                "keep_sampling_mask must be False or None with use_transformers_continuous_batching, whose engine does not tell "
+                "which completion a row of scores is of, got True"
+            )
         if self.scale_rewards not in SCALE_REWARDS:
             raise ValueError(f"scale_rewards must be one of {', '.join(SCALE_REWARDS)}, got {self.scale_rewards!r}")
         if self.multi_objective_aggregation not in AGGREGATIONS:
@@ -233,6 +245,19 @@ class GRPOConfig(TrainingArguments, _LossFields):
                 f"num_generations must divide the completions of a rollout ({self.generation_batch_size} = "
                 f"per_device_train_batch_size x processes x steps_per_generation), got {self.num_generations}"
             )
+
+    @property
+    def truncations(self) -> dict:
+        """The options of the sampling by which unlikely tokens are left out."""
+        own = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        return sampling_mask.truncations(own | (self.generation_kwargs or {}))
+
+    @property
+    def keeps_sampling_mask(self) -> bool:
+        """`keep_sampling_mask`, decided where it is None."""
+        if self.keep_sampling_mask is None:
+            return bool(self.truncations) and not self.use_transformers_continuous_batching
+        return self.keep_sampling_mask
 
     def loss_config(self) -> GRPOLossConfig:
         """The loss's share of the options."""

@@ -83,6 +83,9 @@ def describe(trainer):
     steps = trainer.planned_steps()
     yield (f"rollout    {groups} prompts x {args.num_generations} completions of up to {args.max_completion_length} tokens, "
            f"for {args.steps_per_rollout} optimiser step{'s' * (args.steps_per_rollout != 1)}")  # fmt: skip
+    if cuts := args.truncations:
+        over = "tokens that this leaves" if args.keeps_sampling_mask else "whole vocabulary (keep_sampling_mask is off)"
+        yield f"sampling   {', '.join(f'{name} {value}' for name, value in cuts.items())}; the loss is over the {over}"
     rows_of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     tokens = rows_of_step * (max(lengths) + args.max_completion_length)
     kept = rows_of_step * args.max_completion_length

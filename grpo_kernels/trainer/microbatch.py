@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 
 from ..losses.objective import OVER_SEQUENCES
+from . import sampling_mask
 
-PER_TOKEN = ("old_logps", "ref_logps")
+PER_TOKEN = ("old_logps", "ref_logps", "support")
 _FLASH = ("flash_attention", "flex_attention", "kernels-community")
 
 
@@ -19,7 +20,7 @@ class MicroBatch(NamedTuple):
     """B completions in [B, P + T], or packed in [1, N]."""
 
     model_inputs: dict  # input_ids, attention_mask, position_ids
-    loss_inputs: dict  # completion_ids, mask, advantages, old_logps, ref_logps, cu_seqlens, by the names of the loss
+    loss_inputs: dict  # completion_ids, mask, advantages, old_logps, ref_logps, support, cu_seqlens, by the names of the loss
     at: torch.Tensor | None  # packed: the places in [N] that predict a kept token; else None
     kept: torch.Tensor | None  # packed: mask [B, T] of those tokens in the batch it was made of
     rows: torch.Tensor | None  # rows of the batch it was made of; None is all
@@ -59,6 +60,23 @@ def trained(mask, advantages) -> torch.Tensor:
     return mask.any(1) & (advantages != 0)
 
 
+def split(batch, rows) -> list[dict]:
+    """Batches of so many rows each."""
+    tensors = {k: v for k, v in batch.items() if v is not None}
+    parts = {k: v.split(rows) for k, v in tensors.items() if k != "support"}
+    if "support" in tensors:
+        parts["support"] = sampling_mask.split(tensors["support"], rows * batch["mask"].shape[1])
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
+def take(batch, rows) -> dict:
+    """The batch of ``rows`` [n] int64, in their order."""
+    taken = {name: x[rows] for name, x in batch.items() if name != "support"}
+    if "support" in batch:
+        taken["support"] = batch["support"].take(sampling_mask.places(batch["mask"])[rows].flatten())
+    return taken
+
+
 def make(batch, config, *, positions=True, packed=False, skip=False, group=None) -> MicroBatch:
     """``batch`` holds input_ids and attention_mask [B, P + T], mask [B, T], and what the loss takes per sequence or per token.
 
@@ -70,6 +88,9 @@ def make(batch, config, *, positions=True, packed=False, skip=False, group=None)
     """
     mask, attention = batch["mask"], batch["attention_mask"]
     shape, scale, rows, idle = tuple(mask.shape), 1.0, None, False
+    support = batch.get("support")
+    if support is not None:  # whose places go through what every other tensor goes through
+        batch = {**batch, "support": sampling_mask.places(mask)}
     if skip:
         live = trained(mask, batch["advantages"])
         found = live.nonzero().squeeze(1)
@@ -87,6 +108,8 @@ def make(batch, config, *, positions=True, packed=False, skip=False, group=None)
     loss_inputs = {name: batch[name] for name in ("advantages", "num_items", *PER_TOKEN) if batch.get(name) is not None}
     parts = (_packed if packed else _trimmed)(batch["input_ids"], attention, mask, loss_inputs, positions)
     model_inputs, loss_inputs, at = parts
+    if support is not None:
+        loss_inputs["support"] = support.take(loss_inputs["support"].flatten())
     kept = None
     if packed:
         kept = torch.zeros(shape, dtype=torch.bool, device=mask.device)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, generation
 
+from . import sampling_mask
+
 
 class Completions(NamedTuple):
     """B sampled completions of at most T tokens behind prompts of at most P tokens, padded to [P | T]."""
@@ -139,6 +141,9 @@ def joined(batches: list[dict], pad_token_id) -> dict:
     T = max(batch["mask"].shape[1] for batch in batches)
     whole = {}
     for name in batches[0]:
+        if name == "support":
+            whole[name] = sampling_mask.joined(batches)
+            continue
         fill = (pad_token_id or 0) if name == "input_ids" else 0
         parts = []
         for batch in batches:

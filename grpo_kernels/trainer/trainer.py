@@ -18,6 +18,9 @@ On several processes (DDP, FSDP2; examples/accelerate) each samples and trains o
 completions a step takes, their advantages, the loss and the logged metrics are those of one process with the whole batch;
 only the dice are rolled by each process for itself. Groups may straddle processes.
 
+Where sampling is truncated (top-p, top-k, min-p), a token is one of those that were left, its support. The rollout keeps these
+(`keep_sampling_mask`), and log-probs, entropy, ratio and KL are over them.
+
 Completions without a gradient do not run through the model (`skip_untrained`): entropy and clip ratios are then those of the
 completions that train, `trained_token_share` says how many these are. Rewards and lengths are of all.
 """
@@ -39,12 +42,14 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .. import backends
+from ..integrations.sampling_mask import recorded_support
 from ..integrations.transformers import fuse_lm_head, lm_head
 from ..logprobs import linear_logprobs
 from ..loss import fused_linear_grpo_loss
 from ..losses.advantages import group_advantages
 from ..losses.objective import OVER_SEQUENCES, metric_weight
-from . import checkpoints, diagnose, microbatch, reference_model
+from ..support import TokenSupport
+from . import checkpoints, diagnose, microbatch, reference_model, sampling_mask
 from .config import GRPOConfig
 from .loading import load, refuse_encoder
 from .metrics import Recorded
@@ -195,8 +200,7 @@ class GRPOTrainer(Trainer):
         return max(kept, 1) / (len(micro_batches) * self.args.world_size)
 
     def _split(self, batch):
-        parts = {k: v.split(self.args.per_device_train_batch_size) for k, v in batch.items() if v is not None}
-        return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+        return microbatch.split(batch, self.args.per_device_train_batch_size)
 
     def _new_rollout(self, index):
         """Tensors of this process's share of rollout ``index``, one row per completion."""
@@ -252,7 +256,9 @@ class GRPOTrainer(Trainer):
             config = sampling_config(self.args, causal_lm, tokenizer)
             if continuous and sharded:
                 raise ValueError("use_transformers_continuous_batching must be False for a sharded model, got True")
-        with self.accelerator.autocast():  # which accelerate puts on the model's forward; an adapted model's generate goes past it
+        noting = recorded_support(causal_lm) if self.args.keeps_sampling_mask else contextlib.nullcontext()
+        # accelerate puts autocast on the model's forward; an adapted model's generate goes past it
+        with self.accelerator.autocast(), noting as recorder:
             drawn = sample(causal_lm, prompt_ids, config, synced_gpus=sharded, continuous=options)
         completion_ids = [
             ids[kept].tolist() for ids, kept in zip(drawn.input_ids[:, -drawn.mask.shape[1] :], drawn.mask, strict=True)
@@ -274,6 +280,10 @@ class GRPOTrainer(Trainer):
             self._samples.gather(self.accelerator, prompts, completions)
         mask = drawn.mask & drawn.terminated.unsqueeze(1) if self.args.mask_truncated_completions else drawn.mask
         batch = {"input_ids": drawn.input_ids, "attention_mask": drawn.attention_mask, "mask": mask}
+        if recorder is not None:
+            batch["support"] = recorder.support(mask)
+            found = sampling_mask.metrics(batch["support"], mask, recorder.vocab)
+            self._metrics[mode].record(found, counts * mask.sum())
         if self.args.beta != 0:
             batch["ref_logps"] = self._reference_logps(batch, whole=mode == "eval")
         return batch, rewards
@@ -351,6 +361,9 @@ class GRPOTrainer(Trainer):
         output = output._replace(loss=loss.detach(), logps=micro.spread(output.logps), entropy=micro.spread(output.entropy))
         return (loss, output) if return_outputs else loss
 
+    def _prepare_input(self, data):
+        return data.to(self.args.device) if isinstance(data, TokenSupport) else super()._prepare_input(data)
+
     def _micro_batch(self, inputs, skip):
         return microbatch.make(
             inputs, self.loss_config, positions=self._takes_position_ids, packed=self._packed, skip=skip,
@@ -385,7 +398,7 @@ class GRPOTrainer(Trainer):
                 found = linear_logprobs(
                     micro.predicting(hidden), head.weight, given["completion_ids"], mask=given["mask"], bias=head.bias,
                     lora=head.lora, temperature=config.temperature, logit_scale=config.logit_scale, softcap=config.softcap,
-                    backend=self.args.backend,
+                    backend=self.args.backend, support=given.get("support"),
                 ).logps  # fmt: skip
                 parts.append(micro.spread(found))
                 return found
@@ -615,7 +628,7 @@ class GRPOTrainer(Trainer):
         whole = joined([part["rollout"] for part in parts], self.processing_class.pad_token_id)
         own = rows.argsort()[self._layout()[rank]]
         self._rollout_index = parts[0]["index"]
-        self._rollout = self._prepare_inputs({name: x[own] for name, x in whole.items()})
+        self._rollout = self._prepare_inputs(microbatch.take(whole, own))
 
 
 def _with_head_factors(args, head):

@@ -1,0 +1,59 @@
+"""The supports of a rollout's tokens: when they are kept, how they are cut into micro-batches and put together, what is logged.
+
+A batch holds them as ``support``, the `TokenSupport` of its mask [B, T]: a row's positions stand together.
+"""
+
+import torch
+
+from ..support import TokenSupport
+
+# an option of GenerationConfig, and whether a value of it leaves the least likely tokens out. Those that ban a few tokens alone
+# (bad_words_ids, min_new_tokens, ...) leave supports next to as large as the vocabulary, dearer than the vocabulary itself.
+_TRUNCATES = {
+    "top_k": lambda k: k > 0,
+    "top_p": lambda p: p < 1,
+    "min_p": lambda p: p > 0,
+    "top_h": lambda h: True,
+    "typical_p": lambda p: p < 1,
+    "epsilon_cutoff": lambda e: 0 < e < 1,
+    "eta_cutoff": lambda e: 0 < e < 1,
+}
+
+
+def truncations(options) -> dict:
+    """Those of the ``options`` of a sampling by which tokens are left out because they are unlikely."""
+    return {name: options[name] for name, cuts in _TRUNCATES.items() if options.get(name) is not None and cuts(options[name])}
+
+
+def split(support: TokenSupport, positions: int) -> list[TokenSupport]:
+    """Stretches of so many positions, without a copy of the ids. Waits for the device once."""
+    starts = range(0, support.positions, positions)
+    bounds = [*support.offsets[:-1:positions].tolist(), len(support.ids)]
+    ends = zip(starts, bounds, bounds[1:], strict=False)
+    return [TokenSupport(support.ids[a:b], support.offsets[i : i + positions + 1] - a) for i, a, b in ends]
+
+
+def places(mask: torch.Tensor) -> torch.Tensor:
+    """[B, T] int64: of each position among the flattened ones, which `TokenSupport.take` takes when rows or columns were chosen."""
+    return torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+
+
+def joined(batches: list[dict]) -> TokenSupport:
+    """Of the rows of several batches, padded on the right to the longest of them."""
+    T = max(batch["mask"].shape[1] for batch in batches)
+    lengths = [batch["support"].lengths().view_as(batch["mask"]) for batch in batches]
+    lengths = torch.cat([torch.nn.functional.pad(x, (0, T - x.shape[1])) for x in lengths]).flatten()
+    ids = torch.cat([batch["support"].ids for batch in batches])
+    return TokenSupport(ids, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+
+
+def metrics(support: TokenSupport, mask: torch.Tensor, vocab: int) -> dict[str, torch.Tensor]:
+    """Means over the kept tokens of ``mask`` [B, T], nan where there is none: see docs/metrics.md."""
+    sizes = support.lengths().view_as(mask)[mask]
+    sizes = sizes.where(sizes > 0, vocab)
+    single = sizes == 1
+    return {
+        "sampling_mask/mean_size": sizes.float().mean(),
+        "sampling_mask/single_share": single.float().mean(),
+        "sampling_mask/computed_share": sizes.masked_fill(single, 0).float().mean() / vocab,
+    }
