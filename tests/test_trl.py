@@ -1,5 +1,6 @@
 """TRL's own trainers, stock, patched and fused: the same losses, metrics and weights to rounding; and TRL's function not called."""
 
+import contextlib
 import math
 import types
 
@@ -27,14 +28,19 @@ from transformers import (  # noqa: E402
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    MinPLogitsWarper,
     MixtralConfig,
     MixtralForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 from trl.kernels import chunked_logprob  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
+from grpo_kernels import TokenSupport  # noqa: E402
 from grpo_kernels.integrations import trl as ours  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, FusedLogProbFunction, is_patched, patch_trl, unpatch_trl  # noqa: E402
 from grpo_kernels.losses.objective import entropy_threshold, top_tokens  # noqa: E402
@@ -75,7 +81,7 @@ def saved(folder, name="llama", **options):
     return str(path)
 
 
-def grpo(trainer, folder, model, mixin=None, peft=None, evaluate=False, seed=7, resume=None, **options):
+def grpo(trainer, folder, model, mixin=None, peft=None, evaluate=False, seed=7, resume=None, more=None, **options):
     """({name: [value of each log]}, weights after training) of a run."""
     defaults = dict(
         output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=3,
@@ -85,10 +91,9 @@ def grpo(trainer, folder, model, mixin=None, peft=None, evaluate=False, seed=7, 
     )  # fmt: skip
     kind = trainer if mixin is None else type("Mixed", (mixin, trainer), {})
     data = Dataset.from_list(DATA)
-    t = kind(
-        model=model, reward_funcs=digit_sum, args=trl.GRPOConfig(**{**defaults, **options}), train_dataset=data, peft_config=peft,
-        eval_dataset=data.select(range(4)) if evaluate else None, processing_class=make_tokenizer(),
-    )  # fmt: skip
+    given = dict(model=model, reward_funcs=digit_sum, args=trl.GRPOConfig(**{**defaults, **options}), train_dataset=data, peft_config=peft,
+                 eval_dataset=data.select(range(4)) if evaluate else None, processing_class=make_tokenizer())  # fmt: skip
+    t = kind(**given | (more or {}))
     return finish(t, evaluate, resume)
 
 
@@ -402,6 +407,214 @@ def test_log_probs_at_a_per_token_temperature(folder):
     assert_same(plain, grpo(FusedGRPOTrainer, folder, model, mixin=Constant))
     warmed = grpo(FusedGRPOTrainer, folder, model, mixin=Warmed)
     assert (warmed[1] - plain[1]).abs().max() > 1e-3 and warmed[0]["entropy"][0] != plain[0]["entropy"][0]
+
+
+# ---- the sampling mask
+
+
+class Warped:
+    """Holds every log-prob and entropy of a run against logits of which transformers' own warpers, or a mask, left some."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        self.seen.append({name: output.get(f"{name}_per_token_logps") for name in ("old", "ref")} | {"masks": output.get("sampling_mask")})
+        check = self.expected(self.model, output, output.get("sampling_mask"))[0]
+        for name in ("old", "ref"):  # the reference is the policy that training starts from
+            if f"{name}_per_token_logps" in output and (name == "old" or self.state.global_step == 0):
+                kept = output["completion_mask"] == 1
+                torch.testing.assert_close(output[f"{name}_per_token_logps"][kept], check[kept], rtol=1e-5, atol=1e-5)
+        return output
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        self.scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return self.scored
+
+    def _compute_loss(self, model, inputs):
+        logps, entropies = self.expected(model, inputs, inputs.get("sampling_mask"))
+        loss = super()._compute_loss(model, inputs)
+        kept = inputs["completion_mask"] * inputs.get("tool_mask", 1) == 1
+        for ours, exact in zip(self.scored[:2], (logps, entropies), strict=True):
+            torch.testing.assert_close(ours.detach()[kept], exact[kept], rtol=1e-5, atol=1e-5)
+        self.checked.append(int(kept.sum()))
+        return loss
+
+    @torch.no_grad()
+    def expected(self, model, inputs, masks):
+        """(log-probs, entropies) [B, C], float32."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        length = inputs["completion_ids"].shape[1]
+        scores = model(input_ids=ids, attention_mask=attention).logits[:, -length - 1 : -1] / self.temperature
+        left = self.left(scores, inputs, masks)
+        log_p = scores.masked_fill(~left, -math.inf).log_softmax(-1)
+        entropies = -(log_p.exp() * log_p.masked_fill(~left, 0)).sum(-1)
+        return log_p.gather(-1, ids[:, -length:, None]).squeeze(-1), entropies
+
+    def left(self, scores, inputs, masks):
+        """By the warpers at the first policy; that of later ones is the set that the first left."""
+        if self.state.global_step > 0:
+            return torch.stack([torch.nn.functional.pad(m.to_mask(32), (0, 0, 0, scores.shape[1] - m.positions), value=True) for m in masks])
+        warped = scores.flatten(0, 1)
+        for warper in self.warpers:
+            warped = warper(None, warped)
+        left = warped.isfinite().view_as(scores)
+        tools = inputs.get("tool_mask")
+        return left if tools is None else left | (tools == 0).unsqueeze(-1)
+
+
+TRUNCATED = {
+    "top_p": (dict(top_p=0.6), [TopPLogitsWarper(0.6)]),
+    "top_k and min_p": (dict(top_k=6, min_p=0.3), [TopKLogitsWarper(6), MinPLogitsWarper(0.3)]),
+    "typical_p": (dict(generation_kwargs={"typical_p": 0.5}), [TypicalLogitsWarper(0.5)]),
+    "one token": (dict(top_k=1), [TopKLogitsWarper(1)]),
+}  # fmt: skip
+
+
+def warped(folder, warpers, mixin=(), **options):
+    """The run, and what was seen on its way: micro-batches, shuffled and split, of two completions each."""
+    seen, checked = [], []
+    kind = type("Kept", (*mixin, Warped), {"warpers": warpers, "seen": seen, "checked": checked})
+    defaults = dict(num_iterations=2, beta=0.05, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    run = grpo(FusedGRPOTrainer, folder, saved(folder, initializer_range=0.3), mixin=kind, **{**defaults, **options})
+    return run, seen, checked
+
+
+@pytest.mark.parametrize("name", TRUNCATED)
+def test_log_probs_are_over_what_the_sampler_left(name, folder):
+    """Trained, old and reference; before the first update the ratio is 1."""
+    options, warpers = TRUNCATED[name]
+    (logs, _), seen, checked = warped(folder, warpers, evaluate=name == "top_p", per_device_eval_batch_size=4, **options)
+    assert len(checked) >= 16 and all(checked) and len(seen) == 2 + (name == "top_p")
+    for batch in seen:
+        sizes = torch.cat([mask.lengths() for mask in batch["masks"]])
+        assert len(batch["masks"]) in (4, 8) and sizes.min() >= 1 and sizes.max() < 32 and ((sizes == 1).all() == (name == "one token"))
+    assert logs["clip_ratio/region_mean"][0] == 0 and logs["kl"][0] < 1e-6
+
+
+def test_a_sampling_mask_under_an_adapter(folder):
+    """The reference is the model without it."""
+    adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    assert warped(folder, [TopPLogitsWarper(0.6)], top_p=0.6, peft=adapter)[2]
+
+
+class Tools:
+    """Every second completion calls a tool, which writes two tokens, and goes on; by TRL's own loop over calls."""
+
+    def train(self, *args, **kwargs):
+        self.tools = self._standalone_tools = [look]
+        return super().train(*args, **kwargs)
+
+    def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, *others):
+        call = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+        messages = [[{"role": "assistant", "content": "", "tool_calls": call if i % 2 else None}] for i in range(len(prompts))]
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        mask, _, ids, *others = super()._tool_call_loop(prompts, prompt_ids, completion_ids, messages, *others)
+        return mask, self.processing_class.batch_decode(ids), ids, *others
+
+    def _get_tool_suffix_ids(self, messages):
+        return [7, 8]
+
+
+def look():
+    return "seen"
+
+
+def test_a_sampling_mask_over_calls_of_tools(folder, monkeypatch):
+    """Each turn has its own; tokens of tools have none."""
+    monkeypatch.setattr(ours.grpo_module, "parse_response", lambda *args, **kwargs: {"role": "assistant", "content": ""})
+    _, seen, checked = warped(folder, [TopPLogitsWarper(0.6)], mixin=(Tools,), top_p=0.6, max_completion_length=12)
+    assert any((mask.lengths() == 0).sum() == 2 and mask.lengths()[-1] > 0 for mask in seen[0]["masks"]) and all(checked)
+
+
+def test_without_a_sampling_mask_the_run_is_that_of_trl(folder):
+    """False keeps none; True keeps empty ranges where nothing is truncated, which change nothing."""
+    model, options = saved(folder), dict(top_p=0.6, **OFF_POLICY)
+    stock = grpo(trl.GRPOTrainer, folder, model, **options)
+    assert_same(stock, grpo(FusedGRPOTrainer, folder, model, more={"keep_sampling_mask": False}, **options))
+    assert (grpo(FusedGRPOTrainer, folder, model, **options)[1] - stock[1]).abs().max() > 1e-3
+    stock = grpo(trl.GRPOTrainer, folder, model, **OFF_POLICY)
+    assert_same(stock, grpo(FusedGRPOTrainer, folder, model, more={"keep_sampling_mask": True}, **OFF_POLICY))
+
+
+def rollouts(masks=None, env=False):
+    """A rollout_func with ragged completions, the second of tokens that nothing limits; ``masks`` changes what it returns."""
+
+    def sample(prompts, trainer):
+        g = torch.Generator().manual_seed(len(prompts))
+        completions, found = [], []
+        for i in range(len(prompts)):
+            ids = torch.randint(7, 32, (2 + i % 4,), generator=g)
+            left = (torch.rand(len(ids), 32, generator=g) < 0.2).scatter(1, ids.unsqueeze(1), True)
+            if env and i == 0:
+                left[1, ids[1]] = False
+            support = TokenSupport.from_mask(left)
+            completions.append(ids.tolist())
+            found.append(None if i == 1 else (support.ids.tolist(), support.offsets.tolist()))
+        output = {"prompt_ids": [[2, 3]] * len(prompts), "completion_ids": completions, "logprobs": None}
+        if env:
+            output["env_mask"] = [[int(t != 1) for t in range(len(ids))] for ids in completions]
+        if masks != "none":
+            output["sampling_mask"] = found if masks is None else masks(found)
+        return output
+
+    return sample
+
+
+class ByMask(Warped):
+    """Of a rollout_func: what its mask left, from the first policy on."""
+
+    def left(self, scores, inputs, masks):
+        if masks is None:
+            return torch.ones_like(scores, dtype=torch.bool)
+        return torch.stack([torch.nn.functional.pad(m.to_mask(32), (0, 0, 0, scores.shape[1] - m.positions), value=True) for m in masks])
+
+
+@pytest.mark.parametrize("keep", [None, False])
+@pytest.mark.parametrize("env", [False, True])
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_the_sampling_mask_of_a_rollout_func(keep, env, folder):
+    """Not handed to the reward functions, and dropped when it is not wanted."""
+    names = set()
+
+    def reward(completion_ids, **columns):
+        names.update(columns)
+        return digit_sum(completion_ids=completion_ids, **columns)
+
+    more = {"rollout_func": rollouts(env=env), "keep_sampling_mask": keep, "reward_funcs": reward}
+    _, seen, checked = warped(folder, [], mixin=(ByMask,), more=more)
+    assert all(checked) and "sampling_mask" not in names and "answer" in names
+    for batch in seen:
+        if keep is False:
+            assert batch["masks"] is None
+            continue
+        lengths = [mask.lengths() for mask in batch["masks"]]
+        assert [len(own) for own in lengths] == [2, 3, 4, 5] * 2 and not lengths[1].any()
+        assert all((own[0] > 0) and (own[1] > 0) == (not env) for i, own in enumerate(lengths) if i != 1)
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_wrong_sampling_masks_are_named(folder):
+    for masks, words in (
+        (lambda found: found[1:], r"sampling_mask must be a list of 8 .token_ids, offsets., one a completion, got 7 of them"),
+        (lambda found: None, None),
+        (lambda found: {}, "sampling_mask must be a list of 8.*got dict"),
+        (lambda found: [(ids, offsets[1:]) for ids, offsets in found[:1]] + found[1:], "completion 0 must have 3 offsets.*got 2"),
+        (lambda found: [(found[0][0][1:], found[0][1]), *found[1:]], "offsets of sequence 0 must rise from 0"),
+        (lambda found: [([9] * len(found[0][0]), found[0][1]), *found[1:]], "support.ids must name a token once|must be among support.ids"),
+    ):
+        with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+            grpo(FusedGRPOTrainer, folder, saved(folder), more={"rollout_func": rollouts(masks)}, max_steps=1)
+    for masks in ("none", lambda found: None):
+        with pytest.raises(ValueError, match="sampling_mask must be a list of 8.*got NoneType"):
+            more = {"rollout_func": rollouts(masks), "keep_sampling_mask": True}
+            grpo(FusedGRPOTrainer, folder, saved(folder), more=more, max_steps=1)
+
+
+def test_a_sampling_mask_that_nothing_returns_is_refused(folder):
+    with pytest.raises(ValueError, match="keep_sampling_mask must be None or False with use_transformers_continuous_batching"):
+        grpo(FusedGRPOTrainer, folder, saved(folder), more={"keep_sampling_mask": True}, use_transformers_continuous_batching=True)
+    with pytest.raises(TypeError, match="keep_sampling_mask must be True, False or None, got 1"):
+        grpo(FusedGRPOTrainer, folder, saved(folder), more={"keep_sampling_mask": 1})
 
 
 # ---- the other trainers
