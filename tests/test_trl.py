@@ -1,6 +1,5 @@
 """TRL's own trainers, stock, patched and fused: the same losses, metrics and weights to rounding; and TRL's function not called."""
 
-import contextlib
 import math
 import types
 
@@ -412,17 +411,24 @@ def test_log_probs_at_a_per_token_temperature(folder):
 # ---- the sampling mask
 
 
-class Warped:
-    """Holds every log-prob and entropy of a run against logits of which transformers' own warpers, or a mask, left some."""
+def by_masks(masks, length):
+    """[B, C, V] bool; all True behind the end of a completion, and without masks."""
+    if masks is None:
+        return torch.ones((), dtype=torch.bool)
+    return torch.stack([torch.nn.functional.pad(mask.to_mask(32), (0, 0, 0, length - mask.positions), value=True) for mask in masks])
+
+
+class Checked:
+    """Holds every log-prob and entropy of a run against full logits of which `left` says what the sampler had left."""
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        self.seen.append({name: output.get(f"{name}_per_token_logps") for name in ("old", "ref")} | {"masks": output.get("sampling_mask")})
-        check = self.expected(self.model, output, output.get("sampling_mask"))[0]
+        self.seen.append(output.get("sampling_mask"))
+        logps, _ = self.expected(self.model, output, sampled=True)
+        kept = output["completion_mask"] == 1
         for name in ("old", "ref"):  # the reference is the policy that training starts from
             if f"{name}_per_token_logps" in output and (name == "old" or self.state.global_step == 0):
-                kept = output["completion_mask"] == 1
-                torch.testing.assert_close(output[f"{name}_per_token_logps"][kept], check[kept], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(output[f"{name}_per_token_logps"][kept], logps[kept], rtol=1e-5, atol=1e-5)
         return output
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
@@ -430,36 +436,45 @@ class Warped:
         return self.scored
 
     def _compute_loss(self, model, inputs):
-        logps, entropies = self.expected(model, inputs, inputs.get("sampling_mask"))
+        exact = self.expected(model, inputs, sampled=self.state.global_step == 0)  # later this is not the policy that sampled
         loss = super()._compute_loss(model, inputs)
         kept = inputs["completion_mask"] * inputs.get("tool_mask", 1) == 1
-        for ours, exact in zip(self.scored[:2], (logps, entropies), strict=True):
-            torch.testing.assert_close(ours.detach()[kept], exact[kept], rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(self.scored[:2], exact, strict=True):
+            torch.testing.assert_close(ours.detach()[kept], theirs[kept], rtol=1e-5, atol=1e-5)
         self.checked.append(int(kept.sum()))
         return loss
 
     @torch.no_grad()
-    def expected(self, model, inputs, masks):
+    def expected(self, model, inputs, sampled):
         """(log-probs, entropies) [B, C], float32."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         length = inputs["completion_ids"].shape[1]
         scores = model(input_ids=ids, attention_mask=attention).logits[:, -length - 1 : -1] / self.temperature
-        left = self.left(scores, inputs, masks)
+        left = self.left(scores, inputs) if sampled else by_masks(inputs["sampling_mask"], length)
         log_p = scores.masked_fill(~left, -math.inf).log_softmax(-1)
         entropies = -(log_p.exp() * log_p.masked_fill(~left, 0)).sum(-1)
         return log_p.gather(-1, ids[:, -length:, None]).squeeze(-1), entropies
 
-    def left(self, scores, inputs, masks):
-        """By the warpers at the first policy; that of later ones is the set that the first left."""
-        if self.state.global_step > 0:
-            return torch.stack([torch.nn.functional.pad(m.to_mask(32), (0, 0, 0, scores.shape[1] - m.positions), value=True) for m in masks])
-        warped = scores.flatten(0, 1)
+    def left(self, scores, inputs):
         for warper in self.warpers:
-            warped = warper(None, warped)
-        left = warped.isfinite().view_as(scores)
-        tools = inputs.get("tool_mask")
-        return left if tools is None else left | (tools == 0).unsqueeze(-1)
+            scores = torch.stack([warper(None, own) for own in scores])
+        return scores.isfinite() | (inputs.get("tool_mask", torch.ones(())) == 0).unsqueeze(-1)
+
+
+class CheckedRollouts(Checked):
+    def left(self, scores, inputs):
+        return by_masks(inputs.get("sampling_mask"), scores.shape[1])
+
+
+def checked_run(folder, kind=Checked, warpers=(), mixin=(), **options):
+    """(logs, masks of each generation, tokens of each micro-batch): TRL shuffles and splits eight completions into pairs."""
+    seen, checked = [], []
+    kind = type("Kept", (*mixin, kind), {"warpers": warpers, "seen": seen, "checked": checked})
+    defaults = dict(num_iterations=2, beta=0.05, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    logs, _ = grpo(FusedGRPOTrainer, folder, saved(folder, initializer_range=0.3), mixin=kind, **{**defaults, **options})
+    assert len(checked) >= 4 and all(checked)
+    return logs, seen
 
 
 TRUNCATED = {
@@ -467,34 +482,31 @@ TRUNCATED = {
     "top_k and min_p": (dict(top_k=6, min_p=0.3), [TopKLogitsWarper(6), MinPLogitsWarper(0.3)]),
     "typical_p": (dict(generation_kwargs={"typical_p": 0.5}), [TypicalLogitsWarper(0.5)]),
     "one token": (dict(top_k=1), [TopKLogitsWarper(1)]),
-}  # fmt: skip
-
-
-def warped(folder, warpers, mixin=(), **options):
-    """The run, and what was seen on its way: micro-batches, shuffled and split, of two completions each."""
-    seen, checked = [], []
-    kind = type("Kept", (*mixin, Warped), {"warpers": warpers, "seen": seen, "checked": checked})
-    defaults = dict(num_iterations=2, beta=0.05, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    run = grpo(FusedGRPOTrainer, folder, saved(folder, initializer_range=0.3), mixin=kind, **{**defaults, **options})
-    return run, seen, checked
+}
 
 
 @pytest.mark.parametrize("name", TRUNCATED)
 def test_log_probs_are_over_what_the_sampler_left(name, folder):
-    """Trained, old and reference; before the first update the ratio is 1."""
+    """Trained, old and reference, so that the ratio before the first update is 1."""
     options, warpers = TRUNCATED[name]
-    (logs, _), seen, checked = warped(folder, warpers, evaluate=name == "top_p", per_device_eval_batch_size=4, **options)
-    assert len(checked) >= 16 and all(checked) and len(seen) == 2 + (name == "top_p")
-    for batch in seen:
-        sizes = torch.cat([mask.lengths() for mask in batch["masks"]])
-        assert len(batch["masks"]) in (4, 8) and sizes.min() >= 1 and sizes.max() < 32 and ((sizes == 1).all() == (name == "one token"))
+    logs, seen = checked_run(folder, warpers=warpers, **options)
+    (masks,) = seen
+    sizes = torch.cat([mask.lengths() for mask in masks])
+    assert len(masks) == 8 and sizes.min() > 0 and sizes.max() < 32 and (sizes == 1).all() == (name == "one token")
     assert logs["clip_ratio/region_mean"][0] == 0 and logs["kl"][0] < 1e-6
+
+
+def test_a_sampling_mask_after_updates_and_in_evaluation(folder):
+    """The set stays that of the policy that sampled."""
+    options = dict(max_steps=3, evaluate=True, per_device_eval_batch_size=8, top_p=0.6)
+    logs, seen = checked_run(folder, warpers=[TopPLogitsWarper(0.6)], **options)
+    assert len(seen) == 4 and all(len(masks) == 8 for masks in seen) and logs["clip_ratio/region_mean"][1] > 0
 
 
 def test_a_sampling_mask_under_an_adapter(folder):
     """The reference is the model without it."""
     adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
-    assert warped(folder, [TopPLogitsWarper(0.6)], top_p=0.6, peft=adapter)[2]
+    checked_run(folder, warpers=[TopPLogitsWarper(0.6)], top_p=0.6, peft=adapter)
 
 
 class Tools:
@@ -522,8 +534,8 @@ def look():
 def test_a_sampling_mask_over_calls_of_tools(folder, monkeypatch):
     """Each turn has its own; tokens of tools have none."""
     monkeypatch.setattr(ours.grpo_module, "parse_response", lambda *args, **kwargs: {"role": "assistant", "content": ""})
-    _, seen, checked = warped(folder, [TopPLogitsWarper(0.6)], mixin=(Tools,), top_p=0.6, max_completion_length=12)
-    assert any((mask.lengths() == 0).sum() == 2 and mask.lengths()[-1] > 0 for mask in seen[0]["masks"]) and all(checked)
+    _, seen = checked_run(folder, warpers=[TopPLogitsWarper(0.6)], mixin=(Tools,), top_p=0.6, max_completion_length=12)
+    assert any((mask.lengths() == 0).sum() == 2 and mask.lengths()[-1] > 0 for mask in seen[0])
 
 
 def test_without_a_sampling_mask_the_run_is_that_of_trl(folder):
@@ -536,8 +548,8 @@ def test_without_a_sampling_mask_the_run_is_that_of_trl(folder):
     assert_same(stock, grpo(FusedGRPOTrainer, folder, model, more={"keep_sampling_mask": True}, **OFF_POLICY))
 
 
-def rollouts(masks=None, env=False):
-    """A rollout_func with ragged completions, the second of tokens that nothing limits; ``masks`` changes what it returns."""
+def rollouts(change=None, env=False):
+    """A rollout_func of ragged completions. Nothing limits the second; with ``env`` the second token of each is not sampled."""
 
     def sample(prompts, trainer):
         g = torch.Generator().manual_seed(len(prompts))
@@ -553,20 +565,9 @@ def rollouts(masks=None, env=False):
         output = {"prompt_ids": [[2, 3]] * len(prompts), "completion_ids": completions, "logprobs": None}
         if env:
             output["env_mask"] = [[int(t != 1) for t in range(len(ids))] for ids in completions]
-        if masks != "none":
-            output["sampling_mask"] = found if masks is None else masks(found)
-        return output
+        return output | {"sampling_mask": found if change is None else change(found)}
 
     return sample
-
-
-class ByMask(Warped):
-    """Of a rollout_func: what its mask left, from the first policy on."""
-
-    def left(self, scores, inputs, masks):
-        if masks is None:
-            return torch.ones_like(scores, dtype=torch.bool)
-        return torch.stack([torch.nn.functional.pad(m.to_mask(32), (0, 0, 0, scores.shape[1] - m.positions), value=True) for m in masks])
 
 
 @pytest.mark.parametrize("keep", [None, False])
@@ -581,32 +582,32 @@ def test_the_sampling_mask_of_a_rollout_func(keep, env, folder):
         return digit_sum(completion_ids=completion_ids, **columns)
 
     more = {"rollout_func": rollouts(env=env), "keep_sampling_mask": keep, "reward_funcs": reward}
-    _, seen, checked = warped(folder, [], mixin=(ByMask,), more=more)
-    assert all(checked) and "sampling_mask" not in names and "answer" in names
-    for batch in seen:
-        if keep is False:
-            assert batch["masks"] is None
-            continue
-        lengths = [mask.lengths() for mask in batch["masks"]]
+    _, (masks,) = checked_run(folder, CheckedRollouts, more=more)
+    assert "sampling_mask" not in names and "answer" in names and (masks is None) == (keep is False)
+    if keep is None:
+        lengths = [mask.lengths() for mask in masks]
         assert [len(own) for own in lengths] == [2, 3, 4, 5] * 2 and not lengths[1].any()
         assert all((own[0] > 0) and (own[1] > 0) == (not env) for i, own in enumerate(lengths) if i != 1)
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 def test_wrong_sampling_masks_are_named(folder):
-    for masks, words in (
-        (lambda found: found[1:], r"sampling_mask must be a list of 8 .token_ids, offsets., one a completion, got 7 of them"),
-        (lambda found: None, None),
-        (lambda found: {}, "sampling_mask must be a list of 8.*got dict"),
-        (lambda found: [(ids, offsets[1:]) for ids, offsets in found[:1]] + found[1:], "completion 0 must have 3 offsets.*got 2"),
-        (lambda found: [(found[0][0][1:], found[0][1]), *found[1:]], "offsets of sequence 0 must rise from 0"),
-        (lambda found: [([9] * len(found[0][0]), found[0][1]), *found[1:]], "support.ids must name a token once|must be among support.ids"),
+    output = rollouts()(["1+1="] * 8, None)
+    found, ids = output["sampling_mask"], output["completion_ids"]
+    for given, error in (
+        (found[1:], r"sampling_mask must be a list of 8 \(token_ids, offsets\), one a completion, got 7 of them"),
+        ({}, "sampling_mask must be a list of 8.*got dict"),
+        ([(found[0][0], found[0][1][:-1]), *found[1:]], "completion 0 must have 3 offsets, one more than it has tokens, got 2"),
+        ([(found[0][0][1:], found[0][1]), *found[1:]], "offsets of sequence 0 must rise from 0"),
     ):
-        with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
-            grpo(FusedGRPOTrainer, folder, saved(folder), more={"rollout_func": rollouts(masks)}, max_steps=1)
-    for masks in ("none", lambda found: None):
-        with pytest.raises(ValueError, match="sampling_mask must be a list of 8.*got NoneType"):
-            more = {"rollout_func": rollouts(masks), "keep_sampling_mask": True}
+        with pytest.raises(ValueError, match=error):
+            ours._masks_of_rollouts(given, ids, None)
+    for change, error in (
+        (lambda found: None, "sampling_mask must be a list of 8.*got NoneType"),
+        (lambda found: [([1, 2], [0, 1, 2]), *found[1:]], "must be among support.ids"),
+    ):
+        more = {"rollout_func": rollouts(change), "keep_sampling_mask": True}
+        with pytest.raises(ValueError, match=error):
             grpo(FusedGRPOTrainer, folder, saved(folder), more=more, max_steps=1)
 
 
