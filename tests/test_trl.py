@@ -561,7 +561,9 @@ def rollouts(change=None, env=False):
                 left[1, ids[1]] = False
             support = TokenSupport.from_mask(left)
             completions.append(ids.tolist())
-            found.append(None if i == 1 else (support.ids.tolist(), support.offsets.tolist()))
+            pair = support.ids.tolist(), support.offsets.tolist()
+            forms = pair, None, support, types.SimpleNamespace(token_ids=pair[0], offsets=pair[1])
+            found.append(forms[min(i, 3)])
         output = {"prompt_ids": [[2, 3]] * len(prompts), "completion_ids": completions, "logprobs": None}
         if env:
             output["env_mask"] = [[int(t != 1) for t in range(len(ids))] for ids in completions]

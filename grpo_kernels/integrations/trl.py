@@ -165,8 +165,8 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
 
     Supports come from transformers' ``generate``, recorded as it samples, or from a ``rollout_func`` that returns "sampling_mask":
     for each completion (token_ids, offsets), where its token i could have been any of ``token_ids[offsets[i]:offsets[i + 1]]``, or
-    None. Name and layout are those of vLLM's ``SamplingMask``, which may stand for the pair. Ranges of tokens that ``env_mask``
-    leaves out have no meaning.
+    None. Name and layout are those of vLLM's ``SamplingMask``; that, or a `TokenSupport`, may stand for the pair. Ranges of tokens
+    that ``env_mask`` leaves out have no meaning.
 
     Args:
         keep_sampling_mask: None keeps supports where generate truncates (top_p, top_k, min_p, or an option like them in
@@ -523,8 +523,7 @@ def _masks_of_rollouts(given, completion_ids, env_mask):
         raise ValueError(f"sampling_mask must be a list of {len(completion_ids)} (token_ids, offsets), one a completion, got {got}")
     masks, numbers, first = [], [], 1
     for i, (mask, ids) in enumerate(zip(given, completion_ids, strict=True)):
-        mask = ([], [0] * (len(ids) + 1)) if mask is None else mask
-        token_ids, offsets = (mask.token_ids, mask.offsets) if hasattr(mask, "offsets") else mask
+        token_ids, offsets = _pair(mask, len(ids))
         if len(offsets) != len(ids) + 1:
             wanted = f"{len(ids) + 1} offsets, one more than it has tokens"
             raise ValueError(f"sampling_mask of completion {i} must have {wanted}, got {len(offsets)}")
@@ -533,6 +532,15 @@ def _masks_of_rollouts(given, completion_ids, env_mask):
         numbers.append([number if own else 0 for number, own in enumerate(sampled, first)])
         first += len(ids)
     return _by_completion(TokenSupport.from_sequences(masks), numbers)
+
+
+def _pair(mask, tokens):
+    """(token_ids, offsets) of a completion's mask in one of its forms."""
+    if mask is None:
+        return [], [0] * (tokens + 1)
+    if isinstance(mask, TokenSupport):
+        return mask.ids, mask.offsets
+    return (mask.token_ids, mask.offsets) if hasattr(mask, "token_ids") else mask
 
 
 def _joined(masks, length=None, device=None):
