@@ -17,7 +17,7 @@ from ranks import join, launch, leave
 from test_trainer import tiny_model
 from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
-from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss
+from grpo_kernels import GRPOLossConfig, TokenSupport, fused_linear_grpo_loss
 from grpo_kernels.integrations.transformers import OUTPUTS, fuse_lm_head, is_fused, lm_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,7 +76,7 @@ def statistics(logits, target, temperature=1.0):
     log_p = z.log_softmax(-1)
     found = {
         "log_probs": log_p.gather(-1, target.where(mask, 0).unsqueeze(-1)).squeeze(-1),
-        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "entropy": -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1),
         "log_sum_sq_probs": (2 * log_p).logsumexp(-1).detach(),
         "mean_logits": z.mean(-1).detach(),
         "is_top1": z.argmax(-1) == target,
@@ -84,12 +84,26 @@ def statistics(logits, target, temperature=1.0):
     return {name: x.where(mask, 0) if x.dtype.is_floating_point else x & mask for name, x in found.items()} | {"label_mask": mask}
 
 
-def through_logits(model, ids, attention, labels, temperature=1.0, num_items=None):
+def left_tokens(labels, seed=2):
+    """[B, T, V] bool, what a sampler could have left: the label itself, alone at some positions; all or nothing at others."""
+    kept = torch.rand(*labels.shape, V, generator=torch.Generator().manual_seed(seed)) < 0.2
+    kept[:, 3] = False
+    kept.scatter_(-1, labels.clamp(min=0).unsqueeze(-1), True)
+    kept[0, 2:4], kept[2, 5] = True, False
+    return kept
+
+
+def truncated(logits, left):
+    return logits.masked_fill(~left & left.any(-1, keepdim=True), -torch.inf)
+
+
+def through_logits(model, ids, attention, labels, temperature=1.0, num_items=None, left=None):
     """What the fused call must return, from an ordinary call."""
     plain = model(input_ids=ids, attention_mask=attention, use_cache=False)
     if isinstance(temperature, torch.Tensor):
         temperature = temperature[:, 1:]
-    out = statistics(plain.logits[:, :-1], labels[:, 1:], temperature)
+    logits = plain.logits[:, :-1] if left is None else truncated(plain.logits[:, :-1], left[:, 1:])
+    out = statistics(logits, labels[:, 1:], temperature)
     out["loss"] = -out["log_probs"].sum() / (out["label_mask"].sum() if num_items is None else num_items)
     if getattr(plain, "aux_loss", None) is not None:
         out["aux_loss"] = plain.aux_loss
@@ -109,12 +123,13 @@ def gradients(model, loss):
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def compare(model, tolerance=1e-5, **options):
+def compare(model, tolerance=1e-5, left=None, **options):
     """Fused against full logits on one model: every output, and the gradient of every parameter."""
     ids, attention, labels = batch()
-    truth = through_logits(model, ids, attention, labels, **options)
+    truth = through_logits(model, ids, attention, labels, left=left, **options)
     exact = gradients(model, mixed_loss(truth))
     options["num_items_in_batch"] = options.pop("num_items", None)
+    options["support"] = None if left is None else TokenSupport.from_mask(left)
     ours = model(input_ids=ids, attention_mask=attention, labels=labels, fused_lm_head=True, **options)
     ours = {name: x for name, x in ours.items() if x is not None}
     assert ours.keys() >= {"log_probs", "entropy", "loss", "label_mask"}
@@ -158,6 +173,52 @@ def test_shift_labels_are_not_shifted():
     assert ours.log_probs.shape == ours.entropy.shape == (B, T) and ours.log_probs[0, -1] != 0
     for name in ("log_probs", "entropy", "label_mask"):
         assert_close(name, ours[name], truth[name], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Phi", "Mixtral"])
+def test_a_support_equals_full_logits_without_the_rest(name):
+    """Every output and gradient; of labels the first column goes, with its tokens; a copy takes supports, too."""
+    model, labels = fuse_lm_head(build(name)), batch()[2]
+    left = left_tokens(labels)
+    alone = (left.sum(-1) == 1)[:, 1:] & (labels[:, 1:] != -100)
+    for temperature in (0.7, temperatures()):
+        ours, _ = compare(copy.deepcopy(model), left=left, temperature=temperature)
+        assert alone.any() and not ours["log_probs"][alone].any() and not ours["entropy"][alone].any()
+        assert (ours["log_probs"] - compare(model, temperature=temperature)[0]["log_probs"]).norm() > 0.1
+
+
+def test_a_support_of_shift_labels_is_not_shifted():
+    model, (ids, attention, labels) = fuse_lm_head(build()), batch()
+    target = torch.cat([labels[:, 1:], labels.new_full((B, 1), 5)], 1)
+    left = left_tokens(target)
+    truth = statistics(truncated(model(input_ids=ids, attention_mask=attention).logits, left), target)
+    ours = model(input_ids=ids, attention_mask=attention, shift_labels=target, support=TokenSupport.from_mask(left), fused_lm_head=True)
+    for name in ("log_probs", "entropy"):
+        assert_close(name, ours[name], truth[name], 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["head", "both", "saved"])
+def test_a_support_under_peft(kind):
+    compare(adapted(kind), left=left_tokens(batch()[2]))
+
+
+def test_wrong_supports_are_named():
+    model, (ids, _, labels) = fuse_lm_head(build()), batch()
+    left = left_tokens(labels)
+    support = TokenSupport.from_mask(left)
+    left[0, 5, labels[0, 5]] = False
+    for given, error, words in (
+        (dict(support=left), TypeError, "support must be a TokenSupport or None, got Tensor"),
+        (dict(support=support.take(torch.arange(5))), ValueError, r"support.offsets must have 22 entries.*\[3, 7\], got 6"),
+        (dict(support=TokenSupport(support.ids, support.offsets + 1)), ValueError, "support.offsets must rise from 0"),
+        (dict(support=TokenSupport.from_mask(left)), ValueError, "must be among support.ids"),
+        (dict(support=support, fused_lm_head=None), ValueError, "support must come with fused_lm_head=True, got it with fused_lm_head=None"),
+        (dict(support=support, fused_lm_head=lambda hidden, head: hidden), ValueError, "support must come with fused_lm_head=True"),
+    ):
+        with pytest.raises(error, match=words):
+            model(input_ids=ids, labels=labels, **{"fused_lm_head": True, **given})
+    with pytest.raises(ValueError, match=r"outputs of fuse_lm_head must be log_probs and entropy alone with a support, got \('is_top1',\)"):
+        fuse_lm_head(model, outputs=("is_top1",))(input_ids=ids, labels=labels, support=support, fused_lm_head=True)
 
 
 def test_only_what_is_asked_for_comes():
@@ -599,7 +660,8 @@ ZERO3 = ["zero", "zero tied", "zero phi", "zero lora", "zero saved"]
 LOSSES = ["sum", "one pass", "two phases"]
 KEPT = ["ragged", "none on one"]
 CASES = [(wrapper, loss, kept) for wrapper in WRAPPERS for loss in LOSSES for kept in KEPT]
-ZERO3_CASES = [(wrapper, loss, kept) for wrapper in ZERO3 for loss in LOSSES for kept in KEPT]
+CASES += [(wrapper, "over supports", kept) for wrapper in ("ddp", "fsdp head", "ddp lora") for kept in KEPT]
+ZERO3_CASES = [(wrapper, loss, kept) for wrapper in ZERO3 for loss in LOSSES for kept in KEPT] + [("zero", "over supports", "ragged")]
 
 
 def parallel_model(wrapper):
@@ -627,8 +689,9 @@ def parallel_loss(wrapper, model, loss, kept, rank=None, share=1):
     count = (labels[:, 1:] != -100).sum().item()
     advantages, old_logps = torch.tensor([1.0, -0.7, -1.2, 0.6]), old_log_probs(wrapper)
     own = slice(None) if rank is None else slice(rank * PER_RANK, (rank + 1) * PER_RANK)
-    if loss == "sum":
-        out = model(input_ids=ids[own], labels=labels[own], num_items_in_batch=count / share, fused_lm_head=True)
+    if loss in ("sum", "over supports"):
+        support = TokenSupport.from_mask(left_tokens(labels)[own]) if loss == "over supports" else None
+        out = model(input_ids=ids[own], labels=labels[own], num_items_in_batch=count / share, support=support, fused_lm_head=True)
         return out.loss + 0.1 * share * out.entropy.sum() / count
     config = GRPOLossConfig(importance_sampling_level="sequence" if loss == "two phases" else "token")
 

@@ -27,14 +27,19 @@ from transformers import (  # noqa: E402
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    MinPLogitsWarper,
     MixtralConfig,
     MixtralForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 from trl.kernels import chunked_logprob  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
+from grpo_kernels import TokenSupport  # noqa: E402
 from grpo_kernels.integrations import trl as ours  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, FusedLogProbFunction, is_patched, patch_trl, unpatch_trl  # noqa: E402
 from grpo_kernels.losses.objective import entropy_threshold, top_tokens  # noqa: E402
@@ -75,7 +80,7 @@ def saved(folder, name="llama", **options):
     return str(path)
 
 
-def grpo(trainer, folder, model, mixin=None, peft=None, evaluate=False, seed=7, resume=None, **options):
+def grpo(trainer, folder, model, mixin=None, peft=None, evaluate=False, seed=7, resume=None, more=None, **options):
     """({name: [value of each log]}, weights after training) of a run."""
     defaults = dict(
         output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=3,
@@ -85,10 +90,9 @@ def grpo(trainer, folder, model, mixin=None, peft=None, evaluate=False, seed=7, 
     )  # fmt: skip
     kind = trainer if mixin is None else type("Mixed", (mixin, trainer), {})
     data = Dataset.from_list(DATA)
-    t = kind(
-        model=model, reward_funcs=digit_sum, args=trl.GRPOConfig(**{**defaults, **options}), train_dataset=data, peft_config=peft,
-        eval_dataset=data.select(range(4)) if evaluate else None, processing_class=make_tokenizer(),
-    )  # fmt: skip
+    given = dict(model=model, reward_funcs=digit_sum, args=trl.GRPOConfig(**{**defaults, **options}), train_dataset=data, peft_config=peft,
+                 eval_dataset=data.select(range(4)) if evaluate else None, processing_class=make_tokenizer())  # fmt: skip
+    t = kind(**given | (more or {}))
     return finish(t, evaluate, resume)
 
 
@@ -402,6 +406,218 @@ def test_log_probs_at_a_per_token_temperature(folder):
     assert_same(plain, grpo(FusedGRPOTrainer, folder, model, mixin=Constant))
     warmed = grpo(FusedGRPOTrainer, folder, model, mixin=Warmed)
     assert (warmed[1] - plain[1]).abs().max() > 1e-3 and warmed[0]["entropy"][0] != plain[0]["entropy"][0]
+
+
+# ---- the sampling mask
+
+
+def by_masks(masks, length):
+    """[B, C, V] bool; all True behind the end of a completion, and without masks."""
+    if masks is None:
+        return torch.ones((), dtype=torch.bool)
+    return torch.stack([torch.nn.functional.pad(mask.to_mask(32), (0, 0, 0, length - mask.positions), value=True) for mask in masks])
+
+
+class Checked:
+    """Holds every log-prob and entropy of a run against full logits of which `left` says what the sampler had left."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        self.seen.append(output.get("sampling_mask"))
+        logps, _ = self.expected(self.model, output, sampled=True)
+        kept = output["completion_mask"] == 1
+        for name in ("old", "ref"):  # the reference is the policy that training starts from
+            if f"{name}_per_token_logps" in output and (name == "old" or self.state.global_step == 0):
+                torch.testing.assert_close(output[f"{name}_per_token_logps"][kept], logps[kept], rtol=1e-5, atol=1e-5)
+        return output
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        self.scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return self.scored
+
+    def _compute_loss(self, model, inputs):
+        exact = self.expected(model, inputs, sampled=self.state.global_step == 0)  # later this is not the policy that sampled
+        loss = super()._compute_loss(model, inputs)
+        kept = inputs["completion_mask"] * inputs.get("tool_mask", 1) == 1
+        for ours, theirs in zip(self.scored[:2], exact, strict=True):
+            torch.testing.assert_close(ours.detach()[kept], theirs[kept], rtol=1e-5, atol=1e-5)
+        self.checked.append(int(kept.sum()))
+        return loss
+
+    @torch.no_grad()
+    def expected(self, model, inputs, sampled):
+        """(log-probs, entropies) [B, C], float32."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        length = inputs["completion_ids"].shape[1]
+        scores = model(input_ids=ids, attention_mask=attention).logits[:, -length - 1 : -1] / self.temperature
+        left = self.left(scores, inputs) if sampled else by_masks(inputs["sampling_mask"], length)
+        log_p = scores.masked_fill(~left, -math.inf).log_softmax(-1)
+        entropies = -(log_p.exp() * log_p.masked_fill(~left, 0)).sum(-1)
+        return log_p.gather(-1, ids[:, -length:, None]).squeeze(-1), entropies
+
+    def left(self, scores, inputs):
+        for warper in self.warpers:
+            scores = torch.stack([warper(None, own) for own in scores])
+        return scores.isfinite() | (inputs.get("tool_mask", torch.ones(())) == 0).unsqueeze(-1)
+
+
+class CheckedRollouts(Checked):
+    def left(self, scores, inputs):
+        return by_masks(inputs.get("sampling_mask"), scores.shape[1])
+
+
+def checked_run(folder, kind=Checked, warpers=(), mixin=(), **options):
+    """(logs, masks of each generation, tokens of each micro-batch): TRL shuffles and splits eight completions into pairs."""
+    seen, checked = [], []
+    kind = type("Kept", (*mixin, kind), {"warpers": warpers, "seen": seen, "checked": checked})
+    defaults = dict(num_iterations=2, beta=0.05, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    logs, _ = grpo(FusedGRPOTrainer, folder, saved(folder, initializer_range=0.3), mixin=kind, **{**defaults, **options})
+    assert len(checked) >= 4 and all(checked)
+    return logs, seen
+
+
+TRUNCATED = {
+    "top_p": (dict(top_p=0.6), [TopPLogitsWarper(0.6)]),
+    "top_k and min_p": (dict(top_k=6, min_p=0.3), [TopKLogitsWarper(6), MinPLogitsWarper(0.3)]),
+    "typical_p": (dict(generation_kwargs={"typical_p": 0.5}), [TypicalLogitsWarper(0.5)]),
+    "one token": (dict(top_k=1), [TopKLogitsWarper(1)]),
+}
+
+
+@pytest.mark.parametrize("name", TRUNCATED)
+def test_log_probs_are_over_what_the_sampler_left(name, folder):
+    """Trained, old and reference, so that the ratio before the first update is 1."""
+    options, warpers = TRUNCATED[name]
+    logs, seen = checked_run(folder, warpers=warpers, **options)
+    (masks,) = seen
+    sizes = torch.cat([mask.lengths() for mask in masks])
+    assert len(masks) == 8 and sizes.min() > 0 and sizes.max() < 32 and (sizes == 1).all() == (name == "one token")
+    assert logs["clip_ratio/region_mean"][0] == 0 and logs["kl"][0] < 1e-6
+
+
+def test_a_sampling_mask_after_updates_and_in_evaluation(folder):
+    """The set stays that of the policy that sampled."""
+    options = dict(max_steps=3, evaluate=True, per_device_eval_batch_size=8, top_p=0.6)
+    logs, seen = checked_run(folder, warpers=[TopPLogitsWarper(0.6)], **options)
+    assert len(seen) == 4 and all(len(masks) == 8 for masks in seen) and logs["clip_ratio/region_mean"][1] > 0
+
+
+def test_a_sampling_mask_under_an_adapter(folder):
+    """The reference is the model without it."""
+    adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    checked_run(folder, warpers=[TopPLogitsWarper(0.6)], top_p=0.6, peft=adapter)
+
+
+class Tools:
+    """Every second completion calls a tool, which writes two tokens, and goes on; by TRL's own loop over calls."""
+
+    def train(self, *args, **kwargs):
+        self.tools = self._standalone_tools = [look]
+        return super().train(*args, **kwargs)
+
+    def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, *others):
+        call = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+        messages = [[{"role": "assistant", "content": "", "tool_calls": call if i % 2 else None}] for i in range(len(prompts))]
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        mask, _, ids, *others = super()._tool_call_loop(prompts, prompt_ids, completion_ids, messages, *others)
+        return mask, self.processing_class.batch_decode(ids), ids, *others
+
+    def _get_tool_suffix_ids(self, messages):
+        return [7, 8]
+
+
+def look():
+    return "seen"
+
+
+def test_a_sampling_mask_over_calls_of_tools(folder, monkeypatch):
+    """Each turn has its own; tokens of tools have none."""
+    monkeypatch.setattr(ours.grpo_module, "parse_response", lambda *args, **kwargs: {"role": "assistant", "content": ""})
+    _, seen = checked_run(folder, warpers=[TopPLogitsWarper(0.6)], mixin=(Tools,), top_p=0.6, max_completion_length=12)
+    assert any((mask.lengths() == 0).sum() == 2 and mask.lengths()[-1] > 0 for mask in seen[0])
+
+
+def test_without_a_sampling_mask_the_run_is_that_of_trl(folder):
+    """False keeps none; True keeps empty ranges where nothing is truncated, which change nothing."""
+    model, options = saved(folder), dict(top_p=0.6, **OFF_POLICY)
+    stock = grpo(trl.GRPOTrainer, folder, model, **options)
+    assert_same(stock, grpo(FusedGRPOTrainer, folder, model, more={"keep_sampling_mask": False}, **options))
+    assert (grpo(FusedGRPOTrainer, folder, model, **options)[1] - stock[1]).abs().max() > 1e-3
+    stock = grpo(trl.GRPOTrainer, folder, model, **OFF_POLICY)
+    assert_same(stock, grpo(FusedGRPOTrainer, folder, model, more={"keep_sampling_mask": True}, **OFF_POLICY))
+
+
+def rollouts(change=None, env=False):
+    """A rollout_func of ragged completions. Nothing limits the second; with ``env`` the second token of each is not sampled."""
+
+    def sample(prompts, trainer):
+        g = torch.Generator().manual_seed(len(prompts))
+        completions, found = [], []
+        for i in range(len(prompts)):
+            ids = torch.randint(7, 32, (2 + i % 4,), generator=g)
+            left = (torch.rand(len(ids), 32, generator=g) < 0.2).scatter(1, ids.unsqueeze(1), True)
+            if env and i == 0:
+                left[1, ids[1]] = False
+            support = TokenSupport.from_mask(left)
+            completions.append(ids.tolist())
+            pair = support.ids.tolist(), support.offsets.tolist()
+            forms = pair, None, support, types.SimpleNamespace(token_ids=pair[0], offsets=pair[1])
+            found.append(forms[min(i, 3)])
+        output = {"prompt_ids": [[2, 3]] * len(prompts), "completion_ids": completions, "logprobs": None}
+        if env:
+            output["env_mask"] = [[int(t != 1) for t in range(len(ids))] for ids in completions]
+        return output | {"sampling_mask": found if change is None else change(found)}
+
+    return sample
+
+
+@pytest.mark.parametrize("keep", [None, False])
+@pytest.mark.parametrize("env", [False, True])
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_the_sampling_mask_of_a_rollout_func(keep, env, folder):
+    """Not handed to the reward functions, and dropped when it is not wanted."""
+    names = set()
+
+    def reward(completion_ids, **columns):
+        names.update(columns)
+        return digit_sum(completion_ids=completion_ids, **columns)
+
+    more = {"rollout_func": rollouts(env=env), "keep_sampling_mask": keep, "reward_funcs": reward}
+    _, (masks,) = checked_run(folder, CheckedRollouts, more=more)
+    assert "sampling_mask" not in names and "answer" in names and (masks is None) == (keep is False)
+    if keep is None:
+        lengths = [mask.lengths() for mask in masks]
+        assert [len(own) for own in lengths] == [2, 3, 4, 5] * 2 and not lengths[1].any()
+        assert all((own[0] > 0) and (own[1] > 0) == (not env) for i, own in enumerate(lengths) if i != 1)
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_wrong_sampling_masks_are_named(folder):
+    output = rollouts()(["1+1="] * 8, None)
+    found, ids = output["sampling_mask"], output["completion_ids"]
+    for given, error in (
+        (found[1:], r"sampling_mask must be a list of 8 \(token_ids, offsets\), one a completion, got 7 of them"),
+        ({}, "sampling_mask must be a list of 8.*got dict"),
+        ([(found[0][0], found[0][1][:-1]), *found[1:]], "completion 0 must have 3 offsets, one more than it has tokens, got 2"),
+        ([(found[0][0][1:], found[0][1]), *found[1:]], "offsets of sequence 0 must rise from 0"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            ours._masks_of_rollouts(given, ids, None)
+    for change, error in (
+        (lambda found: None, "sampling_mask must be a list of 8.*got NoneType"),
+        (lambda found: [([1, 2], [0, 1, 2]), *found[1:]], "must be among support.ids"),
+    ):
+        more = {"rollout_func": rollouts(change), "keep_sampling_mask": True}
+        with pytest.raises(ValueError, match=error):
+            grpo(FusedGRPOTrainer, folder, saved(folder), more=more, max_steps=1)
+
+
+def test_a_sampling_mask_that_nothing_returns_is_refused(folder):
+    with pytest.raises(ValueError, match="keep_sampling_mask must be None or False with use_transformers_continuous_batching"):
+        grpo(FusedGRPOTrainer, folder, saved(folder), more={"keep_sampling_mask": True}, use_transformers_continuous_batching=True)
+    with pytest.raises(TypeError, match="keep_sampling_mask must be True, False or None, got 1"):
+        grpo(FusedGRPOTrainer, folder, saved(folder), more={"keep_sampling_mask": 1})
 
 
 # ---- the other trainers

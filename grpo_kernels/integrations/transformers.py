@@ -32,6 +32,7 @@ from ..engine.diagnostics import NAMES as DIAGNOSTICS
 from ..extras import needs
 from ..logprobs import token_statistics
 from ..losses.config import GRPOLossConfig
+from ..support import TokenSupport, check_support
 
 with needs("train", __name__):
     from transformers import PreTrainedModel
@@ -89,7 +90,9 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
 
     The forward then takes, beside its own arguments: ``labels`` [B, T] int64 with -100 where nothing is scored, or
     ``shift_labels`` [B, T], which are not shifted; ``temperature``, a number or a tensor shaped like the labels given, instead of
-    the one given here; ``num_items_in_batch``, the divisor of the loss. Rows without a label cost nothing.
+    the one given here; ``support``, a `TokenSupport` of the flattened [B, T] of the labels given, the tokens that each label could
+    have been sampled as, over which log-probs and entropy are then taken; ``num_items_in_batch``, the divisor of the loss. Rows
+    without a label cost nothing.
 
     Args:
         model: a `transformers` causal LM, or one under PEFT or DDP; before FSDP, DeepSpeed and accelerate wrap it.
@@ -169,8 +172,11 @@ class _FusedForward:
         return inspect.signature(self.cls.forward)
 
     def __call__(self, model, /, *args, fused_lm_head=None, labels=None, shift_labels=None, num_items_in_batch=None,
-                 temperature=None, **kwargs):  # fmt: skip
+                 temperature=None, support=None, **kwargs):  # fmt: skip
         fused = model._fused_lm_head
+        if support is not None and (not fused_lm_head or callable(fused_lm_head)):
+            # a forward of transformers ignores a keyword that it does not know
+            raise ValueError(f"support must come with fused_lm_head=True, got it with fused_lm_head={fused_lm_head!r}")
         if not fused_lm_head:
             labelled = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch,
                         "temperature": temperature}  # fmt: skip
@@ -190,10 +196,11 @@ class _FusedForward:
         given = fused.options if temperature is None else fused.options | {"temperature": temperature}
         if shift_labels is None and isinstance(given["temperature"], torch.Tensor) and given["temperature"].dim():
             given = given | {"temperature": given["temperature"][:, 1:]}
+        over = None if support is None else _support(support, given["diagnostics"], labels, shift_labels)
 
         def score(hidden, head):
             hidden = hidden if shift_labels is not None else hidden[:, :-1]
-            return _scored(hidden, target.to(hidden.device), head, given)
+            return _scored(hidden, target.to(hidden.device), head, given, None if over is None else over.to(hidden.device))
 
         output = _inside_head(model, states[0], score, fused.head_in_float32)
         count = output.label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -249,6 +256,20 @@ def _targets(labels, shift_labels, states):
     if given.shape != states.shape[:2]:
         raise ValueError(f"{name} must be [B, T] = {list(states.shape[:2])} as the hidden states are, got {list(given.shape)}")
     return given.long()[:, 1:] if shift_labels is None else given.long()
+
+
+def _support(support, outputs, labels, shift_labels):
+    """Of what each position is to predict: the first column of labels goes, as it does from them."""
+    if any(name in DIAGNOSTICS for name in outputs):
+        raise ValueError(f"outputs of fuse_lm_head must be log_probs and entropy alone with a support, got {tuple(outputs)}")
+    given = labels if shift_labels is None else shift_labels
+    device = support.ids.device if isinstance(support, TokenSupport) else given.device
+    check_support(support, given.shape, device)  # on any device, as labels are
+    if shift_labels is not None:
+        return support
+    if wrong := support.facts().wrong:
+        raise ValueError(wrong)
+    return support.take(torch.arange(given.numel(), device=device).view(given.shape)[:, 1:].flatten())
 
 
 def lm_head(model, dtype=None) -> LMHead:
@@ -344,11 +365,11 @@ def _restore_forward(module, own):
         module.forward = own
 
 
-def _scored(hidden, labels, head, options):
+def _scored(hidden, labels, head, options, support):
     mask = labels != -100
     logps, entropy, *diagnostics = token_statistics(
         hidden, head.weight, labels.where(mask, 0), mask=mask, bias=head.bias, lora=head.lora, logit_scale=head.logit_scale,
-        softcap=head.softcap, **options,
+        softcap=head.softcap, support=support, **options,
     )  # fmt: skip
     return FusedCausalLMOutput(None, logps, entropy if "entropy" in options["diagnostics"] else None, *diagnostics, mask)
 

@@ -31,6 +31,8 @@ from ..distributed import QuantileOnly
 from ..logprobs import token_statistics
 from ..loss import fused_linear_grpo_loss
 from ..losses.config import GRPOLossConfig
+from ..support import TokenSupport
+from .sampling_mask import recorded_support
 from .transformers import FusedCausalLMOutput, LMHead, fuse_lm_head, lm_head
 
 try:
@@ -115,7 +117,8 @@ def patch_trl() -> None:
     """Replace TRL's chunked log-prob function under every TRL trainer (GRPO, RLOO, DPO, KTO, SFT), those that exist already too.
 
     Equal to it in all five outputs, to rounding; bias, softcap, logit scale, autocast and ZeRO-3 included. Calling it twice is
-    calling it once. Token ids are checked: one outside of [0, V) is a ValueError here.
+    calling it once. Token ids are checked: one outside of [0, V) is a ValueError here. Log-probs are over the whole vocabulary, as
+    TRL's are: rollouts under top-p, top-k or min-p need `FusedGRPOTrainer`, which keeps what was left.
 
     Raises:
         RuntimeError: this TRL's function is another than the one known.
@@ -157,16 +160,29 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
     """`trl.GRPOTrainer` with every training and evaluation loss by `fused_linear_grpo_loss`, inside the wrapped forward.
 
     Takes what `trl.GRPOTrainer` takes and logs what it logs. Beyond it: a LoRA adapter on the output layer (``target_modules`` may
-    name ``lm_head``), and log-probs at a per-token temperature, see `token_temperature`.
+    name ``lm_head``), log-probs at a per-token temperature, see `token_temperature`, and log-probs over the tokens that a truncated
+    sampler left: trained, old and reference log-probs, their ratio and KL, and entropies are then over the supports.
+
+    Supports come from transformers' ``generate``, recorded as it samples, or from a ``rollout_func`` that returns "sampling_mask":
+    for each completion (token_ids, offsets), where its token i could have been any of ``token_ids[offsets[i]:offsets[i + 1]]``, or
+    None. Name and layout are those of vLLM's ``SamplingMask``; that, or a `TokenSupport`, may stand for the pair. Ranges of tokens
+    that ``env_mask`` leaves out have no meaning.
+
+    Args:
+        keep_sampling_mask: None keeps supports where generate truncates (top_p, top_k, min_p, or an option like them in
+            ``generation_kwargs``) and where a ``rollout_func`` returns them. True records those of every generate, and asks a
+            ``rollout_func`` for them. False trains over the whole vocabulary, as TRL does.
 
     Raises:
         RuntimeError: at construction, if this TRL is not one that is known; in training, if its loss, or that of a subclass, is not
             the fused one.
-        ValueError: at construction, an option of the loss has a value it cannot have, or training in float16.
+        ValueError: at construction, an option of the loss has a value it cannot have, training in float16, or keep_sampling_mask
+            True where nothing returns one: vLLM and continuous batching without a ``rollout_func``; in training, a sampling mask
+            that does not fit its completions.
         NotImplementedError: at construction, an adapter on the output layer that is not a plain LoRA.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, keep_sampling_mask: bool | None = None, **kwargs):
         fused = []
 
         def add(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
@@ -188,6 +204,8 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
             raise ValueError("cast_lm_head_to_fp32 must be False with a LoRA adapter on the output layer")
         _refuse_what_training_would(fused[0])
         self._pass, self._compared = None, collections.Counter()
+        self._masks = self._turns = None  # supports of the completions that are being scored; of the calls of generate before them
+        self.keep_sampling_mask = self._checked_keeping(keep_sampling_mask)
         _FusedPass(self, {}).config(LMHead(None, None, None, 1.0, None))  # raises now what the first loss would raise
 
     def token_temperature(self, inputs) -> torch.Tensor | None:
@@ -209,12 +227,65 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
             raise _another_loss(self, "_compute_loss does not call _get_per_token_logps_and_entropies")
         return ours
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self._pass is not None:
             model = self._pass.instead_of(model)
         elif not torch.is_grad_enabled():
-            model = _Scorer(self.temperature, model)
-        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            model = _Scorer(self.temperature, model, logits_to_keep, self._masks)
+        return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+
+    def _checked_keeping(self, keep):
+        if keep is not None and not isinstance(keep, bool):
+            raise TypeError(f"keep_sampling_mask must be True, False or None, got {keep!r}")
+        if keep and self.rollout_func is None and not self._uses_generate():
+            sampler = "use_vllm" if self.use_vllm else "use_transformers_continuous_batching"
+            raise ValueError(
+                f"keep_sampling_mask must be None or False with {sampler} and no rollout_func, which could return one, got True"
+            )
+        return keep
+
+    def _uses_generate(self):
+        return self.rollout_func is None and not (self.use_vllm or getattr(self, "use_transformers_continuous_batching", False))
+
+    def _generate_and_score_completions(self, inputs):
+        self._masks = None
+        try:
+            output = super()._generate_and_score_completions(inputs)
+            # a list, which TRL shuffles and splits by completion as it does its lists of images
+            return output if self._masks is None else {**output, "sampling_mask": self._masks}
+        finally:
+            self._masks = None
+
+    def _generate(self, prompts):
+        keep = self.keep_sampling_mask
+        self._turns = [] if self._uses_generate() and (_truncates(self) if keep is None else keep) else None
+        try:
+            output = super()._generate(prompts)
+            if len(output) < 6 or not isinstance(output[5], dict):
+                raise _unknown("GRPOTrainer._generate returns other results")
+            prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *others = output
+            given = extra_fields.pop("sampling_mask", None)
+            if self._turns:
+                self._masks, logprobs = _by_completion(_joined(self._turns), logprobs), None
+            elif self.rollout_func is not None and keep is not False and (keep or given is not None):
+                self._masks = _masks_of_rollouts(given, completion_ids, tool_mask)
+            return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *others
+        finally:
+            self._turns = None
+
+    def _generate_single_turn(self, *args, **kwargs):
+        if self._turns is None:
+            return super()._generate_single_turn(*args, **kwargs)
+        with recorded_support(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)) as recorder:
+            completion_ids, _ = super()._generate_single_turn(*args, **kwargs)
+        lengths = torch.tensor([len(ids) for ids in completion_ids])
+        mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+        before = sum(turn.positions for turn in self._turns)
+        self._turns.append(recorder.support(mask.to(self.accelerator.device)).to("cpu"))
+        # numbers of positions, from 1, where other samplers return log-probs: TRL's loop over tool calls cuts, joins and fills
+        # these lists as it does the completions, with 0.0 for the tokens of a tool
+        numbers = before + 1 + torch.arange(mask.numel()).view_as(mask)
+        return completion_ids, [row[own].tolist() for row, own in zip(numbers, mask, strict=True)]
 
 
 def _refuse_what_training_would(model):
@@ -258,18 +329,21 @@ class _StandIn:
 class _Scorer(_StandIn):
     """For log-probs without gradient: of the old policy and of the reference."""
 
-    def __init__(self, temperature, model):
-        self.temperature, self.model = temperature, model
+    def __init__(self, temperature, model, length, masks):
+        self.temperature, self.model, self.length, self.masks = temperature, model, length, masks
+        self.first = 0  # completion of the next call: TRL scores some at a time
 
     def __call__(self, *args, labels, fused_lm_head, **kwargs):
-        scored = []
+        scored, rows = [], slice(self.first, self.first + len(labels))
+        self.first = rows.stop
 
         def score(hidden, head):
-            target = labels[:, 1:].to(hidden.device)  # prompt learning puts more positions before them
+            target = labels[:, -self.length :].to(hidden.device)  # prompt learning puts more positions before them
             mask = target != -100
+            support = _joined(None if self.masks is None else self.masks[rows], self.length, hidden.device)
             scored[:] = *token_statistics(
-                hidden[:, -target.shape[1] - 1 : -1], head.weight, target.where(mask, 0), mask=mask, bias=head.bias, lora=head.lora,
-                temperature=self.temperature, logit_scale=head.logit_scale, softcap=head.softcap,
+                hidden[:, -self.length - 1 : -1], head.weight, target.where(mask, 0), mask=mask, bias=head.bias, lora=head.lora,
+                temperature=self.temperature, logit_scale=head.logit_scale, softcap=head.softcap, support=support,
             )[:2], mask  # fmt: skip
             return scored[0]
 
@@ -319,7 +393,8 @@ class _FusedPass(_StandIn):
         ids = inputs["completion_ids"].to(device)
         output = fused_linear_grpo_loss(
             hidden[:, -ids.shape[1] - 1 : -1], head.weight, ids, advantages, mask, bias=head.bias, lora=head.lora,
-            temperature=None if temperature is None else temperature.to(device), **given,
+            temperature=None if temperature is None else temperature.to(device),
+            support=_joined(inputs.get("sampling_mask"), ids.shape[1], device), **given,
         )  # fmt: skip
         loss = output.loss / divisor
         # a ratio of 1 where nothing counts: TRL multiplies by 0 there, which makes an overflowed one NaN
@@ -419,3 +494,55 @@ class _FusedPass(_StandIn):
     def _group(self):
         """Over which TRL takes the entropy quantile, and nothing else: all processes."""
         return QuantileOnly(torch.distributed.group.WORLD) if self.trainer.accelerator.num_processes > 1 else None
+
+
+# ---- the sampling mask
+
+
+def _truncates(trainer):
+    """Whether generate leaves tokens out when it samples. Where its configuration has None that of the model counts."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    chosen, defaults = vars(trainer.generation_config), vars(model.generation_config)
+    options = defaults | {name: value for name, value in chosen.items() if value is not None}
+    found = {name: options.get(name) for name in ("top_k", "min_p", "epsilon_cutoff", "eta_cutoff", "top_h")}
+    shares = [options.get(name) for name in ("top_p", "typical_p")]
+    return any(found.values()) or any(share is not None and share < 1 for share in shares)
+
+
+def _by_completion(support, numbers):
+    """One `TokenSupport` a completion, of the positions with these numbers: from 1, and 0 for an empty range."""
+    none = support.offsets[-1:]  # behind the others, where -1 finds it
+    support = TokenSupport(support.ids, torch.cat([support.offsets, none]))
+    return [support.take(torch.tensor(own, dtype=torch.int64) - 1) for own in numbers]
+
+
+def _masks_of_rollouts(given, completion_ids, env_mask):
+    """Of what a rollout_func returned. Tokens that were not sampled may be outside of their ranges, and get empty ones."""
+    if not isinstance(given, list | tuple) or len(given) != len(completion_ids):
+        got = f"{len(given)} of them" if isinstance(given, list | tuple) else kind(given)
+        raise ValueError(f"sampling_mask must be a list of {len(completion_ids)} (token_ids, offsets), one a completion, got {got}")
+    masks, numbers, first = [], [], 1
+    for i, (mask, ids) in enumerate(zip(given, completion_ids, strict=True)):
+        token_ids, offsets = _pair(mask, len(ids))
+        if len(offsets) != len(ids) + 1:
+            wanted = f"{len(ids) + 1} offsets, one more than it has tokens"
+            raise ValueError(f"sampling_mask of completion {i} must have {wanted}, got {len(offsets)}")
+        masks.append((token_ids, offsets))
+        sampled = [1] * len(ids) if env_mask is None else env_mask[i]
+        numbers.append([number if own else 0 for number, own in enumerate(sampled, first)])
+        first += len(ids)
+    return _by_completion(TokenSupport.from_sequences(masks), numbers)
+
+
+def _pair(mask, tokens):
+    """(token_ids, offsets) of a completion's mask in one of its forms."""
+    if mask is None:
+        return [], [0] * (tokens + 1)
+    if isinstance(mask, TokenSupport):
+        return mask.ids, mask.offsets
+    return (mask.token_ids, mask.offsets) if hasattr(mask, "token_ids") else mask
+
+
+def _joined(masks, length=None, device=None):
+    """[B, length] of the supports of B completions, or [N] one behind the other; None of None."""
+    return None if masks is None else TokenSupport.from_sequences([(mask.ids, mask.offsets) for mask in masks], length, device)
