@@ -155,8 +155,10 @@ def test_wrong_kinds_are_refused():
         ours(p, drawn_ids(p, 3).float(), "auto")
     with pytest.raises(ValueError, match=r"ids must have shape \[4, 6\]"):
         ours(p, drawn_ids(p, 3)[:2], "auto")
+    (hidden, weight, *_), _, _ = p.arguments()
+    ids = drawn_ids(p, 3)
     with pytest.raises(RuntimeError, match="cannot be used under torch.compile"):
-        torch.compile(lambda: ours(p, drawn_ids(p, 3), "auto"), backend="eager", fullgraph=True)()
+        torch.compile(lambda: linear_logprobs_at(hidden, weight, ids), backend="eager", fullgraph=True)()
 
 
 def shards_agree(rank, world):
