@@ -11,39 +11,25 @@ A program is one warp, so that nothing is exchanged between warps. Bytes per pai
 Per element of a pair: one multiplication and one addition. Each sum is one program's, in the order of the columns, or of the pairs.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
-
-class Pairs(NamedTuple):
-    """Pointers, rows' may be None: the fields of `statistics.Pairs`."""
-
-    ids: object
-    ranges: object
-    rows: object
+_PAIRS = "ids_ptr", "ranges_ptr", "rows_ptr"  # one by one: inside of a tuple Triton specialises on alignment all the same
 
 
 @triton.jit
-def _row_of(pairs, r):
+def _row_of(rows_ptr, r):
     row = r
-    if pairs.rows is not None:
-        row = tl.load(pairs.rows + r)
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + r)
     return row
 
 
 @triton.jit
-def _ids(pairs, at, last, rows):
-    """(ids, whether they are pairs') at some places of a range that ends at ``last``, into a matrix of so many rows."""
-    ids = tl.load(pairs.ids + at, mask=at < last, other=-1)
-    return ids, (ids >= 0) & (ids < rows)
-
-
-@triton.jit
-def _factors(pairs, g_ptr, start, last, PAIRS: tl.constexpr):
+def _factors(ids_ptr, g_ptr, start, last, PAIRS: tl.constexpr):
+    """(ids, g) of some pairs of a range that ends at ``last``; behind it, no id and no weight."""
     at = start + tl.arange(0, PAIRS)
-    return tl.load(pairs.ids + at, mask=at < last, other=-1), tl.load(g_ptr + at, mask=at < last, other=0.0)
+    return tl.load(ids_ptr + at, mask=at < last, other=-1), tl.load(g_ptr + at, mask=at < last, other=0.0)
 
 
 @triton.jit
@@ -53,9 +39,11 @@ def _gathered(matrix, ids, here, columns, K):
     return tl.load(matrix.pointer + at, mask=tl.expand_dims(here, 1) & tl.expand_dims(columns < K, 0), other=0.0)
 
 
-@triton.jit(do_not_specialize=["count", "V"], do_not_specialize_on_alignment=["pairs", "bias_ptr", "out_ptr"])
+@triton.jit(do_not_specialize=["count", "V"], do_not_specialize_on_alignment=[*_PAIRS, "bias_ptr", "out_ptr"])
 def pair_logits_kernel(
-    pairs,  # Pairs
+    ids_ptr,  # [M] int64
+    ranges_ptr,  # [R, 2] int64
+    rows_ptr,  # [R] int64 or None
     hidden,  # Matrix [.., K]
     weight,  # Matrix [V, K]
     bias_ptr,  # [V] acc or None
@@ -74,8 +62,8 @@ def pair_logits_kernel(
     LOAD: tl.constexpr = 16 // (weight.pointer.dtype.element_ty.primitive_bitwidth // 8)
     start = tl.program_id(0).to(tl.int64) * ROWS
     group = start + tl.arange(0, ROWS)
-    first = tl.load(pairs.ranges + 2 * group, mask=group < count, other=0)
-    lengths = tl.load(pairs.ranges + 2 * group + 1, mask=group < count, other=0) - first
+    first = tl.load(ranges_ptr + 2 * group, mask=group < count, other=0)
+    lengths = tl.load(ranges_ptr + 2 * group + 1, mask=group < count, other=0) - first
     ends = tl.cumsum(tl.cdiv(lengths, PAIRS).to(tl.int32), 0)
     steps = tl.max(ends, 0)
     share = tl.cdiv(steps, tl.num_programs(1))
@@ -83,10 +71,11 @@ def pair_logits_kernel(
     for step in range(begin, tl.minimum(begin + share, steps)):
         r = start + tl.sum((ends <= step).to(tl.int32), 0)
         since = step - tl.max(tl.where(ends <= step, ends, 0), 0)
-        at = tl.load(pairs.ranges + 2 * r) + since * PAIRS + tl.arange(0, PAIRS)
-        last = tl.load(pairs.ranges + 2 * r + 1)
-        ids, here = _ids(pairs, at, last, V)
-        hidden_ptr = hidden.pointer + _row_of(pairs, r) * hidden.stride
+        at = tl.load(ranges_ptr + 2 * r) + since * PAIRS + tl.arange(0, PAIRS)
+        last = tl.load(ranges_ptr + 2 * r + 1)
+        ids = tl.load(ids_ptr + at, mask=at < last, other=-1)
+        here = (ids >= 0) & (ids < V)
+        hidden_ptr = hidden.pointer + _row_of(rows_ptr, r) * hidden.stride
         total = tl.zeros((PAIRS, BLOCK // LOAD), ACC)
         for k in range(0, K, BLOCK):
             columns = k + tl.arange(0, BLOCK)
@@ -102,9 +91,12 @@ def pair_logits_kernel(
             tl.store(out_ptr + at, tl.where(here, z, float("-inf")), mask=at < last)
 
 
-@triton.jit(do_not_specialize=["rows_each", "out_rows", "count", "source_rows"], do_not_specialize_on_alignment=["pairs", "g_ptr"])
+@triton.jit(do_not_specialize=["rows_each", "out_rows", "count", "source_rows"],
+            do_not_specialize_on_alignment=[*_PAIRS, "g_ptr"])  # fmt: skip
 def pair_sums_kernel(
-    pairs,  # Pairs
+    ids_ptr,  # [M] int64
+    ranges_ptr,  # [R, 2] int64
+    rows_ptr,  # [R] int64 or None
     out,  # Matrix [out_rows, K]
     source,  # Matrix [source_rows, K]
     g_ptr,  # [M] acc
@@ -122,16 +114,16 @@ def pair_sums_kernel(
     start = tl.program_id(0).to(tl.int64) * rows_each
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     for r in range(start, tl.minimum(start + rows_each, count)):
-        first, last = tl.load(pairs.ranges + 2 * r), tl.load(pairs.ranges + 2 * r + 1)
+        first, last = tl.load(ranges_ptr + 2 * r), tl.load(ranges_ptr + 2 * r + 1)
         if first < last:
-            row = _row_of(pairs, r)
+            row = _row_of(rows_ptr, r)
             if (row >= 0) & (row < out_rows):
                 total = tl.zeros((BLOCK,), ACC)
-                ids, g = _factors(pairs, g_ptr, first, last, PAIRS)
+                ids, g = _factors(ids_ptr, g_ptr, first, last, PAIRS)
                 for at in range(first, last, PAIRS):
                     here = (ids >= 0) & (ids < source_rows)
                     x = _gathered(source, ids, here, columns, K).to(ACC)
-                    ahead = _factors(pairs, g_ptr, at + PAIRS, last, PAIRS)
+                    ahead = _factors(ids_ptr, g_ptr, at + PAIRS, last, PAIRS)
                     total += tl.sum(tl.expand_dims(tl.where(here, g, 0.0), 1) * x, 0)
                     ids, g = ahead
                 total *= tl.full((), scale, ACC)

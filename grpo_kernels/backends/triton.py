@@ -183,7 +183,7 @@ def _launch_pairs(kernel, pairs, per_row, per_id, *args, scale, add, shape, **co
     matrices = [kernels.Matrix(x, x.stride(0)) for x in (per_row, per_id)]
     with _device(per_id):
         kernel[-(-count // shape.rows), shape.programs](
-            pair_kernels.Pairs(**vars(pairs)), *matrices, *args, count, rows, columns, float(scale), **constants,
+            pairs.ids, pairs.ranges, pairs.rows, *matrices, *args, count, rows, columns, float(scale), **constants,
             ADD=add, PAIRS=shape.pairs, BLOCK=shape.block, num_warps=1,
         )  # fmt: skip
 
