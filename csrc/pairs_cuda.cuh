@@ -1,14 +1,14 @@
 // The two pair kernels on CUDA, over K columns: dot products and sums of pairs (row of one matrix, row of another).
 //
-//   pair_logits  a warp computes a pair: it reads its 8 bytes of id, the K elements of a row of the weight past the first-level cache,
-//                and the row of hidden through it. A lane has 8 loads of 16 bytes under way, a warp 4 KiB.
-//   pair_sums    a warp sums 512 bytes of a row over its pairs: it reads them of a row of the source for each pair, and the pair's id
-//                and g, 12 bytes (16 in double), which makes 2 % more. A lane has 8 loads of 16 bytes under way, each of another pair,
-//                and the next 32 ids; its sums are in registers, and the result is written once.
+//   pair_logits  a warp computes a pair: it reads its 8 bytes of id, the K elements of a row of the weight past the first-level
+//                cache, and the row of hidden through it. A lane has 8 loads of 16 bytes under way, a warp 4 KiB.
+//   pair_sums    a warp sums 512 bytes of a row over its pairs: it reads them of a row of the source for each pair, and the pair's
+//                id and g, 12 bytes (16 in double), which makes 2 % more. A lane has 8 loads of 16 bytes under way, each of another
+//                pair, and the next 32 ids; its sums are in registers, and the result is written once.
 //
 // A unit is 16 bytes. In pair_logits lane l has the units l, l + 32, ... of a row, one sum for each place in a unit, and the lanes'
-// sums are merged in one tree. In pair_sums a lane has one unit and adds the pairs in their order; the pairs of a long range are dealt
-// out in runs of 32 to kSlices slices, whose sums a warp adds in order. So the bits depend on K and a range's length alone.
+// sums are merged in one tree. In pair_sums a lane has one unit and adds the pairs in their order; the pairs of a long range are
+// dealt out in runs of 32 to kSlices slices, whose sums a warp adds in order. So the bits depend on K and a range's length alone.
 #pragma once
 
 #include "row_math.h"
@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(kMostPairThreads, 3) pair_logits_kernel(const 
 
 // Adds a unit of the `count` pairs from `first` on, of every `step`-th run of 32 of them, to the lane's sums.
 template <bool Aligned, class T, class A>
-__device__ __forceinline__ void add_pairs(A (&sums)[kUnit<T>], const PairSumsParams& p, int64_t first, int count, int step, int column) {
+__device__ __forceinline__ void add_pairs(A (&sums)[kUnit<T>], const PairSumsParams& p, int64_t first, int count, int step,
+                                          int column) {
   constexpr int kLoads = kPairLoads<Aligned>;
   const int lane = int(threadIdx.x % 32), columns = int(p.source.columns);
   int id = -1, next_id;  // of the pair that is this lane's
@@ -162,7 +163,7 @@ __device__ __forceinline__ void add_pairs(A (&sums)[kUnit<T>], const PairSumsPar
 #pragma unroll
       for (int k = 0; k < kLoads; k++) {
         const int row = __shfl_sync(kWholeWarp, id, i + k);
-        if (row >= 0 && column < columns) units[k] = unit_of<Aligned, false>(row_of<const T>(p.source, row) + column, 0, columns - column);
+        if (row >= 0 && column < columns) units[k] = unit_of<Aligned, false>(row_of<const T>(p.source, row), column, columns);
       }
 #pragma unroll
       for (int k = 0; k < kLoads; k++) {

@@ -57,7 +57,8 @@ const char* shape_of(const Tile& tile, int element_size, const CudaLaunch& launc
                    (long long)values.columns, shape.cluster, capability);
   }
   shape.shared = int(shared);
-  const int chosen = tile.ranges ? kFewestLanesOfRange : threads_of(values.columns, element_size, shape.kept ? 1 : visits, shape.cluster);
+  const int of_rows = threads_of(values.columns, element_size, shape.kept ? 1 : visits, shape.cluster);
+  const int chosen = tile.ranges ? kFewestLanesOfRange : of_rows;
   shape.threads = launch.threads ? launch.threads : chosen;
   if (shape.threads < 32 || shape.threads > most_threads(element_size) || shape.threads % 32) {
     return failure("threads must be a multiple of 32 up to %d, got %d", most_threads(element_size), shape.threads);
@@ -188,7 +189,8 @@ Kernel<PairSumsParams> instantiation(const PairSumsParams& p, bool aligned) {
 
 bool is_aligned(const Matrix& m) {
   const int64_t size = size_of(m.dtype);
-  return reinterpret_cast<uintptr_t>(m.data) % kUnitBytes == 0 && m.row_stride * size % kUnitBytes == 0 && m.columns * size % kUnitBytes == 0;
+  const bool begins = reinterpret_cast<uintptr_t>(m.data) % kUnitBytes == 0;
+  return begins && m.row_stride * size % kUnitBytes == 0 && m.columns * size % kUnitBytes == 0;
 }
 
 // `per_row` and `per_id` are the matrices that rows and ids are of.
