@@ -13,11 +13,13 @@ from grpo_kernels import (
     GRPOLossOutput,
     LogProbs,
     LogProbsAndLse,
+    TokenSupport,
     available_backends,
     fused_linear_grpo_loss,
     group_advantages,
     grpo_loss_from_logits,
     linear_logprobs,
+    linear_logprobs_at,
     objective,
     reference,
     register_policy_term,
@@ -49,6 +51,10 @@ module: torch.nn.Module = FusedLinearGRPOLoss(loss_type="dapo", epsilon_high=0.2
 with_lse: LogProbsAndLse = linear_logprobs(hidden, weight, ids, return_lse=True)
 lse: Tensor = with_lse.lse
 out = FusedLinearGRPOLoss()(hidden, weight, ids, advantages, mask, old_logps=logps)
+support: TokenSupport = TokenSupport.from_padded(ids.unsqueeze(-1)).take(ids.flatten()).to("cpu")
+old = linear_logprobs(hidden, weight, ids, support=support)
+old = linear_logprobs_at(hidden, weight, ids.unsqueeze(-1), mask=mask, temperature=0.7)
+out = fused_linear_grpo_loss(hidden, weight, ids, advantages, mask, support=TokenSupport.from_mask(logits > 0))
 
 
 def squared(logps: Tensor, old_logps: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
