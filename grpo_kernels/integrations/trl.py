@@ -13,6 +13,10 @@ count. Tokens of one context, such as the first of every completion of a prompt,
 are equal to the bit; ours differ in the last ones, because the kernels sum the sampled token apart. Where the quantile falls on
 such a group stock TRL trains all of it and this module a part, and the runs differ from that step on.
 
+Under top-p, top-k or min-p a token came from the renormalised distribution over the tokens that were left. The fused trainer keeps
+these supports, the sampling mask, and takes its log-probs over them (DeepSeek-V3.2, arXiv 2512.02556, section 3.1; see
+`FusedGRPOTrainer`). Stock TRL takes them over the whole vocabulary, so such runs differ unless ``keep_sampling_mask=False``.
+
 Source: interfaces of TRL 1.15 and 1.16 (trl/trainer/utils.py: add_fused_lm_head; trl/kernels/chunked_logprob.py).
 """
 
