@@ -36,7 +36,7 @@ from ..logprobs import token_statistics
 from ..loss import fused_linear_grpo_loss
 from ..losses.config import GRPOLossConfig
 from ..support import TokenSupport
-from .sampling_mask import recorded_support
+from .sampling_mask import recorded_support, truncations
 from .transformers import FusedCausalLMOutput, LMHead, fuse_lm_head, lm_head
 
 try:
@@ -506,11 +506,8 @@ class _FusedPass(_StandIn):
 def _truncates(trainer):
     """Whether generate leaves tokens out when it samples. Where its configuration has None that of the model counts."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    chosen, defaults = vars(trainer.generation_config), vars(model.generation_config)
-    options = defaults | {name: value for name, value in chosen.items() if value is not None}
-    found = {name: options.get(name) for name in ("top_k", "min_p", "epsilon_cutoff", "eta_cutoff", "top_h")}
-    shares = [options.get(name) for name in ("top_p", "typical_p")]
-    return any(found.values()) or any(share is not None and share < 1 for share in shares)
+    chosen = {name: value for name, value in vars(trainer.generation_config).items() if value is not None}
+    return bool(truncations(vars(model.generation_config) | chosen))
 
 
 def _by_completion(support, numbers):

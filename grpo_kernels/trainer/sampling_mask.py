@@ -7,23 +7,6 @@ import torch
 
 from ..support import TokenSupport
 
-# an option of GenerationConfig, and whether a value of it leaves the least likely tokens out. Those that ban a few tokens alone
-# (bad_words_ids, min_new_tokens, ...) leave supports next to as large as the vocabulary, dearer than the vocabulary itself.
-_TRUNCATES = {
-    "top_k": lambda k: k > 0,
-    "top_p": lambda p: p < 1,
-    "min_p": lambda p: p > 0,
-    "top_h": lambda h: True,
-    "typical_p": lambda p: p < 1,
-    "epsilon_cutoff": lambda e: 0 < e < 1,
-    "eta_cutoff": lambda e: 0 < e < 1,
-}
-
-
-def truncations(options) -> dict:
-    """Those of the ``options`` of a sampling by which tokens are left out because they are unlikely."""
-    return {name: options[name] for name, cuts in _TRUNCATES.items() if options.get(name) is not None and cuts(options[name])}
-
 
 def split(support: TokenSupport, positions: int) -> list[TokenSupport]:
     """Stretches of so many positions, without a copy of the ids. Waits for the device once."""
