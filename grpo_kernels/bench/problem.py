@@ -65,7 +65,7 @@ def make_problem(shape: Shape, workload: Workload, seed=0, device="cpu") -> Prob
     hidden, ids, candidates, used = _peaked(noise, weight, g)
     hidden = hidden.to(dtype)
     mask, advantages = draw_batch(workload, B, T, g)
-    own = torch.Generator().manual_seed(seed)  # so that everything else is what it is without supports
+    own = torch.Generator().manual_seed(seed + 1)  # so that everything else is what it is without supports
     support = _supports(ids.cpu(), candidates, used, V, own).to(device) if workload.supports else None
     logps = _logps(hidden, weight, ids, support).view(B, T) if workload.off_policy or workload.beta else None
     # rounded as the dtype rounds it: the bands of the ratios leave room for that
