@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import math
 import sys
 from dataclasses import asdict
 
@@ -17,7 +18,7 @@ from .extras import MissingExtra
 USAGE = """\
 usage: grpo-kernels train [--config FILE.yaml] [--model PATH --data FILE --reward pkg.mod:fn ...] [--dry-run] [--OPTION VALUE ...]
        grpo-kernels plan --tokens N --vocab V --depth D [--device h200] [--dtype bf16] [--frozen | --logprobs] [--two-phase]
-                         [--workspace-mb M] [--json]
+                         [--support K] [--workspace-mb M] [--json]
        grpo-kernels plot RUN [FILE.png]
        grpo-kernels bench [--quick] [--shapes NAME,...] [--providers NAME,...] [--json FILE] [--plot DIR] ...
        grpo-kernels doctor [--build-cuda]
@@ -93,6 +94,7 @@ def plan(argv):
     wanted.add_argument("--frozen", action="store_true", help="no gradient of the head")
     wanted.add_argument("--logprobs", action="store_true", help="no gradient at all")
     parser.add_argument("--two-phase", action="store_true", help="a loss that needs all log-probs before any coefficient")
+    parser.add_argument("--support", type=float, metavar="K", help="over supports of K tokens in the mean, not over the vocabulary")
     parser.add_argument("--workspace-mb", type=float, help="in place of GRPO_KERNELS_WORKSPACE_MB")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
@@ -103,33 +105,39 @@ def plan(argv):
     for name, value in (("tokens", args.tokens), ("vocab", args.vocab), ("depth", args.depth), ("workspace-mb", budget)):
         if value <= 0:
             raise UsageError(f"plan: --{name} must be > 0, got {getattr(args, name.replace('-', '_'))}")
+    if args.support is not None and not 1 <= args.support <= args.vocab:
+        raise UsageError(f"plan: --support must be in [1, V = {args.vocab}], got {args.support:g}")
     e, gradient = _BYTES[args.dtype], not args.logprobs
     problem = Problem(
         live=args.tokens * gradient, dead=args.tokens * (not gradient), vocab=args.vocab, depth=args.depth, element_size=e,
         tile_size=e if args.device == "cpu" else max(e, 4), needs_hidden=gradient, needs_weight=gradient and not args.frozen,
         budget=budget, two_phases=args.two_phase, device=DEVICES[args.device],
+        pairs=math.ceil(args.tokens * (args.support or 0)),
     )  # fmt: skip
     chosen = choose(problem)
     found, prediction = steps(problem, chosen), predict(problem)
     if args.json:
         again = problem.stashes and not chosen.stash_rows
         r, R = (chosen.recompute_chunk, chosen.recompute_rows) if again else (chosen.chunk_rows, chosen.buffer_rows)
-        heights = {"r": r, "R": R, **asdict(chosen)}
+        heights = {"r": 0, "R": 0} if problem.pairs else {"r": r, "R": R, **asdict(chosen)}
         print(json.dumps({"device": args.device, "heights": heights, "steps": [asdict(x) for x in found], **asdict(prediction)}))
         return
     print(f"device   {args.device}, {args.dtype}, workspace {budget / 2**20:g} MiB")
     used = ("chunk_rows", "buffer_rows", "direct", "dh_rows") if gradient else ("score_group", "score_rows", "score_columns")
     if problem.stashes:
         used = (*used, "stash_rows", *(name for name in asdict(chosen) if "recompute" in name and chosen.stash_rows < args.tokens))
-    print("heights  " + ", ".join(f"{name} {getattr(chosen, name)}" for name in used))
+    heights = ", ".join(f"{name} {getattr(chosen, name)}" for name in used)
+    print(f"heights  {'none: no logits are made' if problem.pairs else heights}")
     print(f"\n{'':50}{'MiB of one:':>11}{'':19}{'in all:':>10}")
     print(f"{'step':16}{'count':>7}{'m':>9}{'n':>9}{'k':>9}{'read':>11}{'written':>10}{'in L2':>9}{'ms':>10}")
     for x in found:
         mib = [size / 2**20 for size in (x.read, x.written, x.cached)]
         print(f"{x.what:16}{x.count:>7}{x.m:>9}{x.n:>9}{x.k or '':>9}{mib[0]:>11.1f}{mib[1]:>10.1f}{mib[2]:>9.1f}"
               f"{x.count * seconds(problem, x) * 1e3:>10.3f}")  # fmt: skip
-    times = f"predicted {prediction.predicted_ms:.2f} ms, bare products {prediction.floor_ms:.2f} ms, ratio {prediction.ratio:.3f}"
-    print(f"\n{times}, peak {prediction.peak_bytes / 2**30:.2f} GiB")
+    floor = "bare rows" if problem.pairs else "bare products"
+    times = f"predicted {prediction.predicted_ms:.2f} ms, {floor} {prediction.floor_ms:.2f} ms, ratio {prediction.ratio:.3f}"
+    peak = f"{prediction.peak_bytes / 2**20:.1f} MiB" if problem.pairs else f"{prediction.peak_bytes / 2**30:.2f} GiB"
+    print(f"\n{times}, peak {peak}")
 
 
 def plot(argv):
@@ -205,7 +213,8 @@ def _suggest(name, known):
 
 
 _PLAN = """A step is a product [m, k] x [k, n], or a pass over [m, n] logits where k is empty. It is done `count` times. MiB read
-and written are those of one time; the milliseconds are those of all."""
+and written are those of one time; the milliseconds are those of all. With --support, m counts (position, token) pairs, of N x K: a
+position of one token costs nothing and is counted all the same. Every pair's token is taken to be another one."""
 _LONGEST = 500  # characters of a message; transformers' may list a hundred models
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 COMMANDS = {"train": train, "plan": plan, "plot": plot, "bench": bench, "doctor": doctor}

@@ -1,7 +1,9 @@
-"""docs/metrics.md and docs/training.md: what their tables and examples say, against what the code does."""
+"""docs/metrics.md, training.md and sampling-mask.md: what their tables and examples say, against what the code does."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import re
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import torch
 from problems import make_problem, run
 from test_trainer import DATA, tiny_model, trainer
 
-from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss
+from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, reference
+from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEVICES, Problem, predict
 from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES
 from grpo_kernels.trainer.demo import make_tokenizer
 
@@ -126,3 +129,56 @@ def test_the_reward_function_of_the_documentation_scores_text_and_messages(tmp_p
         assert given["completions"] == (texts if kind == "text" else [[{"role": "assistant", "content": text}] for text in texts])
         assert space["score"](**{**given, "completions": ["2", "3"] if kind == "text" else [[{"role": "assistant", "content": c}] for c in "23"],
                                  "answer": ["2", "2"]}) == [1.0, 0.0]  # fmt: skip
+
+
+# ---- the sampling mask ----
+
+
+def snippets(text):
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def printed_as_it_says(source, space):
+    """Runs it; every `print(...)  # answer` must print the answer."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(source, space)
+    answers = re.findall(r"^print\(.*\)\s+# (.*)$", source, re.M)
+    assert out.getvalue().splitlines() == answers
+    return space
+
+
+def test_the_snippets_of_the_sampling_mask_do_what_they_say():
+    train, *sources = snippets((DOCS / "sampling-mask.md").read_text())
+    names = printed_as_it_says(train, {})
+    arguments = [names[name] for name in ("hidden", "weight", "ids", "advantages", "mask")]
+    exact = reference.grpo_loss(*[x.detach().double() if x.is_floating_point() else x for x in arguments],
+                                old_logps=names["old"].double(), support=names["support"])  # fmt: skip
+    torch.testing.assert_close(names["out"].loss.double(), exact.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(names["old"].double(), exact.logps, rtol=1e-5, atol=1e-5)
+    assert names["hidden"].grad.abs().sum() > 0 and (names["support"].lengths() == 8).all()
+    spaces = [printed_as_it_says(source, {}) for source in sources]
+    assert len(spaces) == 2
+    padded = spaces[1]
+    assert torch.equal(padded["same"].to_mask(10), padded["support"].to_mask(10))
+    assert padded["first"].ids.tolist() == [7, 3, 9, 5] and padded["first"].positions == 2
+
+
+def test_the_readmes_supports_run_behind_its_first_snippet():
+    first, *others = snippets((DOCS.parent / "README.md").read_text())
+    (over_supports,) = (source for source in others if "TokenSupport" in source)
+    space = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(first, space)
+        exec(over_supports, space)
+    kept = space["mask"]
+    assert "support" in space and space["out"].loss.isfinite()
+    assert (space["out"].logps[kept] > -10).all(), "of some five tokens, not of a thousand"
+
+
+def test_what_supports_are_predicted_to_cost_is_what_the_plan_says():
+    _, *rows = table("sampling-mask.md", "What it costs")
+    for (_, *cells), (gradient, frozen) in zip(rows, ((True, False), (True, True), (False, True)), strict=True):
+        found = [predict(Problem(8192 * gradient, 8192 * (not gradient), 151_936, 4096, 2, 4, gradient, not frozen, DEFAULT_GPU_WORKSPACE_BYTES,
+                                 device=DEVICES["h200"], pairs=pairs)) for pairs in (0, 8 * 8192)]  # fmt: skip
+        times = [f"{found[0].predicted_ms:.1f} ms", f"{found[1].predicted_ms:.2f} ms"]
+        assert cells == [*times, *(f"{x.peak_bytes / 2**20:.0f} MiB" for x in found)]

@@ -3,6 +3,7 @@ time they predict is an independent count of those steps."""
 
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -17,7 +18,8 @@ from problems import make_problem, run
 from test_work import PRODUCTS
 from torch.profiler import ProfilerActivity, profile
 
-from grpo_kernels import GRPOLossConfig, cli, fused_linear_grpo_loss
+from grpo_kernels import GRPOLossConfig, TokenSupport, cli, fused_linear_grpo_loss, linear_logprobs
+from grpo_kernels.backends import pytorch
 from grpo_kernels.engine import cost
 from grpo_kernels.engine.plan import (
     DEFAULT_GPU_WORKSPACE_BYTES,
@@ -344,6 +346,138 @@ def test_the_environment_sets_the_default_budget(monkeypatch):
         monkeypatch.setenv("GRPO_KERNELS_WORKSPACE_MB", wrong)
         with pytest.raises(ValueError, match=r"GRPO_KERNELS_WORKSPACE_MB.*MiB > 0"):
             default_budget()
+
+
+# ---- over supports ----
+
+TOKENS, SIZE = 40, 9  # each position has so many tokens to have been sampled as
+
+
+def over_supports(needs, level="token", dtype=torch.bfloat16, vocab=301, depth=24, tokens=TOKENS, size=SIZE, ids=torch.int64):
+    """(what runs a call in plain PyTorch over distinct supports, its `Problem`)."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, tokens // 4, depth, generator=g).to(dtype).requires_grad_("hidden" in needs)
+    weight = torch.randn(vocab, depth, generator=g).to(dtype).requires_grad_("weight" in needs)
+    of_rows = torch.stack([torch.randperm(vocab, generator=g)[:size] for _ in range(tokens)])
+    advantages, mask = torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4, tokens // 4, dtype=torch.bool)
+    token_ids, config = of_rows[:, 0].view(4, -1), GRPOLossConfig(importance_sampling_level=level)
+    old, support = torch.full_like(token_ids, -2.0, dtype=torch.float32), TokenSupport.from_padded(of_rows.to(ids))
+
+    def call():
+        given = {"support": TokenSupport(support.ids, support.offsets), "backend": "torch"}
+        if not needs:
+            return linear_logprobs(hidden, weight, token_ids, **given)
+        loss = fused_linear_grpo_loss(hidden, weight, token_ids, advantages, mask, old_logps=old, config=config, **given).loss
+        loss.backward()
+
+    trains = bool(needs)
+    return call, Problem(tokens * trains, tokens * (not trains), vocab, depth, dtype.itemsize, dtype.itemsize, "hidden" in needs,
+                         "weight" in needs, 10**6, level == "sequence", pairs=tokens * size)  # fmt: skip
+
+
+class Handed(torch.utils._python_dispatch.TorchDispatchMode):
+    """What a call hands to the pair kernels as (read, written) bytes, and PyTorch's own kernels over pairs and over rows."""
+
+    HOST = ("scalar_tensor", "arange", "lift_fresh", "empty", "grpo_kernels", "_local_scalar", "_is_")
+
+    def __init__(self, monkeypatch, pairs):
+        super().__init__()
+        self.pair_kernels, self.row_kernels, self.small, self.pairs, self.inside = [], 0, collections.Counter(), pairs, False
+        for name in ("pair_logits", "pair_sums", "statistics", "gradient"):
+            monkeypatch.setattr(pytorch, name, functools.partial(self.spied, name, getattr(pytorch, name)))
+
+    def spied(self, name, kernel, *args, add=False, **options):
+        found, self.inside = None, True
+        if name == "pair_logits":
+            pairs, hidden, weight, z = args
+            found = 8 * len(pairs.ids) + sum(x.nbytes for x in (weight[pairs.ids], hidden[pairs.rows])), z.nbytes
+        elif name == "pair_sums":
+            pairs, g, source, out = args
+            written = out[pairs.rows[pairs.ranges[:, 0] < pairs.ranges[:, 1]]].nbytes
+            found = 8 * len(pairs.ids) + g.nbytes + source[pairs.ids].nbytes + written * add, written
+        if found is None:
+            self.row_kernels += 1
+        else:
+            self.pair_kernels.append(found)
+        kernel(*args, **({"add": True} if add else {}), **options)
+        self.inside = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.name().removeprefix("aten::")
+        if not self.inside and not function.is_view and not name.startswith(self.HOST):
+            sizes = [x.numel() for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)]
+            kind = "sort" if name.startswith("sort") else "pairs"
+            self.small[kind if max(sizes, default=0) >= self.pairs - 1 else "rows"] += 1
+        return out
+
+
+NEEDS = {"trained": ("hidden", "weight"), "frozen head": ("hidden",), "no gradient": ()}
+
+
+@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+@pytest.mark.parametrize("vocab", [4001, 301], ids=["few of the vocabulary", "all of it"])
+def test_steps_over_supports_are_what_the_pair_kernels_are_handed(monkeypatch, needs, vocab):
+    call, p = over_supports(needs, vocab=vocab)
+    handed = Handed(monkeypatch, p.pairs)
+    with handed:
+        call()
+    found = {s.what: s for s in steps(p, plan(p)) if s.what in ("pair logits", "dH", "dW")}
+    assert list(found) == ["pair logits", *["dH"] * ("hidden" in needs), *["dW"] * ("weight" in needs)]
+    for step, (read, written) in zip(found.values(), handed.pair_kernels, strict=True):
+        # tokens that two positions share make fewer rows of dW than are planned
+        slack = 2 * 24 * p.pairs * (step.what == "dW")
+        assert read <= step.read <= read + slack and written <= step.written <= written + slack, step.what
+    counted = collections.Counter()
+    for s in steps(p, plan(p)):
+        kind = {"sort pairs": "sort", "small passes": "pairs" if s.m == p.pairs else "rows"}.get(s.what)
+        counted[kind] += s.count
+    assert handed.row_kernels == (2 if needs else 1) == sum(s.what in ("statistics", "gradient") for s in steps(p, plan(p)))
+    assert handed.small["sort"] * cost._SORT_PASSES == counted["sort"]
+    for kind in ("pairs", "rows"):
+        assert counted[kind] == pytest.approx(handed.small[kind], rel=0.15), handed.small
+
+
+@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_peak_over_supports_is_the_documented_one(monkeypatch, needs, level):
+    """Of all tensors but those of plain PyTorch's pair and row kernels, which other backends do not make."""
+    for name in ("pair_logits", "pair_sums", "statistics", "gradient"):
+        monkeypatch.setattr(pytorch, name, lambda *args, **options: None)
+    for tokens, size, depth in ((1000, 2, 8), (1000, 60, 8), (100, 60, 512)):
+        call, p = over_supports(needs, level, tokens=tokens, size=size, depth=depth, ids=torch.int32)
+        call()  # libraries
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+            call()
+        changes = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = itertools.accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns()))
+        allowed = peak_bytes(p, tokens)
+        assert 0.2 * allowed < max(held) <= allowed, (tokens, size, depth)
+
+
+def test_supports_are_far_cheaper_than_the_vocabulary():
+    for more, times in (({}, 20), ({"needs_weight": False}, 30), ({"logprobs": True}, 30)):
+        p = on_gpu(8192, 4096, **more)
+        pairs = dataclasses.replace(p, pairs=8 * 8192)
+        found = predict(pairs)
+        assert times * found.predicted_ms < predict(p).predicted_ms and found.ratio > 1
+        assert counted_seconds(pairs) * 1e3 == pytest.approx(found.predicted_ms)
+        assert predict(dataclasses.replace(p, pairs=16 * 8192)).predicted_ms > found.predicted_ms
+        least = {"": 3 * 8 + 2, "needs_weight": 2 * 8 + 2, "logprobs": 8 + 1}["".join(more)] * 8192 + V * (not more)
+        assert found.floor_ms == pytest.approx(least * 4096 * 2 / 4.3e12 * 1e3)
+
+
+def test_the_command_plans_over_supports(capsys):
+    p = dataclasses.replace(on_gpu(8192, 4096), pairs=61_440)
+    found = json.loads(run_command(capsys, *ARGUMENTS, "--support", "7.5", "--json")[1])
+    assert found["heights"] == {"r": 0, "R": 0} and found["steps"] == [dataclasses.asdict(s) for s in steps(p, plan(p))]
+    assert {name: found[name] for name in ("predicted_ms", "floor_ms", "ratio", "peak_bytes")} == dataclasses.asdict(predict(p))
+    code, out, _ = run_command(capsys, *ARGUMENTS, "--support", "7.5", "--frozen")
+    assert code == 0 and "no logits are made" in out and "zero dW" not in out and "bare rows" in out and " MiB\n" in out
+    assert "pair logits" in out and " 61440 " in out
+    for wrong in ("0", "0.9", "nan", "151937", "-3"):
+        code, out, err = run_command(capsys, *ARGUMENTS, "--support", wrong)
+        assert code == 2 and not out and "--support" in err and "[1, V = 151936]" in err and wrong in err
 
 
 ARGUMENTS = ("plan", "--tokens", "8192", "--vocab", str(V), "--depth", "4096")

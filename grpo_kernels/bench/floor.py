@@ -2,6 +2,7 @@
 
 Logits of every kept row, dH and, unless the head is frozen, dW of every row that is trained; nothing else. Outputs exist already
 and are overwritten: no sum is counted, no copy of dz. A row's logits are whole before its gradient begins, as a softmax needs them.
+Over supports there is no floor: no product of matrices is left.
 
 The ways: chunks of some rows or all; the vocabulary whole or in blocks; dz^T as a transposed view or contiguous. All are timed
 twice, the best twice more, on the tensors that are measured then. The row says which was the fastest.
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..engine.chunks import padded
+from .peers import Absent
 from .problem import Result
 
 ROWS = (256, 512, 1024, None)
@@ -32,6 +34,8 @@ class Floor:
     """The products of one problem; calling it runs them in the fastest way."""
 
     def __init__(self, p, clock):
+        if p.support is not None:
+            raise Absent("a support leaves no product of matrices")
         self.p = p
         self.rows = p.hidden.flatten(0, 1)[p.mask.flatten()]
         self.live = p.live if p.workload.gradients else 0

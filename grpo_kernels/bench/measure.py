@@ -3,7 +3,7 @@
 Checked is the very call that is timed, its loss and gradients (or log-probs), against float64 autograd of the reference; plain
 PyTorch in the same dtype is the yardstick. Who fails is a row with the reason, and is not timed. Every round times every provider
 once, in an order of its own, so that what is compared ran within seconds, and nobody always follows the one that leaves the caches
-worst. Ratios to the bare products are taken inside of a round.
+worst. Ratios to the bare products are taken inside of a round. Of a call of milliseconds a round takes the median of several.
 
 On a CPU a fresh process comes first: it gives peak memory and the seconds of a first call, and ends whatever hangs or crashes.
 On a GPU the allocator knows the peak of the call that is checked.
@@ -28,6 +28,7 @@ from .problem import make_problem, serves, truth, truth_bytes
 from .providers import FULL, OURS, PRODUCTS
 
 _SLOW, _SLOW_ROUNDS = 4, 3  # who takes four times as long as the fastest is timed three times
+_LONG, _MOST_CALLS = 0.2, 9  # seconds of the calls of a round, where so many are enough for it
 _LONGEST_CALL, _LONGEST_OWN = 60.0, 600.0  # seconds of a first call behind which another library, or ours, is given up
 _SHARE_OF_MEMORY = 0.85  # of what is free may be taken
 _STATUS = {Absent: "absent", AssertionError: "wrong", memory.TooLong: "too slow", MemoryError: "out of memory",
@@ -77,7 +78,7 @@ def measure(shape, workload, providers, clock, effort=Effort(), say=lambda text:
             calls[provider.name] = checked(provider, problem, known, found[provider.name], clock)
     peaks = {name: of.get("peak_bytes") for name, of in found.items()}
     trying = {p.name: functools.partial(_attempt, p, found[p.name], clock) for p in able}
-    times = rounds(calls, clock, effort, say, title, peaks, trying)
+    times = rounds(calls, clock, effort, say, title, peaks, trying, problem.weight.nbytes)
     rows = []
     for provider in providers:
         name, own = provider.name, times.get(provider.name, {})
@@ -161,10 +162,11 @@ def missing(clock, needed):
     return None
 
 
-def rounds(calls, clock, effort, say=lambda text: None, title="", peaks=None, trying=None):
+def rounds(calls, clock, effort, say=lambda text: None, title="", peaks=None, trying=None, cold=0):
     """name -> {round: seconds}; whatever the time, at least one round of all and three of ours, the floor and full logits.
 
-    ``peaks``: name -> bytes that the machine should have at hand; ``trying``: name -> what makes the context of each of its calls.
+    ``peaks``: name -> bytes that the machine should have at hand; ``trying``: name -> what makes the context of each of its calls;
+    ``cold``: bytes to write between the calls of one round.
     """
     times = {name: {} for name in calls}
     gc.collect()
@@ -182,7 +184,18 @@ def rounds(calls, clock, effort, say=lambda text: None, title="", peaks=None, tr
                     say(f"{title}: round {i + 1} of {effort.rounds}, {name}")
                     size = (peaks or {}).get(name)
                     with trying[name]() if trying else contextlib.nullcontext():
-                        times[name][i] = clock.seconds(calls[name], before=lambda size=size: clock.ready(size))
+                        times[name][i] = _typical(calls[name], clock, size or 0, cold)
     finally:
         gc.enable()
     return times
+
+
+def _typical(call, clock, size, cold):
+    """Seconds of one call: the median of an odd number of them, as many as fit `_LONG`.
+
+    Behind a model's layers no row of the head is in a cache: before each call memory of the head's size is written.
+    """
+    done = [clock.seconds(call, before=lambda: clock.ready(size))]
+    while len(done) < _MOST_CALLS and (len(done) % 2 == 0 or (len(done) + 2) * min(done) <= _LONG):
+        done.append(clock.seconds(call, before=lambda: clock.ready(max(size, cold))))
+    return statistics.median(done)

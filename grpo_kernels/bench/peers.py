@@ -2,6 +2,8 @@
 
 A library is imported from its installed package when it is first asked for, and is absent, with the reason, where that fails or
 where it has no such path.
+
+Over supports full logits are masked with -inf. The mask is made before the call: neither its time nor its memory is counted.
 """
 
 import functools
@@ -24,7 +26,10 @@ LIGER_ROWS = {"cuda": 1024, "cpu": "all"}  # of a chunk: as many as make it fast
 
 def full_logits(p, compiled=False):
     """The head's product in the inputs' dtype, of kept rows; log-probs in float32; the entropy only where it is asked for."""
-    function = _scores if not p.workload.gradients or _needs_entropy(p) else _log_probs
+    if p.support is not None:
+        function = _scores_over_supports if not p.workload.gradients else _log_probs_over_supports
+    else:
+        function = _scores if not p.workload.gradients or _needs_entropy(p) else _log_probs
     return _with_objective(p, _compiled(function) if compiled else function)
 
 
@@ -32,10 +37,10 @@ def full_logits(p, compiled=False):
 def _compiled(function):
     graph = torch.compile(function)
 
-    def scores(hidden, weight, ids):  # one graph for every number of rows, as a trainer needs
-        torch._dynamo.maybe_mark_dynamic(hidden, 0)
-        torch._dynamo.maybe_mark_dynamic(ids, 0)
-        return graph(hidden, weight, ids)
+    def scores(hidden, weight, *of_rows):  # one graph for every number of rows, as a trainer needs
+        for x in (hidden, *of_rows):
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        return graph(hidden, weight, *of_rows)
 
     return scores
 
@@ -49,7 +54,26 @@ def _scores(hidden, weight, ids):
     return log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
+def _masked(hidden, weight, outside):
+    return (hidden @ weight.T).float().masked_fill(outside, -float("inf"))
+
+
+def _log_probs_over_supports(hidden, weight, ids, outside):
+    return _masked(hidden, weight, outside).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1), None
+
+
+def _scores_over_supports(hidden, weight, ids, outside):
+    log_p = _masked(hidden, weight, outside).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(outside, 0.0)).sum(-1)
+    return log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1), entropy
+
+
 def trl(p):
+    """Its chunked function knows no sampling mask: over supports its users have full logits, masked, and its log-softmax."""
+    if p.support is not None:
+        select = _imported("trl.trainer.utils", "selective_log_softmax")
+        return _with_objective(p, lambda hidden, weight, ids, outside: (
+            select(_masked(hidden, weight, outside).unsqueeze(0), ids.unsqueeze(0)).squeeze(0), None))  # fmt: skip
     function = _imported("trl.kernels", "ChunkedLogProbFunction")
     _imported("trl.trainer.utils", "maybe_gather_lm_head_ctx")  # which the backward imports
 
@@ -62,7 +86,7 @@ def trl(p):
 def liger(p):
     """Positions that are masked in every sequence are cut off: it has no other way to leave them out."""
     LigerFusedLinearGRPOLoss = _imported("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
-    _lacks(p, "log-probs", "entropy")
+    _lacks(p, "supports", "log-probs", "entropy")
     c, rows = p.config, LIGER_ROWS["cuda"] if p.hidden.is_cuda else p.shape.tokens
     needed = p.mask.any(0).nonzero()
     columns = slice(int(needed.min()), int(needed.max()) + 1)
@@ -82,7 +106,7 @@ def liger(p):
 def liger_from_logits(p):
     """Its Triton kernel on logits that plain PyTorch has made."""
     triton_grpo_loss = _imported("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
-    _lacks(p, "cpu", "log-probs", "entropy")
+    _lacks(p, "cpu", "supports", "log-probs", "entropy")
     c = p.config
 
     def loss(hidden, weight):
@@ -99,14 +123,14 @@ def liger_from_logits(p):
 
 def verl(p):
     function = _imported("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
-    _lacks(p, "cpu")
+    _lacks(p, "cpu", "supports")
     return _with_objective(p, lambda hidden, weight, ids: function(hidden, weight, ids, 1.0, "none"))
 
 
 def cross_entropy(p, module, *lacks):
     """A module's linear_cross_entropy, per token."""
     function = _imported(module, "linear_cross_entropy")
-    _lacks(p, "entropy", *lacks)
+    _lacks(p, "supports", "entropy", *lacks)
     return _with_objective(p, lambda hidden, weight, ids: (-function(hidden, weight, ids, reduction="none").float(), None))
 
 
@@ -115,6 +139,7 @@ def _needs_entropy(p):
 
 
 _LACKS = {
+    "supports": (lambda p: p.support is not None, "it has no sampling mask"),
     "log-probs": (lambda p: not p.workload.gradients, "it has no log-probs of its own"),
     "entropy": (_needs_entropy, "it has no entropy to choose tokens by"),
     "cpu": (lambda p: not p.hidden.is_cuda, "its kernels need a GPU"),
@@ -147,16 +172,21 @@ def _with_own_loss(p, loss_of):
 
 
 def _with_objective(p, scores):
-    """Log-probs of another library under our objective; ``scores`` takes [N, D], [V, D] and [N] of the tokens that are kept."""
+    """Log-probs of another library under our objective; ``scores`` takes [N, D], [V, D] and [N] of the tokens that are kept.
+
+    Over supports it also takes [N, V] bool, True where a token was not left.
+    """
     kept = None if p.mask.all() else p.mask.flatten()
     select = lambda x: x if kept is None else x[kept]  # noqa: E731
     spread = lambda x: x if kept is None else x.new_zeros(kept.shape).masked_scatter(kept, x)  # noqa: E731
-    ids = select(p.ids.flatten())
+    of_rows = [select(p.ids.flatten())]
+    if p.support is not None:
+        of_rows.append(select(~p.support.to_mask(p.shape.vocab)))
 
     def run():
         hidden, weight = p.leaves()
         with torch.set_grad_enabled(p.workload.gradients):
-            found = scores(select(hidden.flatten(0, 1)), weight, ids)
+            found = scores(select(hidden.flatten(0, 1)), weight, *of_rows)
             logps, entropy = (None if x is None else spread(x).view(p.mask.shape) for x in found)
         if not p.workload.gradients:
             return Result(logps=logps, entropy=entropy)

@@ -3,6 +3,8 @@
 Hidden states are noise plus a multiple of the head's rows of the tokens that shall be likely: rows of a random head are nearly
 orthogonal, so that those tokens' logits rise by that multiple and the others stay. The token of a row is one of the likely ones
 with their probability, any other otherwise.
+
+Old log-probs of a workload with supports are taken over them, as a sampler that keeps them returns its own.
 """
 
 import math
@@ -14,8 +16,9 @@ from torch.nn.functional import cross_entropy
 
 from .. import reference
 from ..losses.config import GRPOLossConfig
+from ..support import TokenSupport
 from .shapes import Shape
-from .workloads import FORK_TOKENS, FORKS, LIKELY, ODDS, Workload, draw_batch, draw_log_ratios
+from .workloads import FORK_TOKENS, FORKS, LIKELY, ODDS, Workload, draw_batch, draw_log_ratios, support_sizes
 
 _ROWS = 128  # a step of 128 rows of a large vocabulary is above malloc's largest threshold: its memory goes back at once
 _TRUTH_ROWS = 256  # tokens whose float64 logits are in memory together
@@ -33,6 +36,7 @@ class Problem:
     mask: torch.Tensor  # [B, T] bool
     old_logps: torch.Tensor | None  # [B, T] float32
     ref_logps: torch.Tensor | None = None
+    support: TokenSupport | None = None  # of [B * T]
 
     def leaves(self):
         """Fresh (hidden, weight) on the same memory, requiring the gradients that the workload wants."""
@@ -58,19 +62,21 @@ def make_problem(shape: Shape, workload: Workload, seed=0, device="cpu") -> Prob
     dtype = getattr(torch, shape.dtype)
     weight = torch.empty(V, D, dtype=dtype, device=device).normal_(generator=large).mul_(D**-0.5)
     noise = torch.empty(B * T, D, device=device).normal_(generator=large)
-    hidden, ids = _peaked(noise, weight, g)
+    hidden, ids, candidates, used = _peaked(noise, weight, g)
     hidden = hidden.to(dtype)
     mask, advantages = draw_batch(workload, B, T, g)
-    logps = _logps(hidden, weight, ids).view(B, T) if workload.off_policy or workload.beta else None
+    own = torch.Generator().manual_seed(seed + 1)  # so that everything else is what it is without supports
+    support = _supports(ids.cpu(), candidates, used, V, own).to(device) if workload.supports else None
+    logps = _logps(hidden, weight, ids, support).view(B, T) if workload.off_policy or workload.beta else None
     # rounded as the dtype rounds it: the bands of the ratios leave room for that
     old = logps - draw_log_ratios(workload.level, advantages, T, g).to(device) if workload.off_policy else None
     ref = logps - 0.5 * torch.randn(B, T, generator=g).to(device) if workload.beta else None
     hidden, ids, advantages, mask = hidden.view(B, T, D), ids.view(B, T), advantages.to(device), mask.to(device)
-    return Problem(shape, workload, workload.config(), hidden, weight, ids, advantages, mask, old, ref)
+    return Problem(shape, workload, workload.config(), hidden, weight, ids, advantages, mask, old, ref, support)
 
 
 def _peaked(noise, weight, g):
-    """(hidden [N, D], ids [N])."""
+    """(hidden [N, D], ids [N]), and on the CPU the candidates of each row and which of them are likely, [N, FORK_TOKENS]."""
     V, N, device = weight.shape[0], noise.shape[0], noise.device
     uniform = lambda *size: torch.rand(size, generator=g)  # noqa: E731
     spread = 1 + uniform(N, 1)
@@ -90,7 +96,23 @@ def _peaked(noise, weight, g):
         hidden += direction * (used[:, j].to(device) * (height.to(device) - own) / norm).unsqueeze(1)
     chosen = candidates.gather(1, (uniform(N) * used.sum(1)).long().unsqueeze(1)).squeeze(1)
     ids = torch.where(uniform(N) < odds.sigmoid(), chosen, torch.randint(V, (N,), generator=g))
-    return hidden, ids.to(device)
+    return hidden, ids.to(device), candidates, used.bool()
+
+
+def _supports(ids, candidates, used, vocab, g):
+    """`TokenSupport` of [N]: token, candidates, any others; the smallest for rows of one candidate that was sampled."""
+    N = len(ids)
+    surprise = used.sum(1) + (candidates != ids.unsqueeze(1)).all(1)
+    sizes = torch.empty(N, dtype=torch.int64)
+    sizes[(surprise + torch.rand(N, generator=g)).argsort()] = support_sizes(N, vocab, g)
+    chosen = []
+    for row, size in enumerate(sizes.tolist()):
+        known = [int(ids[row]), *candidates[row][used[row]].tolist()]
+        distinct = dict.fromkeys(known[:size])
+        while len(distinct) < size:  # drawn again where one came twice
+            distinct.update(dict.fromkeys(torch.randint(vocab, (size - len(distinct),), generator=g).tolist()))
+        chosen.extend(distinct)
+    return TokenSupport(torch.tensor(chosen), torch.nn.functional.pad(sizes.cumsum(0), (1, 0)))
 
 
 def serves(a: Problem, b: Problem) -> bool:
@@ -101,10 +123,15 @@ def serves(a: Problem, b: Problem) -> bool:
 
 
 @torch.no_grad()
-def _logps(hidden, weight, ids):
+def _logps(hidden, weight, ids, support):
     """Log-probs [N] float32, of logits in the inputs' dtype."""
-    logits = ((h @ weight.T).float() for h in hidden.split(_ROWS))
-    return torch.cat([-cross_entropy(z, token, reduction="none") for z, token in zip(logits, ids.split(_ROWS), strict=True)])
+    found = []
+    for rows in torch.arange(len(ids), device=ids.device).split(_ROWS):
+        z = (hidden[rows] @ weight.T).float()
+        if support is not None:
+            z.masked_fill_(~support.take(rows).to_mask(len(weight)), -float("inf"))
+        found.append(-cross_entropy(z, ids[rows], reduction="none"))
+    return torch.cat(found)
 
 
 @dataclass
@@ -126,14 +153,16 @@ def truth(p: Problem) -> Result:
     result = Result(zeros(), zeros(*p.mask.shape), entropy=zeros(*p.mask.shape))
     if w.gradients:
         result.d_hidden = zeros(*p.hidden.shape)
+    positions = torch.arange(p.mask.numel(), device=device).view(p.mask.shape)
     for start in range(0, p.shape.sequences, sequences):
         s = slice(start, start + sequences)
+        support = None if p.support is None else p.support.take(positions[s].flatten())
         double = lambda x: None if x is None else x[s].double()  # noqa: E731, B023
         hidden = double(p.hidden).requires_grad_(w.gradients)
         with torch.set_grad_enabled(w.gradients):
             out = reference.grpo_loss(
                 hidden, weight, p.ids[s], double(p.advantages), p.mask[s], old_logps=double(p.old_logps),
-                ref_logps=double(p.ref_logps), num_items=p.kept, config=p.config,
+                ref_logps=double(p.ref_logps), num_items=p.kept, config=p.config, support=support,
             )  # fmt: skip
         if w.gradients:
             out.loss.backward()
@@ -148,7 +177,7 @@ def truth_bytes(p: Problem) -> int:
     """What `truth` takes at most: weight, its gradient and one more, logits and what autograd keeps of them."""
     rows = min(p.shape.tokens, _together(p) * p.shape.length)
     heads = 1 if not p.workload.gradients else 2 if rows == p.shape.tokens else 3
-    return 8 * p.shape.vocab * (heads * p.shape.depth + 6 * rows)
+    return 8 * p.shape.vocab * (heads * p.shape.depth + (6 if p.support is None else 7) * rows)
 
 
 def _together(p):

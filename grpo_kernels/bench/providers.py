@@ -12,6 +12,7 @@ import torch
 from .. import backends
 from ..logprobs import linear_logprobs
 from ..loss import fused_linear_grpo_loss
+from ..support import TokenSupport
 from . import clock as clocks
 from . import peers
 from .floor import Floor
@@ -42,16 +43,20 @@ def ours(backend="auto"):
         except RuntimeError as reason:
             raise Absent(str(reason)) from reason
 
+        def fresh():
+            # it remembers what the first call finds when it looks at the values, as only one call of a batch does
+            return None if p.support is None else TokenSupport(p.support.ids, p.support.offsets)
+
         def logprobs():
             with torch.no_grad():
-                out = linear_logprobs(p.hidden, p.weight, p.ids, mask=p.mask, backend=resolved)
+                out = linear_logprobs(p.hidden, p.weight, p.ids, mask=p.mask, backend=resolved, support=fresh())
             return Result(logps=out.logps, entropy=out.entropy)
 
         def loss():
             hidden, weight = p.leaves()
             out = fused_linear_grpo_loss(
                 hidden, weight, p.ids, p.advantages, p.mask, old_logps=p.old_logps, ref_logps=p.ref_logps, config=p.config,
-                backend=resolved,
+                backend=resolved, support=fresh(),
             )  # fmt: skip
             out.loss.backward()
             return Result(out.loss.detach(), out.logps, hidden.grad, weight.grad, out.entropy)
@@ -70,7 +75,8 @@ PROVIDERS = {
         *(Provider(f"{OURS}-{name}", ours(name)) for name in backends.available_backends()),
         Provider(FULL, peers.full_logits, quick=True, logits=14),
         Provider("full_logits-compiled", lambda p: peers.full_logits(p, compiled=True), logits=14),
-        Provider(TRL, peers.trl, quick=True, settings={"columns": peers.TRL_COLUMNS}, note=_SCORES_ONLY),
+        Provider(TRL, peers.trl, quick=True, settings={"columns": peers.TRL_COLUMNS},
+                 note=f"{_SCORES_ONLY}; over supports: full logits, masked"),
         Provider(LIGER, peers.liger, quick=True, settings={"compiled": False, "chunk_rows": peers.LIGER_ROWS}),
         Provider("liger-logits", peers.liger_from_logits, logits=8),
         Provider("verl", peers.verl, note=_SCORES_ONLY),

@@ -1,7 +1,10 @@
 """Rows -> text: wins and losses alike, and everybody who was left out, with the reason."""
 
+import torch
+
 from .providers import OURS, PRODUCTS
 from .shapes import named
+from .workloads import WORKLOADS, over_the_vocabulary
 
 _COLUMNS = (("median ms", 10), ("spread", 8), ("x products", 10), ("[rounds]", 13), ("x ours", 7), ("first ms", 9), ("peak MiB", 9))
 _LEGEND = (
@@ -29,6 +32,7 @@ def table(rows):
             yield _line(r).rstrip()
     for (shape, path), block in blocks.items():
         yield from _block(f"{path}: {shape}", block)
+        yield from _beside_the_vocabulary(block, blocks.get((shape, over_the_vocabulary(path)), ()))
     if blocks:
         yield from _LEGEND
     if steps:
@@ -60,6 +64,22 @@ def _block(title, rows):
         names = [r["provider"] for r in others if ours and r.get(key) and ours.get(key) and r[key] < ours[key]]
         if names:
             yield f"  {word} than ours here: {', '.join(names)}"
+
+
+def _beside_the_vocabulary(over_supports, whole):
+    """Ours over supports beside ours without them, measured in the same run."""
+    found = ([r for r in rows if r["provider"] == OURS and r["status"] == "ok"] for rows in (over_supports, whole))
+    for ours, other in zip(*found, strict=False):
+        beside = None if ours["peak_bytes"] is None else ours["peak_bytes"] - _gradients(ours)
+        more = "" if beside is None else f"; peak less dH and dW {_cell(beside, '{:.1f}', 2**-20)} MiB"
+        yield f"  ours is {other['median'] / ours['median']:.3g} x as fast as in {other['path']}{more}"
+
+
+def _gradients(r):
+    """Bytes of those that the workload asks for."""
+    shape, asked = r["shape"], WORKLOADS[r["path"]]
+    rows = asked.gradients * (shape["tokens"] + asked.trains_head * shape["vocab"])
+    return rows * shape["depth"] * getattr(torch, shape["dtype"]).itemsize
 
 
 def _way(settings):

@@ -16,6 +16,12 @@ fifth above 0.7, the noise of a random head having a heavier tail). Under that l
 Ratios: old log-probs are the policy's own minus the logarithm of a ratio drawn from three bands, below, inside and above the
 clip range and further from its bounds than bf16 logits can move them. Fresh random old log-probs would clip every token and
 let a gradient of zeros pass.
+
+Supports: every position of `support`, `support-frozen` and `support-logprobs` has the tokens that a sampler's top-p would have
+left. 46 % have one token, the others a log-normal number (median 6.5, sigma 1.2, rounded up) of at least two: 8 in the mean, 2 in
+the median, 99 % below 82, as samplers have published (45 to 48 % single). The fewest tokens go to rows with one candidate that was
+sampled, the most to the forks. A support holds the sampled token, then the candidates of its row, then tokens drawn from the whole
+vocabulary: hardly one is named twice, where a language has its frequent ones, so that dW has as many rows as it can have.
 """
 
 import math
@@ -33,6 +39,7 @@ SHORTEST = 32  # tokens of a row
 BELOW, INSIDE, ABOVE = (0.35, 0.7), (0.92, 1.08), (1.4, 1.8)
 FORKS, LIKELY = 0.2, 0.3  # shares of rows; the rest is nearly certain
 FORK_TOKENS = 4
+SINGLE, SUPPORT = 0.46, (6.5, 1.2)  # share of supports of one token; median and sigma of the log-normal sizes of the others
 ODDS = {"fork": (2, 4), "likely": (3, 7), "certain": (6, 12)}  # logarithm of the candidates' odds against all other tokens
 
 
@@ -47,6 +54,7 @@ class Workload:
     quantile: float = 1.0  # of the entropy: tokens below it are not trained
     off_policy: bool = True
     beta: float = 0.0
+    supports: bool = False  # every position has one
 
     def config(self):
         options = {"importance_sampling_level": self.level, "top_entropy_quantile": self.quantile, "beta": self.beta}
@@ -69,6 +77,9 @@ WORKLOADS = {
         Workload("dense", "all tokens kept, all advantages nonzero"),
         Workload("frozen", "dense, the head is frozen", trains_head=False),
         Workload("logprobs", "log-probs only, no gradient", gradients=False),
+        Workload("support", "dense over supports: the tokens that sampling left", supports=True),
+        Workload("support-frozen", "support, the head is frozen", supports=True, trains_head=False),
+        Workload("support-logprobs", "log-probs only over supports, no gradient", supports=True, gradients=False),
         Workload("realistic", "prompts, lengths and groups without variance as drawn", realistic=True),
         Workload("kl", "dense, a KL to a reference that the check would miss", beta=0.5),
         Workload("sequence", "dense, ratio per sequence", level="sequence"),
@@ -76,6 +87,15 @@ WORKLOADS = {
         Workload("onpolicy", "dense, one step per rollout: no old log-probs", off_policy=False),
     )
 }
+
+
+def over_the_vocabulary(name):
+    """The workload that is the same but for the supports of ``name``; None if that has none."""
+    asked = WORKLOADS.get(name)  # an older record has others
+    if asked is None or not asked.supports:
+        return None
+    options = lambda w: replace(w, name="", about="", supports=False)  # noqa: E731
+    return next(w.name for w in WORKLOADS.values() if not w.supports and options(w) == options(asked))
 
 
 def draw_batch(workload, B, T, g):
@@ -93,6 +113,13 @@ def draw_batch(workload, B, T, g):
         rewards = (torch.rand(B, generator=g) < pass_rates(groups, g).repeat_interleave(GROUP)).float()
         advantages = group_advantages(rewards, torch.arange(B) // GROUP)
     return mask, advantages
+
+
+def support_sizes(count, vocab, g):
+    """[count] int64, ascending."""
+    single = round(SINGLE * count)
+    sizes = log_normal(count - single, *SUPPORT, g).ceil().long().clamp(min(2, vocab), vocab)
+    return torch.cat([torch.ones(single, dtype=torch.int64), sizes.sort().values])
 
 
 def pass_rates(count, g):

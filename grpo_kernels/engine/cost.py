@@ -3,6 +3,9 @@
 A product takes the longer of its bytes and of its arithmetic, in whole waves of 128 x 256 or 128 x 128 tiles over the
 multiprocessors; a third of its output's traffic is exposed on top. A row kernel takes its bytes. A chunk that fits half of the
 L2 cache stays there. Numbers come from data sheets until `make gpu` has measured a device, see devices.py.
+
+Over supports no logits are made: rows of W and of hidden are read once a pair, and what is left are launches of small kernels.
+The host is taken to keep the queue full; small kernels that end before it has sent the next one take its time instead.
 """
 
 import functools
@@ -14,6 +17,10 @@ from ..devices import constants
 from ..tracing import constant
 
 _L2_SPEED = 2  # of L2 beside memory, at least: an A100's 5120 bytes a clock are 3.5 times its memory
+_SORT_PASSES = 8  # of a radix sort of 64-bit keys, a byte each
+# PyTorch's kernels around those of a call over supports, over numbers of its pairs and of its rows
+_OVER_PAIRS = {"scores": 10, "gradient": 1, "dW": 14}
+_OVER_ROWS = {"scores": 80, "gradient": 140, "dW": 2}
 TILE = 128  # rows and columns of a tile of a GPU's product; wide tiles have twice the columns
 
 
@@ -65,6 +72,7 @@ class Problem:
     reads_once: bool = False  # the row kernel keeps a row instead of reading it twice
     device: Device = DEVICES["cpu"]
     sums_weight: bool = True  # of these the weight's own, [V, D]: what its float32 sum would take is to spare
+    pairs: int = 0  # (row, token) over which the rows are computed instead of the vocabulary; 0 is the vocabulary
 
     @property
     def trained(self):
@@ -174,6 +182,9 @@ def seconds(p: Problem, step: Step) -> float:
 def steps(problem: Problem, plan: Plan) -> list[Step]:
     """Everything that this plan runs, in order; equal steps are counted together."""
     p, tally = problem, Tally(problem)
+    if p.pairs:
+        tally.over_supports()
+        return tally.steps()
     stashed, trained = plan.stash_rows, p.trained
     tally.score(p.dead + p.live - (stashed if p.stashes else trained), plan.score_rows, plan.score_columns, plan.score_group)
     if not p.stashes:
@@ -313,6 +324,31 @@ class Tally:
         if rounded and self.p.needs_weight and self.p.element_size < 4:
             size = self.p.vocab * self.p.depth
             self.add(1, "cast dW", self.p.vocab, self.p.depth, 0, 4 * size, size * self.p.element_size)
+
+    def over_supports(self):
+        """pairs.py: a row of W a pair for z and again for dH, a row of hidden a pair for dW, whose ids are taken to be distinct."""
+        p, pairs, rows = self.p, self.p.pairs, self.p.live + self.p.dead
+        row, acc, gradient = p.depth * p.element_size, max(p.element_size, 4), p.trained > 0
+        wanted = ["scores"] + ["gradient"] * gradient + ["dW"] * p.needs_weight
+        sorts = 1 + p.needs_weight  # whether an id is there twice; pairs by id
+        self.add(1, "pair logits", pairs, p.depth, 0, (pairs + rows) * row + 8 * pairs, acc * pairs)
+        self.numbers(1, "statistics", pairs, acc, 0)
+        self.numbers(1 * gradient, "gradient", pairs, acc, acc)
+        if p.needs_hidden:
+            self.add(1, "zero dH", rows, p.depth, 0, 0, rows * row)
+            self.add(1, "dH", pairs, p.depth, 0, (pairs + rows) * row + (8 + acc) * pairs, rows * row)
+        self.numbers(_SORT_PASSES * sorts, "sort pairs", pairs, 16, 16)
+        if p.needs_weight:
+            distinct = min(pairs, p.vocab)
+            self.add(1, "zero dW", p.vocab, p.depth, 0, 0, p.vocab * row)
+            self.add(1, "dW", pairs, p.depth, 0, (pairs + distinct) * row + (8 + acc) * pairs, distinct * row)
+        self.numbers(sum(_OVER_PAIRS[name] for name in wanted), "small passes", pairs, 8, 8)
+        self.numbers(sum(_OVER_ROWS[name] for name in wanted), "small passes", rows, 8, 8)
+
+    def numbers(self, count, what, length, read, written):
+        """A pass over a vector, with so many bytes of each element."""
+        here = 0 if self.in_cache(length, 1, read + written) else length
+        self.add(count, what, length, 1, 0, read * here, written * here, (read + written) * (length - here))
 
     def block(self, count, span, height, columns, started, final, blocks=1):
         """A block of the vocabulary for a span of recomputed rows."""

@@ -18,6 +18,9 @@ head in two phases keeps u = d logps / d hidden. V' is V padded to
 On a CPU a row of the buffer takes its row of dH as well, and one block's operands of dW stand beside it. A budget below one row
 of these and 64 columns is exceeded by at most so much.
 
+Over supports nothing is cut, and there is no workspace. Beside dH and dW (in its final dtype) a call takes at most 128 bytes a pair
+(sorted ids and their order among them) and 256 a token.
+
 Heights are the fastest by the count of cost.py at 16,384 rows of a shape and budget. The number of rows clips them, and decides
 whether all live rows fit: then dW is direct, and everything is stashed.
 """
@@ -45,6 +48,7 @@ _MAX_COLUMNS = 8192
 _MIN_COLUMNS = 64
 _SCORE_ROWS = 1024
 _SCORE_COLUMNS = 4096
+_PAIR_BYTES, _TOKEN_BYTES = 128, 256
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,18 @@ def default_budget(device_type: str = "cpu") -> int:
 
 
 def predict(problem: Problem) -> Prediction:
-    """Beside the products that cannot be avoided: 2NVD, 4NVD or 6NVD of live rows and 2NVD of the others, at the device's rate."""
+    """Beside the products that cannot be avoided: 2NVD, 4NVD or 6NVD of live rows and 2NVD of the others, at the device's rate.
+
+    Over supports beside the bytes that cannot: for each of logits, dH and dW a row of W or hidden a pair, hidden, dH and dW once.
+    """
     p, found = problem, plan(problem)
     predicted = sum(step.count * seconds(p, step) for step in steps(p, found))
     rows = p.live + p.dead + p.live * (p.needs_hidden + p.needs_weight)
     floor = 2 * rows * p.vocab * p.depth / rate(p)
+    if p.pairs:
+        gathered = p.pairs * (1 + p.needs_hidden + p.needs_weight)
+        whole = (p.live + p.dead) * (1 + p.needs_hidden) + p.vocab * p.needs_weight
+        floor = (gathered + whole) * p.depth * p.element_size / p.device.bandwidth
     return Prediction(predicted * 1e3, floor * 1e3, predicted / floor if floor else 1.0, peak_bytes(p, p.live + p.dead))
 
 
@@ -84,6 +95,8 @@ def peak_bytes(problem: Problem, tokens: int) -> int:
     dh = tokens * p.depth * p.element_size * p.needs_hidden
     if p.two_phases and not p.stashes:
         dh *= 2  # u stays until the backward has made dH of it
+    if p.pairs:
+        return dh + p.dw_bytes(True) + _PAIR_BYTES * p.pairs + _TOKEN_BYTES * tokens
     scoring = found.score_group * p.depth * p.element_size + found.score_rows * found.score_columns * p.tile_size
     if not p.trained:
         return dh + p.dw_bytes(True) + scoring
