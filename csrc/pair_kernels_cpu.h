@@ -157,7 +157,7 @@ void logits_of_pairs(const PairLogitsParams& p, int threads) {
   });
 }
 
-constexpr int kVectors = 8;  // of sums of one block of columns, in registers; 16 of AVX-512's 32 are no faster
+constexpr int kVectors = 8;  // of sums of one block of columns, in registers
 
 template <class T, class O>
 struct RowSum {
