@@ -336,12 +336,12 @@ class Tally:
         self.numbers(1 * gradient, "gradient", pairs, acc, acc)
         if p.needs_hidden:
             self.add(1, "zero dH", rows, p.depth, 0, 0, rows * row)
-            self.add(1, "dH", pairs, p.depth, 0, (pairs + rows) * row + (8 + acc) * pairs, rows * row)
+            self.add(1, "dH", pairs, p.depth, 0, (row + 8 + acc) * pairs, rows * row)
         self.numbers(_SORT_PASSES * sorts, "sort pairs", pairs, 16, 16)
         if p.needs_weight:
             distinct = min(pairs, p.vocab)
             self.add(1, "zero dW", p.vocab, p.depth, 0, 0, p.vocab * row)
-            self.add(1, "dW", pairs, p.depth, 0, (pairs + distinct) * row + (8 + acc) * pairs, distinct * row)
+            self.add(1, "dW", pairs, p.depth, 0, (row + 8 + acc) * pairs, distinct * row)
         self.numbers(sum(_OVER_PAIRS[name] for name in wanted), "small passes", pairs, 8, 8)
         self.numbers(sum(_OVER_ROWS[name] for name in wanted), "small passes", rows, 8, 8)
 
