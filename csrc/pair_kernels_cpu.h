@@ -157,64 +157,82 @@ void logits_of_pairs(const PairLogitsParams& p, int threads) {
   });
 }
 
-constexpr int kVectors = 8;  // of sums of one block of columns, in registers
+constexpr int kVectors = 8;          // of columns that a part of a row is a multiple of
+constexpr int64_t kColumnsAtOnce = 1024;  // of sums in the first-level cache, so that rows are read in long stretches
 
+// Sums of g[i] times the row w[i], one row after the other, on top of `before` unless that is null; f(c, sum, lanes) takes them.
+template <int P, class T, class F>
+GK_INLINE void add_rows(const T* const* w, const acc_t<T>* g, int64_t columns, const acc_t<T>* before, F f) {
+  using V = vec_t<T>;
+  constexpr int L = kLanes<T>;
+  int64_t c = 0;
+  for (; c + L <= columns; c += L) {
+    V sum = {};
+    if (before) sum = load(before + c);
+    for (int i = 0; i < P; i++) sum = sum + load(w[i] + c) * g[i];
+    f(c, sum, int64_t(L));
+  }
+  if (c < columns) {
+    V sum = {};
+    if (before) sum = load(before + c);
+    for (int i = 0; i < P; i++) {
+      T rest[L] = {};
+      std::memcpy(rest, w[i] + c, (columns - c) * sizeof(T));
+      sum = sum + load(rest) * g[i];
+    }
+    f(c, sum, columns - c);
+  }
+}
+
+// The columns [begin, end) of a row's sum over the pairs [first, last).
 template <class T, class O>
-struct RowSum {
+void sum_of_row(const PairSumsParams& p, int64_t first, int64_t last, int64_t begin, int64_t end, O* out) {
   using A = acc_t<T>;
   using V = vec_t<T>;
-  static constexpr int L = kLanes<T>;
-
-  const PairSumsParams& p;
-  int64_t first, last;  // pairs
-  O* out;
-
-  GK_INLINE V result(V sum, const O* before) const {
-    sum = sum * A(p.scale);
-    return p.add ? load(before) + sum : sum;
-  }
-
-  // Columns from `c` on, N vectors of them.
-  template <int N>
-  GK_INLINE void vectors(int64_t c) const {
-    V sum[N] = {};
-    const A* g = static_cast<const A*>(p.g);
+  constexpr int L = kLanes<T>, P = 4;
+  alignas(64) A sums[kColumnsAtOnce];
+  const A scale = A(p.scale);
+  for (int64_t start = begin; start < end; start += kColumnsAtOnce) {
+    const int64_t n = end - start < kColumnsAtOnce ? end - start : kColumnsAtOnce;
+    const auto keep = [&](int64_t c, V sum, int64_t) { store(sums + c, sum); };
+    const auto write = [&](int64_t c, V sum, int64_t lanes) {
+      O* to = out + start + c;
+      sum = sum * scale;
+      if (lanes == L) return store(to, p.add ? load(to) + sum : sum);
+      O rest[L] = {};
+      std::memcpy(rest, to, lanes * sizeof(O));
+      store(rest, p.add ? load(rest) + sum : sum);
+      std::memcpy(to, rest, lanes * sizeof(O));
+    };
+    const T* w[P];
+    A g[P];
+    const A* before = nullptr;
+    int rows = 0;
     for (int64_t j = first; j < last; j++) {
-      const T* row = row_within<T>(p.source, p.pairs.ids[j]);
-      if (j + kPairsAhead < last) fetch<T>(p.source, p.pairs.ids[j + kPairsAhead], c, N * L * sizeof(T));
-      if (!row) continue;
-      for (int i = 0; i < N; i++) sum[i] = sum[i] + load(row + c + i * L) * g[j];
-    }
-    for (int i = 0; i < N; i++) store(out + c + i * L, result(sum[i], out + c + i * L));
-  }
-
-  // `n` columns from `c` on, less than a vector.
-  void rest(int64_t c, int64_t n) const {
-    V sum = {};
-    const A* g = static_cast<const A*>(p.g);
-    T in[L] = {};
-    for (int64_t j = first; j < last; j++) {
+      if (j + kPairsAhead < last) fetch<T>(p.source, p.pairs.ids[j + kPairsAhead], start, kBytesAhead);
       const T* row = row_within<T>(p.source, p.pairs.ids[j]);
       if (!row) continue;
-      std::memcpy(in, row + c, n * sizeof(T));
-      sum = sum + load(in) * g[j];
+      if (rows == P) {
+        add_rows<P>(w, g, n, before, keep);
+        before = sums;
+        rows = 0;
+      }
+      w[rows] = row + start;
+      g[rows++] = static_cast<const A*>(p.g)[j];
     }
-    O end[L] = {};
-    std::memcpy(end, out + c, n * sizeof(O));
-    store(end, result(sum, end));
-    std::memcpy(out + c, end, n * sizeof(O));
-  }
-
-  template <int N>
-  GK_INLINE void columns(int64_t c, int64_t end) const {
-    for (; c + N * L <= end; c += N * L) vectors<N>(c);
-    if constexpr (N > 1) {
-      columns<N / 2>(c, end);
-    } else if (c < end) {
-      rest(c, end - c);
+    if (rows == 4) {
+      add_rows<4>(w, g, n, before, write);
+    } else if (rows == 3) {
+      add_rows<3>(w, g, n, before, write);
+    } else if (rows == 2) {
+      add_rows<2>(w, g, n, before, write);
+    } else if (rows == 1) {
+      add_rows<1>(w, g, n, before, write);
+    } else {
+      add_rows<0>(w, g, n, before, write);
     }
   }
-};
+}
 
 template <class T, class O>
 void sums_over_pairs(const PairSumsParams& p, int threads) {
@@ -226,7 +244,7 @@ void sums_over_pairs(const PairSumsParams& p, int threads) {
     fetch_next<T>(p.pairs, p.source, r);
     // a block belongs to the part with its first unit
     const int64_t length = last - first, begin = (from + length - 1) / length * kColumns, end = (to + length - 1) / length * kColumns;
-    RowSum<T, O>{p, first, last, row_of<O>(p.out, place)}.template columns<kVectors>(begin, end < K ? end : K);
+    sum_of_row<T>(p, first, last, begin, end < K ? end : K, row_of<O>(p.out, place));
   });
 }
 
