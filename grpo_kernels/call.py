@@ -293,7 +293,8 @@ class Call:
         if self.pairs is None:
             return RangeScores(), self
         z, hidden, head = with_pair_logits(self.head, self.rows.hidden, self.pairs, self.work)
-        return range_logprobs(z, self.pairs, self.work), replace(self, head=head, rows=replace(self.rows, hidden=hidden))
+        found = range_logprobs(z, self.pairs, self.work)
+        return found, self if self.only_pairs else replace(self, head=head, rows=replace(self.rows, hidden=hidden))
 
     @property
     def only_pairs(self):
@@ -393,12 +394,12 @@ def _with_rows(args, head, work, loss, wait):
         live = torch.zeros_like(kept) if not trains else kept if all_train else kept & loss.live().reshape(-1)
         over = None if args.support is None else Supports.checked(args, kept, vocab)
         kinds = (2 - kept.to(torch.int8) - live.to(torch.int8)) if over is None else over.kinds(kept, live)
-        known = torch.arange(2 if over is None else 5, device=kinds.device)
-        counts = (kinds == known.unsqueeze(1)).sum(1)
-        found = torch.cat([counts, flags, *([] if over is None else [over.missing(kept).unsqueeze(0)])]).tolist()
+        known = torch.arange(2 if over is None else 6, device=kinds.device).unsqueeze(1)
+        found = [(kinds == known).sum(1), flags] + ([] if over is None else [over.missing(kept).unsqueeze(0)])
+        found = torch.cat(found).tolist()
         counts, bad = found[: len(known)], found[len(known) :]
         if shard is not None:
-            shard.agree(mask.device, kept=sum(counts), trained=sum(counts[: len(counts) // 2 * 2 : 2]), wrong=sum(bad))
+            shard.agree(mask.device, kept=sum(counts), trained=sum(counts[::2]), wrong=sum(bad))
         raise_bad_values(bad[: len(flags)], vocab)
         if over is not None and bad[-1]:
             raise ValueError(wrong_token(args.support, kept, over.token_ids, mask.shape, args.ids_name))

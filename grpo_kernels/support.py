@@ -1,6 +1,6 @@
 """`TokenSupport`: the tokens that each position could have been sampled as, and what is asked of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -135,6 +135,8 @@ class Facts:
     ranges: torch.Tensor | None = None  # [positions, 2] int64, first and last of each
     row_of: torch.Tensor | None = None  # [M] int64, the position of each id
     place: torch.Tensor | None = None  # [M] int64: 0, 1, ...
+    nowhere: torch.Tensor | None = None  # [positions] int64: -1, 0 where the range is empty
+    over: dict = field(default_factory=dict)  # of `Supports.over`, by the size of the vocabulary
 
     @staticmethod
     def of(support):
@@ -153,7 +155,7 @@ class Facts:
         if total:
             lowest, highest = torch.stack(ids.aminmax()).tolist()
             repeats = bool(_repeats(ids.long() - lowest, row_of, highest - lowest + 1).any())
-        return Facts(None, lowest, highest, repeats, empty, lengths, ranges, row_of, place)
+        return Facts(None, lowest, highest, repeats, empty, lengths, ranges, row_of, place, (lengths > 0).long().neg())
 
 
 def _repeats(ids, row_of, size):
@@ -182,10 +184,13 @@ def check_support(support, tokens, device):
 
 
 def found_in(support, token_ids):
-    """[positions] int64: where among all ids a position's token is, or -1. No synchronisation once the facts are known."""
+    """[positions] int64: where among all ids a position's token is, -1 where it is not, anything where its range is empty.
+
+    No synchronisation once the facts are known.
+    """
     facts = support.facts()
     here = facts.place.where(support.ids == token_ids[facts.row_of], -1)
-    return torch.full_like(token_ids, -1).scatter_reduce_(0, facts.row_of, here, "amax")
+    return facts.nowhere.scatter_reduce(0, facts.row_of, here, "amax")
 
 
 def wrong_values(support, kept, vocab, tokens):
@@ -216,7 +221,7 @@ def wrong_values(support, kept, vocab, tokens):
 
 def wrong_token(support, kept, token_ids, tokens, name):
     """What to say where a kept position's token is not among its ids."""
-    missing = kept & (support.facts().lengths > 0) & (found_in(support, token_ids) < 0)
+    missing = kept & (found_in(support, token_ids) < 0)
     first = int(missing.nonzero()[0])
     return (
         f"{name} must be among support.ids where the mask is 1: token {int(token_ids[first])} at position {_place(first, tokens)} "
@@ -239,7 +244,7 @@ class Supports:
 
     support: TokenSupport
     token_ids: torch.Tensor  # [positions]
-    places: torch.Tensor  # [positions] int64, of the token among all ids, or -1
+    places: torch.Tensor  # [positions] int64, of `found_in`
     vocab: int
 
     @staticmethod
@@ -251,19 +256,23 @@ class Supports:
         return Supports(args.support, token_ids, found_in(args.support, token_ids), vocab)
 
     @property
-    def whole(self):
-        """[positions]: the support is the vocabulary."""
-        lengths = self.support.facts().lengths
-        return (lengths == 0) | ((lengths == self.vocab) if self.vocab > 1 else lengths < 0)
+    def over(self):
+        """[positions] int8: 0 computed over the whole vocabulary, 2 over the support, 4 not at all: it is a single token."""
+        facts, vocab = self.support.facts(), self.vocab
+        if vocab not in facts.over:
+            lengths = facts.lengths
+            whole = (lengths == 0) | ((lengths == vocab) if vocab > 1 else lengths < 0)
+            over = torch.full_like(lengths, 2, dtype=torch.int8).masked_fill(whole, 0)
+            facts.over[vocab] = over.masked_fill(lengths == 1, 4)
+        return facts.over[vocab]
 
     def missing(self, kept):
         """0-dim: kept positions whose token is not among the ids."""
-        return (kept & (self.places < 0) & (self.support.facts().lengths > 0)).sum()
+        return (kept & (self.places < 0)).sum()
 
     def kinds(self, kept, live):
-        """[positions]: 0 and 1 the whole vocabulary, 2 and 3 over the support, live and not; 4 a single token, 5 masked."""
-        kinds = (1 - live.to(torch.int8)) + 2 * (~self.whole).to(torch.int8)
-        return kinds.masked_fill(self.support.facts().lengths == 1, 4).masked_fill(~kept, 5)
+        """[positions] int8: `over`, and 1 more where not live; 6 where masked."""
+        return (self.over + ~live).masked_fill(~kept, 6)
 
     def rows(self, index, live):
         facts = self.support.facts()
@@ -287,6 +296,6 @@ class Supports:
         over = Supports(support, token_ids, found_in(support, token_ids), vocab)
         whole = nothing
         if facts.empty:
-            chosen = over.whole[index]
+            chosen = over.over[index] == 0
             whole, index = index[chosen], index[~chosen]
         return whole, over.rows(index, len(index) if trains else 0), over.missing(kept) > 0

@@ -72,13 +72,31 @@ class RangeScores(NamedTuple):
 
 def with_pair_logits(head: Head, hidden, pairs: PairRows, work: Work):
     """(z [M] raw logits with the bias, differentiable; hidden and head, through which the dense side's gradients come)."""
+    if not any(work.needs):
+        return _Side(pairs, work, hidden, head).logits(), hidden, head
     z, hidden, *tensors = _PairLogits.apply(pairs, work, hidden, *head.tensors)
     return z, hidden, Head(*tensors)
 
 
 def range_logprobs(z, pairs: PairRows, work: Work):
     """`RangeScores` of the rows over their ranges of z; logps and entropy differentiable."""
+    if not any(work.needs):
+        _, scored, variance = _scored(pairs, work, z)
+        return RangeScores(scored.logps, scored.entropy, variance)
     return RangeScores(*_RangeLogProbs.apply(pairs, work, z))
+
+
+def _scored(pairs, work, z):
+    """(the tile, `Scored`, variance of log p or None) of the rows over their ranges, and over all ranks' parts of these."""
+    tile = Tile(z, pairs.target, work.transform, None, pairs.temperature, pairs.ranges)
+    stats, moments = new_statistics(len(pairs.index), z.dtype, z.device), None
+    backends.kernels(work.backend).statistics(tile, stats)
+    if work.diagnostics[-1]:
+        moments = with_tile(new_moments(len(stats), z.dtype, z.device), tile)
+    if work.shard is not None:
+        stats = _reduced(merged, work.shard.gathered(stats))
+        moments = None if moments is None else _reduced(merged_moments, work.shard.gathered(moments))
+    return tile, finalize(stats), None if moments is None else variance_of(moments)
 
 
 class _PairLogits(torch.autograd.Function):
@@ -86,7 +104,7 @@ class _PairLogits(torch.autograd.Function):
     def forward(ctx, pairs, work, hidden, *tensors):
         ctx.pairs, ctx.work = pairs, work
         ctx.set_materialize_grads(False)
-        side = _Side(pairs, work, hidden, tensors)
+        side = _Side(pairs, work, hidden, Head(*tensors))
         z = side.logits()
         ctx.save_for_backward(hidden, *tensors)
         through = (hidden, *tensors)
@@ -99,15 +117,15 @@ class _PairLogits(torch.autograd.Function):
         hidden, *tensors = ctx.saved_tensors
         found = list(incoming)
         if dz is not None:
-            found = _Side(ctx.pairs, ctx.work, hidden, tensors).gradients(dz.contiguous(), found)
+            found = _Side(ctx.pairs, ctx.work, hidden, Head(*tensors)).gradients(dz.contiguous(), found)
         return None, None, *(x if needed else None for x, needed in zip(found, ctx.work.needs, strict=True))
 
 
 class _Side:
     """One call of the pair kernels over the operands of a head."""
 
-    def __init__(self, pairs, work, hidden, tensors):
-        self.pairs, self.work, self.hidden, self.head = pairs, work, hidden, Head(*tensors)
+    def __init__(self, pairs, work, hidden, head):
+        self.pairs, self.work, self.hidden, self.head = pairs, work, hidden, head
         self.kernels = backends.kernels(work.backend)
         self.accumulate = accumulation_dtype(hidden.dtype)
 
@@ -201,21 +219,10 @@ def _by_id(pairs, dz, rows, vocab):
 class _RangeLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pairs, work, z):
-        kernels = backends.kernels(work.backend)
-        tile = Tile(z, pairs.target, work.transform, None, pairs.temperature, pairs.ranges)
-        stats = new_statistics(len(pairs.index), z.dtype, z.device)
-        kernels.statistics(tile, stats)
-        variance = None
-        if work.diagnostics[-1]:
-            variance = with_tile(new_moments(len(stats), z.dtype, z.device), tile)
-        if work.shard is not None:
-            stats = _reduced(merged, work.shard.gathered(stats))
-            variance = None if variance is None else _reduced(merged_moments, work.shard.gathered(variance))
-        scored = finalize(stats)
-        ctx.tile, ctx.kernels, ctx.live = tile, kernels, pairs.live
+        tile, scored, variance = _scored(pairs, work, z)
+        ctx.tile, ctx.kernels = tile, backends.kernels(work.backend)
         ctx.save_for_backward(z, *scored)
         ctx.set_materialize_grads(False)
-        variance = None if variance is None else variance_of(variance)
         if variance is not None:
             ctx.mark_non_differentiable(variance)
         return scored.logps, scored.entropy, variance
