@@ -400,7 +400,7 @@ def _with_rows(args, head, work, loss, wait):
         counts, bad = found[: len(known)], found[len(known) :]
         if shard is not None:
             shard.agree(mask.device, kept=sum(counts), trained=sum(counts[::2]), wrong=sum(bad))
-        raise_bad_values(bad[: len(flags)], vocab)
+        raise_bad_values(bad[: len(flags)], vocab, args.ids_name)
         if over is not None and bad[-1]:
             raise ValueError(wrong_token(args.support, kept, over.token_ids, mask.shape, args.ids_name))
         # a stable sort by kind (live, scored only, over supports likewise, others): nonzero would synchronise again

@@ -26,6 +26,7 @@ _BAD_VALUES = (
     "temperature must be > 0 and finite where the mask is 1, got others at {} positions",
     "cu_seqlens must rise from 0 to N without falling, got {} ends that do not",
 )
+_BAD_IDS_AT = "ids must be in [0, V = {vocab}), or -1 for none, where the mask is 1, got others at {} positions"
 
 
 def refuse_transforms(tensors):
@@ -170,7 +171,9 @@ def value_flags(args, vocab, loss=None) -> torch.Tensor:
     return torch.stack([bad_mask, bad_ids, bad_advantages, bad_temperature, bad_ends])
 
 
-def raise_bad_values(counts, vocab):
-    for count, message in zip(counts, _BAD_VALUES, strict=True):
+def raise_bad_values(counts, vocab, ids_name=None):
+    """``ids_name``: of `TokenArguments`."""
+    for i, (count, message) in enumerate(zip(counts, _BAD_VALUES, strict=True)):
         if count:
+            message = _BAD_IDS_AT if i == 1 and ids_name == "ids" else message
             raise ValueError(message.format(count, vocab=vocab))

@@ -144,8 +144,8 @@ def linear_logprobs_at(
         raise RuntimeError("linear_logprobs_at cannot be used under torch.compile: call it inside of torch.compiler.disable")
     if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids must be an int32 or int64 tensor [.., K], got {kind(ids)}")
-    if ids.dim() < 1:
-        raise ValueError("ids must be [.., K], got a 0-dim tensor")
+    if (isinstance(hidden, torch.Tensor) and not sequence_parallel and ids.shape[:-1] != hidden.shape[:-1]) or ids.dim() < 1:
+        raise ValueError(f"ids must be [.., K] beside hidden [.., D] = {list(getattr(hidden, 'shape', ()))}, got {list(ids.shape)}")
     count, ids = ids.shape[-1], torch.nn.functional.pad(ids.long(), (0, 1), value=-1)
     highest, lowest = ids.amax(-1), ids.amin(-1)
     call = _described(

@@ -33,9 +33,7 @@ class TokenSupport:
     def __post_init__(self):
         for name in ("ids", "offsets"):
             x = getattr(self, name)
-            if not isinstance(x, torch.Tensor) or x.dtype not in _INTEGERS:
-                got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-                raise TypeError(f"support.{name} must be an int32 or int64 tensor, got {got}")
+            _check_integers(f"support.{name}", x)
             if x.dim() != 1:
                 raise ValueError(f"support.{name} must be 1-D, got {list(x.shape)}")
         if not len(self.offsets):
@@ -46,33 +44,46 @@ class TokenSupport:
     @staticmethod
     def from_mask(mask: torch.Tensor) -> "TokenSupport":
         """Of a bool mask [.., V], True for the tokens that were left. A position without any True has the whole vocabulary."""
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.dim() < 1:
-            raise TypeError(f"mask must be a bool tensor [.., V], got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor [.., V], got {_kind(mask)}")
+        if mask.dim() < 1:
+            raise ValueError("mask must be [.., V], got a 0-dim tensor")
         flat = mask.reshape(-1, mask.shape[-1])
         return TokenSupport(flat.nonzero()[:, 1], _offsets(flat.sum(1)))
 
     @staticmethod
     def from_padded(ids: torch.Tensor, pad: int = -1) -> "TokenSupport":
         """Of ids [.., K], with ``pad`` where a position has fewer. One of nothing but ``pad`` has the whole vocabulary."""
-        if not isinstance(ids, torch.Tensor) or ids.dtype not in _INTEGERS or ids.dim() < 1:
-            raise TypeError(f"ids must be an int32 or int64 tensor [.., K], got {getattr(ids, 'dtype', type(ids).__name__)}")
+        _check_integers("ids", ids)
+        if ids.dim() < 1:
+            raise ValueError("ids must be [.., K], got a 0-dim tensor")
         flat = ids.reshape(-1, ids.shape[-1])
         return TokenSupport(flat[flat != pad], _offsets((flat != pad).sum(1)))
 
     @staticmethod
     def from_sequences(sequences, length: int | None = None, device=None) -> "TokenSupport":
-        """Of one (token_ids, offsets) a sequence, arrays or lists, as samplers return them.
+        """Of the sampling mask of each sequence, as samplers return them.
 
         Args:
-            sequences: B of them; offsets from 0, an entry more than the sequence has tokens.
+            sequences: B of them, each (token_ids, offsets) of arrays or lists, an object with attributes of these names, a
+                `TokenSupport`, or None. Offsets begin at 0 and have an entry more than the sequence has tokens. None is a sequence
+                without a mask: it needs a ``length``, and gets empty ranges.
             length: T of a padded [B, T], where shorter sequences get empty ranges behind their end; None is the packed layout.
             device: of the result; None is the CPU.
+
+        Raises:
+            TypeError, ValueError: naming the sequence, what was wanted and what came.
         """
         ids, lengths = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
-        for number, (token_ids, offsets) in enumerate(sequences):
-            token_ids, own = (torch.as_tensor(x, dtype=torch.int64).cpu() for x in (token_ids, offsets))
-            if own.dim() != 1 or len(own) < 1 or own[0] != 0 or own[-1] != len(token_ids) or (own.diff() < 0).any():
-                raise ValueError(f"offsets of sequence {number} must rise from 0 to {len(token_ids)}, got {own.tolist()[:8]}")
+        if isinstance(sequences, (TokenSupport, dict)):
+            raise TypeError(f"sequences must be a list of one (token_ids, offsets) a sequence, got {_kind(sequences)}")
+        for number, mask in enumerate(sequences):
+            token_ids, own = _pair(number, mask, length)
+            falls = own.diff() < 0
+            if not len(own) or own[0] != 0 or own[-1] != len(token_ids) or falls.any():
+                where = f"; they fall behind token {int(falls.nonzero()[0])}" if falls.any() else ""
+                got = f"{own.tolist()[:8]}{' ..' * (len(own) > 8)}{where}"
+                raise ValueError(f"offsets of sequence {number} must rise from 0 to {len(token_ids)}, its token_ids, got {got}")
             own = own.diff()
             if length is not None and len(own) > length:
                 raise ValueError(f"sequence {number} must have at most {length} positions, got {len(own)}")
@@ -92,7 +103,14 @@ class TokenSupport:
         return TokenSupport(self.ids.to(device), self.offsets.to(device))
 
     def take(self, index: torch.Tensor) -> "TokenSupport":
-        """Of the positions ``index`` [n] int64, in their order."""
+        """Of some positions: their numbers [n] int64, in that order, or a bool mask [positions]."""
+        if not isinstance(index, torch.Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.bool):
+            got = f"{_kind(index)} {list(index.shape)}" if isinstance(index, torch.Tensor) else _kind(index)
+            raise TypeError(f"index must be an int64 tensor [n], or a bool one [{self.positions}], got {got}")
+        if index.dtype == torch.bool:
+            if len(index) != self.positions:
+                raise ValueError(f"index must be [{self.positions}] as a bool tensor, got {list(index.shape)}")
+            index = index.nonzero().squeeze(1)
         lengths, starts = self.lengths()[index], self.offsets.long()[index]
         offsets = _offsets(lengths)
         row = torch.repeat_interleave(torch.arange(len(index), device=index.device), lengths)
@@ -164,6 +182,40 @@ def _repeats(ids, row_of, size):
     return key[1:] == key[:-1]
 
 
+def _pair(number, mask, length):
+    """(token_ids, offsets) [..] int64 on the CPU of one sequence."""
+    if mask is None:
+        if length is None:
+            raise ValueError(f"sequence {number} must have (token_ids, offsets) without a length, got None")
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    if isinstance(mask, TokenSupport):
+        mask = mask.ids, mask.offsets
+    elif hasattr(mask, "token_ids") and hasattr(mask, "offsets"):
+        mask = mask.token_ids, mask.offsets
+    if not isinstance(mask, (tuple, list)) or len(mask) != 2:
+        wanted = "(token_ids, offsets), an object with these attributes, or None"
+        raise TypeError(f"sequence {number} must be {wanted}, got {_kind(mask)}")
+    found = []
+    for name, given in zip(("token_ids", "offsets"), mask, strict=True):
+        try:
+            x = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} of sequence {number} must be integers [..], got {_kind(given)}: {error}") from error
+        if x.dim() != 1 or (x.numel() and (x.is_floating_point() or x.dtype == torch.bool)):
+            raise TypeError(f"{name} of sequence {number} must be integers [..], got {x.dtype} {list(x.shape)}")
+        found.append(x.long().cpu())
+    return found
+
+
+def _check_integers(name, x):
+    if not isinstance(x, torch.Tensor) or x.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {_kind(x)}")
+
+
+def _kind(x):
+    return str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
+
+
 def _offsets(lengths):
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
@@ -223,9 +275,10 @@ def wrong_token(support, kept, token_ids, tokens, name):
     """What to say where a kept position's token is not among its ids."""
     missing = kept & (found_in(support, token_ids) < 0)
     first = int(missing.nonzero()[0])
+    own = support.ids[slice(*support.facts().ranges[first].tolist())].tolist()
     return (
-        f"{name} must be among support.ids where the mask is 1: token {int(token_ids[first])} at position {_place(first, tokens)} "
-        "is not what it could have been sampled as"
+        f"{name} must be among support.ids where the mask is 1, got {int(token_ids[first])} at position {_place(first, tokens)}, "
+        f"whose support is {own[:8]}{' ..' * (len(own) > 8)}; range t is what token t could have been, which hidden[t] predicts"
     )
 
 
@@ -287,7 +340,10 @@ class Supports:
         """
         support, nothing = args.support, index[:0]
         if not can_sync(args.hidden) and "_facts" not in vars(support):
-            raise RuntimeError("support cannot be used in a CUDA graph before a call outside of one has looked at it")
+            raise RuntimeError(
+                "support cannot be used under torch.compile (call inside of torch.compiler.disable), nor in a CUDA graph before a "
+                "call outside of one has looked at it"
+            )
         facts, wrong = support.facts(), torch.zeros((), dtype=torch.bool, device=index.device)
         doubtful = facts.wrong or facts.lowest < 0 or facts.highest >= vocab or facts.repeats
         if doubtful and (facts.wrong or wrong_values(support, kept, vocab, args.mask.shape)):

@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import math
 import random
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from grpo_kernels import (
     linear_logprobs,
     reference,
 )
+from grpo_kernels.backends import pytorch
 from grpo_kernels.engine import ops
 from grpo_kernels.losses.config import LOSS_TYPES
 from grpo_kernels.support import Facts
@@ -174,8 +177,39 @@ def test_supports_are_built_from_what_samplers_hand_over():
     assert some.ids.tolist() == [0, 3, 5, 1, 4] and some.lengths().tolist() == [3, 0, 2]
     with pytest.raises(ValueError, match=r"sequence 1 must have at most 1 positions, got 2"):
         TokenSupport.from_sequences([([0], [0, 1]), ([0, 3], [0, 1, 2])], length=1)
-    with pytest.raises(ValueError, match=r"offsets of sequence 0 must rise from 0 to 2, got \[0, 3\]"):
+    with pytest.raises(ValueError, match=r"offsets of sequence 0 must rise from 0 to 2, its token_ids, got \[0, 3\]"):
         TokenSupport.from_sequences([([0, 1], [0, 3])])
+
+
+def test_supports_come_in_the_forms_that_samplers_use():
+    class SamplingMask(NamedTuple):
+        token_ids: object
+        offsets: object
+
+    plain = TokenSupport.from_sequences([([7, 3, 9], [0, 1, 3]), ([2], [0, 1])], length=3)
+    given = [SamplingMask(np.array([7, 3, 9], np.int32), np.array([0, 1, 3])), TokenSupport(torch.tensor([2]), torch.tensor([0, 1]))]
+    for masks in (given, [*given[:1], (torch.tensor([2]), (0, 1))]):
+        found = TokenSupport.from_sequences(masks, length=3)
+        assert torch.equal(found.ids, plain.ids) and torch.equal(found.offsets, plain.offsets)
+    assert TokenSupport.from_sequences([None, given[0]], length=2).lengths().tolist() == [0, 0, 1, 2]
+    assert plain.take(torch.tensor([True, False, False, True, False, True])).lengths().tolist() == [1, 1, 0]
+    for wrong, kind, message in (
+        ([None], ValueError, r"sequence 0 must have \(token_ids, offsets\) without a length"),
+        (([1, 2, 3], [0, 1, 3], [4]), TypeError, r"sequence 0 must be \(token_ids, offsets\).*got list"),
+        ({"token_ids": []}, TypeError, r"sequences must be a list.*got dict"),
+        ([([1.5], [0, 1])], TypeError, r"token_ids of sequence 0 must be integers \[\.\.\], got torch.float32 \[1\]"),
+        ([([[1], [2, 3]], [0, 1])], TypeError, r"token_ids of sequence 0 must be integers \[\.\.\], got list"),
+        ([([1, 2, 3], [0, 2, 1, 3])], ValueError, r"got \[0, 2, 1, 3\]; they fall behind token 1"),
+    ):
+        with pytest.raises(kind, match=message):
+            TokenSupport.from_sequences(wrong)
+    for index in ([0, 1], slice(0, 1), torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0.0])):
+        with pytest.raises(TypeError, match=r"index must be an int64 tensor \[n\], or a bool one \[6\]"):
+            plain.take(index)
+    with pytest.raises(ValueError, match=r"index must be \[6\] as a bool tensor, got \[2\]"):
+        plain.take(torch.tensor([True, False]))
+    with pytest.raises(TypeError, match="got ndarray"):
+        TokenSupport.from_mask(np.ones((2, 3), bool))
 
 
 @every_backend
@@ -244,7 +278,7 @@ def wrong_supports(p):
     falling = even.clone()
     falling[4] = 13
     return {
-        "token outside": (changed(0, other), rf"completion_ids must be among support\.ids.*token {int(ids[place])} at {where}"),
+        "token outside": (changed(0, other), rf"completion_ids must be among support\.ids.*got {int(ids[place])} at {where}, whose support is \[{other}, "),
         "twice": (changed(1, int(ids[place])), rf"support\.ids must name a token once in a range, got {int(ids[place])} twice at {where}"),
         "too large": (changed(1, 37), rf"support\.ids must be in \[0, V = 37\).*got 37 at {where}"),
         "negative": (changed(1, -1), rf"support\.ids must be in \[0, V = 37\).*got -1 at {where}"),
@@ -367,3 +401,22 @@ def test_a_sharded_vocabulary_equals_one_process(tmp_path, world):
     """Three ranks: the last has no row of the vocabulary at all, and takes part."""
     for rank, wrong in enumerate(spawn(tmp_path, world, shards_agree)):
         assert wrong == [], f"rank {rank}: {wrong[:5]}"
+
+
+@on_the_cpu
+def test_rows_that_cannot_train_are_scored_alone(monkeypatch):
+    """Their pairs are in the logits, and in no sum."""
+    p = make_problem(B=4, T=8, V=61, masked=0.0, all_masked_sequence=False, confident=False)
+    p.advantages[:2] = 0.0
+    support = TokenSupport.from_padded(torch.stack([p.completion_ids, (p.completion_ids + 1) % 61, (p.completion_ids + 2) % 61], -1))
+    handed = {"pair_logits": [], "pair_sums": []}
+    for name, calls in handed.items():
+        kernel = getattr(pytorch, name)
+
+        def counted(pairs, *args, kernel=kernel, calls=calls, **options):
+            calls.append(int((pairs.ranges[:, 1] - pairs.ranges[:, 0])[pairs.rows < 61].sum()))
+            return kernel(pairs, *args, **options)
+
+        monkeypatch.setattr(pytorch, name, counted)
+    run(fused_linear_grpo_loss, p, support=support, backend="torch")
+    assert handed == {"pair_logits": [96], "pair_sums": [48, 48]}  # of dW: those of a row of the weight
