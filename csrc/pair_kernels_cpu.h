@@ -27,6 +27,7 @@ void for_each_part(const Pairs& pairs, int64_t per_pair, int threads, F f) {
   };
   int64_t total = 0;
   for (int64_t r = 0; r < pairs.count; r++) total += units(r);
+  if (total == 0) return;  // of matrices without columns too
   const int64_t size = kPairsPerPiece * per_pair, pieces = (total + size - 1) / size;
   (void)threads;
 #pragma omp parallel num_threads(pieces > 1 ? threads : 1)

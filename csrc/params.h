@@ -87,7 +87,7 @@ struct PolicyParams {
 struct Pairs {
   const int64_t* ids;     // [M], rows of the other matrix; an id outside of it is no pair
   const int64_t* ranges;  // [R, 2]: row r has the pairs [first, last), which may be none
-  const int64_t* rows;    // [R], where the rows are in their matrix, each once; null: row r is the r-th
+  const int64_t* rows;    // [R], where the rows are in their matrix, each once; null: row r is the r-th. Hidden's are inside of it
   int64_t count;          // R
 };
 

@@ -113,6 +113,7 @@ class TokenArguments:
     options: tuple | None = None  # (temperature, logit_scale, softcap) of a config that is yet to be validated
     return_lse: bool = False
     support: TokenSupport | None = None
+    candidates: torch.Tensor | None = None  # [.., K] in place of completion_ids, which become one of them, a wrong one if there is
 
     ids_name: str = "token_ids"
     entropy_has_gradient = True  # or may have one
@@ -127,11 +128,12 @@ class TokenArguments:
         if not isinstance(self.return_lse, bool):
             raise TypeError(f"return_lse must be True or False, got {kind(self.return_lse)}")
         tokens, device = self.token_shape(hidden), hidden.device
-        check_tensor(self.ids_name, self.completion_ids, device, (torch.int64,))
-        shape = self.completion_ids.shape
+        completion_ids = self.completion_ids if self.candidates is None else self._one_of_candidates(tokens, device)
+        check_tensor(self.ids_name, completion_ids, device, (torch.int64,))
+        shape = completion_ids.shape
         one_apart = len(tokens) == len(shape) > 1 and shape[:-1] == tokens[:-1] and abs(shape[-1] - tokens[-1]) == 1
         shift = "; position t predicts token t: hidden[:, :-1] stands beside ids[:, 1:]" if one_apart else ""
-        check_shape(self.ids_name, self.completion_ids, tokens, hint=shift)
+        check_shape(self.ids_name, completion_ids, tokens, hint=shift)
         if self.mask is not None or self.ids_name == "completion_ids":
             check_mask(self.mask, tokens, device)
         temperature = self.temperature
@@ -149,7 +151,17 @@ class TokenArguments:
                 raise ValueError("return_lse must be False with a support, whose lse would be another, got True")
         refuse_lost_gradients(self.config, mask=self.mask)
         mask = torch.ones(tokens, dtype=torch.bool, device=device) if self.mask is None else self.mask
-        return replace(self, hidden=hidden, weight=weight, bias=bias, lora=lora, mask=mask, temperature=temperature)
+        return replace(self, hidden=hidden, weight=weight, bias=bias, lora=lora, mask=mask, temperature=temperature,
+                       completion_ids=completion_ids)  # fmt: skip
+
+    def _one_of_candidates(self, tokens, device):
+        ids = self.candidates
+        check_tensor("ids", ids, device, (torch.int64, torch.int32))
+        if ids.dim() < 1 or ids.shape[:-1] != tokens:
+            raise ValueError(f"ids must be [.., K] = {[*tokens, 'K']}, got {list(ids.shape)}")
+        ids = torch.nn.functional.pad(ids.long(), (0, 1), value=-1)
+        lowest = ids.amin(-1)
+        return torch.where(lowest < -1, lowest, ids.amax(-1).clamp(min=0))
 
     @property
     def temperature_has_gradient(self):
@@ -166,7 +178,8 @@ class TokenArguments:
     def facts(self):
         """What must be the same on all ranks of a vocab_parallel_group, beside the head."""
         given = self.given("mask", "bias", "temperature", "support")
-        return {"which tensors are given": given, "return_lse": int(self.return_lse)}
+        candidates = 0 if self.candidates is None else self.candidates.shape[-1]
+        return {"which tensors are given": given, "return_lse": int(self.return_lse), "ids of a position": candidates}
 
 
 def _config_of(temperature, logit_scale, softcap):
@@ -392,7 +405,7 @@ def _with_rows(args, head, work, loss, wait):
     if wait:
         all_train = loss is None or args.differentiable_logps  # a term of the caller's may train what the loss leaves alone
         live = torch.zeros_like(kept) if not trains else kept if all_train else kept & loss.live().reshape(-1)
-        over = None if args.support is None else Supports.checked(args, kept, vocab)
+        over = None if args.support is None else Supports.checked(args, kept, vocab, shard)
         kinds = (2 - kept.to(torch.int8) - live.to(torch.int8)) if over is None else over.kinds(kept, live)
         known = torch.arange(2 if over is None else 6, device=kinds.device).unsqueeze(1)
         found = [(kinds == known).sum(1), flags] + ([] if over is None else [over.missing(kept).unsqueeze(0)])
@@ -402,7 +415,7 @@ def _with_rows(args, head, work, loss, wait):
             shard.agree(mask.device, kept=sum(counts), trained=sum(counts[::2]), wrong=sum(bad))
         raise_bad_values(bad[: len(flags)], vocab, args.ids_name)
         if over is not None and bad[-1]:
-            raise ValueError(wrong_token(args.support, kept, over.token_ids, mask.shape, args.ids_name))
+            raise ValueError(wrong_token(args.support, kept, args.completion_ids.reshape(-1), mask.shape, args.ids_name))
         # a stable sort by kind (live, scored only, over supports likewise, others): nonzero would synchronise again
         order = kinds.argsort(stable=True)
         n, n_live = counts[0] + counts[1], counts[0]

@@ -10,7 +10,7 @@ import torch
 from typing_extensions import Unpack
 
 from .call import LogProbs, LogProbsAndLse, TokenArguments, describe
-from .checks import Backend, kind, refuse_transforms
+from .checks import Backend, refuse_transforms
 from .engine.diagnostics import NAMES
 from .engine.pairs import PairRows, with_pair_logits
 from .support import TokenSupport
@@ -142,17 +142,11 @@ def linear_logprobs_at(
     """
     if torch.compiler.is_compiling():
         raise RuntimeError("linear_logprobs_at cannot be used under torch.compile: call it inside of torch.compiler.disable")
-    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"ids must be an int32 or int64 tensor [.., K], got {kind(ids)}")
-    if (isinstance(hidden, torch.Tensor) and not sequence_parallel and ids.shape[:-1] != hidden.shape[:-1]) or ids.dim() < 1:
-        raise ValueError(f"ids must be [.., K] beside hidden [.., D] = {list(getattr(hidden, 'shape', ()))}, got {list(ids.shape)}")
-    count, ids = ids.shape[-1], torch.nn.functional.pad(ids.long(), (0, 1), value=-1)
-    highest, lowest = ids.amax(-1), ids.amin(-1)
     call = _described(
-        hidden, weight, torch.where(lowest < -1, lowest, highest.clamp(min=0)),  # a wrong id, where there is one, for the checks
-        mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel, workspace_bytes, backend,
-        ids_name="ids",
+        hidden, weight, None, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
+        workspace_bytes, backend, ids_name="ids", candidates=ids,
     )  # fmt: skip
+    count, ids = ids.shape[-1], torch.nn.functional.pad(ids.long(), (0, 1), value=-1)
     index, chosen = call.rows.index, ids.reshape(-1, count + 1)[call.rows.index]
     z, call = _logits_at(call, chosen)
     given, offset = chosen >= 0, 0 if call.work.shard is None else call.work.shard.offset
@@ -179,8 +173,9 @@ def _logits_at(call, ids):
     if work.transform.softcap is not None:
         z = work.transform.softcap * torch.tanh(z / work.transform.softcap)
     given = rows.temperature if call.temperature is None else call.temperature.reshape(-1)[rows.index]
-    z = z / (work.transform.temperature if given is None else given.to(z.dtype).unsqueeze(1))
-    return z, replace(call, head=head, rows=replace(rows, hidden=hidden))
+    banned = z == -float("inf")  # the temperature's gradient would be 0 times it
+    z = z.masked_fill(banned, 0.0) / (work.transform.temperature if given is None else given.to(z.dtype).unsqueeze(1))
+    return z.masked_fill(banned, -float("inf")), replace(call, head=head, rows=replace(rows, hidden=hidden))
 
 
 def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, lora=None,

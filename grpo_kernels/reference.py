@@ -43,7 +43,7 @@ def grpo_loss(
 def _allowed(args):
     """[.., V] bool: the tokens that could have been sampled; all of them where masked."""
     support, kept, vocab, tokens = args.support, args.mask.reshape(-1).bool(), args.weight.shape[0], args.mask.shape
-    if message := wrong_values(support, kept, vocab, tokens):
+    if message := wrong_values(support, support.facts(), kept, vocab, tokens):
         raise ValueError(message)
     mask, ids = support.to_mask(vocab), args.completion_ids.reshape(-1)
     if not mask[kept.nonzero().squeeze(1), ids[kept]].all():
@@ -76,6 +76,7 @@ def logps_from_logits(z, token_ids, mask, config, temperature=None, allowed=None
         z = z.masked_fill(banned, 0.0) / temperature.to(z.dtype).where(kept, 1.0).unsqueeze(-1)
         z = z.masked_fill(banned, -float("inf"))
     if allowed is not None:
+        z = z.where(allowed.sum(-1, keepdim=True) != 1, 0.0)  # a single token is certain, whatever its logit
         z = z.masked_fill(~allowed, -float("inf"))
     token = token_ids.where(kept, 0).long().unsqueeze(-1)
     target = z.gather(-1, token).squeeze(-1)

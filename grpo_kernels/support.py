@@ -1,6 +1,9 @@
 """`TokenSupport`: the tokens that each position could have been sampled as, and what is asked of them."""
 
-from dataclasses import dataclass, field
+import functools
+import math
+import warnings
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -8,6 +11,7 @@ from .engine.operands import can_sync
 from .engine.pairs import PairRows
 
 _INTEGERS = (torch.int32, torch.int64)
+_WIDE = 1000  # tokens a position in the mean, from which a warning is due: by count some 850 cost as much as the vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +52,8 @@ class TokenSupport:
             raise TypeError(f"mask must be a bool tensor [.., V], got {_kind(mask)}")
         if mask.dim() < 1:
             raise ValueError("mask must be [.., V], got a 0-dim tensor")
-        flat = mask.reshape(-1, mask.shape[-1])
-        return TokenSupport(flat.nonzero()[:, 1], _offsets(flat.sum(1)))
+        flat = _rows(mask)
+        return TokenSupport(flat.nonzero()[:, 1].contiguous(), _offsets(flat.sum(1)))
 
     @staticmethod
     def from_padded(ids: torch.Tensor, pad: int = -1) -> "TokenSupport":
@@ -57,7 +61,7 @@ class TokenSupport:
         _check_integers("ids", ids)
         if ids.dim() < 1:
             raise ValueError("ids must be [.., K], got a 0-dim tensor")
-        flat = ids.reshape(-1, ids.shape[-1])
+        flat = _rows(ids)
         return TokenSupport(flat[flat != pad], _offsets((flat != pad).sum(1)))
 
     @staticmethod
@@ -111,7 +115,7 @@ class TokenSupport:
             if len(index) != self.positions:
                 raise ValueError(f"index must be [{self.positions}] as a bool tensor, got {list(index.shape)}")
             index = index.nonzero().squeeze(1)
-        lengths, starts = self.lengths()[index], self.offsets.long()[index]
+        lengths, starts = self.lengths()[index], self.offsets[:-1].long()[index]
         offsets = _offsets(lengths)
         row = torch.repeat_interleave(torch.arange(len(index), device=index.device), lengths)
         return TokenSupport(self.ids[(starts - offsets[:-1])[row] + torch.arange(len(row), device=row.device)], offsets)
@@ -119,6 +123,8 @@ class TokenSupport:
     def to_mask(self, vocab: int) -> torch.Tensor:
         """[positions, vocab] bool; all True where a range is empty. Ids outside of the vocabulary are left out."""
         facts = self.facts()
+        if facts.wrong:
+            raise ValueError(facts.wrong)
         mask = (self.lengths() == 0).unsqueeze(1).repeat(1, vocab)
         inside = (self.ids >= 0) & (self.ids < vocab)
         mask[facts.row_of[inside], self.ids[inside].long()] = True
@@ -126,12 +132,21 @@ class TokenSupport:
 
     def facts(self) -> "Facts":
         """What a look at the values has found; taken again when they were changed."""
-        key = None if self.ids.is_inference() or self.offsets.is_inference() else (self.ids._version, self.offsets._version)
-        known = self.__dict__.get("_facts")
-        if known is None or key is None or known[0] != key:
-            known = key, Facts.of(self)
-            object.__setattr__(self, "_facts", known)
-        return known[1]
+        known = self.known()
+        if known is None:
+            known = Facts.of(self)
+            object.__setattr__(self, "_facts", (self._versions(), known))
+        return known
+
+    def known(self) -> "Facts | None":
+        """`facts`, where they need no look."""
+        versions, facts = self.__dict__.get("_facts", (None, None))
+        return facts if versions is not None and versions == self._versions() else None
+
+    def _versions(self):
+        """None of inference tensors, which do not count their changes."""
+        tensors = self.ids, self.offsets
+        return None if any(x.is_inference() for x in tensors) else tuple(x._version for x in tensors)
 
     def __repr__(self):
         return f"TokenSupport(positions={self.positions}, ids={len(self.ids)}, device={self.ids.device})"
@@ -147,7 +162,7 @@ class Facts:
     wrong: str | None  # what is wrong with the offsets; then nothing else is known
     lowest: int = 0  # id
     highest: int = -1
-    repeats: bool = False  # whether a range has an id twice
+    repeats: bool = False  # whether a range has an id twice, or may have
     empty: int = 0  # ranges
     lengths: torch.Tensor | None = None  # [positions] int64
     ranges: torch.Tensor | None = None  # [positions, 2] int64, first and last of each
@@ -172,7 +187,8 @@ class Facts:
         lowest, highest, repeats = 0, -1, False
         if total:
             lowest, highest = torch.stack(ids.aminmax()).tolist()
-            repeats = bool(_repeats(ids.long() - lowest, row_of, highest - lowest + 1).any())
+            size = highest - lowest + 1  # garbage of masked positions may be of any size
+            repeats = size * len(lengths) >= 2**62 or bool(_repeats(ids.long() - lowest, row_of, size).any())
         return Facts(None, lowest, highest, repeats, empty, lengths, ranges, row_of, place, (lengths > 0).long().neg())
 
 
@@ -207,6 +223,11 @@ def _pair(number, mask, length):
     return found
 
 
+def _rows(x):
+    """[.., K] -> [positions, K]."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _check_integers(name, x):
     if not isinstance(x, torch.Tensor) or x.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {_kind(x)}")
@@ -235,47 +256,43 @@ def check_support(support, tokens, device):
         raise ValueError(f"support must be on {device} as hidden is, got {support.ids.device}")
 
 
-def found_in(support, token_ids):
-    """[positions] int64: where among all ids a position's token is, -1 where it is not, anything where its range is empty.
-
-    No synchronisation once the facts are known.
-    """
-    facts = support.facts()
+def found_in(support, facts, token_ids):
+    """[positions] int64: where among all ids a position's token is, -1 where it is not, anything where its range is empty."""
     here = facts.place.where(support.ids == token_ids[facts.row_of], -1)
     return facts.nowhere.scatter_reduce(0, facts.row_of, here, "amax")
 
 
-def wrong_values(support, kept, vocab, tokens):
-    """None, or what is wrong at the kept positions, named with its place; waits for the device.
+def wrong_values(support, facts, kept, vocab, tokens):
+    """None, or what is wrong at the kept positions, named with its place; waits for the device where the facts leave a doubt.
 
     ``kept`` [positions] is the mask, ``tokens`` its shape.
     """
-    facts = support.facts()
     if facts.wrong:
         return facts.wrong
-    if facts.lowest < 0 or facts.highest >= vocab:
-        outside = (kept[facts.row_of] & ((support.ids < 0) | (support.ids >= vocab))).nonzero()
-        if len(outside):
-            first = int(outside[0])
-            place = _place(int(facts.row_of[first]), tokens)
-            return f"support.ids must be in [0, V = {vocab}) where the mask is 1, got {int(support.ids[first])} at position {place}"
-    if facts.repeats:
-        own = kept[facts.row_of].nonzero().squeeze(1)
-        size = facts.highest - facts.lowest + 1
-        key, order = (facts.row_of[own] * size + support.ids[own].long() - facts.lowest).sort()
-        again = (key[1:] == key[:-1]).nonzero()
-        if len(again):
-            first = own[order[again[0, 0]]]
-            place = _place(int(facts.row_of[first]), tokens)
-            return f"support.ids must name a token once in a range, got {int(support.ids[first])} twice at position {place}"
+    if facts.lowest >= 0 and facts.highest < vocab and not facts.repeats:
+        return None
+    own = kept[facts.row_of].nonzero().squeeze(1)
+    ids, row_of = support.ids[own].long(), facts.row_of[own]
+    outside = ((ids < 0) | (ids >= vocab)).nonzero()
+    if len(outside):
+        first = int(outside[0])
+        place = _place(int(row_of[first]), tokens)
+        return f"support.ids must be in [0, V = {vocab}) where the mask is 1, got {int(ids[first])} at position {place}"
+    key, order = (row_of * vocab + ids).sort()
+    again = (key[1:] == key[:-1]).nonzero()
+    if len(again):
+        first = int(order[again[0, 0]])
+        place = _place(int(row_of[first]), tokens)
+        return f"support.ids must name a token once in a range, got {int(ids[first])} twice at position {place}"
     return None
 
 
 def wrong_token(support, kept, token_ids, tokens, name):
     """What to say where a kept position's token is not among its ids."""
-    missing = kept & (found_in(support, token_ids) < 0)
+    facts = support.facts()
+    missing = kept & (found_in(support, facts, token_ids) < 0)
     first = int(missing.nonzero()[0])
-    own = support.ids[slice(*support.facts().ranges[first].tolist())].tolist()
+    own = support.ids[slice(*facts.ranges[first].tolist())].tolist()
     return (
         f"{name} must be among support.ids where the mask is 1, got {int(token_ids[first])} at position {_place(first, tokens)}, "
         f"whose support is {own[:8]}{' ..' * (len(own) > 8)}; range t is what token t could have been, which hidden[t] predicts"
@@ -288,7 +305,16 @@ def _place(position, tokens):
     for size in reversed(tokens):
         position, rest = divmod(position, size)
         place.append(rest)
-    return place[::-1] if len(place) > 1 else place[0]
+    return place[::-1] if len(place) != 1 else place[0]
+
+
+@functools.cache  # once per process
+def _warn_of_width():
+    warnings.warn(
+        f"support has more than {_WIDE} tokens a position in the mean: the whole vocabulary would cost less; leave those ranges "
+        "empty that have nearly all of it",
+        stacklevel=2,
+    )
 
 
 @dataclass(frozen=True)
@@ -296,22 +322,33 @@ class Supports:
     """The supports of a call and its flattened tokens: which rows are computed over theirs, and how."""
 
     support: TokenSupport
-    token_ids: torch.Tensor  # [positions]
+    facts: Facts
     places: torch.Tensor  # [positions] int64, of `found_in`
     vocab: int
 
     @staticmethod
-    def checked(args, kept, vocab):
+    def checked(args, kept, vocab, shard):
         """Raises ValueError for wrong values at kept positions, but for tokens outside of their supports: `missing` counts them."""
-        if message := wrong_values(args.support, kept, vocab, args.mask.shape):
+        support = args.support
+        facts = support.facts()
+        message = wrong_values(support, facts, kept, vocab, args.mask.shape)
+        if shard is not None:
+            shard.agree(kept.device, support=_digest(support), wrong_supports=int(message is not None))
+        if message is not None:
             raise ValueError(message)
-        token_ids = args.completion_ids.reshape(-1)
-        return Supports(args.support, token_ids, found_in(args.support, token_ids), vocab)
+        return Supports.of(args, facts, vocab)
+
+    @staticmethod
+    def of(args, facts, vocab):
+        ranges = len(facts.lengths) - facts.empty
+        if len(facts.place) > _WIDE * ranges > 0:
+            _warn_of_width()
+        return Supports(args.support, facts, found_in(args.support, facts, args.completion_ids.reshape(-1)), vocab)
 
     @property
     def over(self):
         """[positions] int8: 0 computed over the whole vocabulary, 2 over the support, 4 not at all: it is a single token."""
-        facts, vocab = self.support.facts(), self.vocab
+        facts, vocab = self.facts, self.vocab
         if vocab not in facts.over:
             lengths = facts.lengths
             whole = (lengths == 0) | ((lengths == vocab) if vocab > 1 else lengths < 0)
@@ -328,30 +365,45 @@ class Supports:
         return (self.over + ~live).masked_fill(~kept, 6)
 
     def rows(self, index, live):
-        facts = self.support.facts()
+        facts = self.facts
         ranges = facts.ranges[index]
-        return PairRows(index, live, self.support.ids.long(), ranges, facts.row_of, self.places[index] - ranges[:, 0])
+        # a copy: the backward needs the ids as they are now
+        ids = self.support.ids.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+        return PairRows(index, live, ids, ranges, facts.row_of, self.places[index] - ranges[:, 0])
 
     @staticmethod
     def given(args, index, kept, vocab, trains):
         """(the rows of the whole vocabulary, `PairRows` of the others, whether a value is bad) of rows that are not looked at.
 
-        All are live, those with a single token too. A support that has an empty range makes the host wait for the rows.
+        All are live. A support that has an empty range, if only of a masked position, makes the host wait for the rows of these.
         """
         support, nothing = args.support, index[:0]
-        if not can_sync(args.hidden) and "_facts" not in vars(support):
+        waits = can_sync(args.hidden)
+        facts = support.facts() if waits else support.known()
+        if facts is None or (facts.empty and not waits):
             raise RuntimeError(
-                "support cannot be used under torch.compile (call inside of torch.compiler.disable), nor in a CUDA graph before a "
-                "call outside of one has looked at it"
+                "support cannot be used under torch.compile (call inside of torch.compiler.disable); in a CUDA graph a call "
+                "outside of one must have looked at it before, and no range may be empty"
             )
-        facts, wrong = support.facts(), torch.zeros((), dtype=torch.bool, device=index.device)
-        doubtful = facts.wrong or facts.lowest < 0 or facts.highest >= vocab or facts.repeats
-        if doubtful and (facts.wrong or wrong_values(support, kept, vocab, args.mask.shape)):
-            return nothing, None, ~wrong
-        token_ids = args.completion_ids.reshape(-1)
-        over = Supports(support, token_ids, found_in(support, token_ids), vocab)
-        whole = nothing
+        wrong = torch.zeros((), dtype=torch.bool, device=index.device)
+        if wrong_values(support, facts, kept, vocab, args.mask.shape) is not None:
+            return index, None, ~wrong
+        over, whole = Supports.of(args, facts, vocab), nothing
         if facts.empty:
             chosen = over.over[index] == 0
             whole, index = index[chosen], index[~chosen]
-        return whole, over.rows(index, len(index) if trains else 0), over.missing(kept) > 0
+        pairs = over.rows(index, len(index) if trains else 0)
+        single = facts.lengths[index] == 1
+        first, last = pairs.ranges.unbind(1)
+        ids = pairs.ids.masked_fill((facts.lengths == 1)[facts.row_of], -1)
+        pairs = replace(pairs, ids=ids, ranges=torch.stack([first, torch.where(single, first, last)], 1), single=single)
+        return whole, pairs, over.missing(kept) > 0
+
+
+def _digest(support):
+    """A number that other ids or offsets do not have, but by chance."""
+    total = 0
+    for x in (support.ids.long(), support.offsets.long()):
+        factors = torch.arange(1, len(x) + 1, device=x.device) * 0x1E3779B97F4A7C15
+        total = total * 31 + int(((x + 1) * factors).sum())
+    return total % 2**53

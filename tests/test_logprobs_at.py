@@ -131,6 +131,20 @@ def test_banned_tokens_and_none_at_all():
         assert x.isfinite().all()
 
 
+def test_a_banned_token_leaves_the_temperature_its_gradient():
+    p = make_problem(B=2, T=3, V=37, bias=True, banned=4, masked=0.0, all_masked_sequence=False)
+    ids = torch.tensor([34, 1, 2]).expand(2, 3, 3).clone()
+    ids[1, 2] = -1
+    p.bias[0] = -math.inf  # the target of a row without a token
+    temperature = torch.full((2, 3), 0.8, dtype=torch.float64, requires_grad=True)
+    (logps, _), _ = ours(p, ids, "auto", temperature=temperature)
+    p.bias = p.bias.clamp(min=-1e9)  # with -inf the plain expression has NaN
+    (exact, _), _ = plain(p, ids.clamp(min=1), temperature=temperature)
+    found, = torch.autograd.grad(logps[..., 1:].sum(), temperature)
+    wanted, = torch.autograd.grad(exact[..., 1:].where(ids[..., 1:] > 0, 0.0).sum(), temperature)
+    assert_close("temperature", found, wanted, 1e-10)
+
+
 def test_no_graph_where_nothing_asks_for_one():
     p = make_problem(B=2, T=3, V=37)
     with torch.no_grad():
@@ -151,9 +165,9 @@ def test_a_wrong_id_is_an_error(wrong, message):
 
 def test_wrong_kinds_are_refused():
     p = make_problem()
-    with pytest.raises(TypeError, match=r"ids must be an int32 or int64 tensor \[\.\., K\], got torch.float32"):
+    with pytest.raises(TypeError, match=r"ids must be int64 or int32, got torch.float32"):
         ours(p, drawn_ids(p, 3).float(), "auto")
-    with pytest.raises(ValueError, match=r"ids must be \[\.\., K\] beside hidden \[\.\., D\] = \[4, 6, 16\], got \[2, 6, 3\]"):
+    with pytest.raises(ValueError, match=r"ids must be \[\.\., K\] = \[4, 6, 'K'\], got \[2, 6, 3\]"):
         ours(p, drawn_ids(p, 3)[:2], "auto")
     (hidden, weight, *_), _, _ = p.arguments()
     ids = drawn_ids(p, 3)

@@ -1,9 +1,13 @@
 """Log-probs and losses over supports, the tokens that could have been sampled, against full logits with -inf outside of them."""
 
+import copy
 import dataclasses
 import functools
 import math
+import pickle
 import random
+import re
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +25,10 @@ from grpo_kernels import (
     TokenSupport,
     fused_linear_grpo_loss,
     linear_logprobs,
+    linear_logprobs_at,
     reference,
 )
+from grpo_kernels import support as support_module
 from grpo_kernels.backends import pytorch
 from grpo_kernels.engine import ops
 from grpo_kernels.losses.config import LOSS_TYPES
@@ -213,14 +219,132 @@ def test_supports_come_in_the_forms_that_samplers_use():
 
 
 @every_backend
-def test_a_single_token_is_not_computed(backend):
-    """NaN in its hidden state does no harm, and no kernel is called."""
+def test_a_single_token_is_not_computed(backend, monkeypatch):
+    """NaN in its hidden state does no harm, with kept_rows neither, and no kernel is called."""
     p = make_problem(B=3, T=5, V=37, confident=False)
     p.hidden[:] = math.nan
     support = TokenSupport.from_padded(p.completion_ids.unsqueeze(-1)).to(DEVICE)
-    found = run(fused_linear_grpo_loss, p, support=support, backend=backend, config=dataclasses.replace(p.config, entropy_coef=0.1))
-    assert not found.logps.any() and not found.entropy.any() and found.loss.isfinite()
-    assert not any(found.gradients[name].any() for name in ("hidden", "weight"))
+    call = functools.partial(run, fused_linear_grpo_loss, p.with_config(entropy_coef=0.1), support=support, backend=backend)
+    for found in (call(), call(kept_rows=p.kept_rows())):
+        assert not found.logps.any() and not found.entropy.any() and found.loss.isfinite()
+        assert not any(found.gradients[name].any() for name in ("hidden", "weight"))
+    assert not run(reference.grpo_loss, p, support=support).logps.any()
+    monkeypatch.setattr(pytorch, "pair_logits", None)
+    support = TokenSupport.from_padded(p.completion_ids.unsqueeze(-1))
+    p.mask[0] = False  # nothing is computed at all where nothing is kept but single tokens
+    assert not run(fused_linear_grpo_loss, p, support=support, backend="torch", needs=()).logps.any()
+
+
+@every_backend
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "wide rows"])
+def test_heads_of_any_layout(layout, backend):
+    """The kernels want adjacent columns and rows apart; of another head the rows that occur are copied, no more."""
+    p = make_problem(B=3, T=5, V=37, D=16, bias=True, lora=True)
+    p, support = over_support(p, 4, empty=0.0)
+    if layout == "expanded":
+        p.weight = p.weight[:1].expand(37, 16).clone()
+    truth = run(reference.grpo_loss, p, support=support)
+    positional, keywords, leaves = p.arguments()
+    weight = leaves["weight"].detach()
+    weight = {"transposed": lambda: weight.t().contiguous().t(), "expanded": lambda: weight[:1].expand(37, 16),
+              "wide rows": lambda: torch.cat([weight, weight], 1)[:, :16]}[layout]().requires_grad_()  # fmt: skip
+    out = fused_linear_grpo_loss(positional[0], weight, *positional[2:], **keywords, support=support, backend=backend)
+    grads = torch.autograd.grad(out.loss, [positional[0], weight, leaves["bias"], leaves["lora_b"]])
+    for name, x in zip(("hidden", "weight", "bias", "lora_b"), grads, strict=True):
+        assert_close(name, x, truth.gradients[name], 1e-10)
+
+
+@every_backend
+def test_an_adapter_of_no_rank_and_many_rows(backend):
+    """An empty adapter adds nothing; more rows than are summed at a time."""
+    for rank, N in ((0, 6), (2, 1500)):
+        g = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(n, 8, generator=g, dtype=torch.float64).requires_grad_() for n in (N, 19))
+        lora = (torch.randn(rank, 8, dtype=torch.float64).requires_grad_(), torch.randn(19, rank, dtype=torch.float64).requires_grad_(), 0.5)
+        ids = torch.randint(0, 19, (N,), generator=g)
+        support = TokenSupport.from_padded(torch.stack([ids, (ids + 3) % 19], 1)).to(DEVICE)
+        leaves = [hidden, weight, *lora[:2]]
+        placed = [x.to(DEVICE) for x in leaves]
+        logps = linear_logprobs(placed[0], placed[1], ids.to(DEVICE), lora=(*placed[2:], 0.5), support=support, backend=backend).logps
+        z = reference.hidden_to_logits(hidden, weight, None, lora).gather(1, torch.stack([ids, (ids + 3) % 19], 1))
+        exact = z.log_softmax(1)[:, 0]
+        assert_close("logps", logps, exact, 1e-10)
+        for a, b in zip(torch.autograd.grad(logps.sum(), leaves), torch.autograd.grad(exact.sum(), leaves), strict=True):
+            assert_close(f"rank {rank}", a, b, 1e-10)
+
+
+@on_the_cpu
+def test_a_support_changed_before_the_backward_changes_nothing():
+    p, support = over_support(make_problem(V=37), 1, empty=0.0)
+    support = TokenSupport(support.ids.clone(), support.offsets.clone())
+    positional, keywords, leaves = p.arguments()
+    truth = run(fused_linear_grpo_loss, p, support=support)
+    loss = fused_linear_grpo_loss(*positional, **keywords, support=support).loss
+    support.ids.fill_(3)
+    support.offsets.zero_()
+    loss.backward()
+    assert all(torch.equal(leaves[name].grad, truth.gradients[name]) for name in ("hidden", "weight"))
+
+
+@every_backend
+def test_garbage_of_masked_positions_of_any_size(backend):
+    p = make_problem(V=37, confident=False)
+    kept = p.mask.bool().flatten()
+    ids = torch.stack([p.completion_ids, (p.completion_ids + 1) % 37], -1).view(-1, 2)
+    for low, high in ((-5, 2**62 - 1), (torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max)):
+        ids[~kept] = torch.tensor([low, high])
+        support = TokenSupport(ids.flatten(), torch.arange(0, 2 * len(ids) + 1, 2)).to(DEVICE)
+        ours, truth = (run(f, p, support=support, **more) for f, more in ((fused_linear_grpo_loss, {"backend": backend}), (reference.grpo_loss, {})))
+        assert_all_close(ours.flat(), truth.flat(), 1e-10)
+        assert run(fused_linear_grpo_loss, p, support=support, kept_rows=p.kept_rows(), backend=backend).loss.isfinite()
+
+
+@on_the_cpu
+def test_odd_supports():
+    """Columns of a table as ids, int32 throughout, inference tensors, one position, a copy and a pickle."""
+    p = make_problem(V=37, confident=False, masked=0.0, all_masked_sequence=False)
+    table = torch.stack([p.completion_ids, (p.completion_ids + 1) % 37], -1).view(-1, 2)
+    flat, ends = table.flatten(), torch.arange(0, 2 * len(table) + 1, 2)
+    plain = run(fused_linear_grpo_loss, p, support=TokenSupport(flat, ends)).flat()
+    with torch.inference_mode():
+        inferred = TokenSupport(flat.clone(), ends.clone())
+    strided = TokenSupport(torch.stack([flat, flat], 1)[:, 0], torch.stack([ends, ends], 1)[:, 0])
+    made = TokenSupport(flat.int(), ends.int())
+    for support in (strided, made, inferred, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        found = run(fused_linear_grpo_loss, p, support=support).flat()
+        assert all(torch.equal(x, plain[name]) for name, x in found.items())
+    hidden, weight = torch.randn(8), torch.randn(5, 8)
+    token = torch.tensor(1)
+    one = linear_logprobs(hidden, weight, token, support=TokenSupport(torch.tensor([1, 4]), torch.tensor([0, 2]))).logps
+    assert_close("one", one, (weight[[1, 4]] @ hidden).log_softmax(0)[0], 1e-5)
+    with pytest.raises(ValueError, match=r"got 99 at position \[\]"):
+        linear_logprobs(hidden, weight, token, support=TokenSupport(torch.tensor([1, 99]), torch.tensor([0, 2])))
+    assert TokenSupport.from_mask(torch.zeros(3, 0, dtype=torch.bool)).lengths().tolist() == [0, 0, 0]
+    assert TokenSupport.from_padded(torch.zeros(3, 0, dtype=torch.int64)).positions == 3
+
+
+@every_backend
+def test_double_backward_is_refused_and_autocast_changes_no_bit(backend):
+    p, support = over_support(make_problem(dtype=torch.float32, lora=True), 1)
+    positional, keywords, leaves = p.arguments()
+    loss = fused_linear_grpo_loss(*positional, **keywords, support=support, backend=backend).loss
+    wanted = list(leaves.values())
+    plain = torch.autograd.grad(loss, wanted, retain_graph=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert all(map(torch.equal, torch.autograd.grad(loss, wanted, retain_graph=True), plain))
+    with pytest.raises(RuntimeError, match="create_graph must be False"):
+        torch.autograd.grad(loss, wanted, create_graph=True)
+
+
+def test_supports_next_to_as_large_as_the_vocabulary_are_warned_of_once():
+    support_module._warn_of_width.cache_clear()
+    hidden, weight = torch.randn(2, 4), torch.randn(3000, 4)
+    wide = TokenSupport.from_mask(torch.ones(2, 3000, dtype=torch.bool).index_fill(1, torch.tensor([7]), False))
+    with pytest.warns(UserWarning, match="more than 1000 tokens a position"):
+        linear_logprobs(hidden, weight, torch.zeros(2, dtype=torch.int64), support=wide)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linear_logprobs(hidden, weight, torch.zeros(2, dtype=torch.int64), support=wide)
 
 
 @on_the_cpu
@@ -300,8 +424,10 @@ def test_a_wrong_value_is_named_with_its_place(name, backend):
     for function in (functools.partial(fused_linear_grpo_loss, backend=backend), reference.grpo_loss):
         with pytest.raises(ValueError, match=message):
             run(function, p, support=support)
-    found = run(fused_linear_grpo_loss, p, support=support, kept_rows=p.kept_rows(), backend=backend)
-    assert found.loss.isnan()
+    for level in ("token", "sequence"):
+        q = p.with_config(importance_sampling_level=level)
+        found = run(fused_linear_grpo_loss, q, support=support, kept_rows=p.kept_rows(), backend=backend)
+        assert found.loss.isnan() and all(x.isnan().any() for x in found.gradients.values())
     # where it is masked, it is nobody's business; offsets are
     if name not in ("falls", "too short", "starts late"):
         p.mask[:] = False
@@ -371,6 +497,42 @@ def test_dw_has_fresh_pages_and_they_read_as_zeros():
     untouched = torch.ones(70_001, dtype=torch.bool)
     untouched[support.ids] = False
     assert (dw[untouched] == 1).all() and not (dw[~untouched] == 1).all()
+
+
+def shards_refuse(rank, world):
+    """What each rank hears where one of them has another support, or a wrong one."""
+    p = make_problem(V=53, confident=False, masked=0.0, all_masked_sequence=False)
+    ids = p.completion_ids.flatten()
+    pairs = torch.stack([ids, (ids + 1) % 53], 1)
+    q, _ = sharded(p, rank, world)
+    N, heard = len(ids), []
+    plain = TokenSupport(pairs.flatten(), torch.arange(0, 2 * N + 1, 2))
+    empty = TokenSupport(pairs[1:].flatten(), torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(0, 2 * N - 1, 2)]))
+    other = TokenSupport(torch.stack([ids, (ids + 2) % 53], 1).flatten(), plain.offsets)
+    twice = TokenSupport(torch.stack([ids, ids], 1).flatten(), plain.offsets)
+    for wrong in (empty, other, twice):
+        try:
+            run(fused_linear_grpo_loss, q, support=wrong if rank else plain, vocab_parallel_group=dist.group.WORLD)
+            heard.append(None)
+        except ValueError as error:
+            heard.append(str(error))
+    (hidden, weight, *_), _, _ = q.arguments()
+    for wrong in (torch.zeros(*p.mask.shape, 3 + rank, dtype=torch.int64), torch.zeros(*p.mask.shape, 3) if rank else torch.zeros(*p.mask.shape, 3).long()):
+        try:
+            linear_logprobs_at(hidden, weight, wrong, vocab_parallel_group=dist.group.WORLD)
+            heard.append(None)
+        except (ValueError, TypeError, RuntimeError) as error:
+            heard.append(str(error))
+    return heard
+
+
+@on_the_cpu
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_ranks_that_disagree_all_hear_of_it(tmp_path):
+    for heard in spawn(tmp_path, 2, shards_refuse):
+        for message in heard[:3]:
+            assert re.search("must be the same on all ranks.*support", message), message
+        assert "ids of a position must be the same" in heard[3] and re.search("refused|ids must be int64", heard[4])
 
 
 def shards_agree(rank, world):

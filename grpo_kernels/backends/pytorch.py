@@ -117,8 +117,8 @@ def transformed(tile, s, dtype):
 def pair_logits(pairs, hidden, weight, out, scale=1.0, bias=None, add=False):
     """out[j] = scale * hidden[rows[r]] . weight[ids[j]] + bias[ids[j]] for each pair j of each row r, added to out with ``add``.
 
-    hidden [.., K] and weight [V, K] share a dtype, out [M] and bias [V] are acc. An id outside of [0, V) gives -inf, or with
-    ``add`` nothing. What belongs to no range is left alone.
+    hidden [.., K] and weight [V, K] share a dtype, out [M] and bias [V] are acc; rows lie inside of hidden. An id outside of [0, V)
+    gives -inf, or with ``add`` nothing. What belongs to no range is left alone.
     """
     check_pairs(pairs, _DTYPES, out, hidden, weight, bias)
     row, at = _flat(pairs)

@@ -5,7 +5,8 @@
     backward  dz of a range in place of z; dH = sum over a row's pairs of dz_j W_v; dW_v = sum over an id's pairs of dz_j h
 
 z is float32 (float64 for float64) whatever the inputs are: M numbers, so that nothing is ever computed again. dH and dW are one
-kernel: the second with rows and ids exchanged, over pairs sorted by id. Nothing here synchronises but the compaction for a shard.
+kernel: the second with rows and ids exchanged, over pairs sorted by id. Nothing here waits for the device
+but the compaction for a shard, and plain PyTorch's kernels.
 
 `with_pair_logits` also hands hidden and head through: what the dense side of the same call sends back to them arrives in its
 backward, which adds the pairs' part in place. So a call that has both sides has one dW.
@@ -22,7 +23,9 @@ from .diagnostics import merged as merged_moments
 from .diagnostics import new_moments, variance_of, with_tile
 from .operands import Head, Work
 from .ops import differentiable_once
-from .products import accumulation_dtype, zeros
+from .products import accumulation_dtype, blocks, zeros
+
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class PairRows:
     row_of: torch.Tensor  # [M] int64, the row in hidden of a pair
     target: torch.Tensor | None = None  # [R] int64, relative to first; outside of the range where this rank does not have it
     temperature: torch.Tensor | None = None  # [R] acc
+    single: torch.Tensor | None = None  # [R] bool: rows whose range is empty since they have one token; None: there are none
 
     @staticmethod
     def rectangular(ids, index, live):
@@ -96,7 +100,10 @@ def _scored(pairs, work, z):
     if work.shard is not None:
         stats = _reduced(merged, work.shard.gathered(stats))
         moments = None if moments is None else _reduced(merged_moments, work.shard.gathered(moments))
-    return tile, finalize(stats), None if moments is None else variance_of(moments)
+    found = [*finalize(stats), None if moments is None else variance_of(moments)]
+    if pairs.single is not None:  # nothing was read of them
+        found = [None if x is None else x.masked_fill(pairs.single, 0.0) for x in found]
+    return tile, Scored(*found[:3]), found[3]
 
 
 class _PairLogits(torch.autograd.Function):
@@ -132,27 +139,35 @@ class _Side:
     def logits(self):
         pairs, head = self.pairs, self.head
         z = torch.empty(pairs.ids.shape, dtype=self.accumulate, device=pairs.ids.device)
-        by_row = Pairs(pairs.ids, pairs.ranges, pairs.index)
-        bias = None if head.bias is None else head.bias.to(self.accumulate).contiguous()
-        self.kernels.pair_logits(by_row, self.hidden, _adjacent(head.weight), z, bias=bias)
-        if head.lora_a is not None:
-            self.kernels.pair_logits(by_row, self._adapted(), _adjacent(head.lora_b), z, scale=self.work.lora_scale, add=True)
+        with self._precise():
+            ids, weight, bias = _rows_of(head.weight, pairs.ids, head.bias)
+            bias = None if bias is None else bias.to(self.accumulate).contiguous()
+            self.kernels.pair_logits(Pairs(ids, pairs.ranges, pairs.index), self.hidden, weight, z, bias=bias)
+            if head.lora_a is not None:
+                ids, b, _ = _rows_of(head.lora_b, pairs.ids)
+                by_row = Pairs(ids, pairs.ranges, pairs.index)
+                self.kernels.pair_logits(by_row, self._adapted(), b, z, scale=self.work.lora_scale, add=True)
         return z
+
+    def _precise(self):
+        return torch.autocast(self.hidden.device.type, enabled=False)
 
     def _adapted(self):
         """t = h A^T [N, r], 0 in the other rows of hidden."""
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            t = self.hidden[self.pairs.index] @ self.head.lora_a.T
+        t = self.hidden[self.pairs.index] @ self.head.lora_a.T
         return t.new_zeros(self.hidden.shape[0], t.shape[1]).index_copy_(0, self.pairs.index, t)
 
     def gradients(self, dz, found):
         """``found``: (dH, dW, dbias, dA, dB) as far as they are known, or None; the pairs' part is added in place."""
-        dh, dw, dbias, da, db = found
+        with self._precise():
+            return self._gradients(dz, *found)
+
+    def _gradients(self, dz, dh, dw, dbias, da, db):
         needs_hidden, needs_weight, needs_bias, needs_a, needs_b = self.work.needs
         pairs, head = self.pairs.trained, self.head
         t = self._adapted() if needs_b else None
         if needs_hidden or needs_a:
-            dh, da = self._of_rows(dz, dh, da)
+            dh, da = self._of_rows(pairs, dz, dh, da)
         if needs_weight or needs_bias or needs_b:
             by_id, g = _by_id(pairs, dz, self.hidden.shape[0], head.weight.shape[0])
             dw = self._of_ids(by_id, g, self.hidden, head.weight, dw, 1.0) if needs_weight else dw
@@ -170,37 +185,39 @@ class _Side:
         self.kernels.pair_sums(by_id, g, source, out, scale=scale, add=found is not None)
         return out
 
-    def _of_rows(self, dz, dh, da):
+    def _of_rows(self, pairs, dz, dh, da):
         """(dH, dA)"""
-        pairs, head, hidden, shard = self.pairs.trained, self.head, self.hidden, self.work.shard
+        head, hidden, shard = self.head, self.hidden, self.work.shard
         needs_hidden, needs_a = self.work.needs[0], self.work.needs[3]
-        apart = shard is not None or head.lora_a is not None  # the rows in memory of their own first
-        if needs_hidden and not apart:
-            add, dh = dh is not None, torch.zeros_like(hidden) if dh is None else dh
-            self.kernels.pair_sums(Pairs(pairs.ids, pairs.ranges, pairs.index), dz, _adjacent(head.weight), dh, add=add)
+        add = dh is not None
+        dh = torch.zeros_like(hidden) if needs_hidden and not add else dh
+        ids, weight, _ = _rows_of(head.weight, pairs.ids)
+        if needs_hidden and shard is None and head.lora_a is None:
+            self.kernels.pair_sums(Pairs(ids, pairs.ranges, pairs.index), dz, weight, dh, add=add)
             return dh, da
-        rows = Pairs(pairs.ids, pairs.ranges)
-        own = dz.new_zeros(len(pairs.index), hidden.shape[1]) if needs_hidden else None
-        if needs_hidden:
-            self.kernels.pair_sums(rows, dz, _adjacent(head.weight), own)
-        if head.lora_a is not None:
-            dt = dz.new_zeros(len(pairs.index), head.lora_a.shape[0])
-            self.kernels.pair_sums(rows, dz, _adjacent(head.lora_b), dt, scale=self.work.lora_scale)
-            a = head.lora_a.to(dt.dtype)
-            with torch.autocast(hidden.device.type, enabled=False):
+        b_ids, b, _ = (None,) * 3 if head.lora_a is None else _rows_of(head.lora_b, pairs.ids)
+        of_a = None if not needs_a else dz.new_zeros(head.lora_a.shape)
+        for start, end in blocks(len(pairs.index), _ROWS):  # whose sums stand apart, in float32
+            index, ranges = pairs.index[start:end], pairs.ranges[start:end]
+            own = dz.new_zeros(end - start, hidden.shape[1]) if needs_hidden else None
+            if needs_hidden:
+                self.kernels.pair_sums(Pairs(ids, ranges), dz, weight, own)
+            if head.lora_a is not None:
+                dt = dz.new_zeros(end - start, head.lora_a.shape[0])
+                self.kernels.pair_sums(Pairs(b_ids, ranges), dz, b, dt, scale=self.work.lora_scale)
                 if needs_hidden:
-                    own.addmm_(dt, a)
+                    own.addmm_(dt, head.lora_a.to(dt.dtype))
                 if needs_a:
-                    part = dt.T @ hidden[pairs.index].to(dt.dtype)
-                    if shard is not None:
-                        shard.sum_now(part)
-                    da = part.to(head.lora_a.dtype) if da is None else da.add_(part.to(da.dtype))
-        if needs_hidden:
-            own = own.to(hidden.dtype)
+                    of_a.addmm_(dt.T, hidden[index].to(dt.dtype))
+            if needs_hidden:
+                own = own.to(hidden.dtype)
+                if shard is not None:
+                    shard.sum_later(own)()
+                dh.index_add_(0, index, own)
+        if needs_a:
             if shard is not None:
-                shard.sum_later(own)()
-            dh = torch.zeros_like(hidden) if dh is None else dh
-            dh.index_add_(0, pairs.index, own)
+                shard.sum_now(of_a)
+            da = of_a.to(head.lora_a.dtype) if da is None else da.add_(of_a.to(da.dtype))
         return dh, da
 
 
@@ -247,5 +264,12 @@ def _reduced(function, parts):
     return whole
 
 
-def _adjacent(matrix):
-    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
+def _rows_of(matrix, ids, beside=None):
+    """(ids, the matrix, a vector beside it) as the pair kernels take them: of one that they cannot, only the rows that ids name."""
+    rows, columns = matrix.shape
+    if (matrix.stride(1) == 1 or columns <= 1) and (matrix.stride(0) >= columns or rows <= 1):
+        return ids, matrix, beside
+    known = (ids >= 0) & (ids < rows)
+    named = ids.where(known, 0)
+    place = torch.arange(len(ids), device=ids.device).where(known, -1)
+    return place, matrix[named].contiguous(), None if beside is None else beside[named]

@@ -30,5 +30,5 @@ class _Scaled(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, g):
         temperature, slope, kept = ctx.saved_tensors
-        # a masked position's temperature may be NaN
-        return g, (g * slope / temperature).where(kept, 0.0).to(temperature.dtype), None, None
+        # a masked position's temperature may be NaN, and the slope of a token that nobody asks for infinite
+        return g, (g * slope / temperature).where(kept & (g != 0), 0.0).to(temperature.dtype), None, None
