@@ -93,7 +93,7 @@ struct Pairs {
 
 struct PairLogitsParams {
   Pairs pairs;
-  Matrix hidden;     // [.., K]
+  Matrix hidden;     // [.., K], K >= 1
   Matrix weight;     // [V, K], of hidden's dtype
   const void* bias;  // acc [V] or null; may hold -inf
   void* out;         // acc [M]; an id outside of the weight gives -inf, or with `add` nothing
@@ -104,7 +104,7 @@ struct PairLogitsParams {
 struct PairSumsParams {
   Pairs pairs;    // rows are out's, and one outside of it is left alone, as is one without a pair; ids are source's
   const void* g;  // acc [M]
-  Matrix source;  // [.., K]
+  Matrix source;  // [.., K], K >= 1
   Matrix out;     // [.., K], of source's dtype or acc
   double scale;   // of the sum
   bool add;       // to out, before it is rounded

@@ -220,7 +220,7 @@ def test_supports_come_in_the_forms_that_samplers_use():
 
 @every_backend
 def test_a_single_token_is_not_computed(backend, monkeypatch):
-    """NaN in its hidden state does no harm, with kept_rows neither, and no kernel is called."""
+    """NaN in its hidden state does no harm, with kept_rows neither, and no row goes to a kernel."""
     p = make_problem(B=3, T=5, V=37, confident=False)
     p.hidden[:] = math.nan
     support = TokenSupport.from_padded(p.completion_ids.unsqueeze(-1)).to(DEVICE)
@@ -229,10 +229,10 @@ def test_a_single_token_is_not_computed(backend, monkeypatch):
         assert not found.logps.any() and not found.entropy.any() and found.loss.isfinite()
         assert not any(found.gradients[name].any() for name in ("hidden", "weight"))
     assert not run(reference.grpo_loss, p, support=support).logps.any()
-    monkeypatch.setattr(pytorch, "pair_logits", None)
-    support = TokenSupport.from_padded(p.completion_ids.unsqueeze(-1))
-    p.mask[0] = False  # nothing is computed at all where nothing is kept but single tokens
-    assert not run(fused_linear_grpo_loss, p, support=support, backend="torch", needs=()).logps.any()
+    rows = []
+    monkeypatch.setattr(pytorch, "pair_logits", lambda pairs, *args, **options: rows.append(len(pairs.ranges)))
+    run(fused_linear_grpo_loss, p, support=support, backend="torch", needs=())
+    assert rows == [0]
 
 
 @every_backend

@@ -135,6 +135,7 @@ class _Side:
         self.pairs, self.work, self.hidden, self.head = pairs, work, hidden, head
         self.kernels = backends.kernels(work.backend)
         self.accumulate = accumulation_dtype(hidden.dtype)
+        self.adapts = head.lora_a is not None and len(head.lora_a) > 0  # the kernels want a column
 
     def logits(self):
         pairs, head = self.pairs, self.head
@@ -143,7 +144,7 @@ class _Side:
             ids, weight, bias = _rows_of(head.weight, pairs.ids, head.bias)
             bias = None if bias is None else bias.to(self.accumulate).contiguous()
             self.kernels.pair_logits(Pairs(ids, pairs.ranges, pairs.index), self.hidden, weight, z, bias=bias)
-            if head.lora_a is not None:
+            if self.adapts:
                 ids, b, _ = _rows_of(head.lora_b, pairs.ids)
                 by_row = Pairs(ids, pairs.ranges, pairs.index)
                 self.kernels.pair_logits(by_row, self._adapted(), b, z, scale=self.work.lora_scale, add=True)
@@ -165,7 +166,7 @@ class _Side:
     def _gradients(self, dz, dh, dw, dbias, da, db):
         needs_hidden, needs_weight, needs_bias, needs_a, needs_b = self.work.needs
         pairs, head = self.pairs.trained, self.head
-        t = self._adapted() if needs_b else None
+        t = self._adapted() if needs_b and self.adapts else None
         if needs_hidden or needs_a:
             dh, da = self._of_rows(pairs, dz, dh, da)
         if needs_weight or needs_bias or needs_b:
@@ -182,7 +183,8 @@ class _Side:
 
     def _of_ids(self, by_id, g, source, like, found, scale):
         out = zeros(like) if found is None else found
-        self.kernels.pair_sums(by_id, g, source, out, scale=scale, add=found is not None)
+        if source is not None:
+            self.kernels.pair_sums(by_id, g, source, out, scale=scale, add=found is not None)
         return out
 
     def _of_rows(self, pairs, dz, dh, da):
@@ -192,17 +194,17 @@ class _Side:
         add = dh is not None
         dh = torch.zeros_like(hidden) if needs_hidden and not add else dh
         ids, weight, _ = _rows_of(head.weight, pairs.ids)
-        if needs_hidden and shard is None and head.lora_a is None:
+        if needs_hidden and shard is None and not self.adapts and not needs_a:
             self.kernels.pair_sums(Pairs(ids, pairs.ranges, pairs.index), dz, weight, dh, add=add)
             return dh, da
-        b_ids, b, _ = (None,) * 3 if head.lora_a is None else _rows_of(head.lora_b, pairs.ids)
+        b_ids, b, _ = _rows_of(head.lora_b, pairs.ids) if self.adapts else (None,) * 3
         of_a = None if not needs_a else dz.new_zeros(head.lora_a.shape)
         for start, end in blocks(len(pairs.index), _ROWS):  # whose sums stand apart, in float32
             index, ranges = pairs.index[start:end], pairs.ranges[start:end]
             own = dz.new_zeros(end - start, hidden.shape[1]) if needs_hidden else None
             if needs_hidden:
                 self.kernels.pair_sums(Pairs(ids, ranges), dz, weight, own)
-            if head.lora_a is not None:
+            if self.adapts:
                 dt = dz.new_zeros(end - start, head.lora_a.shape[0])
                 self.kernels.pair_sums(Pairs(b_ids, ranges), dz, b, dt, scale=self.work.lora_scale)
                 if needs_hidden:
