@@ -394,8 +394,8 @@ def _bring_facts(meeting, args, work):
 def _with_rows(args, head, work, loss, wait):
     """Chooses the rows that are computed, those that need a gradient in front, and raises what the checks of values found.
 
-    Nothing synchronises when ``kept_rows`` is given, under torch.compile or while a CUDA graph is captured: then every row is taken
-    as live, and bad values become the NaN ``correction``.
+    Nothing synchronises when ``kept_rows`` is given (but for a support with an empty range), under torch.compile or while a CUDA
+    graph is captured: then every row is taken as live, and bad values become the NaN ``correction``.
     """
     mask, shard = args.mask, work.shard
     vocab = args.weight.shape[0] if shard is None else shard.total

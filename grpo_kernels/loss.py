@@ -82,7 +82,8 @@ def fused_linear_grpo_loss(
             importance_sampling_ratio [B, 1] or [N].
         kept_rows: [N] int64, ascending indices into the flattened tokens, equal to mask's nonzero. With it the forward does
             not synchronise with the host: bad values then give a NaN loss instead of an exception. (Nor does the backward
-            of one pass; that of two phases reads which rows have a gradient, unless a CUDA graph is captured.)
+            of one pass; that of two phases reads which rows have a gradient, unless a CUDA graph is captured. A support that has
+            an empty range synchronises.)
         workspace_bytes: budget of chunks, buffer and stash; None is GRPO_KERNELS_WORKSPACE_MB, or 384 MiB (1536 on a GPU).
             engine/plan.py states the peak.
         backend: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
