@@ -19,8 +19,8 @@ On a CPU a row of the buffer takes its row of dH as well, and one block's operan
 of these and 64 columns is exceeded by at most so much.
 
 Over supports nothing is cut, and there is no workspace. Beside dH and dW (in its final dtype) a call takes at most 128 bytes a pair
-(sorted ids and their order among them) and 256 a token; hidden states that are a view are copied, and an adapter or a shard has 1024
-rows of dH beside it in float32.
+(sorted ids and their order among them) and 256 a token; hidden states that are a view are copied, and an adapter or a shard has
+1024 rows of dH beside it in float32.
 
 Heights are the fastest by the count of cost.py at 16,384 rows of a shape and budget. The number of rows clips them, and decides
 whether all live rows fit: then dW is direct, and everything is stashed.
