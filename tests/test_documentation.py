@@ -157,7 +157,7 @@ def test_the_snippets_of_the_sampling_mask_do_what_they_say():
     torch.testing.assert_close(names["old"].double(), exact.logps, rtol=1e-5, atol=1e-5)
     assert names["hidden"].grad.abs().sum() > 0 and (names["support"].lengths() == 8).all()
     spaces = [printed_as_it_says(source, {}) for source in sources]
-    assert len(spaces) == 2
+    assert len(spaces) == 3 and spaces[2]["support"].positions == 12
     padded = spaces[1]
     assert torch.equal(padded["same"].to_mask(10), padded["support"].to_mask(10))
     assert padded["first"].ids.tolist() == [7, 3, 9, 5] and padded["first"].positions == 2
@@ -173,6 +173,17 @@ def test_the_readmes_supports_run_behind_its_first_snippet():
     kept = space["mask"]
     assert "support" in space and space["out"].loss.isfinite()
     assert (space["out"].logps[kept] > -10).all(), "of some five tokens, not of a thousand"
+
+
+def test_the_readmes_tokens_of_a_position_run_behind_its_first_snippet():
+    first, *others = snippets((DOCS.parent / "README.md").read_text())
+    (several,) = (source for source in others if "linear_logprobs_at" in source)
+    space = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(first, space)
+        exec(several, space)
+    log_p = torch.log_softmax(space["hidden"] @ space["head"].weight.T, -1).gather(-1, space["teacher"].indices)
+    torch.testing.assert_close(space["student"].logps[space["mask"]], log_p[space["mask"]])
 
 
 def test_what_supports_are_predicted_to_cost_is_what_the_plan_says():
