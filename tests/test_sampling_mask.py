@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import TopKLogitsWarper
 
 from grpo_kernels import TokenSupport, linear_logprobs, objective
-from grpo_kernels.integrations.sampling_mask import recorded_support
+from grpo_kernels.integrations.sampling_mask import filled_in, recorded_support
 from grpo_kernels.integrations.transformers import lm_head
 from grpo_kernels.trainer import dry_run, microbatch, sampling_mask
 from grpo_kernels.trainer.rollout import completion_mask, joined
@@ -157,6 +157,8 @@ def test_what_cannot_be_recorded_is_refused():
         (dict(generation_kwargs={"typical_p": 0.9}), True),
         (dict(generation_kwargs={"eta_cutoff": 1e-3}), True),
         (dict(generation_kwargs={"min_new_tokens": 2}), False),
+        (dict(generation_kwargs={"top_k": None}), True),  # generate then keeps 50
+        (dict(generation_kwargs={"top_p": None, "typical_p": None}), False),
         (dict(top_p=0.9, generation_kwargs={"top_p": 1.0}), False),
         (dict(top_p=0.9, keep_sampling_mask=False), False),
         (dict(keep_sampling_mask=True), True),
@@ -165,6 +167,16 @@ def test_what_cannot_be_recorded_is_refused():
 )
 def test_the_mask_is_kept_where_sampling_is_truncated(tmp_path, options, kept):
     assert config(tmp_path, **options).keeps_sampling_mask == kept
+
+
+def test_what_generate_fills_in_is_a_truncation(tmp_path, monkeypatch):
+    """Its default of top_k cuts a vocabulary of 32 only where it is less than 50."""
+    defaults = GenerationConfig._get_default_generation_params() | {"top_k": 3}
+    monkeypatch.setattr(GenerationConfig, "_get_default_generation_params", staticmethod(lambda: defaults))
+    (batch,) = next_micro_batches(trainer(tmp_path, peaked_model(), generation_kwargs={"top_k": None}))
+    assert batch["support"].lengths()[batch["mask"].flatten()].unique().tolist() == [3]
+    monkeypatch.delattr(GenerationConfig, "_get_default_generation_params")
+    assert filled_in({"top_k": None, "top_p": 0.9}) == {"top_p": 0.9}
 
 
 def test_continuous_batching_cannot_keep_it(tmp_path):

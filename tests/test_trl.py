@@ -25,6 +25,7 @@ from transformers import (  # noqa: E402
     Cohere2ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     GraniteConfig,
     GraniteForCausalLM,
     MinPLogitsWarper,
@@ -494,6 +495,14 @@ def test_log_probs_are_over_what_the_sampler_left(name, folder):
     sizes = torch.cat([mask.lengths() for mask in masks])
     assert len(masks) == 8 and sizes.min() > 0 and sizes.max() < 32 and (sizes == 1).all() == (name == "one token")
     assert logs["clip_ratio/region_mean"][0] == 0 and logs["kl"][0] < 1e-6
+
+
+def test_what_generate_fills_in_is_a_truncation(folder, monkeypatch):
+    """top_k None is 50 to generate; 4 here, where the vocabulary has 32 tokens."""
+    defaults = GenerationConfig._get_default_generation_params() | {"top_k": 4}
+    monkeypatch.setattr(GenerationConfig, "_get_default_generation_params", staticmethod(lambda: defaults))
+    _, (masks,) = checked_run(folder, warpers=[TopKLogitsWarper(4)], top_k=None)
+    assert all((mask.lengths() == 4).all() for mask in masks)
 
 
 def test_a_sampling_mask_after_updates_and_in_evaluation(folder):

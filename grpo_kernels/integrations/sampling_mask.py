@@ -23,7 +23,7 @@ from ..extras import needs
 from ..support import TokenSupport
 
 with needs("train", __name__):
-    from transformers import LogitsProcessor
+    from transformers import GenerationConfig, LogitsProcessor
 
 
 # an option of GenerationConfig, and whether a value of it leaves the least likely tokens out. Those that ban a few tokens alone
@@ -42,6 +42,12 @@ _TRUNCATES = {
 def truncations(options) -> dict:
     """Those of the ``options`` of a sampling by which tokens are left out because they are unlikely."""
     return {name: options[name] for name, cuts in _TRUNCATES.items() if options.get(name) is not None and cuts(options[name])}
+
+
+def filled_in(options) -> dict:
+    """The ``options`` of a call of generate as it reads them: where one is missing or None its own default counts, 50 for top_k."""
+    defaults = getattr(GenerationConfig, "_get_default_generation_params", dict)()  # transformers 4 keeps None
+    return defaults | {name: value for name, value in options.items() if value is not None}
 
 
 class SupportRecorder(LogitsProcessor):

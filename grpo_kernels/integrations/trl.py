@@ -36,7 +36,7 @@ from ..logprobs import token_statistics
 from ..loss import fused_linear_grpo_loss
 from ..losses.config import GRPOLossConfig
 from ..support import TokenSupport
-from .sampling_mask import recorded_support, truncations
+from .sampling_mask import filled_in, recorded_support, truncations
 from .transformers import FusedCausalLMOutput, LMHead, fuse_lm_head, lm_head
 
 try:
@@ -507,7 +507,7 @@ def _truncates(trainer):
     """Whether generate leaves tokens out when it samples. Where its configuration has None that of the model counts."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     chosen = {name: value for name, value in vars(trainer.generation_config).items() if value is not None}
-    return bool(truncations(vars(model.generation_config) | chosen))
+    return bool(truncations(filled_in(vars(model.generation_config) | chosen)))
 
 
 def _by_completion(support, numbers):

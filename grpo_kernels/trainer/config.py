@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..checks import check_options
-from ..integrations.sampling_mask import truncations
+from ..integrations.sampling_mask import filled_in, truncations
 from ..losses.advantages import AGGREGATIONS, SCALE_REWARDS
 from ..losses.config import GRPOLossConfig
 
@@ -250,7 +250,7 @@ class GRPOConfig(TrainingArguments, _LossFields):
     def truncations(self) -> dict:
         """The options of the sampling by which unlikely tokens are left out."""
         own = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
-        return truncations(own | (self.generation_kwargs or {}))
+        return truncations(filled_in(own | (self.generation_kwargs or {})))
 
     @property
     def keeps_sampling_mask(self) -> bool:
