@@ -12,9 +12,9 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import TopKLogitsWarper
 
 from grpo_kernels import TokenSupport, linear_logprobs, objective
-from grpo_kernels.integrations.sampling_mask import filled_in, recorded_support
+from grpo_kernels.integrations.sampling_mask import filled_in, mask_metrics, recorded_support
 from grpo_kernels.integrations.transformers import lm_head
-from grpo_kernels.trainer import dry_run, microbatch, sampling_mask
+from grpo_kernels.trainer import dry_run, microbatch
 from grpo_kernels.trainer.rollout import completion_mask, joined
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -268,7 +268,7 @@ def test_logs_and_the_dry_run_speak_of_it(tmp_path):
 def test_metrics_count_kept_tokens():
     support = TokenSupport.from_padded(torch.tensor([[3, -1, -1], [1, 2, -1], [-1, -1, -1], [0, 1, 2]]))
     mask = torch.tensor([[True, True], [True, False]])
-    found = sampling_mask.metrics(support, mask, vocab=10)
+    found = mask_metrics(support, mask, vocab=10)
     assert [x.item() for x in found.values()] == pytest.approx([(1 + 2 + 10) / 3, 1 / 3, (0 + 2 + 10) / 30])
 
 

@@ -50,6 +50,18 @@ def filled_in(options) -> dict:
     return defaults | {name: value for name, value in options.items() if value is not None}
 
 
+def mask_metrics(support: TokenSupport, mask: torch.Tensor, vocab: int) -> dict[str, torch.Tensor]:
+    """Means over the kept tokens of ``mask`` [B, T], nan where there is none: see docs/metrics.md."""
+    sizes = support.lengths().view_as(mask)[mask]
+    sizes = sizes.where(sizes > 0, vocab)
+    single = sizes == 1
+    return {
+        "sampling_mask/mean_size": sizes.float().mean(),
+        "sampling_mask/single_share": single.float().mean(),
+        "sampling_mask/computed_share": sizes.masked_fill(single, 0).float().mean() / vocab,
+    }
+
+
 class SupportRecorder(LogitsProcessor):
     """Notes which tokens have a finite score at each step of a call of generate, and changes none."""
 
