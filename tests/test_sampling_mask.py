@@ -1,6 +1,7 @@
 """The tokens that truncated sampling left: recorded in generate, and what the trainer makes of them."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -184,6 +185,12 @@ def test_continuous_batching_cannot_keep_it(tmp_path):
         config(tmp_path, keep_sampling_mask=True, use_transformers_continuous_batching=True)
 
 
+@pytest.mark.parametrize("value", ["no", 1, 0, []])
+def test_keep_sampling_mask_is_true_false_or_none(tmp_path, value):
+    with pytest.raises(ValueError, match=re.escape(f"keep_sampling_mask must be True, False or None, got {value!r}")):
+        config(tmp_path, keep_sampling_mask=value)
+
+
 def masked_logps(t, model, batch, cut):
     """(log-probs, entropy) [B, T] over what the definitions of the truncation leave, through full logits."""
     T = batch["mask"].shape[1]
@@ -252,17 +259,29 @@ def test_gradients_are_those_of_masked_logits(tmp_path, name):
         assert (theirs - batch["ref_logps"])[batch["mask"]].abs().max() < 2e-6
 
 
+def plan_of(t):
+    return {line[:11].strip(): line[11:] for line in dry_run.describe(t)}
+
+
 def test_logs_and_the_dry_run_speak_of_it(tmp_path):
     t = trainer(tmp_path, peaked_model(), top_k=3, max_steps=1, num_iterations=2, eval_dataset=DATA[:2], eval_strategy="steps", eval_steps=1)
-    plan = dict(line.split(maxsplit=1) for line in dry_run.describe(t) if not line.startswith("the loss"))
+    plan = plan_of(t)
     assert plan["sampling"] == "top_k 3; the loss is over the tokens that this leaves"
+    # dH [8 x 6, 16], dW [32, 16] and 256 bytes a token are less than half a MiB
+    assert re.search(r"tokens over the whole vocabulary; .*; over supports 0 MiB and 128 bytes a token in them$", plan["the loss"])
+    assert re.search("in the body and at most .* in the head", plan["operations"])
     t.train()
     for log, prefix in zip(t.state.log_history, ("", "eval_"), strict=False):
         found = {name: value for name, value in log.items() if "sampling_mask/" in name}
         names = [prefix + row[0] for row in table("metrics.md", "Of the sampling mask")[1:]]
         assert found == pytest.approx(dict(zip(names, [3.0, 0.0, 3 / 32], strict=True)))
     off = trainer(tmp_path, peaked_model(), top_k=3, keep_sampling_mask=False)
-    assert any("over the whole vocabulary (keep_sampling_mask is off)" in line for line in dry_run.describe(off))
+    plan = plan_of(off)
+    assert plan["sampling"] == "top_k 3; the loss is over the whole vocabulary (keep_sampling_mask is off)"
+    assert "vocabulary" not in plan["the loss"] and "supports" not in plan["the loss"] and "at most" not in plan["operations"]
+    always = plan_of(trainer(tmp_path, peaked_model(), keep_sampling_mask=True))
+    assert always["sampling"] == "no truncation; the loss is over the tokens that this leaves"
+    assert "sampling" not in plan_of(trainer(tmp_path, peaked_model()))
 
 
 def test_metrics_count_kept_tokens():

@@ -191,6 +191,8 @@ class GRPOConfig(TrainingArguments, _LossFields):
             raise ValueError("use_transformers_continuous_batching has no min_p and no repetition_penalty: leave them alone, or it")
         if self.use_transformers_continuous_batching and self.generation_kwargs:
             raise ValueError("generation_kwargs must be None with use_transformers_continuous_batching, which lacks most of them")
+        if self.keep_sampling_mask is not None and not isinstance(self.keep_sampling_mask, bool):
+            raise ValueError(f"keep_sampling_mask must be True, False or None, got {self.keep_sampling_mask!r}")
         if self.use_transformers_continuous_batching and self.keep_sampling_mask:
             raise ValueError(
                 "keep_sampling_mask must be False or None with use_transformers_continuous_batching, whose engine does not tell "
