@@ -114,7 +114,7 @@ class SupportRecorder(LogitsProcessor):
         # step after step, and an empty range behind them, which masked positions get
         steps = [*(self._steps.get(t, nothing) for t in range(T)), (nothing[0], nothing[1].new_zeros(1))]
         ids, lengths = (torch.cat([x.to(device) for x in parts]) for parts in zip(*steps, strict=True))
-        by_step = TokenSupport(ids, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+        by_step = TokenSupport.from_lengths(ids, lengths)
         row, place = torch.arange(B, device=device).unsqueeze(1), torch.arange(T, device=device)
         return by_step.take((place * B + row).where(mask, B * T).flatten())
 

@@ -27,4 +27,4 @@ def joined(batches: list[dict]) -> TokenSupport:
     lengths = [batch["support"].lengths().view_as(batch["mask"]) for batch in batches]
     lengths = torch.cat([torch.nn.functional.pad(x, (0, T - x.shape[1])) for x in lengths]).flatten()
     ids = torch.cat([batch["support"].ids for batch in batches])
-    return TokenSupport(ids, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+    return TokenSupport.from_lengths(ids, lengths)
