@@ -2,6 +2,7 @@
 
 import math
 import types
+import warnings
 
 import pytest
 import torch
@@ -631,6 +632,7 @@ def test_the_sampling_mask_of_a_rollout_func(keep, env, folder):
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 def test_a_truncated_sampler_that_returns_no_mask(keep, folder, recwarn):
     """One warning, over two rollouts and an evaluation."""
+    warnings.simplefilter("always")  # Python would say it once by itself
     more = {"rollout_func": rollouts(lambda found: None), "keep_sampling_mask": keep}
     logs, _ = grpo(FusedGRPOTrainer, folder, saved(folder), more=more, top_p=0.6, generation_kwargs={"typical_p": 0.9}, evaluate=True)
     said = [str(one.message) for one in recwarn if "no sampling mask" in str(one.message)]
@@ -641,6 +643,7 @@ def test_a_truncated_sampler_that_returns_no_mask(keep, folder, recwarn):
 @pytest.mark.parametrize("option", ["use_vllm", "use_transformers_continuous_batching"])
 def test_samplers_without_a_mask(option, folder, monkeypatch, recwarn):
     """None is no truncation to them: they fill nothing in."""
+    warnings.simplefilter("always")
     monkeypatch.setattr(trl.GRPOTrainer, "_generate", lambda self, prompts: ([], [], None, [], None, {}, None, None))
     for cuts, count in ((dict(top_k=None), 0), (dict(top_k=5), 1)):
         args = trl.GRPOConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", **cuts)
