@@ -46,6 +46,11 @@ class TokenSupport:
             raise ValueError(f"support.offsets must be on {self.ids.device} as support.ids is, got {self.offsets.device}")
 
     @staticmethod
+    def from_lengths(ids: torch.Tensor, lengths: torch.Tensor) -> "TokenSupport":
+        """Of the ids [M] of all positions, one behind the other, and how many each has: [positions] int64, in sum M."""
+        return TokenSupport(ids, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+
+    @staticmethod
     def from_mask(mask: torch.Tensor) -> "TokenSupport":
         """Of a bool mask [.., V], True for the tokens that were left. A position without any True has the whole vocabulary."""
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
@@ -53,7 +58,7 @@ class TokenSupport:
         if mask.dim() < 1:
             raise ValueError("mask must be [.., V], got a 0-dim tensor")
         flat = _rows(mask)
-        return TokenSupport(flat.nonzero()[:, 1].contiguous(), _offsets(flat.sum(1)))
+        return TokenSupport.from_lengths(flat.nonzero()[:, 1].contiguous(), flat.sum(1))
 
     @staticmethod
     def from_padded(ids: torch.Tensor, pad: int = -1) -> "TokenSupport":
@@ -62,7 +67,7 @@ class TokenSupport:
         if ids.dim() < 1:
             raise ValueError("ids must be [.., K], got a 0-dim tensor")
         flat = _rows(ids)
-        return TokenSupport(flat[flat != pad], _offsets((flat != pad).sum(1)))
+        return TokenSupport.from_lengths(flat[flat != pad], (flat != pad).sum(1))
 
     @staticmethod
     def from_sequences(sequences, length: int | None = None, device=None) -> "TokenSupport":
@@ -93,7 +98,7 @@ class TokenSupport:
                 raise ValueError(f"sequence {number} must have at most {length} positions, got {len(own)}")
             ids.append(token_ids)
             lengths.append(own if length is None else torch.nn.functional.pad(own, (0, length - len(own))))
-        return TokenSupport(torch.cat(ids), _offsets(torch.cat(lengths))).to(device or "cpu")
+        return TokenSupport.from_lengths(torch.cat(ids), torch.cat(lengths)).to(device or "cpu")
 
     @property
     def positions(self) -> int:
@@ -116,9 +121,9 @@ class TokenSupport:
                 raise ValueError(f"index must be [{self.positions}] as a bool tensor, got {list(index.shape)}")
             index = index.nonzero().squeeze(1)
         lengths, starts = self.lengths()[index], self.offsets[:-1].long()[index]
-        offsets = _offsets(lengths)
         row = torch.repeat_interleave(torch.arange(len(index), device=index.device), lengths)
-        return TokenSupport(self.ids[(starts - offsets[:-1])[row] + torch.arange(len(row), device=row.device)], offsets)
+        shift = starts - lengths.cumsum(0) + lengths
+        return TokenSupport.from_lengths(self.ids[shift[row] + torch.arange(len(row), device=row.device)], lengths)
 
     def to_mask(self, vocab: int) -> torch.Tensor:
         """[positions, vocab] bool; all True where a range is empty. Ids outside of the vocabulary are left out."""
@@ -235,10 +240,6 @@ def _check_integers(name, x):
 
 def _kind(x):
     return str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
-
-
-def _offsets(lengths):
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
 def check_support(support, tokens, device):

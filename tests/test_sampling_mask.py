@@ -1,6 +1,7 @@
 """The tokens that truncated sampling left: recorded in generate, and what the trainer makes of them."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -12,9 +13,9 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import TopKLogitsWarper
 
 from grpo_kernels import TokenSupport, linear_logprobs, objective
-from grpo_kernels.integrations.sampling_mask import recorded_support
+from grpo_kernels.integrations.sampling_mask import filled_in, mask_metrics, recorded_support
 from grpo_kernels.integrations.transformers import lm_head
-from grpo_kernels.trainer import dry_run, microbatch, sampling_mask
+from grpo_kernels.trainer import dry_run, microbatch
 from grpo_kernels.trainer.rollout import completion_mask, joined
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -157,6 +158,8 @@ def test_what_cannot_be_recorded_is_refused():
         (dict(generation_kwargs={"typical_p": 0.9}), True),
         (dict(generation_kwargs={"eta_cutoff": 1e-3}), True),
         (dict(generation_kwargs={"min_new_tokens": 2}), False),
+        (dict(generation_kwargs={"top_k": None}), True),  # generate then keeps 50
+        (dict(generation_kwargs={"top_p": None, "typical_p": None}), False),
         (dict(top_p=0.9, generation_kwargs={"top_p": 1.0}), False),
         (dict(top_p=0.9, keep_sampling_mask=False), False),
         (dict(keep_sampling_mask=True), True),
@@ -167,9 +170,25 @@ def test_the_mask_is_kept_where_sampling_is_truncated(tmp_path, options, kept):
     assert config(tmp_path, **options).keeps_sampling_mask == kept
 
 
+def test_what_generate_fills_in_is_a_truncation(tmp_path, monkeypatch):
+    """Its default of top_k cuts a vocabulary of 32 only where it is less than 50."""
+    defaults = GenerationConfig._get_default_generation_params() | {"top_k": 3}
+    monkeypatch.setattr(GenerationConfig, "_get_default_generation_params", staticmethod(lambda: defaults))
+    (batch,) = next_micro_batches(trainer(tmp_path, peaked_model(), generation_kwargs={"top_k": None}))
+    assert batch["support"].lengths()[batch["mask"].flatten()].unique().tolist() == [3]
+    monkeypatch.delattr(GenerationConfig, "_get_default_generation_params")
+    assert filled_in({"top_k": None, "top_p": 0.9}) == {"top_p": 0.9}
+
+
 def test_continuous_batching_cannot_keep_it(tmp_path):
     with pytest.raises(ValueError, match="keep_sampling_mask must be False or None with use_transformers_continuous_batching"):
         config(tmp_path, keep_sampling_mask=True, use_transformers_continuous_batching=True)
+
+
+@pytest.mark.parametrize("value", ["no", 1, 0, []])
+def test_keep_sampling_mask_is_true_false_or_none(tmp_path, value):
+    with pytest.raises(ValueError, match=re.escape(f"keep_sampling_mask must be True, False or None, got {value!r}")):
+        config(tmp_path, keep_sampling_mask=value)
 
 
 def masked_logps(t, model, batch, cut):
@@ -240,23 +259,35 @@ def test_gradients_are_those_of_masked_logits(tmp_path, name):
         assert (theirs - batch["ref_logps"])[batch["mask"]].abs().max() < 2e-6
 
 
+def plan_of(t):
+    return {line[:11].strip(): line[11:] for line in dry_run.describe(t)}
+
+
 def test_logs_and_the_dry_run_speak_of_it(tmp_path):
     t = trainer(tmp_path, peaked_model(), top_k=3, max_steps=1, num_iterations=2, eval_dataset=DATA[:2], eval_strategy="steps", eval_steps=1)
-    plan = dict(line.split(maxsplit=1) for line in dry_run.describe(t) if not line.startswith("the loss"))
+    plan = plan_of(t)
     assert plan["sampling"] == "top_k 3; the loss is over the tokens that this leaves"
+    # dH [8 x 6, 16], dW [32, 16] and 256 bytes a token are less than half a MiB
+    assert re.search(r"tokens over the whole vocabulary; .*; over supports 0 MiB and 128 bytes a token in them$", plan["the loss"])
+    assert re.search("in the body and at most .* in the head", plan["operations"])
     t.train()
     for log, prefix in zip(t.state.log_history, ("", "eval_"), strict=False):
         found = {name: value for name, value in log.items() if "sampling_mask/" in name}
         names = [prefix + row[0] for row in table("metrics.md", "Of the sampling mask")[1:]]
         assert found == pytest.approx(dict(zip(names, [3.0, 0.0, 3 / 32], strict=True)))
     off = trainer(tmp_path, peaked_model(), top_k=3, keep_sampling_mask=False)
-    assert any("over the whole vocabulary (keep_sampling_mask is off)" in line for line in dry_run.describe(off))
+    plan = plan_of(off)
+    assert plan["sampling"] == "top_k 3; the loss is over the whole vocabulary (keep_sampling_mask is off)"
+    assert "vocabulary" not in plan["the loss"] and "supports" not in plan["the loss"] and "at most" not in plan["operations"]
+    always = plan_of(trainer(tmp_path, peaked_model(), keep_sampling_mask=True))
+    assert always["sampling"] == "no truncation; the loss is over the tokens that this leaves"
+    assert "sampling" not in plan_of(trainer(tmp_path, peaked_model()))
 
 
 def test_metrics_count_kept_tokens():
     support = TokenSupport.from_padded(torch.tensor([[3, -1, -1], [1, 2, -1], [-1, -1, -1], [0, 1, 2]]))
     mask = torch.tensor([[True, True], [True, False]])
-    found = sampling_mask.metrics(support, mask, vocab=10)
+    found = mask_metrics(support, mask, vocab=10)
     assert [x.item() for x in found.values()] == pytest.approx([(1 + 2 + 10) / 3, 1 / 3, (0 + 2 + 10) / 30])
 
 

@@ -202,6 +202,14 @@ def test_a_support_under_peft(kind):
     compare(adapted(kind), left=left_tokens(batch()[2]))
 
 
+def changed(support, position, last):
+    """With another last id of that position; None repeats the one before it."""
+    ids, end = support.ids.clone(), int(support.offsets[position + 1])
+    assert end - support.offsets[position] > 1
+    ids[end - 1] = ids[end - 2] if last is None else last
+    return TokenSupport(ids, support.offsets)
+
+
 def test_wrong_supports_are_named():
     model, (ids, _, labels) = fuse_lm_head(build()), batch()
     left = left_tokens(labels)
@@ -211,12 +219,23 @@ def test_wrong_supports_are_named():
         (dict(support=left), TypeError, "support must be a TokenSupport or None, got Tensor"),
         (dict(support=support.take(torch.arange(5))), ValueError, r"support.offsets must have 22 entries.*\[3, 7\], got 6"),
         (dict(support=TokenSupport(support.ids, support.offsets + 1)), ValueError, "support.offsets must rise from 0"),
-        (dict(support=TokenSupport.from_mask(left)), ValueError, "must be among support.ids"),
+        (dict(support=TokenSupport.from_mask(left)), ValueError, r"^labels must be among support.ids.* at position \[0, 5\].*hidden\[t - 1\]"),
+        (dict(support=TokenSupport.from_mask(left), labels=None, shift_labels=labels), ValueError, r"^shift_labels must .*\[0, 5\].*hidden\[t\]"),
+        (dict(support=changed(support, 5, 99)), ValueError, r"support.ids must be in \[0, V = 32\).*got 99 at position \[0, 5\]"),
+        (dict(support=changed(support, 5, None)), ValueError, r"support.ids must name a token once.* at position \[0, 5\]"),
         (dict(support=support, fused_lm_head=None), ValueError, "support must come with fused_lm_head=True, got it with fused_lm_head=None"),
         (dict(support=support, fused_lm_head=lambda hidden, head: hidden), ValueError, "support must come with fused_lm_head=True"),
     ):
         with pytest.raises(error, match=words):
-            model(input_ids=ids, labels=labels, **{"fused_lm_head": True, **given})
+            model(input_ids=ids, **{"labels": labels, "fused_lm_head": True, **given})
+    first = labels.clone()
+    first[:, 0] = 3
+    left = left_tokens(first)
+    left[:, 0], left[:, 0, 4] = False, True  # nothing predicts the first column, whose tokens may be any
+    model(input_ids=ids, labels=first, support=TokenSupport.from_mask(left), fused_lm_head=True)
+    left[0, 5, first[0, 5]] = False
+    with pytest.raises(ValueError, match=r"^labels must be among support.ids.* at position \[0, 5\]"):
+        model(input_ids=ids, labels=first, support=TokenSupport.from_mask(left), fused_lm_head=True)
     with pytest.raises(ValueError, match=r"outputs of fuse_lm_head must be log_probs and entropy alone with a support, got \('is_top1',\)"):
         fuse_lm_head(model, outputs=("is_top1",))(input_ids=ids, labels=labels, support=support, fused_lm_head=True)
 

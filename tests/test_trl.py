@@ -2,6 +2,7 @@
 
 import math
 import types
+import warnings
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from transformers import (  # noqa: E402
     Cohere2ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     GraniteConfig,
     GraniteForCausalLM,
     MinPLogitsWarper,
@@ -494,6 +496,17 @@ def test_log_probs_are_over_what_the_sampler_left(name, folder):
     sizes = torch.cat([mask.lengths() for mask in masks])
     assert len(masks) == 8 and sizes.min() > 0 and sizes.max() < 32 and (sizes == 1).all() == (name == "one token")
     assert logs["clip_ratio/region_mean"][0] == 0 and logs["kl"][0] < 1e-6
+    whole = [sizes.float().mean(), (sizes == 1).float().mean(), sizes[sizes > 1].sum() / len(sizes) / 32]
+    names = ("mean_size", "single_share", "computed_share")
+    assert [logs[f"sampling_mask/{name}"][0] for name in names] == pytest.approx([x.item() for x in whole], rel=1e-5)
+
+
+def test_what_generate_fills_in_is_a_truncation(folder, monkeypatch):
+    """top_k None is 50 to generate; 4 here, where the vocabulary has 32 tokens."""
+    defaults = GenerationConfig._get_default_generation_params() | {"top_k": 4}
+    monkeypatch.setattr(GenerationConfig, "_get_default_generation_params", staticmethod(lambda: defaults))
+    _, (masks,) = checked_run(folder, warpers=[TopKLogitsWarper(4)], top_k=None)
+    assert all((mask.lengths() == 4).all() for mask in masks)
 
 
 def test_a_sampling_mask_after_updates_and_in_evaluation(folder):
@@ -501,6 +514,7 @@ def test_a_sampling_mask_after_updates_and_in_evaluation(folder):
     options = dict(max_steps=3, evaluate=True, per_device_eval_batch_size=8, top_p=0.6)
     logs, seen = checked_run(folder, warpers=[TopPLogitsWarper(0.6)], **options)
     assert len(seen) == 4 and all(len(masks) == 8 for masks in seen) and logs["clip_ratio/region_mean"][1] > 0
+    assert {"sampling_mask/mean_size", "eval_sampling_mask/mean_size"} <= logs.keys()
 
 
 def test_a_sampling_mask_under_an_adapter(folder):
@@ -538,6 +552,22 @@ def test_a_sampling_mask_over_calls_of_tools(folder, monkeypatch):
     assert any((mask.lengths() == 0).sum() == 2 and mask.lengths()[-1] > 0 for mask in seen[0])
 
 
+def test_position_numbers_come_back_one_a_token(folder, monkeypatch):
+    """A TRL that drops the lists of log-probs, or cuts them otherwise than the completions, is another TRL."""
+    for numbers in (None, [[1, 2], [3]]):
+        with pytest.raises(RuntimeError, match=r"is not one that grpo_kernels knows: .*of \[2, 2\]"):
+            ours._numbers(numbers, [[5, 6], [7, 8]])
+    generate = trl.GRPOTrainer._generate
+
+    def without(self, prompts):
+        found = list(generate(self, prompts))
+        return *found[:4], None, *found[5:]
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate", without)
+    with pytest.raises(RuntimeError, match="is not one that grpo_kernels knows"):
+        grpo(FusedGRPOTrainer, folder, saved(folder), top_p=0.6, max_steps=1)
+
+
 def test_without_a_sampling_mask_the_run_is_that_of_trl(folder):
     """False keeps none; True keeps empty ranges where nothing is truncated, which change nothing."""
     model, options = saved(folder), dict(top_p=0.6, **OFF_POLICY)
@@ -545,7 +575,10 @@ def test_without_a_sampling_mask_the_run_is_that_of_trl(folder):
     assert_same(stock, grpo(FusedGRPOTrainer, folder, model, more={"keep_sampling_mask": False}, **options))
     assert (grpo(FusedGRPOTrainer, folder, model, **options)[1] - stock[1]).abs().max() > 1e-3
     stock = grpo(trl.GRPOTrainer, folder, model, **OFF_POLICY)
-    assert_same(stock, grpo(FusedGRPOTrainer, folder, model, more={"keep_sampling_mask": True}, **OFF_POLICY))
+    logs, weights = grpo(FusedGRPOTrainer, folder, model, more={"keep_sampling_mask": True}, **OFF_POLICY)
+    assert set(logs.pop("sampling_mask/mean_size")) == {32} and set(logs.pop("sampling_mask/single_share")) == {0}
+    assert set(logs.pop("sampling_mask/computed_share")) == {1}
+    assert_same(stock, (logs, weights))
 
 
 def rollouts(change=None, env=False):
@@ -584,12 +617,41 @@ def test_the_sampling_mask_of_a_rollout_func(keep, env, folder):
         return digit_sum(completion_ids=completion_ids, **columns)
 
     more = {"rollout_func": rollouts(env=env), "keep_sampling_mask": keep, "reward_funcs": reward}
-    _, (masks,) = checked_run(folder, CheckedRollouts, more=more)
+    logs, (masks,) = checked_run(folder, CheckedRollouts, more=more)
     assert "sampling_mask" not in names and "answer" in names and (masks is None) == (keep is False)
+    assert ("sampling_mask/mean_size" in logs) == (keep is None)
     if keep is None:
         lengths = [mask.lengths() for mask in masks]
         assert [len(own) for own in lengths] == [2, 3, 4, 5] * 2 and not lengths[1].any()
         assert all((own[0] > 0) and (own[1] > 0) == (not env) for i, own in enumerate(lengths) if i != 1)
+        sampled = torch.cat([own[[t != 1 or not env for t in range(len(own))]] for own in lengths])
+        assert logs["sampling_mask/mean_size"][0] == pytest.approx(sampled.where(sampled > 0, 32).float().mean().item())
+
+
+@pytest.mark.parametrize("keep", [None, False])
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_a_truncated_sampler_that_returns_no_mask(keep, folder, recwarn):
+    """One warning, over two rollouts and an evaluation."""
+    warnings.simplefilter("always")  # Python would say it once by itself
+    more = {"rollout_func": rollouts(lambda found: None), "keep_sampling_mask": keep}
+    logs, _ = grpo(FusedGRPOTrainer, folder, saved(folder), more=more, top_p=0.6, generation_kwargs={"typical_p": 0.9}, evaluate=True)
+    said = [str(one.message) for one in recwarn if "no sampling mask" in str(one.message)]
+    assert len(said) == (keep is None) and not any("sampling_mask" in name for name in logs)
+    assert all(s.startswith("sampling leaves tokens out (top_p 0.6, typical_p 0.9)") and "keep_sampling_mask=False" in s for s in said)
+
+
+@pytest.mark.parametrize("option", ["use_vllm", "use_transformers_continuous_batching"])
+def test_samplers_without_a_mask(option, folder, monkeypatch, recwarn):
+    """None is no truncation to them: they fill nothing in."""
+    warnings.simplefilter("always")
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate", lambda self, prompts: ([], [], None, [], None, {}, None, None))
+    for cuts, count in ((dict(top_k=None), 0), (dict(top_k=5), 1)):
+        args = trl.GRPOConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", **cuts)
+        t = FusedGRPOTrainer(saved(folder), digit_sum, args=args, train_dataset=Dataset.from_list(DATA), processing_class=make_tokenizer())
+        setattr(t, option, True)
+        t._generate([]), t._generate([])
+        said = [str(one.message) for one in recwarn if "no sampling mask" in str(one.message)]
+        assert len(said) == count and all("(top_k 5)" in text for text in said)
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
@@ -599,11 +661,21 @@ def test_wrong_sampling_masks_are_named(folder):
     for given, error in (
         (found[1:], r"sampling_mask must be a list of 8 \(token_ids, offsets\), one a completion, got 7 of them"),
         ({}, "sampling_mask must be a list of 8.*got dict"),
-        ([(found[0][0], found[0][1][:-1]), *found[1:]], "completion 0 must have 3 offsets, one more than it has tokens, got 2"),
-        ([(found[0][0][1:], found[0][1]), *found[1:]], "offsets of sequence 0 must rise from 0"),
+        ([(found[0][0][: found[0][1][1]], found[0][1][:-1]), *found[1:]], "completion 0 must have 3 offsets, one more than it has tokens, got 2"),
+        ([(found[0][0][1:], found[0][1]), *found[1:]], "sampling_mask of completion 0: offsets .*must rise from 0"),
+        ([*found[:2], ([], [1]), *found[3:]], "sampling_mask of completion 2: offsets"),
     ):
         with pytest.raises(ValueError, match=error):
             ours._masks_of_rollouts(given, ids, None)
+    with pytest.raises(TypeError, match="sampling_mask of completion 4: token_ids .* must be integers"):
+        ours._masks_of_rollouts([*found[:4], ([0.5], [0, 1]), *found[5:]], ids, None)
+    sampled = [[1] * len(own) for own in ids]
+    for env_mask, error in (
+        ([*sampled[:3], sampled[3][:-1], *sampled[4:]], "env_mask of completion 3 must have 5 entries, one a token, got 4"),
+        (sampled[1:], "env_mask must be a list of 8 lists of 0 and 1, one a completion, got 7 of them"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            ours._masks_of_rollouts(found, ids, env_mask)
     for change, error in (
         (lambda found: None, "sampling_mask must be a list of 8.*got NoneType"),
         (lambda found: [([1, 2], [0, 1, 2]), *found[1:]], "must be among support.ids"),

@@ -18,8 +18,9 @@ from accelerate import state  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from ranks import join, launch, leave  # noqa: E402
 from test_trainer import DATA, digit_sum, make_tokenizer, tiny_model, weights  # noqa: E402
-from test_trl import OFF_POLICY, STOCK, assert_same, grpo, saved  # noqa: E402
+from test_trl import OFF_POLICY, STOCK, assert_same, grpo, rollouts, saved  # noqa: E402
 
+from grpo_kernels import TokenSupport  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, patch_trl, unpatch_trl  # noqa: E402
 
 RANKS = 2
@@ -186,3 +187,32 @@ def test_gradients_are_those_of_one_process_with_the_joined_batch(loss, kept, fo
                 assert r[kind][1].keys() == truth.keys()
                 for name, gradient in truth.items():
                     assert_close(f"{wrapper} {kind} {name}", r[kind][1][name], gradient, 1e-5)
+
+
+def roll_out(rank, folder, port):
+    """Rank 1 returns no masks, or those of a sampler that left every token."""
+    join(rank, port, RANKS, SECONDS)
+    for name, left in (("one", None), ("both", [None] * 4)):
+        found = []
+        sample = rollouts(lambda masks: found.append(masks) or masks if rank == 0 else left)  # noqa: B023
+        logs, _ = grpo(FusedGRPOTrainer, folder, saved(folder), more={"rollout_func": sample}, max_steps=1, **SMALL)
+        sizes = [TokenSupport.from_sequences([mask], 2 + i if mask is None else None).lengths() for masks in found for i, mask in enumerate(masks)]
+        torch.save((logs, torch.cat(sizes) if sizes else None), folder / f"masks of {name}-{rank}")
+    leave()
+
+
+@pytest.mark.parametrize("name", ["one", "both"])
+def test_a_sampling_mask_is_logged_over_all_ranks(name, folder_of_masks):
+    """Where a rollout_func returned masks on one rank alone, the other neither waits nor counts."""
+    (log, sizes), (other, _) = (torch.load(folder_of_masks / f"masks of {name}-{rank}") for rank in range(RANKS))
+    sizes = torch.cat([sizes, torch.zeros(len(sizes) * (name == "both"), dtype=torch.int64)])
+    expected = sizes.where(sizes > 0, 32).float().mean().item()
+    assert log["sampling_mask/mean_size"] == other["sampling_mask/mean_size"] == pytest.approx([expected])
+
+
+@pytest.fixture(scope="module")
+def folder_of_masks(tmp_path_factory):
+    path = tmp_path_factory.mktemp("masks")
+    saved(path)
+    launch(roll_out, path, RANKS, SECONDS)
+    return path

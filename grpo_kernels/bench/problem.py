@@ -112,7 +112,7 @@ def _supports(ids, candidates, used, vocab, g):
         while len(distinct) < size:  # drawn again where one came twice
             distinct.update(dict.fromkeys(torch.randint(vocab, (size - len(distinct),), generator=g).tolist()))
         chosen.extend(distinct)
-    return TokenSupport(torch.tensor(chosen), torch.nn.functional.pad(sizes.cumsum(0), (1, 0)))
+    return TokenSupport.from_lengths(torch.tensor(chosen), sizes)
 
 
 def serves(a: Problem, b: Problem) -> bool:

@@ -23,7 +23,7 @@ from ..extras import needs
 from ..support import TokenSupport
 
 with needs("train", __name__):
-    from transformers import LogitsProcessor
+    from transformers import GenerationConfig, LogitsProcessor
 
 
 # an option of GenerationConfig, and whether a value of it leaves the least likely tokens out. Those that ban a few tokens alone
@@ -42,6 +42,24 @@ _TRUNCATES = {
 def truncations(options) -> dict:
     """Those of the ``options`` of a sampling by which tokens are left out because they are unlikely."""
     return {name: options[name] for name, cuts in _TRUNCATES.items() if options.get(name) is not None and cuts(options[name])}
+
+
+def filled_in(options) -> dict:
+    """The ``options`` of a call of generate as it reads them: where one is missing or None its own default counts, 50 for top_k."""
+    defaults = getattr(GenerationConfig, "_get_default_generation_params", dict)()  # transformers 4 keeps None
+    return defaults | {name: value for name, value in options.items() if value is not None}
+
+
+def mask_metrics(support: TokenSupport, mask: torch.Tensor, vocab: int) -> dict[str, torch.Tensor]:
+    """Means over the kept tokens of ``mask`` [B, T], nan where there is none: see docs/metrics.md."""
+    sizes = support.lengths().view_as(mask)[mask]
+    sizes = sizes.where(sizes > 0, vocab)
+    single = sizes == 1
+    return {
+        "sampling_mask/mean_size": sizes.float().mean(),
+        "sampling_mask/single_share": single.float().mean(),
+        "sampling_mask/computed_share": sizes.masked_fill(single, 0).float().mean() / vocab,
+    }
 
 
 class SupportRecorder(LogitsProcessor):
@@ -96,7 +114,7 @@ class SupportRecorder(LogitsProcessor):
         # step after step, and an empty range behind them, which masked positions get
         steps = [*(self._steps.get(t, nothing) for t in range(T)), (nothing[0], nothing[1].new_zeros(1))]
         ids, lengths = (torch.cat([x.to(device) for x in parts]) for parts in zip(*steps, strict=True))
-        by_step = TokenSupport(ids, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+        by_step = TokenSupport.from_lengths(ids, lengths)
         row, place = torch.arange(B, device=device).unsqueeze(1), torch.arange(T, device=device)
         return by_step.take((place * B + row).where(mask, B * T).flatten())
 

@@ -32,7 +32,7 @@ from ..engine.diagnostics import NAMES as DIAGNOSTICS
 from ..extras import needs
 from ..logprobs import token_statistics
 from ..losses.config import GRPOLossConfig
-from ..support import TokenSupport, check_support
+from ..support import TokenSupport, check_support, found_in, wrong_token, wrong_values
 
 with needs("train", __name__):
     from transformers import PreTrainedModel
@@ -200,7 +200,12 @@ class _FusedForward:
 
         def score(hidden, head):
             hidden = hidden if shift_labels is not None else hidden[:, :-1]
-            return _scored(hidden, target.to(hidden.device), head, given, None if over is None else over.to(hidden.device))
+            try:
+                return _scored(hidden, target.to(hidden.device), head, given, None if over is None else over.to(hidden.device))
+            except ValueError:
+                if support is not None:
+                    _check_values(support, labels, shift_labels, len(head.weight))
+                raise
 
         output = _inside_head(model, states[0], score, fused.head_in_float32)
         count = output.label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -270,6 +275,21 @@ def _support(support, outputs, labels, shift_labels):
     if wrong := support.facts().wrong:
         raise ValueError(wrong)
     return support.take(torch.arange(given.numel(), device=device).view(given.shape)[:, 1:].flatten())
+
+
+def _check_values(support, labels, shift_labels, vocab):
+    """Raises what a call over what each position is to predict would, by the caller's own name and place."""
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    given, kept = given.to(support.ids.device).long(), (given != -100).to(support.ids.device)
+    if shift_labels is None:
+        kept[:, 0] = False  # nothing predicts it
+    wrong = wrong_values(support, kept.flatten(), vocab, given.shape)
+    if not wrong and (kept.flatten() & (found_in(support, given.flatten()) < 0)).any():
+        wrong = wrong_token(support, kept.flatten(), given.flatten(), given.shape, name)
+        if shift_labels is None:
+            wrong = wrong.replace("hidden[t]", "hidden[t - 1]")
+    if wrong:
+        raise ValueError(wrong)
 
 
 def lm_head(model, dtype=None) -> LMHead:

@@ -26,6 +26,7 @@ import dataclasses
 import inspect
 import math
 import sys
+import warnings
 
 import torch
 
@@ -36,7 +37,7 @@ from ..logprobs import token_statistics
 from ..loss import fused_linear_grpo_loss
 from ..losses.config import GRPOLossConfig
 from ..support import TokenSupport
-from .sampling_mask import recorded_support, truncations
+from .sampling_mask import filled_in, mask_metrics, recorded_support, truncations
 from .transformers import FusedCausalLMOutput, LMHead, fuse_lm_head, lm_head
 
 try:
@@ -165,7 +166,8 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
 
     Takes what `trl.GRPOTrainer` takes and logs what it logs. Beyond it: a LoRA adapter on the output layer (``target_modules`` may
     name ``lm_head``), log-probs at a per-token temperature, see `token_temperature`, and log-probs over the tokens that a truncated
-    sampler left: trained, old and reference log-probs, their ratio and KL, and entropies are then over the supports.
+    sampler left: trained, old and reference log-probs, their ratio and KL, and entropies are then over the supports, whose sizes
+    are logged as ``sampling_mask/*``.
 
     Supports come from transformers' ``generate``, recorded as it samples, or from a ``rollout_func`` that returns "sampling_mask":
     for each completion (token_ids, offsets), where its token i could have been any of ``token_ids[offsets[i]:offsets[i + 1]]``, or
@@ -175,7 +177,8 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
     Args:
         keep_sampling_mask: None keeps supports where generate truncates (top_p, top_k, min_p, or an option like them in
             ``generation_kwargs``) and where a ``rollout_func`` returns them. True records those of every generate, and asks a
-            ``rollout_func`` for them. False trains over the whole vocabulary, as TRL does.
+            ``rollout_func`` for them. False trains over the whole vocabulary, as TRL does. So does None where a sampler truncates
+            and returns none, with a warning.
 
     Raises:
         RuntimeError: at construction, if this TRL is not one that is known; in training, if its loss, or that of a subclass, is not
@@ -206,10 +209,10 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
             )
         if self.args.cast_lm_head_to_fp32 and hasattr(fused[0].get_output_embeddings(), "lora_A"):
             raise ValueError("cast_lm_head_to_fp32 must be False with a LoRA adapter on the output layer")
-        _refuse_what_training_would(fused[0])
         self._pass, self._compared = None, collections.Counter()
         self._masks = self._turns = None  # supports of the completions that are being scored; of the calls of generate before them
-        self.keep_sampling_mask = self._checked_keeping(keep_sampling_mask)
+        self.keep_sampling_mask, self._warned = self._checked_keeping(keep_sampling_mask), False
+        self._vocab = fused[0].config.get_text_config().vocab_size
         _FusedPass(self, {}).config(LMHead(None, None, None, 1.0, None))  # raises now what the first loss would raise
 
     def token_temperature(self, inputs) -> torch.Tensor | None:
@@ -251,10 +254,18 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
     def _uses_generate(self):
         return self.rollout_func is None and not (self.use_vllm or getattr(self, "use_transformers_continuous_batching", False))
 
+    def _records(self):
+        """Whether generate's supports are noted."""
+        keep = self.keep_sampling_mask
+        return self._uses_generate() and (bool(_truncations(self)) if keep is None else keep)
+
     def _generate_and_score_completions(self, inputs):
         self._masks = None
         try:
             output = super()._generate_and_score_completions(inputs)
+            # decided by what is alike on all ranks: a rollout_func may return masks on some of them
+            if self._records() or (self.rollout_func is not None and self.keep_sampling_mask is not False):
+                self._log_sampling_mask(output)
             # a list, which TRL shuffles and splits by completion as it does its lists of images
             return output if self._masks is None else {**output, "sampling_mask": self._masks}
         finally:
@@ -262,7 +273,7 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
 
     def _generate(self, prompts):
         keep = self.keep_sampling_mask
-        self._turns = [] if self._uses_generate() and (_truncates(self) if keep is None else keep) else None
+        self._turns = [] if self._records() else None
         try:
             output = super()._generate(prompts)
             if len(output) < 6 or not isinstance(output[5], dict):
@@ -270,12 +281,37 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
             prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *others = output
             given = extra_fields.pop("sampling_mask", None)
             if self._turns:
-                self._masks, logprobs = _by_completion(_joined(self._turns), logprobs), None
+                self._masks, logprobs = _by_completion(_joined(self._turns), _numbers(logprobs, completion_ids)), None
             elif self.rollout_func is not None and keep is not False and (keep or given is not None):
                 self._masks = _masks_of_rollouts(given, completion_ids, tool_mask)
+            if self._masks is None and keep is None:
+                self._warn_of_other_probabilities()
             return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, *others
         finally:
             self._turns = None
+
+    def _log_sampling_mask(self, output):
+        mask = output["completion_mask"] * output.get("tool_mask", 1) > 0
+        if self._masks is None:
+            mask = torch.zeros_like(mask)
+        support = TokenSupport.from_sequences(self._masks or [None] * len(mask), mask.shape[1], mask.device)
+        found, count = mask_metrics(support, mask, self._vocab), mask.sum()
+        sums = torch.stack([count, *(value.nan_to_num() * count for value in found.values())])
+        count, *sums = self.accelerator.gather(sums).view(-1, len(sums)).sum(0).tolist()
+        if count > 0:
+            for name, total in zip(found, sums, strict=True):
+                self._metrics["train" if self.model.training else "eval"][name].append(total / count)
+
+    def _warn_of_other_probabilities(self):
+        cuts = "" if self._warned else ", ".join(f"{name} {value}" for name, value in _truncations(self).items())
+        if cuts and self.accelerator.is_main_process:
+            warnings.warn(
+                f"sampling leaves tokens out ({cuts}) and returned no sampling mask: the loss is over the whole vocabulary, with "
+                'other probabilities than were sampled from. Return "sampling_mask" from a rollout_func, or set '
+                "keep_sampling_mask=False to silence this",
+                stacklevel=2,
+            )
+            self._warned = True
 
     def _generate_single_turn(self, *args, **kwargs):
         if self._turns is None:
@@ -503,11 +539,14 @@ class _FusedPass(_StandIn):
 # ---- the sampling mask
 
 
-def _truncates(trainer):
-    """Whether generate leaves tokens out when it samples. Where its configuration has None that of the model counts."""
+def _truncations(trainer):
+    """The options by which the sampler leaves tokens out. Where generate's configuration has None that of the model counts."""
+    if not trainer._uses_generate():
+        args = trainer.args
+        return truncations({"top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p} | (args.generation_kwargs or {}))
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     chosen = {name: value for name, value in vars(trainer.generation_config).items() if value is not None}
-    return bool(truncations(vars(model.generation_config) | chosen))
+    return truncations(filled_in(vars(model.generation_config) | chosen))
 
 
 def _by_completion(support, numbers):
@@ -517,33 +556,44 @@ def _by_completion(support, numbers):
     return [support.take(torch.tensor(own, dtype=torch.int64) - 1) for own in numbers]
 
 
+def _numbers(numbers, completion_ids):
+    """The numbers of positions as they came back through TRL's lists of log-probs: one a token, or this is another TRL."""
+    lengths = [len(ids) for ids in completion_ids]
+    came = None if numbers is None else [len(own) for own in numbers]
+    if came != lengths:
+        got = "no log-probs" if came is None else f"log-probs of {came[:8]}{' ..' * (len(came) > 8)} tokens"
+        more = " .." * (len(lengths) > 8)
+        raise _unknown(f"GRPOTrainer._generate returns {got} with completions of {lengths[:8]}{more}")
+    return numbers
+
+
 def _masks_of_rollouts(given, completion_ids, env_mask):
     """Of what a rollout_func returned. Tokens that were not sampled may be outside of their ranges, and get empty ones."""
-    if not isinstance(given, list | tuple) or len(given) != len(completion_ids):
-        got = f"{len(given)} of them" if isinstance(given, list | tuple) else kind(given)
-        raise ValueError(f"sampling_mask must be a list of {len(completion_ids)} (token_ids, offsets), one a completion, got {got}")
-    masks, numbers, first = [], [], 1
+    _check_list("sampling_mask", given, "(token_ids, offsets)", len(completion_ids))
+    if env_mask is not None:
+        _check_list("env_mask", env_mask, "lists of 0 and 1", len(completion_ids))
+    masks = []
     for i, (mask, ids) in enumerate(zip(given, completion_ids, strict=True)):
-        token_ids, offsets = _pair(mask, len(ids))
-        if len(offsets) != len(ids) + 1:
+        try:
+            support = TokenSupport.from_sequences([mask], len(ids) if mask is None else None)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"sampling_mask of completion {i}: {error}") from error
+        if support.positions != len(ids):
             wanted = f"{len(ids) + 1} offsets, one more than it has tokens"
-            raise ValueError(f"sampling_mask of completion {i} must have {wanted}, got {len(offsets)}")
-        masks.append((token_ids, offsets))
+            raise ValueError(f"sampling_mask of completion {i} must have {wanted}, got {support.positions + 1}")
         sampled = [1] * len(ids) if env_mask is None else env_mask[i]
-        numbers.append([number if own else 0 for number, own in enumerate(sampled, first)])
-        first += len(ids)
-    return _by_completion(TokenSupport.from_sequences(masks), numbers)
+        if len(sampled) != len(ids):
+            raise ValueError(f"env_mask of completion {i} must have {len(ids)} entries, one a token, got {len(sampled)}")
+        masks += _by_completion(support, [[number if own else 0 for number, own in enumerate(sampled, 1)]])
+    return masks
 
 
-def _pair(mask, tokens):
-    """(token_ids, offsets) of a completion's mask in one of its forms."""
-    if mask is None:
-        return [], [0] * (tokens + 1)
-    if isinstance(mask, TokenSupport):
-        return mask.ids, mask.offsets
-    return (mask.token_ids, mask.offsets) if hasattr(mask, "token_ids") else mask
+def _check_list(name, given, each, count):
+    if not isinstance(given, list | tuple) or len(given) != count:
+        got = f"{len(given)} of them" if isinstance(given, list | tuple) else kind(given)
+        raise ValueError(f"{name} must be a list of {count} {each}, one a completion, got {got}")
 
 
 def _joined(masks, length=None, device=None):
     """[B, length] of the supports of B completions, or [N] one behind the other; None of None."""
-    return None if masks is None else TokenSupport.from_sequences([(mask.ids, mask.offsets) for mask in masks], length, device)
+    return None if masks is None else TokenSupport.from_sequences(masks, length, device)

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..checks import check_options
-from ..integrations.sampling_mask import truncations
+from ..integrations.sampling_mask import filled_in, truncations
 from ..losses.advantages import AGGREGATIONS, SCALE_REWARDS
 from ..losses.config import GRPOLossConfig
 
@@ -191,6 +191,8 @@ class GRPOConfig(TrainingArguments, _LossFields):
             raise ValueError("use_transformers_continuous_batching has no min_p and no repetition_penalty: leave them alone, or it")
         if self.use_transformers_continuous_batching and self.generation_kwargs:
             raise ValueError("generation_kwargs must be None with use_transformers_continuous_batching, which lacks most of them")
+        if self.keep_sampling_mask is not None and not isinstance(self.keep_sampling_mask, bool):
+            raise ValueError(f"keep_sampling_mask must be True, False or None, got {self.keep_sampling_mask!r}")
         if self.use_transformers_continuous_batching and self.keep_sampling_mask:
             raise ValueError(
                 "keep_sampling_mask must be False or None with use_transformers_continuous_batching, whose engine does not tell "
@@ -250,7 +252,7 @@ class GRPOConfig(TrainingArguments, _LossFields):
     def truncations(self) -> dict:
         """The options of the sampling by which unlikely tokens are left out."""
         own = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
-        return truncations(own | (self.generation_kwargs or {}))
+        return truncations(filled_in(own | (self.generation_kwargs or {})))
 
     @property
     def keeps_sampling_mask(self) -> bool:

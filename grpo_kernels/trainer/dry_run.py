@@ -4,6 +4,7 @@ Then its first minute in small: a rollout of short completions, their rewards, l
 """
 
 import inspect
+from dataclasses import replace
 
 import huggingface_hub
 import torch
@@ -83,9 +84,11 @@ def describe(trainer):
     steps = trainer.planned_steps()
     yield (f"rollout    {groups} prompts x {args.num_generations} completions of up to {args.max_completion_length} tokens, "
            f"for {args.steps_per_rollout} optimiser step{'s' * (args.steps_per_rollout != 1)}")  # fmt: skip
-    if cuts := args.truncations:
-        over = "tokens that this leaves" if args.keeps_sampling_mask else "whole vocabulary (keep_sampling_mask is off)"
-        yield f"sampling   {', '.join(f'{name} {value}' for name, value in cuts.items())}; the loss is over the {over}"
+    cuts, keeps = args.truncations, args.keeps_sampling_mask
+    if cuts or keeps:
+        over = "tokens that this leaves" if keeps else "whole vocabulary (keep_sampling_mask is off)"
+        named = ", ".join(f"{name} {value}" for name, value in cuts.items()) or "no truncation"
+        yield f"sampling   {named}; the loss is over the {over}"
     rows_of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     tokens = rows_of_step * (max(lengths) + args.max_completion_length)
     kept = rows_of_step * args.max_completion_length
@@ -103,13 +106,19 @@ def describe(trainer):
     )  # fmt: skip
     peak = plan.peak_bytes(problem, live)
     logits = live * V * (weight.element_size() + 12)
+    whole, instead = "", ""
+    if keeps:
+        one, two = (plan.peak_bytes(replace(problem, pairs=size * live), live) for size in (1, 2))  # linear in the pairs
+        whole = " over the whole vocabulary"
+        instead = f"; over supports {_bytes(2 * one - two)} and {(two - one) // live} bytes a token in them"
     yield (f"the loss   at most {_bytes(peak)} of memory on top of its inputs, gradients included, per micro-batch of {live:,} "
-           f"tokens; through logits some {_bytes(logits)}")  # fmt: skip
+           f"tokens{whole}; through logits some {_bytes(logits)}{instead}")  # fmt: skip
     body = total - V * D * (1 if causal_lm.config.get_text_config().tie_word_embeddings else 2)  # embeddings are only looked up
     passes = 8 if args.gradient_checkpointing else 6
     products = 3 if needs_weight else 2
+    in_head = f"{'at most ' * keeps}{_flops(2 * products * V * D * kept)}"
     yield (f"operations {_flops(2 * body * tokens + 2 * V * D * kept)} to sample, {_flops(passes * body * tokens)} in the body and "
-           f"{_flops(2 * products * V * D * kept)} in the head, per step and process, at full length")  # fmt: skip
+           f"{in_head} in the head, per step and process, at full length")  # fmt: skip
 
     longest, positions = max(lengths) + args.max_completion_length, _positions(causal_lm)
     if positions and longest > positions:

@@ -1,4 +1,4 @@
-"""The supports of a rollout's tokens: when they are kept, how they are cut into micro-batches and put together, what is logged.
+"""The supports of a rollout's tokens: how they are cut into micro-batches and put together.
 
 A batch holds them as ``support``, the `TokenSupport` of its mask [B, T]: a row's positions stand together.
 """
@@ -27,16 +27,4 @@ def joined(batches: list[dict]) -> TokenSupport:
     lengths = [batch["support"].lengths().view_as(batch["mask"]) for batch in batches]
     lengths = torch.cat([torch.nn.functional.pad(x, (0, T - x.shape[1])) for x in lengths]).flatten()
     ids = torch.cat([batch["support"].ids for batch in batches])
-    return TokenSupport(ids, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
-
-
-def metrics(support: TokenSupport, mask: torch.Tensor, vocab: int) -> dict[str, torch.Tensor]:
-    """Means over the kept tokens of ``mask`` [B, T], nan where there is none: see docs/metrics.md."""
-    sizes = support.lengths().view_as(mask)[mask]
-    sizes = sizes.where(sizes > 0, vocab)
-    single = sizes == 1
-    return {
-        "sampling_mask/mean_size": sizes.float().mean(),
-        "sampling_mask/single_share": single.float().mean(),
-        "sampling_mask/computed_share": sizes.masked_fill(single, 0).float().mean() / vocab,
-    }
+    return TokenSupport.from_lengths(ids, lengths)

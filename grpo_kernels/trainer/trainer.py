@@ -42,14 +42,14 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .. import backends
-from ..integrations.sampling_mask import recorded_support
+from ..integrations.sampling_mask import mask_metrics, recorded_support
 from ..integrations.transformers import fuse_lm_head, lm_head
 from ..logprobs import linear_logprobs
 from ..loss import fused_linear_grpo_loss
 from ..losses.advantages import group_advantages
 from ..losses.objective import OVER_SEQUENCES, metric_weight
 from ..support import TokenSupport
-from . import checkpoints, diagnose, microbatch, reference_model, sampling_mask
+from . import checkpoints, diagnose, microbatch, reference_model
 from .config import GRPOConfig
 from .loading import load, refuse_encoder
 from .metrics import Recorded
@@ -282,7 +282,7 @@ class GRPOTrainer(Trainer):
         batch = {"input_ids": drawn.input_ids, "attention_mask": drawn.attention_mask, "mask": mask}
         if recorder is not None:
             batch["support"] = recorder.support(mask)
-            found = sampling_mask.metrics(batch["support"], mask, recorder.vocab)
+            found = mask_metrics(batch["support"], mask, recorder.vocab)
             self._metrics[mode].record(found, counts * mask.sum())
         if self.args.beta != 0:
             batch["ref_logps"] = self._reference_logps(batch, whole=mode == "eval")
