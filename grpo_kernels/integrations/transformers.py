@@ -283,8 +283,9 @@ def _check_values(support, labels, shift_labels, vocab):
     given, kept = given.to(support.ids.device).long(), (given != -100).to(support.ids.device)
     if shift_labels is None:
         kept[:, 0] = False  # nothing predicts it
-    wrong = wrong_values(support, kept.flatten(), vocab, given.shape)
-    if not wrong and (kept.flatten() & (found_in(support, given.flatten()) < 0)).any():
+    facts = support.facts()
+    wrong = wrong_values(support, facts, kept.flatten(), vocab, given.shape)
+    if not wrong and (kept.flatten() & (found_in(support, facts, given.flatten()) < 0)).any():
         wrong = wrong_token(support, kept.flatten(), given.flatten(), given.shape, name)
         if shift_labels is None:
             wrong = wrong.replace("hidden[t]", "hidden[t - 1]")
