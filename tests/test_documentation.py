@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import re
 from pathlib import Path
 
@@ -188,8 +189,20 @@ def test_the_readmes_tokens_of_a_position_run_behind_its_first_snippet():
 
 def test_what_supports_are_predicted_to_cost_is_what_the_plan_says():
     _, *rows = table("sampling-mask.md", "What it costs")
-    for (_, *cells), (gradient, frozen) in zip(rows, ((True, False), (True, True), (False, True)), strict=True):
+    for (_, *cells), (gradient, frozen) in zip(rows[:3], ((True, False), (True, True), (False, True)), strict=True):
         found = [predict(Problem(8192 * gradient, 8192 * (not gradient), 151_936, 4096, 2, 4, gradient, not frozen, DEFAULT_GPU_WORKSPACE_BYTES,
                                  device=DEVICES["h200"], pairs=pairs)) for pairs in (0, 8 * 8192)]  # fmt: skip
         times = [f"{found[0].predicted_ms:.1f} ms", f"{found[1].predicted_ms:.2f} ms"]
         assert cells == [*times, *(f"{x.peak_bytes / 2**20:.0f} MiB" for x in found)]
+
+
+def test_what_supports_were_measured_to_cost_is_what_the_record_says():
+    _, *rows = table("sampling-mask.md", "What it costs")
+    record = json.loads((DOCS.parent / "benchmarks/results/cpu-support.json").read_text())
+    found = {(row["path"], row["provider"]): row["median"] * 1e3 for row in record if row.get("median") is not None}
+    wanted = (("dense", "support"), ("frozen", "support-frozen"), ("logprobs", "support-logprobs"))
+    for (_, *cells), (dense, support) in zip(rows[-3:], wanted, strict=True):
+        names = (dense, "grpo_kernels"), (support, "grpo_kernels"), (support, "full_logits"), (support, "trl")
+        for cell, name in zip(cells, names, strict=True):
+            shown = float(cell.removesuffix(" ms"))
+            assert shown == pytest.approx(found[name], abs=0.5 if shown > 100 else 0.06), name
