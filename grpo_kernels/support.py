@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from .checks import kind
 from .engine.operands import can_sync
 from .engine.pairs import PairRows
 
@@ -54,7 +55,7 @@ class TokenSupport:
     def from_mask(mask: torch.Tensor) -> "TokenSupport":
         """Of a bool mask [.., V], True for the tokens that were left. A position without any True has the whole vocabulary."""
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor [.., V], got {_kind(mask)}")
+            raise TypeError(f"mask must be a bool tensor [.., V], got {kind(mask)}")
         if mask.dim() < 1:
             raise ValueError("mask must be [.., V], got a 0-dim tensor")
         flat = _rows(mask)
@@ -85,7 +86,7 @@ class TokenSupport:
         """
         ids, lengths = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
         if isinstance(sequences, (TokenSupport, dict)):
-            raise TypeError(f"sequences must be a list of one (token_ids, offsets) a sequence, got {_kind(sequences)}")
+            raise TypeError(f"sequences must be a list of one (token_ids, offsets) a sequence, got {kind(sequences)}")
         for number, mask in enumerate(sequences):
             token_ids, own = _pair(number, mask, length)
             falls = own.diff() < 0
@@ -114,7 +115,7 @@ class TokenSupport:
     def take(self, index: torch.Tensor) -> "TokenSupport":
         """Of some positions: their numbers [n] int64, in that order, or a bool mask [positions]."""
         if not isinstance(index, torch.Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.bool):
-            got = f"{_kind(index)} {list(index.shape)}" if isinstance(index, torch.Tensor) else _kind(index)
+            got = f"{kind(index)} {list(index.shape)}" if isinstance(index, torch.Tensor) else kind(index)
             raise TypeError(f"index must be an int64 tensor [n], or a bool one [{self.positions}], got {got}")
         if index.dtype == torch.bool:
             if len(index) != self.positions:
@@ -215,13 +216,13 @@ def _pair(number, mask, length):
         mask = mask.token_ids, mask.offsets
     if not isinstance(mask, (tuple, list)) or len(mask) != 2:
         wanted = "(token_ids, offsets), an object with these attributes, or None"
-        raise TypeError(f"sequence {number} must be {wanted}, got {_kind(mask)}")
+        raise TypeError(f"sequence {number} must be {wanted}, got {kind(mask)}")
     found = []
     for name, given in zip(("token_ids", "offsets"), mask, strict=True):
         try:
             x = torch.as_tensor(given)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{name} of sequence {number} must be integers [..], got {_kind(given)}: {error}") from error
+            raise TypeError(f"{name} of sequence {number} must be integers [..], got {kind(given)}: {error}") from error
         if x.dim() != 1 or (x.numel() and (x.is_floating_point() or x.dtype == torch.bool)):
             raise TypeError(f"{name} of sequence {number} must be integers [..], got {x.dtype} {list(x.shape)}")
         found.append(x.long().cpu())
@@ -235,11 +236,7 @@ def _rows(x):
 
 def _check_integers(name, x):
     if not isinstance(x, torch.Tensor) or x.dtype not in _INTEGERS:
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {_kind(x)}")
-
-
-def _kind(x):
-    return str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind(x)}")
 
 
 def check_support(support, tokens, device):

@@ -164,25 +164,26 @@ def test_the_snippets_of_the_sampling_mask_do_what_they_say():
     assert padded["first"].ids.tolist() == [7, 3, 9, 5] and padded["first"].positions == 2
 
 
-def test_the_readmes_supports_run_behind_its_first_snippet():
+def behind_the_readmes_first_snippet(word):
+    """The names after the README's first snippet and the one with this word."""
     first, *others = snippets((DOCS.parent / "README.md").read_text())
-    (over_supports,) = (source for source in others if "TokenSupport" in source)
+    (chosen,) = (source for source in others if word in source)
     space = {}
     with contextlib.redirect_stdout(io.StringIO()):
         exec(first, space)
-        exec(over_supports, space)
+        exec(chosen, space)
+    return space
+
+
+def test_the_readmes_supports_run():
+    space = behind_the_readmes_first_snippet("TokenSupport")
     kept = space["mask"]
     assert "support" in space and space["out"].loss.isfinite()
     assert (space["out"].logps[kept] > -10).all(), "of some five tokens, not of a thousand"
 
 
-def test_the_readmes_tokens_of_a_position_run_behind_its_first_snippet():
-    first, *others = snippets((DOCS.parent / "README.md").read_text())
-    (several,) = (source for source in others if "linear_logprobs_at" in source)
-    space = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(first, space)
-        exec(several, space)
+def test_the_readmes_tokens_of_a_position_are_those_of_full_logits():
+    space = behind_the_readmes_first_snippet("linear_logprobs_at")
     log_p = torch.log_softmax(space["hidden"] @ space["head"].weight.T, -1).gather(-1, space["teacher"].indices)
     torch.testing.assert_close(space["student"].logps[space["mask"]], log_p[space["mask"]])
 

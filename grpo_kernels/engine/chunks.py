@@ -14,6 +14,7 @@ had from it: p (log p + entropy) cancels on flat rows, and what is left is the r
 
 
 import contextlib
+import functools
 
 import torch
 
@@ -89,10 +90,7 @@ class Run:
     def close(self, stats, s):
         """The rows' statistics as what is known of them, written down at ``s``."""
         if self.work.shard is not None:
-            whole, *others = self.work.shard.gathered(stats)
-            for part in others:  # in rank order, so that all ranks have the same bits
-                whole = merged(whole, part)
-            stats = whole
+            stats = functools.reduce(merged, self.work.shard.gathered(stats))  # in rank order, so that all ranks have the same bits
         found = finalize(stats)
         for vector, value in zip(self.scored, found, strict=True):
             vector[s] = value

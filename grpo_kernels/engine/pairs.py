@@ -5,13 +5,14 @@
     backward  dz of a range in place of z; dH = sum over a row's pairs of dz_j W_v; dW_v = sum over an id's pairs of dz_j h
 
 z is float32 (float64 for float64) whatever the inputs are: M numbers, so that nothing is ever computed again. dH and dW are one
-kernel: the second with rows and ids exchanged, over pairs sorted by id. Nothing here waits for the device
-but the compaction for a shard, and plain PyTorch's kernels.
+kernel: the second with rows and ids exchanged, over pairs sorted by id. Nothing here waits for the device but the compaction for
+a shard, and plain PyTorch's kernels.
 
 `with_pair_logits` also hands hidden and head through: what the dense side of the same call sends back to them arrives in its
 backward, which adds the pairs' part in place. So a call that has both sides has one dW.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from .operands import Head, Work
 from .ops import differentiable_once
 from .products import accumulation_dtype, blocks, zeros
 
-_ROWS = 1024
+_ROWS = 1024  # whose dH stands apart in float32, beside an adapter or in a shard
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ def _scored(pairs, work, z):
     if work.diagnostics[-1]:
         moments = with_tile(new_moments(len(stats), z.dtype, z.device), tile)
     if work.shard is not None:
-        stats = _reduced(merged, work.shard.gathered(stats))
-        moments = None if moments is None else _reduced(merged_moments, work.shard.gathered(moments))
+        stats = functools.reduce(merged, work.shard.gathered(stats))  # in rank order, so that all ranks have the same bits
+        moments = None if moments is None else functools.reduce(merged_moments, work.shard.gathered(moments))
     found = [*finalize(stats), None if moments is None else variance_of(moments)]
     if pairs.single is not None:  # nothing was read of them
         found = [None if x is None else x.masked_fill(pairs.single, 0.0) for x in found]
@@ -199,7 +200,7 @@ class _Side:
             return dh, da
         b_ids, b, _ = _rows_of(head.lora_b, pairs.ids) if self.adapts else (None,) * 3
         of_a = None if not needs_a else dz.new_zeros(head.lora_a.shape)
-        for start, end in blocks(len(pairs.index), _ROWS):  # whose sums stand apart, in float32
+        for start, end in blocks(len(pairs.index), _ROWS):
             index, ranges = pairs.index[start:end], pairs.ranges[start:end]
             own = dz.new_zeros(end - start, hidden.shape[1]) if needs_hidden else None
             if needs_hidden:
@@ -257,13 +258,6 @@ class _RangeLogProbs(torch.autograd.Function):
         dz = z.clone()
         ctx.kernels.gradient(replace(ctx.tile, values=dz), dz, Scored(*scored), g, g_entropy)
         return None, None, dz
-
-
-def _reduced(function, parts):
-    whole, *others = parts
-    for part in others:  # in rank order, so that all ranks have the same bits
-        whole = function(whole, part)
-    return whole
 
 
 def _rows_of(matrix, ids, beside=None):
