@@ -110,6 +110,56 @@ struct PairSumsParams {
   bool add;       // to out, before it is rounded
 };
 
+enum class DivergenceKind : int { forward_kl, reverse_kl, jsd };  // in the order of KINDS in grpo_kernels/backends/comparison.py
+
+// Logits of a student and of a teacher over the same rows and columns, of one dtype; both have a temperature, or neither.
+struct TwoTiles {
+  Tile student;
+  Tile teacher;  // whose target is of no use
+};
+
+struct Compared {
+  void* gap;    // acc [R], lse of the student - lse of the teacher
+  void* own;    // acc [R], what the gradient subtracts; of no use for forward_kl
+  void* value;  // acc [R], the divergence
+};
+
+struct ComparisonParams {
+  TwoTiles tiles;
+  void* stats;  // acc [R, 8]: the student's four; the teacher's max y, sum of exp(y - max y); sums of weight x and weight bend(x)
+  DivergenceKind kind;
+};
+
+struct JensenShannonParams {
+  TwoTiles tiles;
+  Scored scored;    // of the student
+  const void* gap;  // acc [R]
+  void* sums;       // acc [R, 2]: KL(p || m) and KL(q || m), added to
+  double beta;
+};
+
+struct DivergenceGradientParams {
+  TwoTiles tiles;
+  Matrix out;  // as of GradientParams, of the student
+  Scored scored;
+  Compared compared;         // but for value
+  const void* g_divergence;  // acc [R], d loss / d divergence
+  const void* g;             // acc [R] or null, d loss / d logps of the student's target
+  const void* g_entropy;     // acc [R] or null
+  DivergenceKind kind;
+  double beta;
+};
+
+struct DivergenceParams {  // whole rows
+  TwoTiles tiles;
+  Matrix out;
+  const void* g_divergence;
+  DivergenceKind kind;
+  double beta;
+  Scored scored;      // written
+  Compared compared;  // written
+};
+
 struct TransposeParams {
   Matrix matrix;
   void* out;  // [C, R], contiguous, of the same dtype

@@ -5,6 +5,7 @@ import ctypes
 import torch
 
 from ..losses.terms import KINDS
+from . import comparison
 from .statistics import require
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
@@ -32,6 +33,16 @@ _Pairs = struct("Pairs", (POINTER, "ids ranges rows"), (_INT64, "count"))
 _PairLogits = struct("PairLogitsParams", (_Pairs, "pairs"), (_Matrix, "hidden weight"), (POINTER, "bias out"), (_DOUBLE, "scale"),
                      (_BOOL, "add"))  # fmt: skip
 _PairSums = struct("PairSumsParams", (_Pairs, "pairs"), (POINTER, "g"), (_Matrix, "source out"), (_DOUBLE, "scale"), (_BOOL, "add"))
+_TwoTiles = struct("TwoTiles", (_Tile, "student teacher"))
+_Compared = struct("Compared", (POINTER, "gap own value"))
+_Comparison = struct("ComparisonParams", (_TwoTiles, "tiles"), (POINTER, "stats"), (INT, "kind"))
+_JensenShannon = struct("JensenShannonParams", (_TwoTiles, "tiles"), (_Scored, "scored"), (POINTER, "gap sums"),
+                        (_DOUBLE, "beta"))  # fmt: skip
+_DivergenceGradient = struct("DivergenceGradientParams", (_TwoTiles, "tiles"), (_Matrix, "out"), (_Scored, "scored"),
+                             (_Compared, "compared"), (POINTER, "g_divergence g g_entropy"), (INT, "kind"),
+                             (_DOUBLE, "beta"))  # fmt: skip
+_Divergence = struct("DivergenceParams", (_TwoTiles, "tiles"), (_Matrix, "out"), (POINTER, "g_divergence"), (INT, "kind"),
+                     (_DOUBLE, "beta"), (_Scored, "scored"), (_Compared, "compared"))  # fmt: skip
 _Transpose = struct("TransposeParams", (_Matrix, "matrix"), (POINTER, "out"))
 
 
@@ -62,6 +73,27 @@ def pair_sums(pairs, g, source, out, scale, add):
     return _PairSums(_pairs(pairs), _at(g), _matrix(source), _matrix(out), scale, add)
 
 
+def divergence_statistics(student, teacher, stats, kind):
+    return _Comparison(_two_tiles(student, teacher), _at(stats), comparison.KINDS.index(kind))
+
+
+def jensen_shannon(student, teacher, scored, gap, sums, beta):
+    return _JensenShannon(_two_tiles(student, teacher), _scored(scored), _at(gap), _at(sums), beta)
+
+
+def divergence_gradient(student, teacher, out, scored, compared, g_divergence, divergence, g=None, g_entropy=None):
+    tiles, kind = _two_tiles(student, teacher), comparison.KINDS.index(divergence.kind)
+    where = tiles.student.values if student.ranges is not None else _matrix(out)
+    return _DivergenceGradient(tiles, where, _scored(scored), _Compared(*map(_at, compared)), _at(g_divergence), _at(g),
+                               _at(g_entropy), kind, divergence.beta)  # fmt: skip
+
+
+def divergence(student, teacher, out, g_divergence, divergence, scored, compared):
+    kind = comparison.KINDS.index(divergence.kind)
+    return _Divergence(_two_tiles(student, teacher), _matrix(out), _at(g_divergence), kind, divergence.beta, _scored(scored),
+                       _Compared(*map(_at, compared)))  # fmt: skip
+
+
 def transpose(matrix, out):
     return _Transpose(_matrix(matrix), _at(out))
 
@@ -82,6 +114,10 @@ def _tile(tile):
     else:
         matrix = _Matrix(values.data_ptr(), tile.ranges.shape[0], values.shape[0], 0, _DTYPES.index(values.dtype))
     return _Tile(matrix, _at(tile.target), transform, _at(tile.bias), _at(tile.temperature), _at(tile.ranges))
+
+
+def _two_tiles(student, teacher):
+    return _TwoTiles(_tile(student), _tile(teacher))
 
 
 def _pairs(pairs):

@@ -7,6 +7,15 @@
     pair_logits(pairs, hidden, weight, out)    z of pairs (row of hidden, row of weight)
     pair_sums(pairs, g, source, out)           sums over a row's pairs: dH of them, and with rows and ids exchanged dW
 
+and over two tiles of the same rows and columns, a student's and a teacher's logits (`comparison.py`):
+
+    divergence_statistics(student, teacher, stats, kind)          folds both into the running statistics of their rows
+    jensen_shannon(student, teacher, scored, gap, sums, beta)     adds a tile's part of KL(p || m) and KL(q || m) to sums
+    divergence_gradient(student, teacher, out, scored, compared, g_divergence, divergence, g, g_entropy)
+                                               d loss / d raw logits of the student, g and g_entropy as in `gradient`
+    divergence(student, teacher, out, g_divergence, divergence, scored, compared)
+                                               all of it for whole rows at once; not here either
+
 ``out`` [R, C] is other memory in the inputs' dtype, or the tile's own memory in its own dtype: the lane that has read an element
 writes it. `statistics` and `gradient` take a tile with ranges too. Rows whose g and g_entropy are 0 become zeros whatever they
 hold. Each kernel walks the tile in slabs of rows, so that its float32 temporaries stay at a few tens of MiB. Per element: one exp,
@@ -17,6 +26,7 @@ from dataclasses import replace
 
 import torch
 
+from .comparison import NEAR, bend, merged_comparisons
 from .statistics import Pairs, Tile, check_pairs, merged
 
 _SLAB_ELEMENTS = 1 << 20
@@ -34,15 +44,24 @@ def statistics(tile, stats):
     """
     for s in slabs(tile):
         z, _ = transformed(tile, s, stats.dtype)
-        column, here = _target_column(tile.target[s], z.shape[1])
-        peak = z.amax(1, keepdim=True)
-        # a block of only -inf (masked vocabulary) must not become inf - inf
-        shifted = z - peak.where(peak != -float("inf"), 0.0)
-        e = shifted.exp()
-        others = e.scatter(1, column, torch.where(here, 0.0, e.gather(1, column))).sum(1)
-        moment = (shifted * e).where(e != 0, 0.0).sum(1)
-        target = torch.where(here, z.gather(1, column), -float("inf"))
-        stats[s] = merged(stats[s], torch.stack([peak.squeeze(1), others, moment, target.squeeze(1)], 1))
+        stats[s] = merged(stats[s], _of_slab(tile, s, z, *_relative(z)))
+
+
+def _relative(z):
+    """(max [R, 1], z - max, exp(z - max)) of each row."""
+    peak = z.amax(1, keepdim=True)
+    # a block of only -inf (masked vocabulary) must not become inf - inf
+    shifted = z - peak.where(peak != -float("inf"), 0.0)
+    return peak, shifted, shifted.exp()
+
+
+def _of_slab(tile, s, z, peak, shifted, e):
+    """[R, 4] statistics of some rows."""
+    column, here = _target_column(tile.target[s], z.shape[1])
+    others = e.scatter(1, column, torch.where(here, 0.0, e.gather(1, column))).sum(1)
+    moment = (shifted * e).where(e != 0, 0.0).sum(1)
+    target = torch.where(here, z.gather(1, column), -float("inf"))
+    return torch.stack([peak.squeeze(1), others, moment, target.squeeze(1)], 1)
 
 
 def gradient(tile, out, scored, g, g_entropy=None):
@@ -50,30 +69,99 @@ def gradient(tile, out, scored, g, g_entropy=None):
 
     dz = [ g (onehot - p) - g_entropy p (log p + entropy) ] (1 - tanh^2 of the softcap) logit_scale / temperature
     """
-    transform = tile.transform
     for s in slabs(tile):
-        logps, lse, entropy = (x[s].unsqueeze(1) for x in scored)
-        t, rows_g = _temperature(tile, s), g[s].unsqueeze(1)
-        z, slope = transformed(tile, s, lse.dtype)
-        column, here = _target_column(tile.target[s], z.shape[1])
-        log_p = z - lse
-        # near p = 1, z - lse has lost the digits of log p
-        log_p = log_p.scatter(1, column, torch.where(here, logps, log_p.gather(1, column)))
-        p = log_p.exp()
-        # onehot - p; near p = 1 the target's 1 - p keeps its digits
-        unit = p.neg().scatter(1, column, torch.where(here, -logps.expm1(), -p.gather(1, column)))
-        dz, idle = rows_g * unit, rows_g == 0
-        if g_entropy is not None:
-            dz = dz - g_entropy[s].unsqueeze(1) * (p * (log_p + entropy)).where(p != 0, 0.0)
-            idle = idle & (g_entropy[s].unsqueeze(1) == 0)
-        if slope is not None:
-            dz = (dz * slope).where(dz != 0, 0.0)
-        dz = (dz * (transform.logit_scale / t)).masked_fill(idle, 0.0).to(out.dtype)
-        if tile.ranges is None:
-            out[s] = dz
+        _, dz, idle, slope = _row_gradient(tile, s, scored, g, g_entropy)
+        _write(tile, s, out, dz, idle, slope)
+
+
+def _row_gradient(tile, s, scored, g, g_entropy):
+    """(z, gradient of z, rows without one, derivative of the softcap or None) of some rows."""
+    logps, lse, entropy = (x[s].unsqueeze(1) for x in scored)
+    z, slope = transformed(tile, s, lse.dtype)
+    if g is None and g_entropy is None:
+        return z, torch.zeros_like(z), torch.ones_like(lse, dtype=torch.bool), slope
+    rows_g = torch.zeros_like(lse) if g is None else g[s].unsqueeze(1)
+    column, here = _target_column(tile.target[s], z.shape[1])
+    log_p = z - lse
+    # near p = 1, z - lse has lost the digits of log p
+    log_p = log_p.scatter(1, column, torch.where(here, logps, log_p.gather(1, column)))
+    p = log_p.exp()
+    # onehot - p; near p = 1 the target's 1 - p keeps its digits
+    unit = p.neg().scatter(1, column, torch.where(here, -logps.expm1(), -p.gather(1, column)))
+    dz, idle = rows_g * unit, rows_g == 0
+    if g_entropy is not None:
+        dz = dz - g_entropy[s].unsqueeze(1) * (p * (log_p + entropy)).where(p != 0, 0.0)
+        idle = idle & (g_entropy[s].unsqueeze(1) == 0)
+    return z, dz, idle, slope
+
+
+def _write(tile, s, out, dz, idle, slope):
+    """dz as the gradient of some rows of raw logits."""
+    if slope is not None:
+        dz = (dz * slope).where(dz != 0, 0.0)
+    dz = (dz * (tile.transform.logit_scale / _temperature(tile, s))).masked_fill(idle, 0.0).to(out.dtype)
+    if tile.ranges is None:
+        out[s] = dz
+    else:
+        at, inside = _places(tile.ranges[s])
+        out[at[inside]] = dz[inside]
+
+
+def divergence_statistics(student, teacher, stats, kind):
+    """Folds two tiles into the running statistics [R, 8] of their rows (`comparison.new_comparison`)."""
+    for s in slabs(student):
+        z, y = (transformed(tile, s, stats.dtype)[0] for tile in (student, teacher))
+        of_z, of_y = _relative(z), _relative(y)
+        (_, a, weight), (_, b, other) = (of_y, of_z) if kind == "forward_kl" else (of_z, of_y)
+        x = a - b
+        tilt = (weight * x).where(weight != 0, 0.0).sum(1)
+        teachers = torch.stack([of_y[0].squeeze(1), of_y[2].sum(1), tilt, bend(x, weight, other).sum(1)], 1)
+        stats[s] = merged_comparisons(stats[s], torch.cat([_of_slab(student, s, z, *of_z), teachers], 1), kind)
+
+
+def jensen_shannon(student, teacher, scored, gap, sums, beta):
+    """Adds a tile's part of (KL(p || m), KL(q || m)) to sums [R, 2], m = (1 - beta) p + beta q."""
+    for s in slabs(student):
+        p, q, _, to_p, to_q = _mixed(student, teacher, s, scored.lse, gap, beta)
+        parts = (bend(to_p, p, p + beta * (q - p)), bend(to_q, q, q + (1 - beta) * (p - q)))
+        sums[s] += torch.stack([x.sum(1) for x in parts], 1)
+
+
+def _both(student, teacher, s, lse, gap):
+    """(p, q, log p - log q) of some rows; the last is nan where both are 0."""
+    z, y = (transformed(tile, s, lse.dtype)[0] for tile in (student, teacher))
+    lse, gap = lse[s].unsqueeze(1), gap[s].unsqueeze(1)
+    return (z - lse).exp(), (y - (lse - gap)).exp(), (z - y) - gap
+
+
+def _mixed(student, teacher, s, lse, gap, beta):
+    """(p, q, log p - log q, log p - log m, log q - log m)."""
+    p, q, d = _both(student, teacher, s, lse, gap)
+    # of exp the argument is never positive
+    over = -torch.log1p(beta * torch.expm1(-d.clamp(min=0)))
+    under = -torch.log1p((1 - beta) * torch.expm1(d.clamp(max=0)))
+    return p, q, d, torch.where(d >= 0, over, under + d), torch.where(d >= 0, over - d, under)
+
+
+def divergence_gradient(student, teacher, out, scored, compared, g_divergence, divergence, g=None, g_entropy=None):
+    """Writes the gradient of the student's raw logits: what `gradient` writes of g and g_entropy, and with u of comparison.py
+
+    dz += g_divergence u;  u = p - q,  p (log p - log q - own)  or  (1 - beta) p (log p - log m - own)
+    """
+    for s in slabs(student):
+        _, dz, idle, slope = _row_gradient(student, s, scored, g, g_entropy)
+        if divergence.kind == "jsd":
+            p, q, d, ratio, _ = _mixed(student, teacher, s, scored.lse, compared.gap, divergence.beta)
+            factor = 1 - divergence.beta
         else:
-            at, inside = _places(tile.ranges[s])
-            out[at[inside]] = dz[inside]
+            p, q, d = _both(student, teacher, s, scored.lse, compared.gap)
+            ratio, factor = d, 1.0
+        if divergence.kind == "forward_kl":  # p - q = p (1 - exp(-d))
+            u = torch.where(d.abs() < NEAR, p * d - bend(d, p, q), p - q)
+        else:
+            u = (factor * p * (ratio - compared.own[s].unsqueeze(1))).where(p != 0, 0.0)
+        rows_g = g_divergence[s].unsqueeze(1)
+        _write(student, s, out, dz + (rows_g * u).where(rows_g != 0, 0.0), idle & (rows_g == 0), slope)
 
 
 def target_gradient(tile, scored, g, g_entropy, g_lse):
