@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from . import reference
     from .backends import available_backends
     from .call import GRPOLossOutput, LogProbs, LogProbsAndLse
+    from .divergence import DistillationOutput, Divergence, fused_linear_distillation_loss, linear_divergence
     from .from_logits import grpo_loss_from_logits
     from .logprobs import linear_logprobs, linear_logprobs_at
     from .loss import FusedLinearGRPOLoss, fused_linear_grpo_loss
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DistillationOutput",
+    "Divergence",
     "FusedLinearGRPOLoss",
     "GRPOLossConfig",
     "GRPOLossOutput",
@@ -29,9 +32,11 @@ __all__ = [
     "LogProbsAndLse",
     "TokenSupport",
     "available_backends",
+    "fused_linear_distillation_loss",
     "fused_linear_grpo_loss",
     "group_advantages",
     "grpo_loss_from_logits",
+    "linear_divergence",
     "linear_logprobs",
     "linear_logprobs_at",
     "objective",
@@ -42,6 +47,7 @@ __all__ = [
 _MODULES = {
     "backends": ("available_backends",),
     "call": ("GRPOLossOutput", "LogProbs", "LogProbsAndLse"),
+    "divergence": ("DistillationOutput", "Divergence", "fused_linear_distillation_loss", "linear_divergence"),
     "from_logits": ("grpo_loss_from_logits",),
     "logprobs": ("linear_logprobs", "linear_logprobs_at"),
     "loss": ("FusedLinearGRPOLoss", "fused_linear_grpo_loss"),
@@ -51,8 +57,8 @@ _MODULES = {
     "losses.terms": ("register_policy_term",),
     "support": ("TokenSupport",),
 }
-_SUBMODULES = ("backends", "build_cuda", "call", "devices", "distributed", "engine", "from_logits", "logprobs", "loss", "losses",
-               "reference", "support")  # fmt: skip
+_SUBMODULES = ("backends", "build_cuda", "call", "devices", "distributed", "divergence", "engine", "from_logits", "logprobs",
+               "loss", "losses", "reference", "support", "teacher")  # fmt: skip
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 

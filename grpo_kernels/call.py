@@ -34,9 +34,9 @@ from .distributed import (
     top_tokens_over_ranks,
     validate_across_ranks,
 )
-from .engine.operands import Head, Rows, Work, can_sync
-from .engine.ops import row_logprobs
-from .engine.pairs import PairRows, RangeScores, range_logprobs, with_pair_logits
+from .engine.operands import Head, Rows, Teacher, Work, can_sync
+from .engine.ops import row_divergences, row_logprobs
+from .engine.pairs import PairRows, RangeScores, range_logprobs, teacher_pair_logits, with_pair_logits
 from .engine.plan import default_budget
 from .engine.products import accumulation_dtype
 from .engine.temperature import with_temperature_gradient
@@ -53,6 +53,7 @@ from .losses.objective import (
 from .losses.terms import PolicyRows
 from .packed import PackedLayout
 from .support import Supports, TokenSupport, check_support, wrong_token
+from .teacher import TeacherArguments
 
 
 class LogProbs(NamedTuple):
@@ -114,6 +115,7 @@ class TokenArguments:
     return_lse: bool = False
     support: TokenSupport | None = None
     candidates: torch.Tensor | None = None  # [.., K] in place of completion_ids, which become one of them, a wrong one if there is
+    teacher: TeacherArguments | None = None
 
     ids_name: str = "token_ids"
     entropy_has_gradient = True  # or may have one
@@ -128,6 +130,11 @@ class TokenArguments:
         if not isinstance(self.return_lse, bool):
             raise TypeError(f"return_lse must be True or False, got {kind(self.return_lse)}")
         tokens, device = self.token_shape(hidden), hidden.device
+        teacher = self.teacher
+        if teacher is not None:
+            teacher = teacher.checked(tokens, weight.shape[0], device)
+            if self.temperature_has_gradient:
+                raise ValueError("temperature must not require a gradient, a divergence has none for it; pass temperature.detach()")
         completion_ids = self.completion_ids if self.candidates is None else self._one_of_candidates(tokens, device)
         check_tensor(self.ids_name, completion_ids, device, (torch.int64,))
         shape = completion_ids.shape
@@ -152,7 +159,10 @@ class TokenArguments:
         refuse_lost_gradients(self.config, mask=self.mask)
         mask = torch.ones(tokens, dtype=torch.bool, device=device) if self.mask is None else self.mask
         return replace(self, hidden=hidden, weight=weight, bias=bias, lora=lora, mask=mask, temperature=temperature,
-                       completion_ids=completion_ids)  # fmt: skip
+                       completion_ids=completion_ids, teacher=teacher)  # fmt: skip
+
+    def trained(self):
+        """Which tokens may get a gradient, like mask; None: all."""
 
     def _one_of_candidates(self, tokens, device):
         ids = self.candidates
@@ -179,7 +189,11 @@ class TokenArguments:
         """What must be the same on all ranks of a vocab_parallel_group, beside the head."""
         given = self.given("mask", "bias", "temperature", "support")
         candidates = 0 if self.candidates is None else self.candidates.shape[-1]
-        return {"which tensors are given": given, "return_lse": int(self.return_lse), "ids of a position": candidates}
+        return {"which tensors are given": given, "return_lse": int(self.return_lse), "ids of a position": candidates,
+                "teacher": self._facts_of_teacher()}  # fmt: skip
+
+    def _facts_of_teacher(self):
+        return "" if self.teacher is None else self.teacher.facts()
 
 
 def _config_of(temperature, logit_scale, softcap):
@@ -225,7 +239,7 @@ class LossArguments(TokenArguments):
             check_tensor(name, getattr(self, name), device, FLOAT_DTYPES)
             per_sequence = [(sequences, 1)] if name == "importance_sampling_ratio" else []
             check_shape(name, getattr(self, name), *per_sequence, tokens)
-        if self.config.beta != 0 and self.ref_logps is None:
+        if self.config.beta != 0 and not self.config.exact_kl and self.ref_logps is None:
             raise ValueError(f"ref_logps must be given when beta != 0 (beta = {self.config.beta}), got None")
         check_num_items(self.num_items, self.config)
         constants = "advantages", "old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps", "num_items"
@@ -263,7 +277,8 @@ class LossArguments(TokenArguments):
         return {
             "which tensors are given": self.given("bias", "old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps",
                                                   "num_items", "temperature", "cu_seqlens", "support"),
-            "config": repr(self.config), "shape of advantages": list(self.advantages.shape),
+            "config and reference": repr(self.config) + self._facts_of_teacher(),
+            "shape of advantages": list(self.advantages.shape),
             "length of kept_rows": -1 if self.kept_rows is None else self.kept_rows.numel(),
             "sequence_parallel": int(self.sequence_parallel),
             "differentiable_logps and reduction": repr((self.differentiable_logps, self.reduction)),
@@ -282,6 +297,7 @@ class Call:
     loss: "TokenLoss | None"
     temperature: torch.Tensor | None = None  # like mask, where it wants a gradient
     pairs: PairRows | None = None  # the rows that have a support of two tokens and more
+    teacher: Teacher | None = None
 
     def scores(self, entropy_gradient=False, return_lse=False):
         """(logps, entropy, lse or None) in two phases, of the shape of mask, all differentiable; diagnostics [N, 4] or [0, 4]."""
@@ -298,6 +314,16 @@ class Call:
             logps, entropy, lse = with_temperature_gradient(logps, entropy, self.temperature, self.mask, variance, lse)
         return logps, entropy, lse, found
 
+    def compared(self, alone=False):
+        """(logps, entropy, divergence) in two phases, of the shape of mask; ``alone``: only the last is differentiable."""
+        over, call = self.over_supports()
+        if self.only_pairs:
+            logps = entropy = divergence = over.logps.new_empty(0)
+        else:
+            logps, entropy, divergence = row_divergences(call.head, call.teacher, call.rows, call.work, alone)
+        beside = over.logps, over.entropy, over.divergence
+        return tuple(map(self.scatter, (logps, entropy, divergence), beside))
+
     def over_supports(self):
         """(`RangeScores` of the rows that have a support, the call of the others).
 
@@ -306,7 +332,8 @@ class Call:
         if self.pairs is None:
             return RangeScores(), self
         z, hidden, head = with_pair_logits(self.head, self.rows.hidden, self.pairs, self.work)
-        found = range_logprobs(z, self.pairs, self.work)
+        y = None if self.teacher is None else teacher_pair_logits(self.teacher, self.pairs, self.work).to(z.dtype)
+        found = range_logprobs(z, self.pairs, self.work, y)
         return found, self if self.only_pairs else replace(self, head=head, rows=replace(self.rows, hidden=hidden))
 
     @property
@@ -332,15 +359,22 @@ class Call:
 def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -> Call:
     """Checks a call and describes it. Ranks that share a vocabulary or a mean hear of a refusal; a single process never asks."""
     refuse_transforms(vars(args))
+    if args.teacher is not None:
+        refuse_transforms({f"{args.teacher.name}_{name}": x for name, x in vars(args.teacher).items()})
+        args = replace(args, teacher=args.teacher.constants())
     check_group("vocab_parallel_group", args.vocab_parallel_group)
     group = group_of(args.weight, args.vocab_parallel_group)
     wait = args.kept_rows is None and can_sync(args.hidden)
     with validate_across_ranks(group_in_use(args.config, args.data_parallel_group) if wait else None, args.hidden,
                                "data_parallel_group"):  # fmt: skip
-        hidden = gathered_sequence(args.hidden, group) if args.sequence_parallel else args.hidden
+        hidden, teacher = args.hidden, args.teacher
+        if args.sequence_parallel:
+            hidden = gathered_sequence(hidden, group)
+            teacher = teacher and replace(teacher, hidden=gathered_sequence(teacher.hidden, group))
         with validate_across_ranks(group, hidden) as meeting:
             hidden, weight, bias, lora = of_dtensors(hidden, args.weight, args.bias, args.lora, group)
-            args = replace(args, hidden=hidden, weight=weight, bias=bias, lora=lora, vocab_parallel_group=group).checked()
+            args = replace(args, hidden=hidden, weight=weight, bias=bias, lora=lora, vocab_parallel_group=group,
+                           teacher=teacher and teacher.of_rank(group)).checked()  # fmt: skip
             variance = args.temperature_has_gradient and args.entropy_has_gradient
             head, work = _head_and_work(args, (*map(bool, diagnostics), variance))
             for name in ("vocab_parallel_group", "support"):
@@ -373,6 +407,8 @@ def _head_and_work(args, diagnostics):
         needs=tuple(grad and x is not None and x.requires_grad for x in (args.hidden, *head.tensors)),
         lora_scale=float(scale),
         diagnostics=diagnostics,
+        divergence=args.teacher and args.teacher.divergence,
+        teacher_transform=args.teacher and args.teacher.transform,
     )
 
 
@@ -404,7 +440,8 @@ def _with_rows(args, head, work, loss, wait):
     flags = value_flags(args, vocab, loss)
     if wait:
         all_train = loss is None or args.differentiable_logps  # a term of the caller's may train what the loss leaves alone
-        live = torch.zeros_like(kept) if not trains else kept if all_train else kept & loss.live().reshape(-1)
+        chosen = args.trained() if all_train else loss.live()
+        live = torch.zeros_like(kept) if not trains else kept if chosen is None else kept & chosen.reshape(-1)
         over = None if args.support is None else Supports.checked(args, kept, vocab, shard)
         kinds = (2 - kept.to(torch.int8) - live.to(torch.int8)) if over is None else over.kinds(kept, live)
         known = torch.arange(2 if over is None else 6, device=kinds.device).unsqueeze(1)
@@ -430,8 +467,10 @@ def _with_rows(args, head, work, loss, wait):
         n_live = index.shape[0] if trains else 0
         correction = torch.zeros((), device=mask.device).masked_fill(bad, float("nan"))
     hidden = args.hidden
-    if args.kept_rows is None and not wait:  # masked rows are computed too: their NaN must go
+    every_row = args.kept_rows is None and not wait  # masked rows are computed too: their NaN must go
+    if every_row:
         hidden = hidden.where(mask.bool().unsqueeze(-1), 0.0)
+    teacher = args.teacher and args.teacher.rows(mask if every_row else None)
 
     target = args.completion_ids.reshape(-1)[index]
     temperature = _row_temperature(args, index, correction)
@@ -444,7 +483,7 @@ def _with_rows(args, head, work, loss, wait):
         pairs = pairs if shard is None else replace(pairs, ids=pairs.ids - shard.offset).of_shard(args.weight.shape[0])
     rows = Rows(hidden.reshape(-1, hidden.shape[-1]).contiguous(), index, n_live, target, temperature)
     differentiable = args.temperature if args.temperature_has_gradient else None
-    return Call(head, rows, work, mask, correction, loss, differentiable, pairs)
+    return Call(head, rows, work, mask, correction, loss, differentiable, pairs, teacher)
 
 
 def _row_temperature(args, index, correction):
@@ -496,11 +535,11 @@ class TokenLoss:
         t = replace(self.inputs, weights=self.inputs.mask) if self.reduction == "none" else self.inputs
         return self.layout.unpad((t.mask > 0) & ~known_zero(t, self.config))
 
-    def __call__(self, logps, entropy):
-        """(loss, metrics) of log-probs and entropies in the layout of the caller."""
-        logps, entropy = self.layout.pad(logps), self.layout.pad(entropy)
+    def __call__(self, logps, entropy, kl=None):
+        """(loss, metrics) of log-probs and entropies, and where it is exact the KL, in the layout of the caller."""
+        logps, entropy, kl = map(self.layout.pad, (logps, entropy, kl))
         top = top_tokens_over_ranks(entropy.detach().where(self.inputs.mask > 0, 0.0), self.inputs.mask, self.config, self.group)
-        loss, metrics = evaluate(self.inputs, logps, entropy, self.config, top, self.reduction)
+        loss, metrics = evaluate(self.inputs, logps, entropy, self.config, top, self.reduction, kl)
         return (self.layout.unpad(loss) if self.reduction == "none" else loss), metrics
 
     def coefficients(self, index):
@@ -514,7 +553,9 @@ class TokenLoss:
             found["w_policy"] = t.weights if t.rho is None or config.loss_type == "vespo" else t.weights * t.rho
             found |= {"advantages": t.advantages.expand_as(t.mask), "old": t.old}
         if t.ref is not None:
-            found |= {"ref": t.ref, "w_kl": config.beta * t.weights}
+            found["ref"] = t.ref
+        if config.beta != 0:
+            found["w_kl"] = config.beta * t.weights
         if config.entropy_coef != 0:
             found["w_entropy"] = -config.entropy_coef * t.mask / t.count
         rows = (None if x is None else self.layout.unpad(x).reshape(-1)[index] for x in found.values())

@@ -15,6 +15,7 @@ from .checks import Backend, Reduction
 from .engine.ops import loss_in_one_pass, with_gradients
 from .losses.config import LOSS_FIELDS, GRPOLossConfig, LossOptions
 from .support import TokenSupport
+from .teacher import TeacherArguments
 
 
 def fused_linear_grpo_loss(
@@ -43,6 +44,9 @@ def fused_linear_grpo_loss(
     differentiable_logps: bool = False,
     reduction: Reduction = "loss_type",
     support: TokenSupport | None = None,
+    ref_hidden: torch.Tensor | None = None,
+    ref_weight: torch.Tensor | None = None,
+    ref_bias: torch.Tensor | None = None,
 ) -> GRPOLossOutput:
     """The loss of the GRPO family from hidden states and the head's weight. Position t of hidden predicts token t.
 
@@ -61,7 +65,7 @@ def fused_linear_grpo_loss(
         mask: [B, T] bool or 0/1; rows where it is 0 are never computed.
         bias: [V], differentiable; may hold -inf.
         old_logps: [B, T] log-probs of the policy that sampled; None = on-policy.
-        ref_logps: [B, T] log-probs of the reference; needed when ``config.beta != 0``.
+        ref_logps: [B, T] log-probs of the reference; needed when ``config.beta != 0``, unless ``config.kl_estimator`` is ``exact``.
         importance_sampling_ratio: [B, T] or [B, 1], trainer over sampler.
         sampling_logps: [B, T], may hold nan; for the off-policy mask, falls back to ``old_logps``.
         num_items: the exact divisor of dapo, cispo and vespo: a number > 0, or a 0-dim tensor (clamped to >= 1, not
@@ -95,6 +99,9 @@ def fused_linear_grpo_loss(
         support: `TokenSupport` of the flattened [B, T] or packed [N], the tokens that each position could have been sampled as:
             logits outside of it count as -inf, in log-probs, entropy and everything behind them. ``old_logps``, ``ref_logps`` and
             ``sampling_logps`` must have been taken over the same supports.
+        ref_hidden, ref_weight, ref_bias: [B, T, D'], [V, D'] and [V] or None of the reference, for ``kl_estimator="exact"``: the KL
+            of policy and reference over the vocabulary (over the support, where there is one) takes the place of k3, 2NVD' more.
+            Logits of both have the config's logit_scale, softcap and temperature. Constants; any float dtype.
 
     Returns:
         `GRPOLossOutput`: loss 0-dim, differentiable once in hidden, weight, bias, lora and temperature; logps and entropy [B, T],
@@ -112,16 +119,19 @@ def fused_linear_grpo_loss(
         workspace_bytes, backend, kept_rows, data_parallel_group, advantages=advantages, old_logps=old_logps, ref_logps=ref_logps,
         importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
         cu_seqlens=cu_seqlens, differentiable_logps=differentiable_logps,
-        reduction=reduction, support=support,
+        reduction=reduction, support=support, teacher=TeacherArguments.of_reference(config, ref_hidden, ref_weight, ref_bias),
     )  # fmt: skip
-    call = describe(args)
+    call, kl = describe(args), None
     if call.one_pass:
         over, call = call.over_supports()
-        logps, entropy, gradients = loss_in_one_pass(call.head, call.rows, call.work)
+        logps, entropy, kl, gradients = loss_in_one_pass(call.head, call.rows, call.work, call.teacher)
         logps, entropy = call.scatter(logps, over.logps), call.scatter(entropy, over.entropy)
+        kl = None if call.teacher is None else call.scatter(kl, over.divergence)
+    elif call.teacher is not None:
+        logps, entropy, kl = call.compared()
     else:
         logps, entropy, *_ = call.scores(args.entropy_has_gradient)
-    loss, metrics = call.loss(logps, entropy)
+    loss, metrics = call.loss(logps, entropy, kl)
     if call.one_pass:
         loss = with_gradients(loss, gradients, call.head, call.rows, call.work)
     return GRPOLossOutput.of(loss, logps, entropy, metrics, differentiable_logps)

@@ -276,6 +276,7 @@ def test_options_are_frozen_complete_and_named_as_documented():
         use_bias_correction_kl=True, temperature=1.0, logit_scale=1.0, softcap=None, entropy_coef=0.0,
         top_entropy_quantile=1.0, off_policy_mask_threshold=None, max_completion_length=None, sapo_temperature_pos=1.0,
         sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
+        kl_estimator="k3",
     )  # fmt: skip
     assert dataclasses.asdict(config) == documented and tuple(documented) == LOSS_FIELDS
     assert set(IMPORTANCE_SAMPLING_LEVELS) == {"token", "sequence"}

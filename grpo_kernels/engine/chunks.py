@@ -10,8 +10,10 @@
 other memory in the inputs' dtype; elsewhere r = R and the chunk is the buffer. A wide stash holds onehot - p, times the
 softcap's slope, rounded once: all else of dz is a factor a row, and needs no pass over the stash. An entropy's gradient cannot be
 had from it: p (log p + entropy) cancels on flat rows, and what is left is the rounding of p. Nothing here synchronises.
-"""
 
+Beside a `Teacher` each tile of the student's logits has one of the teacher's, 2NVD' more wherever logits are made, and the row
+kernels over two tiles take the place of the others. The stash is then u = d divergence / d raw logits, everywhere: dz is g u.
+"""
 
 import contextlib
 import functools
@@ -19,12 +21,13 @@ import functools
 import torch
 
 from .. import backends
+from ..backends.comparison import Compared, compare, merged_comparisons, new_comparison
 from ..backends.pytorch import target_gradient
 from ..backends.statistics import Scored, Tile, finalize, merged, new_statistics
-from ..losses.terms import kernel_terms, row_coefficient
+from ..losses.terms import PolicyRows, kernel_terms, row_coefficient
 from .accumulate import Gradients
 from .diagnostics import Diagnostics
-from .operands import Head, Rows, problem_of
+from .operands import Head, Rows, Teacher, problem_of
 from .plan import plan
 from .products import accumulation_dtype, blocks, blocks_from, empty, multiply, tile_dtype, tile_memory
 
@@ -35,12 +38,13 @@ class _NoColumns:
     """The row kernels of a rank that holds no row of the vocabulary: nothing to do."""
 
     statistics = gradient = staticmethod(lambda *args, **options: None)
+    divergence_statistics = jensen_shannon = divergence_gradient = statistics
 
 
 class Run:
     """One op at work: its operands, its plan, and the steps that the loops share."""
 
-    def __init__(self, hidden, head, rows, live, work, two_phases=False, backward=False):
+    def __init__(self, hidden, head, rows, live, work, two_phases=False, backward=False, teacher=()):
         self.work, self.accumulate = work, accumulation_dtype(hidden.dtype)
         weight, bias, *lora = head
         self.head = Head(weight, None if bias is None else bias.to(self.accumulate).contiguous(), *lora)
@@ -52,7 +56,12 @@ class Run:
         # with every row of hidden kept, the index is in order unless the live ones were moved to the front; a backward cannot tell
         self.in_order = n == hidden.shape[0] and live in (0, n) and not backward
         self.all_live = self.in_order and live == n
-        self.plan = plan(problem_of(weight, self.work, live, n - live, two_phases))
+        self.plan = plan(problem_of(weight, self.work, live, n - live, two_phases, teacher))
+        self.teacher, compared = None, 0
+        if teacher:
+            *both, bias = teacher
+            self.teacher, compared = Teacher(*both, None if bias is None else bias.to(self.accumulate).contiguous()), n
+        self.compared = Compared(*(torch.empty(compared, dtype=self.accumulate, device=hidden.device) for _ in range(3)))
         self.scored = Scored(*(torch.empty(n, dtype=self.accumulate, device=hidden.device) for _ in range(3)))
         self.diagnostics = self.scored.logps.new_empty(n if any(self.work.diagnostics) else 0, len(self.work.diagnostics))
 
@@ -69,6 +78,13 @@ class Run:
         return Tile(values, target - left if left else target, self.work.transform, None if bias is None else bias[columns],
                     None if temperature is None else temperature[s])  # fmt: skip
 
+    def beside(self, values, start, left=0):
+        """`Tile` of the teacher's raw logits beside that of `tile`."""
+        s, columns = slice(start, start + values.shape[0]), slice(left, left + values.shape[1])
+        bias, temperature = self.teacher.bias, self.rows.temperature
+        return Tile(values, self.rows.target[s], self.work.teacher_transform, None if bias is None else bias[columns],
+                    None if temperature is None else temperature[s])  # fmt: skip
+
     def slope(self, s):
         """d z / d raw logits but for a softcap's part: a number, or one a row."""
         transform, temperature = self.work.transform, self.rows.temperature
@@ -81,23 +97,58 @@ class Run:
         if t is not None:
             multiply(t, self.head.lora_b[columns].T, values, add=True, alpha=self.work.lora_scale)
 
-    def score_tile(self, tile, s):
-        """Log-probs, lse and entropy of whole rows, over all ranks' columns."""
-        stats = new_statistics(tile.values.shape[0], self.accumulate, tile.values.device)
-        self.kernels.statistics(tile, stats)
-        return self.close(stats, s)
+    def teacher_logits(self, where, values, left=0):
+        """values [R, C] = the teacher's raw logits of some rows and C columns, without the bias."""
+        h, weight = self.teacher.hidden[where], self.teacher.weight[left : left + values.shape[1]]
+        for start, end in blocks(len(weight), self.plan.columns):
+            part = values[:, start:end]
+            if h.dtype == values.dtype or tile_dtype(h, self.work.backend) == values.dtype:
+                multiply(h, weight[start:end].T, part)
+            else:
+                part.copy_(h @ weight[start:end].T)
 
-    def close(self, stats, s):
-        """The rows' statistics as what is known of them, written down at ``s``."""
-        if self.work.shard is not None:
-            stats = functools.reduce(merged, self.work.shard.gathered(stats))  # in rank order, so that all ranks have the same bits
-        found = finalize(stats)
-        for vector, value in zip(self.scored, found, strict=True):
+    def new_statistics(self, rows):
+        return (new_statistics if self.teacher is None else new_comparison)(rows, self.accumulate, self.rows.hidden.device)
+
+    def fold(self, tile, teacher, stats):
+        """The statistics of a tile, and of that beside it."""
+        if teacher is None:
+            self.kernels.statistics(tile, stats)
+        else:
+            self.kernels.divergence_statistics(tile, teacher, stats, self.work.divergence.kind)
+
+    def score_tile(self, tile, s, teacher=None):
+        """(`Scored`, `Compared` or None) of whole rows, over all ranks' columns."""
+        stats = self.new_statistics(tile.values.shape[0])
+        self.fold(tile, teacher, stats)
+        return self.close(stats, s, tile, teacher)
+
+    def close(self, stats, s, tile=None, teacher=None):
+        """The rows' statistics as what is known of them, written down at ``s``; of jsd by another walk over the whole rows."""
+        shard, divergence, compared = self.work.shard, self.work.divergence, None
+        if shard is not None:  # in rank order, so that all ranks have the same bits
+            merge = merged if self.teacher is None else functools.partial(merged_comparisons, kind=divergence.kind)
+            stats = functools.reduce(merge, shard.gathered(stats))
+        if self.teacher is None:
+            found = finalize(stats)
+        else:
+            found, compared = compare(stats, divergence.kind)
+            if divergence.kind == "jsd":
+                sums = torch.zeros(len(stats), 2, dtype=stats.dtype, device=stats.device)
+                self.kernels.jensen_shannon(tile, teacher, found, compared.gap, sums, divergence.beta)
+                sums = sums if shard is None else functools.reduce(torch.add, shard.gathered(sums))
+                own, of_teacher = (x.contiguous() for x in sums.unbind(1))
+                compared = Compared(compared.gap, own, torch.lerp(own, of_teacher, divergence.beta))
+            self._write_down(self.compared, compared, s)
+        self._write_down(self.scored, found, s)
+        return found, compared
+
+    def _write_down(self, vectors, found, s):
+        for vector, value in zip(vectors, found, strict=True):
             vector[s] = value
-        return found
 
-    def some(self, scored, start, end):
-        return Scored(*(x[start:end] for x in scored))
+    def some(self, vectors, start, end):
+        return type(vectors)(*(x[start:end] for x in vectors))
 
 
 def score(run, first, last):
@@ -106,20 +157,31 @@ def score(run, first, last):
     if first == last:
         return
     size = min(heights.score_rows, last - first) * _stride(min(heights.score_columns, vocab), run)
-    buffer = empty(size, like=run.rows.hidden, dtype=run.tile_dtype)
+    buffer, beside = (empty(size, like=run.rows.hidden, dtype=run.tile_dtype) if wanted else None
+                      for wanted in (True, run.teacher is not None))  # fmt: skip
+    mixes = run.teacher is not None and run.work.divergence.kind == "jsd"
     for group, end_of_group in blocks_from(first, last, heights.score_group):
-        h, t, _ = run.gather(group, end_of_group)
-        stats = new_statistics(h.shape[0], run.accumulate, h.device)
+        h, t, where = run.gather(group, end_of_group)
+        stats = run.new_statistics(h.shape[0])
         wanted = Diagnostics(run, run.rows.target[group:end_of_group]) if any(run.work.diagnostics) else None
-        for left, right in blocks(vocab, heights.score_columns):
+        for left, right in [(0, vocab)] if mixes else blocks(vocab, heights.score_columns):
             for start, end in blocks(h.shape[0], heights.score_rows):
                 values = _block(buffer, end - start, right - left, run)
                 run.logits(h[start:end], None if t is None else t[start:end], values, left)
-                tile = run.tile(values, group + start, left)
+                tile, teacher = run.tile(values, group + start, left), None
+                if beside is not None:
+                    values = _block(beside, end - start, right - left, run)
+                    run.teacher_logits(_rows_in(where, start, end), values, left)
+                    teacher = run.beside(values, group + start, left)
                 if wanted is not None:
                     wanted.add(tile, slice(start, end), left)
-                run.kernels.statistics(tile, stats[start:end])
-        found = run.close(stats, slice(group, end_of_group))
+                if mixes:
+                    run.score_tile(tile, slice(group + start, group + end), teacher)
+                else:
+                    run.fold(tile, teacher, stats[start:end])
+        if mixes:
+            continue
+        found, _ = run.close(stats, slice(group, end_of_group))
         if wanted is not None:
             run.diagnostics[group:end_of_group] = wanted.finish(found.lse)
 
@@ -131,11 +193,11 @@ def one_pass(run):
     score(run, live, run.rows.index.shape[0])
     gradients = Gradients(run, -(-live // height))
     if live:
-        buffer = whole_rows(height, run)
+        buffer, beside = tiles_for(run, height)
         chunk = chunk_for(run, height)
         for start, end in blocks(live, height):
             h, t, where = run.gather(start, end)
-            _fill(run, buffer, chunk, start, h, t, _differentiate)
+            _fill(run, buffer, chunk, beside, start, h, t, where, _differentiate)
             gradients.add(buffer[: end - start, : run.head.weight.shape[0]], h, t, where)
             del h, t  # before the next ones are gathered
         tile_memory.give_back(buffer, run.work.budget)
@@ -145,35 +207,62 @@ def one_pass(run):
 def score_with_stash(run, stash_rows):
     """Scores all rows; the first ``stash_rows`` leave z behind, or where it is wide ``onehot - p``, which is returned."""
     score(run, stash_rows, run.rows.index.shape[0])
-    stash = whole_rows(stash_rows, run)
+    stash, beside = tiles_for(run, stash_rows)
     if stash_rows:
-        h, t, _ = run.gather(0, stash_rows)
-        _fill(run, stash, chunk_for(run, stash_rows), 0, h, t, _leave_stash)
+        h, t, where = run.gather(0, stash_rows)
+        _fill(run, stash, chunk_for(run, stash_rows), beside, 0, h, t, where, _leave_stash)
     return stash
 
 
-def _fill(run, buffer, chunk, first, h, t, write):
-    """Logits of the rows of h, a chunk at a time, and what ``write(run, tile, out, s)`` makes of them in the buffer."""
+def _fill(run, buffer, chunk, beside, first, h, t, where, write):
+    """Logits of the rows of h, a chunk at a time, and what ``write(run, tile, teacher, out, s)`` makes of them in the buffer."""
     vocab = run.head.weight.shape[0]
-    for start, end in blocks(h.shape[0], buffer.shape[0] if chunk is None else chunk.shape[0]):
+    height = min(len(x) for x in (buffer, chunk, beside) if x is not None)
+    for start, end in blocks(h.shape[0], height):
         out = buffer[start:end, :vocab]
         values = out if chunk is None else chunk[: end - start, :vocab]
         for left, right in blocks(vocab, run.plan.columns):  # that stay in a CPU's cache
             run.logits(h[start:end], None if t is None else t[start:end], values[:, left:right], left)
-        write(run, run.tile(values, first + start), out, slice(first + start, first + end))
+        teacher = None
+        if beside is not None:
+            logits = beside[: end - start, :vocab]
+            run.teacher_logits(_rows_in(where, start, end), logits)
+            teacher = run.beside(logits, first + start)
+        write(run, run.tile(values, first + start), teacher, out, slice(first + start, first + end))
 
 
-def _differentiate(run, tile, out, s):
+def _rows_in(where, start, end):
+    """Where in hidden the rows [start, end) of a gathered piece are."""
+    return slice(where.start + start, where.start + end) if isinstance(where, slice) else where[start:end]
+
+
+def _differentiate(run, tile, teacher, out, s):
     """The rows' gradient: in one launch where the row kernels know the loss and see the whole row, else in three steps."""
     rows, work = run.rows.policy.of(s), run.work
+    if teacher is not None:
+        _differentiate_both(run, tile, teacher, out, s, rows)
+        return
     terms = kernel_terms(work.config, work.linear)
     if terms is not None and work.shard is None and hasattr(run.kernels, "policy"):
         run.kernels.policy(tile, out, rows, terms, run.some(run.scored, s.start, s.stop))
         return
-    found = run.score_tile(tile, s)
+    found, _ = run.score_tile(tile, s)
     with _autograd_in_an_op():
         g = row_coefficient(found.logps, rows, work.config, work.linear)
     run.kernels.gradient(tile, out, found, g, rows.w_entropy)
+
+
+def _differentiate_both(run, tile, teacher, out, s, rows):
+    work = run.work
+    alone = work.config is None and rows.w_policy is None and rows.w_entropy is None
+    if alone and work.shard is None and hasattr(run.kernels, "divergence"):
+        vectors = run.some(run.scored, s.start, s.stop), run.some(run.compared, s.start, s.stop)
+        run.kernels.divergence(tile, teacher, out, rows.w_kl, work.divergence, *vectors)
+        return
+    found, compared = run.score_tile(tile, s, teacher)
+    with _autograd_in_an_op():
+        g = None if alone else row_coefficient(found.logps, rows, work.config, work.linear)
+    run.kernels.divergence_gradient(tile, teacher, out, found, compared, rows.w_kl, work.divergence, g, rows.w_entropy)
 
 
 @contextlib.contextmanager
@@ -186,19 +275,25 @@ def _autograd_in_an_op():
         yield
 
 
-def _leave_stash(run, tile, out, s):
+def _leave_stash(run, tile, teacher, out, s):
+    if teacher is not None:
+        _differentiate_both(run, tile, teacher, out, s, PolicyRows(None, w_kl=run.scored.lse.new_ones(s.stop - s.start)))
+        return
     if any(run.work.diagnostics):
         wanted = Diagnostics(run, tile.target)
         wanted.add(tile, slice(None), 0)
-    found = run.score_tile(tile, s)
+    found, _ = run.score_tile(tile, s)
     if any(run.work.diagnostics):
         run.diagnostics[s] = wanted.finish(found.lse)
     if run.wide:
         run.kernels.gradient(tile, out, found, torch.ones_like(found.lse) / run.slope(s))  # a slope in it would round even the 1
 
 
-def backward(run, scored, stash, *incoming):
-    """The gradients from those of logps, entropy and lse (None where there is none), finished; the rows of the stash come first."""
+def backward(run, scored, compared, stash, *incoming):
+    """The gradients from those of logps, entropy, lse and divergence (None where there is none), finished.
+
+    The rows of the stash come first; ``compared`` is None without a teacher.
+    """
     k, n, heights = stash.shape[0], run.rows.index.shape[0], run.plan
     stripes = blocks_from(k, n, heights.stripe_rows)
     spans = sum(len(blocks_from(*stripe, heights.recompute_rows)) for stripe in stripes)
@@ -207,7 +302,7 @@ def backward(run, scored, stash, *incoming):
     if k:
         _stashed_rows(run, gradients, run.some(scored, 0, k), stash, _some_of(incoming, slice(0, k)))
     for stripe in stripes:
-        _recomputed_rows(run, gradients, stripe, scored, incoming)
+        _recomputed_rows(run, gradients, stripe, scored, compared, incoming)
     return gradients.finish()
 
 
@@ -226,17 +321,21 @@ def _gradient(run, tile, out, scored, g, g_entropy, g_lse=None):
 
 
 def _stashed_rows(run, gradients, scored, stash, incoming):
+    *incoming, g_divergence = incoming
     g, *beside = incoming
     factor = None
-    if run.wide:
+    if run.teacher is not None:
+        assert not any(x is not None for x in incoming)
+        factor = g_divergence
+    elif run.wide:
         assert not any(x is not None for x in beside)
         factor = g * run.slope(slice(0, len(g)))
     else:
         _gradient(run, run.tile(stash, 0), stash, scored, *incoming)
-    gradients.add(stash, *run.gather(0, len(g)), factor)
+    gradients.add(stash, *run.gather(0, len(stash)), factor)
 
 
-def _recomputed_rows(run, gradients, stripe, scored, incoming):
+def _recomputed_rows(run, gradients, stripe, scored, compared, incoming):
     """A stripe of rows whose float32 dH is summed while the vocabulary passes once, outermost."""
     heights, head, needs, (first, last) = run.plan, run.head, run.work.needs, stripe
     vocab, columns = head.weight.shape[0], min(heights.recompute_columns, max(1, head.weight.shape[0]))
@@ -246,17 +345,27 @@ def _recomputed_rows(run, gradients, stripe, scored, incoming):
     dz_b = zeros(head.lora_a.shape[0]) if gradients.needs_adapter else None
     height, low = min(heights.recompute_rows, last - first), min(heights.recompute_chunk, last - first)
     buffer = empty(height * _stride(columns, run), like=h)
-    chunk = empty(low * _stride(columns, run), like=h, dtype=run.tile_dtype) if run.wide else None
+    chunk, beside = (empty(low * _stride(columns, run), like=h, dtype=run.tile_dtype) if wanted else None
+                     for wanted in (run.wide, run.teacher is not None))  # fmt: skip
     for left, right in blocks(vocab, columns):
         for start, end in blocks(last - first, height):
             dz = _block(buffer, end - start, right - left, run)
-            for a, b in blocks(end - start, low if run.wide else height):
+            for a, b in blocks(end - start, height if chunk is None and beside is None else low):
                 s = slice(start + a, start + b)
-                values = _block(chunk, b - a, right - left, run) if run.wide else dz
+                values = _block(chunk, b - a, right - left, run) if run.wide else dz[a:b]
                 run.logits(h[s], None if t is None else t[s], values, left)
                 tile = run.tile(values, first + s.start, left)
                 rows = slice(first + s.start, first + s.stop)
-                _gradient(run, tile, dz[a:b], run.some(scored, rows.start, rows.stop), *_some_of(incoming, rows))
+                found, (*of_scored, g_divergence) = run.some(scored, rows.start, rows.stop), _some_of(incoming, rows)
+                if beside is None:
+                    _gradient(run, tile, dz[a:b], found, *of_scored)
+                    continue
+                values = _block(beside, b - a, right - left, run)
+                run.teacher_logits(_rows_in(where, s.start, s.stop), values, left)
+                run.kernels.divergence_gradient(
+                    tile, run.beside(values, rows.start, left), dz[a:b], found, run.some(compared, rows.start, rows.stop),
+                    g_divergence, run.work.divergence, *of_scored[:2],
+                )  # fmt: skip
             gradients.add_block(dz, left, right, h[start:end], None if t is None else t[start:end])
             for total, factor in ((dh, head.weight), (dz_b, head.lora_b)):
                 if total is not None:
@@ -288,6 +397,15 @@ def whole_rows(rows, run, dtype=None):
         # oneDNN's bf16 product on AMX reads up to 32 columns past the last one, times 0: NaN there would come through
         out[:, vocab:] = 0
     return out
+
+
+def tiles_for(run, rows):
+    """(a buffer of so many rows, memory for a chunk of the teacher's logits or None); one piece where both are of one dtype."""
+    beside = min(run.plan.chunk_rows, rows) if run.teacher is not None else 0
+    if run.wide and beside:
+        return whole_rows(rows, run), whole_rows(beside, run, run.tile_dtype)
+    memory = whole_rows(rows + beside, run)
+    return memory[:rows], memory[rows:] if beside else None
 
 
 def chunk_for(run, height):

@@ -73,10 +73,17 @@ class Problem:
     device: Device = DEVICES["cpu"]
     sums_weight: bool = True  # of these the weight's own, [V, D]: what its float32 sum would take is to spare
     pairs: int = 0  # (row, token) over which the rows are computed instead of the vocabulary; 0 is the vocabulary
+    teacher_depth: int = 0  # of a second head, whose logits are beside those of the first; 0: there is none
+    teacher_size: int = 0  # bytes of an element of it
+    mixes: bool = False  # a divergence that needs the whole rows of both twice
 
     @property
     def trained(self):
         return self.live if self.needs_hidden or self.needs_weight else 0
+
+    @property
+    def compares(self):
+        return self.teacher_depth > 0
 
     @property
     def stashes(self):
@@ -193,11 +200,11 @@ def steps(problem: Problem, plan: Plan) -> list[Step]:
     tally.gather(stashed > 0, stashed)
     for c, r in _cuts(stashed, plan.chunk_rows):
         tally.logits(c, r, plan.columns)
-        tally.kernel(c, "statistics", r, p.vocab, 1, 0)
-        tally.kernel(c * p.wide, "gradient", r, p.vocab, 1, p.element_size)
+        tally.kernel(c, "statistics", r, p.vocab, 1 + p.mixes, 0)
+        tally.kernel(c * (p.wide or p.compares), "gradient", r, p.vocab, 1, p.element_size)
     recomputed = p.live - stashed
     if stashed:
-        if p.wide:
+        if p.wide or p.compares:
             tally.scale(stashed)
         else:
             tally.gather(1, stashed)
@@ -239,23 +246,26 @@ class Tally:
 
     def product(self, count, what, m, n, k, size, adds=False, cached=False):
         out = m * n * size
-        read = (m + n) * k * self.p.element_size + out * adds
+        read = (m + n) * k * (self.p.teacher_size if what == "teacher logits" else self.p.element_size) + out * adds
         self.add(count, what, m, n, k, read, out * (not cached), out * cached)
 
     def kernel(self, count, what, m, n, reads, size):
         """A second read walks the row back, so it meets first what was read last. With a row in flight on each multiprocessor,
         the cache still holds this share of it."""
-        chunk, device = m * n * self.p.tile_size, self.p.device
-        again = min(1.0, device.cache / (device.multiprocessors * n * self.p.tile_size))
+        tiles = 1 + self.p.compares
+        chunk, device = tiles * m * n * self.p.tile_size, self.p.device
+        again = min(1.0, device.cache / (tiles * device.multiprocessors * n * self.p.tile_size))
         cached = chunk * reads if self.in_cache(m, n) else int(chunk * (reads - 1) * again)
         self.add(count, what, m, n, 0, chunk * reads - cached, m * n * size, cached)
 
     def in_cache(self, m, n, size=None):
-        return m * n * (size or self.p.tile_size) <= self.p.device.cache
+        return m * n * (size or self.p.tile_size * (1 + self.p.compares)) <= self.p.device.cache
 
     def gather(self, count, rows):
         size = rows * self.p.depth * self.p.element_size
         self.add(count, "gather hidden", rows, self.p.depth, 0, size, size)
+        size = rows * self.p.teacher_depth * self.p.teacher_size
+        self.add(count * self.p.compares, "gather hidden", rows, self.p.teacher_depth, 0, size, size)
 
     def scale(self, rows):
         """The rows of hidden behind a stash by their gradient: gathered, to float32 and back."""
@@ -268,8 +278,15 @@ class Tally:
             self.gather(g, n)
             for b, c in _cuts(self.p.vocab, columns):
                 for k, m in _cuts(n, height):
-                    self.product(g * b * k, "logits", m, c, self.p.depth, self.p.tile_size, cached=self.in_cache(m, c))
-                    self.kernel(g * b * k, "statistics", m, c, 1, 0)
+                    self.block_logits(g * b * k, m, c)
+                    self.kernel(g * b * k, "statistics", m, c, 1 + self.p.mixes, 0)
+
+    def block_logits(self, count, rows, columns):
+        """Those of both heads."""
+        p, cached = self.p, self.in_cache(rows, columns)
+        self.product(count, "logits", rows, columns, p.depth, p.tile_size, cached=cached)
+        if p.compares:
+            self.product(count, "teacher logits", rows, columns, p.teacher_depth, p.tile_size, cached=cached)
 
     def one_pass(self, rows, chunk_rows, buffer_rows, dh_rows, columns, direct):
         for i, (g, n) in enumerate(_cuts(rows, buffer_rows)):
@@ -281,13 +298,16 @@ class Tally:
 
     def logits(self, count, rows, columns):
         for b, c in _cuts(self.p.vocab, columns):
-            cached = self.in_cache(rows, self.p.vocab)
-            self.product(count * b, "logits", rows, c, self.p.depth, self.p.tile_size, cached=cached)
+            p, cached = self.p, self.in_cache(rows, self.p.vocab)
+            self.product(count * b, "logits", rows, c, p.depth, p.tile_size, cached=cached)
+            if p.compares:
+                self.product(count * b, "teacher logits", rows, c, p.teacher_depth, p.tile_size, cached=cached)
 
     def policy(self, count, rows, height, columns):
         for k, m in _cuts(rows, height):
             self.logits(count * k, m, columns)
-            self.kernel(count * k, "policy", m, self.p.vocab, 1 if self.p.reads_once else 2, self.p.element_size)
+            reads = (1 if self.p.reads_once else 2) + self.p.mixes
+            self.kernel(count * k, "divergence" if self.p.compares else "policy", m, self.p.vocab, reads, self.p.element_size)
 
     def dh(self, count, rows, height):
         p = self.p
@@ -354,7 +374,7 @@ class Tally:
         """A block of the vocabulary for a span of recomputed rows."""
         p = self.p
         for k, m in _cuts(span, height):
-            self.product(count * k, "logits", m, columns, p.depth, p.tile_size, cached=self.in_cache(m, columns))
+            self.block_logits(count * k, m, columns)
             self.kernel(count * k, "gradient", m, columns, 1, p.element_size)
         if p.needs_hidden:
             self.summed(count, "dH", span, p.depth, columns, True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from ..backends.comparison import Divergence
 from ..distributed import VocabShard
 from ..losses.config import GRPOLossConfig, LogitTransform
 from ..losses.terms import PolicyRows
@@ -26,6 +27,19 @@ class Head:
     @property
     def tensors(self):
         return self.weight, self.bias, self.lora_a, self.lora_b
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What a call compares its rows with: y = teacher_hidden teacher_weight^T + bias. It gets no gradient."""
+
+    hidden: torch.Tensor  # [M, D'], the same rows
+    weight: torch.Tensor  # [V, D'], of any float dtype
+    bias: torch.Tensor | None = None  # [V]
+
+    @property
+    def tensors(self):
+        return [self.hidden, self.weight, self.bias]
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,8 @@ class Work:
     config: GRPOLossConfig | None = None  # one pass: the loss; None: the gradient of the log-prob itself
     linear: bool = False  # the coefficients are given, see `losses.objective.linear_coefficients`
     diagnostics: tuple[bool, ...] = (False,) * 4  # of `diagnostics.NAMES`, and the variance of log p
+    divergence: Divergence | None = None  # from a `Teacher`; one pass: its gradient is ``rows.policy.w_kl``
+    teacher_transform: LogitTransform | None = None
 
     @property
     def needs_weight(self):
@@ -104,7 +120,8 @@ def decoded(numbers: tuple[float, ...], work: str) -> Work:
 
 
 FIELDS = tuple(field.name for field in fields(Work))
-_KINDS = {"transform": LogitTransform, "shard": VocabShard, "config": GRPOLossConfig}
+_KINDS = {"transform": LogitTransform, "shard": VocabShard, "config": GRPOLossConfig, "divergence": Divergence,
+          "teacher_transform": LogitTransform}  # fmt: skip
 _NESTED = {kind: tuple(field.name for field in fields(kind)) for kind in _KINDS.values()}
 
 
@@ -115,11 +132,16 @@ def can_sync(like) -> bool:
     return not (getattr(like, "is_cuda", False) and torch.cuda.is_current_stream_capturing())
 
 
-def problem_of(weight, work: Work, live, dead, two_phases=False) -> Problem:
-    """What a call asks of the planner; all ranks of a sharded vocabulary plan with its widest part, so that they cut rows alike."""
+def problem_of(weight, work: Work, live, dead, two_phases=False, teacher=()) -> Problem:
+    """What a call asks of the planner; all ranks of a sharded vocabulary plan with its widest part, so that they cut rows alike.
+
+    ``teacher``: `Teacher.tensors`, or nothing.
+    """
     vocab = weight.shape[0] if work.shard is None else work.shard.widest
     return Problem(
         live=live, dead=dead, vocab=vocab, depth=weight.shape[1], element_size=weight.element_size(),
         tile_size=tile_dtype(weight, work.backend).itemsize, needs_hidden=work.needs[0], needs_weight=work.needs_weight,
         budget=work.budget, two_phases=two_phases, device=device_of(weight.device), sums_weight=work.needs[1],
+        teacher_depth=teacher[1].shape[1] if teacher else 0, teacher_size=teacher[1].element_size() if teacher else 0,
+        mixes=work.divergence is not None and work.divergence.kind == "jsd",
     )  # fmt: skip

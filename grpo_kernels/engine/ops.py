@@ -4,8 +4,9 @@
     score            logps, entropy, lse, and a stash of the rows that fit it
     score_backward   the gradients of `score` from those of logps, entropy and lse
 
-All take (hidden, head, rows, ...): lists of tensors in the order of `Head.tensors` and `Rows.tensors`, and a `Work` as numbers and
-a string. The host is waited for in a two-phase backward alone: which rows got a gradient, and whether an entropy did.
+Beside a teacher all know of its divergence too. All take (hidden, head, teacher, rows, ...): lists of tensors in the order of
+`Head.tensors`, `Teacher.tensors` (empty without one) and `Rows.tensors`, and a `Work` as numbers and a string. The host is
+waited for in a two-phase backward alone: which rows got a gradient, and whether an entropy did.
 """
 
 import functools
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.comparison import Compared
+from ..backends.statistics import Scored
 from .chunks import Run, backward, one_pass, padded, score_with_stash
-from .operands import FIELDS, Head, Rows, Work, can_sync, decoded, encoded, problem_of
+from .operands import FIELDS, Head, Rows, Teacher, Work, can_sync, decoded, encoded, problem_of
 from .plan import stash_rows_of
 from .products import accumulation_dtype, blocks, tile_memory
 
@@ -57,51 +60,56 @@ def _op(mutates=()):
 
 @_op()
 def _one_pass(
-    hidden: Tensor, head: Sequence[Tensor | None], rows: Sequence[Tensor | None], live: int, numbers: Sequence[float], work: str
-) -> list[Tensor]:
-    run = Run(hidden, head, rows, live, decoded(tuple(numbers), work))
+    hidden: Tensor, head: Sequence[Tensor | None], teacher: Sequence[Tensor | None], rows: Sequence[Tensor | None], live: int,
+    numbers: Sequence[float], work: str,
+) -> list[Tensor]:  # fmt: skip
+    run = Run(hidden, head, rows, live, decoded(tuple(numbers), work), teacher=teacher)
     gradients = one_pass(run)
-    return [run.scored.logps, run.scored.entropy, *gradients]
+    return [run.scored.logps, run.scored.entropy, run.compared.value, *gradients]
 
 
 @_one_pass.register_fake
-def _(hidden, head, rows, live, numbers, work):
-    return [*_fake_vectors(hidden, rows, 2), *_fake_gradients(hidden, head, work)]
+def _(hidden, head, teacher, rows, live, numbers, work):
+    logps, entropy, value = _fake_vectors(hidden, rows, 3)
+    return [logps, entropy, value if teacher else value[:0], *_fake_gradients(hidden, head, work)]
 
 
 @_op()
 def _score(
-    hidden: Tensor, head: Sequence[Tensor | None], rows: Sequence[Tensor | None], live: int, stash_rows: int,
-    numbers: Sequence[float], work: str,
+    hidden: Tensor, head: Sequence[Tensor | None], teacher: Sequence[Tensor | None], rows: Sequence[Tensor | None], live: int,
+    stash_rows: int, numbers: Sequence[float], work: str,
 ) -> list[Tensor]:  # fmt: skip
-    run = Run(hidden, head, rows, live, decoded(tuple(numbers), work), two_phases=True)
+    run = Run(hidden, head, rows, live, decoded(tuple(numbers), work), two_phases=True, teacher=teacher)
     stash = score_with_stash(run, stash_rows)
-    return [*run.scored, stash, run.diagnostics]
+    return [*run.scored, *run.compared, stash, run.diagnostics]
 
 
 @_score.register_fake
-def _(hidden, head, rows, live, stash_rows, numbers, work):
-    logps, lse, entropy = _fake_vectors(hidden, rows, 3)
+def _(hidden, head, teacher, rows, live, stash_rows, numbers, work):
+    scored, compared = _fake_vectors(hidden, rows, 3), _fake_vectors(hidden, rows, 3)
     stash = hidden.new_empty(stash_rows, padded(head[0].shape[0], hidden.element_size()))
     wanted = _of(work, "diagnostics")
-    return [logps, lse, entropy, stash, logps.new_empty(len(logps) if any(wanted) else 0, len(wanted))]
+    diagnostics = scored[0].new_empty(len(scored[0]) if any(wanted) else 0, len(wanted))
+    return [*scored, *(compared if teacher else [x[:0] for x in compared]), stash, diagnostics]
 
 
 @_op(mutates=("stash",))
 def _score_backward(
-    hidden: Tensor, head: Sequence[Tensor | None], rows: Sequence[Tensor | None], scored: Sequence[Tensor], stash: Tensor,
-    incoming: Sequence[Tensor | None], numbers: Sequence[float], work: str,
+    hidden: Tensor, head: Sequence[Tensor | None], teacher: Sequence[Tensor | None], rows: Sequence[Tensor | None],
+    scored: Sequence[Tensor], stash: Tensor, incoming: Sequence[Tensor | None], numbers: Sequence[float], work: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    run = Run(hidden, head, rows, rows[0].shape[0], decoded(tuple(numbers), work), two_phases=True, backward=True)
-    g, g_entropy, g_lse = incoming
-    if run.wide and len(stash):  # torch.compile hands over zeros for None, so that this is known here at the earliest
+    """``scored``: logps, lse, entropy, and with a teacher gap, own, value. ``incoming``: of logps, entropy, lse, divergence."""
+    run = Run(hidden, head, rows, rows[0].shape[0], decoded(tuple(numbers), work), True, True, teacher)
+    g, g_entropy, *more = incoming
+    if run.wide and len(stash) and not teacher:  # torch.compile hands over zeros for None: this is known here at the earliest
         g_entropy = _unless_zero(g_entropy, run.work.shard)
         stash = stash if g_entropy is None else stash[:0]
-    return tuple(backward(run, scored, stash[:, : head[0].shape[0]], g, g_entropy, g_lse))
+    compared = Compared(*scored[3:]) if teacher else None
+    return tuple(backward(run, Scored(*scored[:3]), compared, stash[:, : head[0].shape[0]], g, g_entropy, *more))
 
 
 @_score_backward.register_fake
-def _(hidden, head, rows, scored, stash, incoming, numbers, work):
+def _(hidden, head, teacher, rows, scored, stash, incoming, numbers, work):
     return tuple(_fake_gradients(hidden, head, work))
 
 
@@ -125,11 +133,15 @@ def _of(work, name):
 # One pass
 
 
-def loss_in_one_pass(head: Head, rows: Rows, work: Work):
-    """(logps, entropy, gradients): of all rows, and of the loss whose coefficients ``rows.policy`` are."""
-    tensors = [None if x is None else x.detach() for x in head.tensors]
-    logps, entropy, *gradients = _one_pass(rows.hidden.detach(), tensors, rows.tensors, rows.live, *encoded(work))
-    return logps, entropy, gradients
+def loss_in_one_pass(head: Head, rows: Rows, work: Work, teacher: Teacher | None = None):
+    """(logps, entropy, divergence or an empty tensor, gradients): of all rows, and of the loss of these coefficients."""
+    beside = [] if teacher is None else teacher.tensors
+    found = _one_pass(rows.hidden.detach(), _detached(head.tensors), beside, rows.tensors, rows.live, *encoded(work))
+    return *found[:3], found[3:]
+
+
+def _detached(tensors):
+    return [None if x is None else x.detach() for x in tensors]
 
 
 def with_gradients(loss, gradients, head: Head, rows: Rows, work: Work):
@@ -176,8 +188,8 @@ def row_logprobs(head: Head, rows: Rows, work: Work, entropy_gradient=False, ret
     Differentiable where ``work.needs`` anything. ``entropy_gradient`` says that a gradient of the entropy will come.
     """
     if not any(work.needs):
-        tensors = [None if x is None else x.detach() for x in head.tensors]
-        logps, lse, entropy, _, found = _score(rows.hidden.detach(), tensors, rows.tensors[:3], 0, 0, *encoded(work))
+        found = _score(rows.hidden.detach(), _detached(head.tensors), [], rows.tensors[:3], 0, 0, *encoded(work))
+        (logps, lse, entropy), found = found[:3], found[-1]
         return logps, entropy, found, lse if return_lse else None
     return _RowLogProbs.apply(work, rows.live, (entropy_gradient, return_lse), rows.hidden, *head.tensors, *rows.tensors[:3])
 
@@ -194,11 +206,12 @@ class _RowLogProbs(torch.autograd.Function):
         ctx.direct = work.needs[0] and not any((*work.needs[1:], *beside, *work.diagnostics))
         if ctx.direct:
             ones = torch.ones(live, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-            logps, entropy, u, *_ = _one_pass(hidden, head, [*rows, ones, *(None,) * 5], live, *encoded(work))
+            logps, entropy, _, u, *_ = _one_pass(hidden, head, [], [*rows, ones, *(None,) * 5], live, *encoded(work))
             ctx.save_for_backward(hidden, *tensors, logps, None, entropy, u)
             return logps, entropy, logps.new_empty(0, len(work.diagnostics)), None
         stash_rows = 0 if ctx.wide and any(beside) else stash_rows_of(problem)
-        logps, lse, entropy, stash, found = _score(hidden, head, rows, live, stash_rows, *encoded(work))
+        *scored, stash, found = _score(hidden, head, [], rows, live, stash_rows, *encoded(work))
+        logps, lse, entropy = scored[:3]
         ctx.mark_non_differentiable(found)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(hidden, *tensors, logps, lse, entropy, stash)
@@ -223,14 +236,15 @@ class _RowLogProbs(torch.autograd.Function):
             return (*nothing, _scaled_rows(saved, factor), *(None,) * 7)
         retained, stash = graph_is_retained(), saved
         if ctx.direct:
-            lse, stash = _score(hidden, head, rows, 0, 0, *encoded(ctx.work))[1], hidden.new_empty(0, head[0].shape[0])
+            lse, stash = _score(hidden, head, [], rows, 0, 0, *encoded(ctx.work))[1], hidden.new_empty(0, head[0].shape[0])
         elif saved is None:
             stash, ctx.stash = ctx.stash, ctx.stash if retained else None
             if ctx.wide and g_entropy is not None:
                 stash = stash.new_empty(0, stash.shape[1])  # of no use here (chunks.py): gone before the recomputing takes memory
             elif retained:
                 stash = stash.clone()
-        grads = _backward_of_live_rows(hidden, head, rows, [logps, lse, entropy], stash, [g, g_entropy, g_lse], ctx.work)
+        incoming = [g, g_entropy, g_lse, None]
+        grads = _backward_of_live_rows(hidden, head, [], rows, [logps, lse, entropy], stash, incoming, ctx.work)
         if saved is None and not retained:
             tile_memory.give_back(stash, ctx.work.budget)
         done = [grad.to(x.dtype) if needed else None
@@ -238,13 +252,78 @@ class _RowLogProbs(torch.autograd.Function):
         return (*nothing, *done, None, None, None)
 
 
-def _backward_of_live_rows(hidden, head, rows, scored, stash, incoming, work):
+class _RowDivergences(torch.autograd.Function):
+    """Two phases beside a teacher. Where only the divergence has a gradient, a frozen head keeps u = d divergence / d hidden, and
+    others a stash of that of the logits: a backward scales rows. Where logps or entropy have one too, all is recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx, work, live, alone, hidden, *tensors):
+        head, teacher, rows = tensors[:4], tensors[4:7], tensors[7:]
+        ctx.set_materialize_grads(False)
+        ctx.work, ctx.stash, ctx.alone = work, None, alone
+        ctx.direct = alone and work.needs[0] and not any(work.needs[1:])
+        if ctx.direct:
+            ones = torch.ones(live, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
+            policy = (None,) * 4 + (ones, None)
+            logps, entropy, value, u, *_ = _one_pass(hidden, head, teacher, [*rows, *policy], live, *encoded(work))
+            ctx.save_for_backward(rows[0], u)
+        else:
+            problem = problem_of(head[0], work, live, rows[0].shape[0] - live, True, teacher)
+            stash_rows = stash_rows_of(problem) if alone else 0
+            *scored, stash, _ = _score(hidden, head, teacher, rows, live, stash_rows, *encoded(work))
+            ctx.stash = stash
+            ctx.save_for_backward(hidden, *tensors, *scored)
+            logps, _, entropy, *_, value = scored
+        if alone:
+            ctx.mark_non_differentiable(logps, entropy)
+        return logps, entropy, value
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, g, g_entropy, g_divergence):
+        nothing = (None,) * 3
+        if g is None and g_entropy is None and g_divergence is None:
+            return (*nothing, *(None,) * 11)
+        if ctx.direct:
+            index, u = ctx.saved_tensors
+            factor = g_divergence.new_zeros(u.shape[0]).index_copy(0, index, g_divergence).unsqueeze(1)
+            return (*nothing, _scaled_rows(u, factor), *(None,) * 10)
+        hidden, *tensors = ctx.saved_tensors
+        head, teacher, rows, scored = tensors[:4], tensors[4:7], tensors[7:10], tensors[10:]
+        retained, stash = graph_is_retained(), ctx.stash
+        ctx.stash = ctx.stash if retained else None
+        g_divergence = torch.zeros_like(scored[0]) if g_divergence is None else g_divergence
+        g, g_entropy = (None, None) if ctx.alone else (g, g_entropy)  # torch.compile hands over zeros
+        incoming = [g, g_entropy, None, g_divergence]
+        stash = stash.clone() if retained else stash
+        grads = _backward_of_live_rows(hidden, head, teacher, rows, scored, stash, incoming, ctx.work)
+        if not retained:
+            tile_memory.give_back(stash, ctx.work.budget)
+        done = [grad.to(x.dtype) if needed else None
+                for grad, x, needed in zip(grads, (hidden, *head), ctx.work.needs, strict=True)]  # fmt: skip
+        return (*nothing, *done, *(None,) * 6)
+
+
+def row_divergences(head: Head, teacher: Teacher, rows: Rows, work: Work, alone=True):
+    """(logps [N], entropy [N], divergence [N]) of the rows, differentiable where ``work.needs`` anything.
+
+    ``alone``: only the last of the three.
+    """
+    if not any(work.needs):
+        tensors = _detached(head.tensors)
+        found = _score(rows.hidden.detach(), tensors, teacher.tensors, rows.tensors[:3], 0, 0, *encoded(work))
+        return found[0], found[2], found[5]
+    return _RowDivergences.apply(work, rows.live, alone, rows.hidden, *head.tensors, *teacher.tensors, *rows.tensors[:3])
+
+
+def _backward_of_live_rows(hidden, head, teacher, rows, scored, stash, incoming, work):
     """`_score_backward` of the rows that got a gradient; the stash of the others is overwritten."""
     chosen = _rows_with_gradient(incoming, work.shard)
     if chosen is not None:
         stash = _compacted(stash, chosen[chosen < stash.shape[0]])
         rows, scored, incoming = ([None if x is None else x[chosen] for x in some] for some in (rows, scored, incoming))
-    return _score_backward(hidden, head, rows, scored, stash, incoming, *encoded(work))
+    return _score_backward(hidden, head, teacher, rows, scored, stash, incoming, *encoded(work))
 
 
 def _unless_zero(g_entropy, shard):
@@ -257,7 +336,7 @@ def _unless_zero(g_entropy, shard):
 
 def _rows_with_gradient(incoming, shard):
     """Indices of rows whose gradient is not zero (NaN counts as not zero), on any rank, or None if that is all of them."""
-    if not can_sync(incoming[0]):
+    if not can_sync(next(x for x in incoming if x is not None)):
         return None
     wanted = torch.stack([x != 0 for x in incoming if x is not None]).any(0)
     if shard is not None:

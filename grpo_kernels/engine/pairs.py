@@ -19,10 +19,11 @@ from typing import NamedTuple
 import torch
 
 from .. import backends
+from ..backends.comparison import Compared, compare, merged_comparisons, new_comparison
 from ..backends.statistics import Pairs, Scored, Tile, finalize, merged, new_statistics
 from .diagnostics import merged as merged_moments
 from .diagnostics import new_moments, variance_of, with_tile
-from .operands import Head, Work
+from .operands import Head, Teacher, Work
 from .ops import differentiable_once
 from .products import accumulation_dtype, blocks, zeros
 
@@ -73,6 +74,7 @@ class RangeScores(NamedTuple):
     logps: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     variance: torch.Tensor | None = None  # of log p
+    divergence: torch.Tensor | None = None  # from the teacher
 
 
 def with_pair_logits(head: Head, hidden, pairs: PairRows, work: Work):
@@ -83,8 +85,16 @@ def with_pair_logits(head: Head, hidden, pairs: PairRows, work: Work):
     return z, hidden, Head(*tensors)
 
 
-def range_logprobs(z, pairs: PairRows, work: Work):
-    """`RangeScores` of the rows over their ranges of z; logps and entropy differentiable."""
+def teacher_pair_logits(teacher: Teacher, pairs: PairRows, work: Work):
+    """y [M], the teacher's raw logits of the pairs, with its bias."""
+    return _Side(pairs, work, teacher.hidden, Head(teacher.weight, teacher.bias)).logits()
+
+
+def range_logprobs(z, pairs: PairRows, work: Work, y=None):
+    """`RangeScores` of the rows over their ranges of z; logps, entropy and, with a teacher's y, divergence differentiable."""
+    if y is not None:
+        logps, entropy, divergence = _RangeDivergences.apply(pairs, work, z, y)
+        return RangeScores(logps, entropy, None, divergence)
     if not any(work.needs):
         _, scored, variance = _scored(pairs, work, z)
         return RangeScores(scored.logps, scored.entropy, variance)
@@ -258,6 +268,40 @@ class _RangeLogProbs(torch.autograd.Function):
         dz = z.clone()
         ctx.kernels.gradient(replace(ctx.tile, values=dz), dz, Scored(*scored), g, g_entropy)
         return None, None, dz
+
+
+class _RangeDivergences(torch.autograd.Function):
+    """As `_RangeLogProbs`, and the KL of the rows from a teacher over the same ranges."""
+
+    @staticmethod
+    def forward(ctx, pairs, work, z, y):
+        kernels, kind = backends.kernels(work.backend), work.divergence.kind
+        tile = Tile(z, pairs.target, work.transform, None, pairs.temperature, pairs.ranges)
+        beside = replace(tile, values=y, transform=work.teacher_transform)
+        stats = new_comparison(len(pairs.index), z.dtype, z.device)
+        kernels.divergence_statistics(tile, beside, stats, kind)
+        if work.shard is not None:
+            stats = functools.reduce(functools.partial(merged_comparisons, kind=kind), work.shard.gathered(stats))
+        scored, compared = compare(stats, kind)
+        if pairs.single is not None:  # nothing was read of them
+            scored, compared = (type(some)(*(x.masked_fill(pairs.single, 0.0) for x in some)) for some in (scored, compared))
+        ctx.tiles, ctx.kernels, ctx.divergence = (tile, beside), kernels, work.divergence
+        ctx.save_for_backward(z, *scored, *compared)
+        ctx.set_materialize_grads(False)
+        return scored.logps, scored.entropy, compared.value
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, g, g_entropy, g_divergence):
+        z, *vectors = ctx.saved_tensors
+        g, g_entropy, g_divergence = (None if x is None else x.contiguous() for x in (g, g_entropy, g_divergence))
+        if g is None and g_entropy is None and g_divergence is None:
+            return (None,) * 4
+        g_divergence = torch.zeros_like(vectors[0]) if g_divergence is None else g_divergence
+        (tile, beside), dz = ctx.tiles, z.clone()
+        ctx.kernels.divergence_gradient(replace(tile, values=dz), beside, dz, Scored(*vectors[:3]), Compared(*vectors[3:]),
+                                        g_divergence, ctx.divergence, g, g_entropy)  # fmt: skip
+        return None, None, dz, None
 
 
 def _rows_of(matrix, ids, beside=None):

@@ -18,6 +18,10 @@ head in two phases keeps u = d logps / d hidden. V' is V padded to
 On a CPU a row of the buffer takes its row of dH as well, and one block's operands of dW stand beside it. A budget below one row
 of these and 64 columns is exceeded by at most so much.
 
+A call that compares two heads has as many logits of the teacher beside each chunk and each block, of the student's dtype, and
+their rows of the teacher's hidden states, D' e' bytes each. On a CPU such a chunk has at most 512 rows, the buffer may have more. A
+divergence that mixes both (jsd) is scored over whole rows.
+
 Over supports nothing is cut, and there is no workspace. Beside dH and dW (in its final dtype) a call takes at most 128 bytes a pair
 (sorted ids and their order among them) and 256 a token; hidden states that are a view are copied, and an adapter or a shard has
 1024 rows of dH beside it in float32.
@@ -49,6 +53,7 @@ _MAX_COLUMNS = 8192
 _MIN_COLUMNS = 64
 _SCORE_ROWS = 1024
 _SCORE_COLUMNS = 4096
+_COMPARED_ROWS = 512  # of a CPU's chunk beside a teacher's
 _PAIR_BYTES, _TOKEN_BYTES = 128, 256
 
 
@@ -98,7 +103,7 @@ def peak_bytes(problem: Problem, tokens: int) -> int:
         dh *= 2  # u stays until the backward has made dH of it
     if p.pairs:
         return dh + p.dw_bytes(True) + _PAIR_BYTES * p.pairs + _TOKEN_BYTES * tokens
-    scoring = found.score_group * p.depth * p.element_size + found.score_rows * found.score_columns * p.tile_size
+    scoring = found.score_group * _hidden_bytes(p) + found.score_rows * found.score_columns * _logit_bytes(p)
     if not p.trained:
         return dh + p.dw_bytes(True) + scoring
     if not p.stashes:
@@ -136,10 +141,10 @@ def plan(problem: Problem) -> Plan:
         R = max(1, stash)
         chunk_row = _pass_bytes(p, 1, 0, dh_rows) - fixed
         room = p.budget + p.dw_bytes(False) - _pass_bytes(p, 0, stash, dh_rows)
-        r = max(1, min(h.chunk_rows, _whole(room // chunk_row, p) if p.wide else R))
+        r = max(1, min(h.chunk_rows, _whole(room // chunk_row, p) if _has_chunk(p) else R))
     span = min(h.recompute_rows, stripe)
     return Plan(
-        chunk_rows=min(r or h.chunk_rows, R) if p.wide else R, buffer_rows=R, columns=h.columns, direct=p.live <= R,
+        chunk_rows=min(r or h.chunk_rows, R) if _has_chunk(p) else R, buffer_rows=R, columns=h.columns, direct=p.live <= R,
         dh_rows=R if p.on_cpu else min(dh_rows, R), score_group=min(h.score_group, rows), score_rows=min(h.score_rows, rows),
         score_columns=h.score_columns, stash_rows=stash if p.stashes and p.live else 0, stripe_rows=stripe, recompute_rows=span,
         recompute_chunk=min(h.recompute_chunk, span), recompute_columns=h.recompute_columns,
@@ -172,7 +177,7 @@ def _heights(p):
 
 
 def _gpu_heights(p):
-    e, z, V, D, budget = p.element_size, p.tile_size, p.vocab, p.depth, p.budget
+    V, budget = p.vocab, p.budget
 
     def cost(loop, *args):
         tally = Tally(p)
@@ -188,20 +193,22 @@ def _gpu_heights(p):
     def buffers(chunk):
         """Heights of the buffer beside a chunk; where z is no wider than dz, the chunk is the buffer."""
         most = (left - _pass_bytes(p, chunk, 0, 0)) // _pass_bytes(p, 0, 1, 0)
-        return [(chunk if p.wide else x, x) for x in _units(most) if 2 * x >= most and x >= chunk] or [(chunk, chunk)]
+        return [(chunk if _has_chunk(p) else x, x) for x in _units(most) if 2 * x >= most and x >= chunk] or [(chunk, chunk)]
 
-    pairs = [pair for chunk in (chunks if p.wide else chunks[:1]) for pair in buffers(chunk)]
+    pairs = [pair for chunk in (chunks if _has_chunk(p) else chunks[:1]) for pair in buffers(chunk)]
     r, R = min(pairs, key=lambda pair: cost("one_pass", _USUAL_ROWS, *pair, dh_rows, V, False))
     costs = {x: cost("policy", 1, _USUAL_ROWS, x, V) for x in chunks if x <= r}
-    beside = tuple(x for x in reversed(costs) if costs[x] <= _CHUNK_SLACK * min(costs.values())) if p.wide else ()
+    beside = tuple(x for x in reversed(costs) if costs[x] <= _CHUNK_SLACK * min(costs.values())) if _has_chunk(p) else ()
 
-    in_cache = min(budget // 4, p.device.cache) // z
+    in_cache = min(budget // 4, p.device.cache) // _logit_bytes(p)
     # blocks of like width: a narrow last one would fill no wave
     widths = sorted({min(V, -(-V // n // TILE) * TILE) for n in range(1, 65)} | {min(V, 64)})
     tiles = [(x, c) for c in widths for x in _SCORE_HEIGHTS if x * c <= in_cache]
-    tiles = [(x, c) for x, c in tiles if x * D * e <= budget // 4] or [(1, widths[0])]
+    tiles = [(x, c) for x, c in tiles if x * _hidden_bytes(p) <= budget // 4] or [(1, widths[0])]
     score_rows, score_columns = min(tiles, key=lambda tile: cost("score", tile[0], *tile, tile[0]) / tile[0])
-    group = max(1, budget // 4 // (D * e) // score_rows) * score_rows
+    if p.mixes:
+        score_rows, score_columns = _whole(max(1, budget // 4 // (V * _logit_bytes(p))), p), V
+    group = max(1, budget // 4 // _hidden_bytes(p) // score_rows) * score_rows
 
     def stripe(x, c):
         fixed = _recompute_bytes(p, c, x, 0, 0)
@@ -214,23 +221,47 @@ def _gpu_heights(p):
 
 def _cpu_heights(p):
     """Blocks whose operands stay in the cache; everything was measured, nothing is left to the cost model."""
-    e, z, accumulate = p.element_size, p.tile_size, max(p.element_size, 4)
+    e, z, accumulate = p.element_size, _logit_bytes(p), max(p.element_size, 4)
     columns = _block_columns(p)
-    score_columns = min(p.vocab, _SCORE_COLUMNS, max(_MIN_COLUMNS, p.budget // (4 * z)))
-    score_rows = min(_SCORE_ROWS, max(1, p.budget // (score_columns * z + p.depth * e)))
+    score_columns = p.vocab if p.mixes else min(p.vocab, _SCORE_COLUMNS, max(_MIN_COLUMNS, p.budget // (4 * z)))
+    score_rows = min(_SCORE_ROWS, max(1, p.budget // (score_columns * z + _hidden_bytes(p))))
     fixed = _pass_bytes(p, 0, 0, 0)
-    R = max(1, (p.budget - fixed) // (_pass_bytes(p, 1, 1, 0) - fixed))
+    R = r = max(1, (p.budget - fixed) // (_pass_bytes(p, 1, 1, 0) - fixed))
+    if p.compares and R > _COMPARED_ROWS:
+        r, beside = _COMPARED_ROWS, _pass_bytes(p, _COMPARED_ROWS, 0, 0)
+        R = (p.budget - beside) // (_pass_bytes(p, 0, 1, 0) - fixed)
     # what is recomputed is cut the same way whether or not these rows would fit a stash: a backward that drops rows asks again
     again = max(min(_MIN_COLUMNS, p.vocab), columns // 2)
-    span = max(1, min(_SCORE_ROWS, (p.budget // 4 - _recompute_bytes(p, again, 0, 0, 0)) // (again * (z + e) + 2 * p.depth * e)))
+    row = again * (z + e) + p.depth * e + _hidden_bytes(p)
+    span = max(1, min(_SCORE_ROWS, (p.budget // 4 - _recompute_bytes(p, again, 0, 0, 0)) // row))
     stripe = max(span, p.budget // 2 // (p.depth * accumulate))
-    return Plan(R, R, columns, False, R, score_rows, score_rows, score_columns, 0, stripe, span, span, again), ()
+    return Plan(r, R, columns, False, R, score_rows, score_rows, score_columns, 0, stripe, span, span, again), (r,) * p.compares
 
 
 def _block_columns(p):
     """Blocks of some 16 MiB of weight: large enough for the products, small beside the chunk."""
     by_bytes = min(_BLOCK_BYTES, p.budget // 8) // (p.depth * p.element_size)
     return min(p.vocab, _MAX_COLUMNS, max(_MIN_COLUMNS, by_bytes))
+
+
+def _has_chunk(p):
+    """Whether a chunk of logits stands beside the buffer; elsewhere it is the buffer."""
+    return p.wide or p.compares
+
+
+def _logit_bytes(p):
+    """Of a logit of each head."""
+    return p.tile_size * (1 + p.compares)
+
+
+def _hidden_bytes(p):
+    """Of a row of hidden, and of the teacher's."""
+    return p.depth * p.element_size + p.teacher_depth * p.teacher_size
+
+
+def _scratch_bytes(p, columns):
+    """Of a CPU's product of a teacher in another dtype than the student's, a row of it."""
+    return columns * p.teacher_size * (p.on_cpu and p.compares and p.teacher_size != p.element_size)
 
 
 def _padded(columns, size):
@@ -241,8 +272,9 @@ def _padded(columns, size):
 def _pass_bytes(p, r, R, dh_rows):
     """Chunk, buffer, the rows of hidden behind it, a slice of dH; on a CPU the rows of dH and one block's operands of dW."""
     e, D = p.element_size, p.depth
-    chunk = r * _padded(p.vocab, p.tile_size) * p.tile_size * p.wide
-    scaled = p.stashes and p.wide  # the rows of hidden behind such a stash, in float32
+    chunk = r * _padded(p.vocab, p.tile_size) * p.tile_size * (p.wide + p.compares)
+    chunk += r * (p.teacher_depth * p.teacher_size + _scratch_bytes(p, _block_columns(p)))
+    scaled = p.stashes and _has_chunk(p)  # the rows of hidden behind such a stash, in float32
     row = _padded(p.vocab, e) * e + D * (e + (4 + e) * scaled)
     if not p.on_cpu:
         return chunk + R * row + dh_rows * D * (e if e >= 4 else 4 + e) * p.needs_hidden
@@ -254,8 +286,10 @@ def _recompute_bytes(p, columns, chunk, stripe, span):
     """dH's float32 sum and the rows of hidden of a stripe, dz of a span, the chunk; on a CPU the product of a block and its sum."""
     e, z, D, accumulate = p.element_size, p.tile_size, p.depth, max(p.element_size, 4)
     if not p.on_cpu:
-        return stripe * D * (accumulate + 2 * e) + columns * (span * e + chunk * z * p.wide)
-    return stripe * D * accumulate + span * (columns * (z + e) + 2 * D * e) + columns * D * (e + accumulate)
+        teacher = stripe * p.teacher_depth * p.teacher_size
+        return stripe * D * (accumulate + 2 * e) + teacher + columns * (span * e + chunk * z * (p.wide + p.compares))
+    rows = columns * (_logit_bytes(p) + e) + D * e + _hidden_bytes(p) + _scratch_bytes(p, columns)
+    return stripe * D * accumulate + span * rows + columns * D * (e + accumulate)
 
 
 def _whole(count, p):

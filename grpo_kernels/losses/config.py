@@ -14,6 +14,7 @@ from .terms import BUILT_IN, TERMS
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 Level = Literal["token", "sequence"]
+KLEstimator = Literal["k3", "exact"]
 
 LOSS_TYPES = BUILT_IN
 DIVIDED_BY_ITEMS = ("dapo", "cispo", "vespo")  # whose normaliser is num_items
@@ -33,7 +34,9 @@ class GRPOLossConfig:
         epsilon_high: upper clip range, ``1 + epsilon_high``; None means ``epsilon``. For cispo it is the cap itself
             (5.0 in the ScaleRL paper); a cap below 1 is warned of, once. >= 0.
         delta: upper bound of the unclipped ratio (two-sided clipping); None means no bound. > 0.
-        beta: weight of the k3 KL estimate against the reference policy; 0 needs no reference.
+        beta: weight of the KL of the policy from the reference policy; 0 needs no reference.
+        kl_estimator: ``"k3"`` estimates that KL from the sampled token's ``ref_logps``; ``"exact"`` sums it over the vocabulary,
+            from ``ref_hidden`` and ``ref_weight``: a product more, and no sampling noise.
         use_bias_correction_kl: multiply k3 by the importance ratio, with its gradient (DeepSeek-V3.2).
         temperature: the logits are divided by it. > 0.
         logit_scale: the logits are multiplied by it, before softcap and temperature (Granite, Cohere). Finite, not 0.
@@ -69,10 +72,12 @@ class GRPOLossConfig:
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
+    kl_estimator: KLEstimator = "k3"
 
     def __post_init__(self):
         self._one_of("loss_type", tuple(TERMS))
         self._one_of("importance_sampling_level", IMPORTANCE_SAMPLING_LEVELS)
+        self._one_of("kl_estimator", get_args(KLEstimator))
         if not isinstance(self.use_bias_correction_kl, bool):
             raise ValueError(f"use_bias_correction_kl must be True or False, got {self.use_bias_correction_kl!r}")
         self._number("epsilon", lambda x: x >= 0, ">= 0")
@@ -126,6 +131,11 @@ class GRPOLossConfig:
         return self.beta != 0 or self.entropy_coef != 0 or TERMS[self.loss_type].registered
 
     @property
+    def exact_kl(self) -> bool:
+        """Whether the loss reads the KL from the reference over the whole vocabulary."""
+        return self.beta != 0 and self.kl_estimator == "exact"
+
+    @property
     def sequence_level(self) -> bool:
         return self.importance_sampling_level == "sequence"
 
@@ -170,6 +180,7 @@ class LossOptions(TypedDict, total=False):
     vespo_lambda_pos: float
     vespo_k_neg: float
     vespo_lambda_neg: float
+    kl_estimator: KLEstimator
 
 
 LOSS_FIELDS = tuple(field.name for field in dataclasses.fields(GRPOLossConfig))

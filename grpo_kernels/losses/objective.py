@@ -31,6 +31,7 @@ def objective(
     importance_sampling_ratio: torch.Tensor | None = None,
     sampling_logps: torch.Tensor | None = None,
     num_items=None,
+    kl: torch.Tensor | None = None,
     config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 - frozen
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of the GRPO family from the log-probs of the sampled tokens.
@@ -41,32 +42,34 @@ def objective(
         advantages: [B] or [B, T].
         mask: [B, T] bool or 0/1; what any per-token input holds where it is 0 is ignored.
         old_logps: [B, T] log-probs the ratio is taken against; None = on-policy, ``logps.detach()``.
-        ref_logps: [B, T] log-probs of the reference; needed when ``config.beta != 0``.
+        ref_logps: [B, T] log-probs of the reference; needed when ``config.beta != 0``, but for ``kl_estimator="exact"``.
         importance_sampling_ratio: [B, T] or [B, 1] trainer / sampler correction.
         sampling_logps: [B, T], may hold nan; for the off-policy mask, falls back to ``old_logps``.
         num_items: divisor of dapo, cispo and vespo: a number, or a 0-dim tensor (clamped to >= 1); None = kept tokens.
+        kl: [B, T] KL of the policy from the reference over the vocabulary, for ``kl_estimator="exact"``; differentiable.
         config: the options.
 
     Returns:
-        loss: 0-dim, differentiable in ``logps`` and ``entropy``.
+        loss: 0-dim, differentiable in ``logps``, ``entropy`` and ``kl``.
         metrics: name -> 0-dim detached tensor.
 
     Source: the papers named in README.md; equal to TRL 1.16's ``GRPOTrainer._compute_loss``.
     """
-    if config.beta != 0 and ref_logps is None:
-        raise ValueError(f"ref_logps must be given when beta != 0 (beta = {config.beta}), got None")
+    needed, given = ("kl", kl) if config.exact_kl else ("ref_logps", ref_logps)
+    if config.beta != 0 and given is None:
+        raise ValueError(f"{needed} must be given when beta != 0 (beta = {config.beta}), got None")
     refuse_lost_gradients(
         config, advantages=advantages, mask=mask, old_logps=old_logps, ref_logps=ref_logps, num_items=num_items,
         importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps,
     )  # fmt: skip
     tensors = {"old": old_logps, "ref": ref_logps, "rho": importance_sampling_ratio, "sampling": sampling_logps}
-    return evaluate(prepare(config, logps.dtype, advantages, mask, tensors, num_items), logps, entropy, config)
+    return evaluate(prepare(config, logps.dtype, advantages, mask, tensors, num_items), logps, entropy, config, kl=kl)
 
 
 def refuse_lost_gradients(config, **given):
     """What the loss reads beside log-probs and entropies is a constant of it; what it does not read is ignored."""
     unread = {
-        "ref_logps": config.beta == 0, "sampling_logps": config.off_policy_mask_threshold is None,
+        "ref_logps": config.beta == 0 or config.exact_kl, "sampling_logps": config.off_policy_mask_threshold is None,
         "num_items": config.aggregation not in DIVIDED_BY_ITEMS,
     }  # fmt: skip
     for name, value in given.items():
@@ -84,7 +87,7 @@ class TokenInputs:
     per_sequence: bool  # so are the advantages
     count: torch.Tensor  # 0-dim, the tokens that a mean over tokens is over, at least 1 (of a rank: its share of all)
     old: torch.Tensor | None = None  # [B, T]
-    ref: torch.Tensor | None = None  # [B, T], None when beta is 0
+    ref: torch.Tensor | None = None  # [B, T], None where k3 is not in the loss
     rho: torch.Tensor | None = None  # [B, 1] or [B, T]
     sampling: torch.Tensor | None = None  # [B, T]
 
@@ -114,7 +117,7 @@ def prepare(config, dtype, advantages, mask, tensors, num_items=None) -> TokenIn
         per_sequence=advantages.dim() == 1,
         count=count,
         old=clean(tensors["old"]),
-        ref=clean(tensors["ref"]) if config.beta != 0 else None,
+        ref=clean(tensors["ref"]) if config.beta != 0 and not config.exact_kl else None,
         rho=clean(tensors["rho"], 1.0),
         sampling=clean(tensors["sampling"]) if config.off_policy_mask_threshold is not None else None,
     )
@@ -142,8 +145,8 @@ def _divisor(config, m, num_items, token_count):
     return num_items.detach().to(m).clamp(min=1) if isinstance(num_items, torch.Tensor) else num_items
 
 
-def evaluate(t: TokenInputs, logps, entropy, config, top=None, reduction="loss_type"):
-    """(loss, metrics) of log-probs and entropies [B, T].
+def evaluate(t: TokenInputs, logps, entropy, config, top=None, reduction="loss_type", kl=None):
+    """(loss, metrics) of log-probs and entropies [B, T], and of the exact KL [B, T] where that is in the loss.
 
     ``top``: the (mask, count) of an entropy quantile over several ranks. ``reduction`` "none": loss is [B, T], without weights.
     """
@@ -178,20 +181,21 @@ def evaluate(t: TokenInputs, logps, entropy, config, top=None, reduction="loss_t
 
     # where u is 0, so is the term: a masked token must not turn 0 * inf into NaN
     policy_loss = (t.weights * s).where(m > 0, 0.0).sum()
-    if t.ref is not None:
-        kl = k3(log_w, w, t.ref - logps, config)
+    kl = kl if config.exact_kl else None if t.ref is None else k3(log_w, w, t.ref - logps, config)
+    if kl is not None:
+        kl = kl.where(m > 0, 0.0)
         policy_loss = policy_loss + config.beta * (t.weights * kl).where(m > 0, 0.0).sum()
     loss = policy_loss
     if config.entropy_coef != 0:
         loss = loss - config.entropy_coef * (entropy * active).sum() / count
     if reduction == "none":
-        loss = s if t.ref is None else s + config.beta * kl
+        loss = s if kl is None else s + config.beta * kl
         loss = loss if config.entropy_coef == 0 else loss - config.entropy_coef * entropy * active
         loss = loss.expand_as(m).where(m > 0, 0.0)
 
     with torch.no_grad():
         metrics = {"policy_loss": policy_loss.detach(), "entropy": _token_mean(entropy, m)}
-        if t.ref is not None:
+        if kl is not None:
             metrics["kl"] = _token_mean(kl, m)
         per_sequence = t.per_sequence and (config.sequence_level or phi is not None)
         metrics.update(_clip_metrics(w, phi, A, m, config, per_sequence))
@@ -212,13 +216,13 @@ def depends_on_its_row_alone(config: GRPOLossConfig, on_policy: bool) -> bool:
     if config.sequence_level and TERMS[config.loss_type].registered:
         return False
     if on_policy:
-        return not (config.sequence_level and config.beta != 0 and config.use_bias_correction_kl)
+        return not (config.sequence_level and config.beta != 0 and not config.exact_kl and config.use_bias_correction_kl)
     return not config.sequence_level and config.loss_type != "vespo"
 
 
 def known_zero(t: TokenInputs, config: GRPOLossConfig) -> torch.Tensor:
     """[B, T] bool: kept tokens whose gradient is zero whatever their log-probs will be. NaN inputs are never called zero."""
-    if t.ref is not None or config.entropy_coef != 0:
+    if config.beta != 0 or config.entropy_coef != 0:
         return torch.zeros_like(t.mask, dtype=torch.bool)
     # a registered term may have a gradient where the advantage is 0
     weight = t.weights.clone() if TERMS[config.loss_type].registered else t.weights * t.advantages
