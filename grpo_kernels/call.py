@@ -239,6 +239,8 @@ class LossArguments(TokenArguments):
             check_tensor(name, getattr(self, name), device, FLOAT_DTYPES)
             per_sequence = [(sequences, 1)] if name == "importance_sampling_ratio" else []
             check_shape(name, getattr(self, name), *per_sequence, tokens)
+        if self.config.exact_kl and self.teacher is None:
+            raise ValueError("kl_estimator must be 'k3' for a loss from logits, got 'exact': fused_linear_grpo_loss takes ref_hidden")
         if self.config.beta != 0 and not self.config.exact_kl and self.ref_logps is None:
             raise ValueError(f"ref_logps must be given when beta != 0 (beta = {self.config.beta}), got None")
         check_num_items(self.num_items, self.config)

@@ -12,6 +12,7 @@ from problems import make_problem
 from tolerance import assert_all_close
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, grpo_loss_from_logits, linear_logprobs
+from grpo_kernels.backends.comparison import Divergence
 from grpo_kernels.backends.statistics import finalize
 from grpo_kernels.engine import ops
 from grpo_kernels.engine.operands import Work, encoded
@@ -205,15 +206,33 @@ def test_opcheck(adapter):
         work = Work(LogitTransform(1.0, 3.0, 0.8), "torch", budget, (True, True, True, adapter, adapter), lora_scale=0.5)
         loss = encoded(replace(work, config=GRPOLossConfig(beta=0.1)))
         vectors = [x[:3] for x in (w, advantages, old, ref, w)]
-        torch.library.opcheck(registered.one_pass.default, (hidden, head, [rows, target, None, *vectors, None], 3, *loss), test_utils=checks)
+        call = (hidden, head, [], [rows, target, None, *vectors, None], 3, *loss)
+        torch.library.opcheck(registered.one_pass.default, call, test_utils=checks)
         for stash_rows, wanted in ((0, (False,) * 4), (3, (False,) * 4), (3, (True, False, True, True))):
             two_phases = encoded(replace(work, diagnostics=wanted))
-            score = (hidden, head, [rows, target, w + 0.5], 4, stash_rows, *two_phases)
+            score = (hidden, head, [], [rows, target, w + 0.5], 4, stash_rows, *two_phases)
             torch.library.opcheck(registered.score.default, score, test_utils=checks)
             *scored, stash, _ = registered.score(*score)
-            incoming = [normal(5), normal(5), normal(5)]
-            back = (hidden, head, [rows, target, w + 0.5], scored, stash, incoming, *two_phases)
+            incoming = [normal(5), normal(5), normal(5), None]
+            back = (hidden, head, [], [rows, target, w + 0.5], scored, stash, incoming, *two_phases)
             torch.library.opcheck(registered.score_backward.default, back, test_utils=checks)
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+def test_opcheck_beside_a_teacher(kind):
+    registered, checks = torch.ops.grpo_kernels, ("test_schema", "test_faketensor")
+    (hidden, *head), rows, target, normal = op_inputs(True)
+    teacher, temperature = [normal(9, 3), normal(21, 3), normal(21)], torch.rand(5, dtype=torch.float64) + 0.5
+    work = Work(LogitTransform(), "torch", 10**6, (True,) * 5, divergence=Divergence(kind), teacher_transform=LogitTransform(0.7))
+    call = (hidden, head, teacher, [rows, target, temperature, None, None, None, None, normal(3), None], 3, *encoded(work))
+    torch.library.opcheck(registered.one_pass.default, call, test_utils=checks)
+    for stash_rows in (0, 3):
+        score = (hidden, head, teacher, [rows, target, temperature], 4, stash_rows, *encoded(work))
+        torch.library.opcheck(registered.score.default, score, test_utils=checks)
+        *scored, stash, _ = registered.score(*score)
+        beside = [None, None] if stash_rows else [normal(5), normal(5)]
+        back = (hidden, head, teacher, [rows, target, temperature], scored, stash, [*beside, None, normal(5)], *encoded(work))
+        torch.library.opcheck(registered.score_backward.default, back, test_utils=checks)
 
 
 def test_opcheck_of_the_logits_ops():
