@@ -240,7 +240,7 @@ class LossArguments(TokenArguments):
             per_sequence = [(sequences, 1)] if name == "importance_sampling_ratio" else []
             check_shape(name, getattr(self, name), *per_sequence, tokens)
         if self.config.exact_kl and self.teacher is None:
-            raise ValueError("kl_estimator must be 'k3' for a loss from logits, got 'exact': fused_linear_grpo_loss takes ref_hidden")
+            raise ValueError("kl_estimator must be 'k3' for a loss from logits, got 'exact': see fused_linear_grpo_loss")
         if self.config.beta != 0 and not self.config.exact_kl and self.ref_logps is None:
             raise ValueError(f"ref_logps must be given when beta != 0 (beta = {self.config.beta}), got None")
         check_num_items(self.num_items, self.config)
