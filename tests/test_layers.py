@@ -18,6 +18,7 @@ FLOORS = (
     ("doctor", "bench"),
     ("trainer",),
     ("integrations",),
+    ("topk",),
     ("loss", "logprobs", "from_logits", "reference"),
     ("call",),
     ("support",),
