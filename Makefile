@@ -8,9 +8,9 @@ LINTERS ?= ruff==0.17.5 mypy==2.4.1 pyright[nodejs]==1.1.414
 # Parity tests and benchmarks compare with these. --no-deps: their own requirements would replace torch and transformers.
 PEERS ?= trl==1.16.0 liger-kernel==0.8.5
 
-# What of verl's own forwards runs on a CPU needs these, 300 MB; without them tests/test_verl.py leaves six cases out.
+# What of verl's own forwards runs on a CPU needs these, 300 MB; without them tests/test_verl.py leaves ten cases out.
 VERL ?= verl==0.9.1 ray==2.60.0 tensordict==0.10.0 omegaconf==2.4.0 pyvers==0.1.0 msgpack protobuf requests urllib3 certifi \
-	jsonschema jsonschema-specifications referencing rpds-py attrs cloudpickle
+	jsonschema jsonschema-specifications referencing rpds-py attrs cloudpickle codetiming==1.4.0 orjson==3.13.0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.grpo-kernels

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .losses.objective import objective
     from .losses.terms import register_policy_term
     from .support import TokenSupport
+    from .topk import topk_divergence
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "objective",
     "reference",
     "register_policy_term",
+    "topk_divergence",
 ]
 
 _MODULES = {
@@ -56,9 +58,10 @@ _MODULES = {
     "losses.objective": ("objective",),
     "losses.terms": ("register_policy_term",),
     "support": ("TokenSupport",),
+    "topk": ("topk_divergence",),
 }
 _SUBMODULES = ("backends", "build_cuda", "call", "devices", "distributed", "divergence", "engine", "from_logits", "logprobs",
-               "loss", "losses", "reference", "support", "teacher")  # fmt: skip
+               "loss", "losses", "reference", "support", "teacher", "topk")  # fmt: skip
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 

@@ -26,7 +26,11 @@ _BAD_VALUES = (
     "temperature must be > 0 and finite where the mask is 1, got others at {} positions",
     "cu_seqlens must rise from 0 to N without falling, got {} ends that do not",
 )
-_BAD_IDS_AT = "ids must be in [0, V = {vocab}), or -1 for none, where the mask is 1, got others at {} positions"
+_BAD_IDS_AT = {
+    "ids": "ids must be in [0, V = {vocab}), or -1 for none, where the mask is 1, got others at {} positions",
+    "teacher_ids": "teacher_ids must be in [0, V = {vocab}), or -1 for none, and none twice in a position, where the mask is 1, "
+    "got others at {} positions",
+}
 
 
 def refuse_transforms(tensors):
@@ -175,5 +179,5 @@ def raise_bad_values(counts, vocab, ids_name=None):
     """``ids_name``: of `TokenArguments`."""
     for i, (count, message) in enumerate(zip(counts, _BAD_VALUES, strict=True)):
         if count:
-            message = _BAD_IDS_AT if i == 1 and ids_name == "ids" else message
+            message = _BAD_IDS_AT.get(ids_name, message) if i == 1 else message
             raise ValueError(message.format(count, vocab=vocab))

@@ -13,6 +13,7 @@ from .call import LogProbs, LogProbsAndLse, TokenArguments, describe
 from .checks import Backend, refuse_transforms
 from .engine.diagnostics import NAMES
 from .engine.pairs import PairRows, with_pair_logits
+from .engine.products import tile_dtype
 from .support import TokenSupport
 
 
@@ -142,13 +143,26 @@ def linear_logprobs_at(
     """
     if torch.compiler.is_compiling():
         raise RuntimeError("linear_logprobs_at cannot be used under torch.compile: call it inside of torch.compiler.disable")
+    logps, entropy, _ = logprobs_at(
+        hidden, weight, ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
+        workspace_bytes, backend,
+    )  # fmt: skip
+    return LogProbs(logps, entropy)
+
+
+def logprobs_at(hidden, weight, ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
+                workspace_bytes, backend, ids_name="ids", as_in_tiles=False):  # fmt: skip
+    """(logps, entropy, the dtype of a tile's logits): `linear_logprobs_at` for those who want a log-prob of the other tokens.
+
+    ``as_in_tiles``: as in `with_pair_logits`.
+    """
     call = _described(
         hidden, weight, None, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
-        workspace_bytes, backend, ids_name="ids", candidates=ids,
+        workspace_bytes, backend, ids_name=ids_name, candidates=ids,
     )  # fmt: skip
     count, ids = ids.shape[-1], torch.nn.functional.pad(ids.long(), (0, 1), value=-1)
     index, chosen = call.rows.index, ids.reshape(-1, count + 1)[call.rows.index]
-    z, call = _logits_at(call, chosen)
+    z, call = _logits_at(call, chosen, as_in_tiles)
     given, offset = chosen >= 0, 0 if call.work.shard is None else call.work.shard.offset
     # the likeliest is the target of the dense pass: near p = 1, z - lse has lost its digits
     best = z.detach().masked_fill(~given, -float("inf")).argmax(1, keepdim=True)
@@ -158,16 +172,17 @@ def linear_logprobs_at(
     difference = torch.where((z == top) & z.isinf(), 0.0, z - top)  # of banned tokens alone
     values = (difference + logps.reshape(-1)[index].unsqueeze(1)).where(given, 0.0)
     full = values.new_zeros(entropy.numel(), count + 1).index_copy(0, index, values).view(ids.shape)
-    return LogProbs(full.where(call.mask.bool().unsqueeze(-1), 0.0)[..., :count], entropy)
+    stored = tile_dtype(call.head.weight, call.work.backend)
+    return full.where(call.mask.bool().unsqueeze(-1), 0.0)[..., :count], entropy, stored
 
 
-def _logits_at(call, ids):
+def _logits_at(call, ids, as_in_tiles):
     """(z [N, K] of these tokens, 0 where an id is -1, differentiable; the call, whose gradients pass through the pairs)."""
     rows, work = call.rows, call.work
     own = ids if work.shard is None else ids - work.shard.offset
     here = (ids >= 0) & (own >= 0) & (own < call.head.weight.shape[0])
     pairs = PairRows.rectangular(own.where(here, -1), rows.index, rows.live)
-    z, hidden, head = with_pair_logits(call.head, rows.hidden, pairs, work)
+    z, hidden, head = with_pair_logits(call.head, rows.hidden, pairs, work, as_in_tiles)
     z = z.view(ids.shape).where(here, 0.0)
     z = work.transform.logit_scale * (z if work.shard is None else work.shard.summed(z))
     if work.transform.softcap is not None:

@@ -18,6 +18,7 @@ FLOORS = (
     ("doctor", "bench"),
     ("trainer",),
     ("integrations",),
+    ("topk",),
     ("loss", "logprobs", "divergence", "from_logits", "reference"),
     ("call",),
     ("support", "teacher"),

@@ -41,13 +41,18 @@ def ours(p, ids, backend, dtype=None, temperature=None, **more):
     return out, leaves
 
 
-def plain(p, ids, dtype=None, temperature=None):
+def full_log_probs(p, dtype=None, temperature=None):
+    """(log p [B, T, V], which positions are kept, leaves)"""
     (hidden, weight, _, _, mask), keywords, leaves = p.arguments(dtype)
     kept, c = mask.bool(), p.config
     z = hidden_to_logits(hidden.where(kept.unsqueeze(-1), 0.0), weight, keywords["bias"], keywords["lora"])
     z = c.logit_scale * z.to(torch.promote_types(z.dtype, torch.float32))
     z = z if c.softcap is None else c.softcap * torch.tanh(z / c.softcap)
-    log_p = (z / (c.temperature if temperature is None else temperature.unsqueeze(-1))).log_softmax(-1)
+    return (z / (c.temperature if temperature is None else temperature.unsqueeze(-1))).log_softmax(-1), kept, leaves
+
+
+def plain(p, ids, dtype=None, temperature=None):
+    log_p, kept, leaves = full_log_probs(p, dtype, temperature)
     entropy = -(log_p.exp() * log_p.where(log_p > -math.inf, 0.0)).sum(-1).where(kept, 0.0)
     return (log_p.gather(-1, ids.clamp(min=0)).where((ids >= 0) & kept.unsqueeze(-1), 0.0), entropy), leaves
 

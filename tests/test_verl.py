@@ -12,7 +12,7 @@ import torch
 from problems import DEVICE
 from tolerance import assert_close, assert_no_worse_than_torch
 
-from grpo_kernels import logprobs
+from grpo_kernels import logprobs, topk_divergence
 from grpo_kernels.integrations.verl import install_verl_backend, linear_cross_entropy, uninstall_verl_backend
 
 V, D = 37, 16
@@ -350,6 +350,34 @@ def test_verls_triton_forward_with_ours(verl_kernel, architecture, tied, batch, 
     for name in exact:
         assert_close(name, ours[name], theirs[name], 2e-5)
         assert_no_worse_than_torch(name, ours[name], theirs[name], exact[name])
+
+
+@pytest.mark.parametrize("clamp", [None, -10.0])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_verls_forward_kl_topk_is_ours_without_a_tail(clamp, chunked):
+    """verl leaves the other tokens out too; its clamp of log-probs is to touch none here. It sums in float32."""
+    losses = pytest.importorskip("verl.trainer.distillation.fsdp.losses", reason="needs verl 0.9.1, see VERL in the Makefile")
+    from verl.workers.config import DistillationLossConfig
+
+    settings = DistillationLossConfig(loss_mode="forward_kl_topk", use_policy_gradient=False, log_prob_min_clamp=clamp,
+                                      use_chunked_topk=chunked, chunked_topk_chunk_size=4)  # fmt: skip
+    config = types.SimpleNamespace(distillation_loss=settings)
+    hidden, weight, _ = problem((9, D), (9,), spread=1.0, dtype=torch.float32)
+    hidden.data[-1] = 0.0  # a confident row's other tokens are below the clamp
+    noise = torch.randn(9, V, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    logps, ids = (hidden.detach() @ weight.detach().T + noise).log_softmax(-1).topk(6, -1)
+    assert (hidden @ weight.T).log_softmax(-1).gather(-1, ids).min() > -10 and logps.min() > -10
+    found = []
+    for theirs in (True, False):
+        if theirs:
+            nested = [torch.nested.nested_tensor([x], layout=torch.jagged) for x in (logps, ids)]
+            divergence = losses.compute_forward_kl_topk((hidden @ weight.T).unsqueeze(0), *nested, config, "thd")["distillation_losses"][0]
+        else:
+            divergence = topk_divergence(hidden, weight, ids, logps, tail=False)
+        weighed = (divergence * torch.linspace(-1, 2, 9, device=DEVICE)).sum()
+        found.append([divergence, *torch.autograd.grad(weighed, (hidden, weight))])
+    for name, ours, theirs in zip(("divergence", "hidden", "weight"), found[1], found[0], strict=True):
+        assert_close(name, ours, theirs, 2e-6)
 
 
 def test_the_installed_verl_is_known_and_restored(verl_kernel):

@@ -23,6 +23,7 @@ from grpo_kernels import (
     objective,
     reference,
     register_policy_term,
+    topk_divergence,
 )
 
 hidden, weight, logits, rewards = torch.randn(2, 3, 8), torch.randn(11, 8), torch.randn(2, 3, 11), torch.randn(2)
@@ -54,6 +55,7 @@ out = FusedLinearGRPOLoss()(hidden, weight, ids, advantages, mask, old_logps=log
 support: TokenSupport = TokenSupport.from_padded(ids.unsqueeze(-1)).take(ids.flatten()).to("cpu")
 old = linear_logprobs(hidden, weight, ids, support=support)
 old = linear_logprobs_at(hidden, weight, ids.unsqueeze(-1), mask=mask, temperature=0.7)
+divergence: Tensor = topk_divergence(hidden, weight, ids.unsqueeze(-1), logps.unsqueeze(-1), kind="jsd", beta=0.1, tail=True, mask=mask)
 out = fused_linear_grpo_loss(hidden, weight, ids, advantages, mask, support=TokenSupport.from_mask(logits > 0))
 
 
@@ -68,6 +70,7 @@ fused_linear_grpo_loss(hidden, weight, ids, advantages, mask, old=logps)  # type
 linear_logprobs(hidden, weight, [1, 2])  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
 FusedLinearGRPOLoss(epsilonn=0.2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 FusedLinearGRPOLoss(importance_sampling_level="word")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+topk_divergence(hidden, weight, ids, logps, kind="kl")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 linear_logprobs(hidden, weight, ids, backend="gpu")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
 GRPOLossConfig(epsilon="0.2")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 GRPOLossConfig(epsilonn=0.2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

@@ -25,7 +25,7 @@ from .diagnostics import merged as merged_moments
 from .diagnostics import new_moments, variance_of, with_tile
 from .operands import Head, Teacher, Work
 from .ops import differentiable_once
-from .products import accumulation_dtype, blocks, zeros
+from .products import accumulation_dtype, blocks, tile_dtype, zeros
 
 _ROWS = 1024  # whose dH stands apart in float32, beside an adapter or in a shard
 
@@ -77,11 +77,14 @@ class RangeScores(NamedTuple):
     divergence: torch.Tensor | None = None  # from the teacher
 
 
-def with_pair_logits(head: Head, hidden, pairs: PairRows, work: Work):
-    """(z [M] raw logits with the bias, differentiable; hidden and head, through which the dense side's gradients come)."""
+def with_pair_logits(head: Head, hidden, pairs: PairRows, work: Work, as_in_tiles=False):
+    """(z [M] raw logits with the bias, differentiable; hidden and head, through which the dense side's gradients come).
+
+    ``as_in_tiles``: rounded where a tile's logits are, so that a probability left by these is that of the others.
+    """
     if not any(work.needs):
-        return _Side(pairs, work, hidden, head).logits(), hidden, head
-    z, hidden, *tensors = _PairLogits.apply(pairs, work, hidden, *head.tensors)
+        return _Side(pairs, work, hidden, head).logits(as_in_tiles), hidden, head
+    z, hidden, *tensors = _PairLogits.apply(pairs, work, as_in_tiles, hidden, *head.tensors)
     return z, hidden, Head(*tensors)
 
 
@@ -119,11 +122,11 @@ def _scored(pairs, work, z):
 
 class _PairLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pairs, work, hidden, *tensors):
+    def forward(ctx, pairs, work, as_in_tiles, hidden, *tensors):
         ctx.pairs, ctx.work = pairs, work
         ctx.set_materialize_grads(False)
         side = _Side(pairs, work, hidden, Head(*tensors))
-        z = side.logits()
+        z = side.logits(as_in_tiles)
         ctx.save_for_backward(hidden, *tensors)
         through = (hidden, *tensors)
         ctx.mark_non_differentiable(*(x for x, needed in zip(through, work.needs, strict=True) if x is not None and not needed))
@@ -136,7 +139,7 @@ class _PairLogits(torch.autograd.Function):
         found = list(incoming)
         if dz is not None:
             found = _Side(ctx.pairs, ctx.work, hidden, Head(*tensors)).gradients(dz.contiguous(), found)
-        return None, None, *(x if needed else None for x, needed in zip(found, ctx.work.needs, strict=True))
+        return None, None, None, *(x if needed else None for x, needed in zip(found, ctx.work.needs, strict=True))
 
 
 class _Side:
@@ -148,17 +151,23 @@ class _Side:
         self.accumulate = accumulation_dtype(hidden.dtype)
         self.adapts = head.lora_a is not None and len(head.lora_a) > 0  # the kernels want a column
 
-    def logits(self):
+    def logits(self, as_in_tiles=False):
         pairs, head = self.pairs, self.head
         z = torch.empty(pairs.ids.shape, dtype=self.accumulate, device=pairs.ids.device)
+        stored = tile_dtype(head.weight, self.work.backend) if as_in_tiles else z.dtype
         with self._precise():
             ids, weight, bias = _rows_of(head.weight, pairs.ids, head.bias)
             bias = None if bias is None else bias.to(self.accumulate).contiguous()
-            self.kernels.pair_logits(Pairs(ids, pairs.ranges, pairs.index), self.hidden, weight, z, bias=bias)
+            of_pairs = Pairs(ids, pairs.ranges, pairs.index)
+            self.kernels.pair_logits(of_pairs, self.hidden, weight, z, bias=bias if stored == z.dtype else None)
+            z = z.to(stored).to(z.dtype)
             if self.adapts:
-                ids, b, _ = _rows_of(head.lora_b, pairs.ids)
-                by_row = Pairs(ids, pairs.ranges, pairs.index)
+                b_ids, b, _ = _rows_of(head.lora_b, pairs.ids)
+                by_row = Pairs(b_ids, pairs.ranges, pairs.index)
                 self.kernels.pair_logits(by_row, self._adapted(), b, z, scale=self.work.lora_scale, add=True)
+                z = z.to(stored).to(z.dtype)
+            if stored != z.dtype and bias is not None:  # which a row kernel adds to what it reads
+                z += bias[ids.clamp(min=0)]
         return z
 
     def _precise(self):
