@@ -38,7 +38,7 @@ CHANGED = {
     "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.4, "delta": 2.2, "beta": 0.4, "use_bias_correction_kl": False,
     "temperature": 1.3, "logit_scale": 1.5, "softcap": 2.0, "entropy_coef": 0.5, "top_entropy_quantile": 0.2, "off_policy_mask_threshold": -2.0,
     "max_completion_length": 20, "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 2.0, "vespo_k_pos": 1.0, "vespo_lambda_pos": 1.0,
-    "vespo_k_neg": 1.0, "vespo_lambda_neg": 1.0,
+    "vespo_k_neg": 1.0, "vespo_lambda_neg": 1.0, "kl_estimator": "exact",
 }  # fmt: skip
 TENSORS = ("old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps", "num_items")
 
@@ -57,7 +57,10 @@ def result(loss_type, beta, name=None):
     if name in TENSORS:
         value = getattr(problem, name)
         problem = dataclasses.replace(problem, **{name: value + 1.0 if name == "sampling_logps" else value * 2})
-    found = run(fused_linear_grpo_loss, problem)
+    more = {}
+    if name == "kl_estimator":
+        more = {"ref_hidden": problem.hidden * 0.9, "ref_weight": problem.weight * 1.1}
+    found = run(fused_linear_grpo_loss, problem, **more)
     return torch.cat([found.loss.flatten(), *(x.flatten() for x in found.gradients.values())])
 
 

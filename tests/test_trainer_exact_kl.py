@@ -9,11 +9,13 @@ from test_trainer import DATA, config, model_inputs, next_micro_batches, tiny_mo
 from tolerance import assert_no_worse_than_torch
 from transformers import Cohere2Config, Cohere2ForCausalLM, Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
+from docs import kl_variance
 from grpo_kernels import GRPOLossConfig, objective
-from grpo_kernels.integrations.transformers import lm_head
+from grpo_kernels.integrations.transformers import fuse_lm_head, lm_head
 from grpo_kernels.reference import divergence_from_logits, logps_from_logits, restricted
 from grpo_kernels.trainer import dry_run, microbatch
 from grpo_kernels.trainer import trainer as module
+from grpo_kernels.trainer.demo import make_tokenizer
 from grpo_kernels.trainer.diagnose import NotFinite
 from grpo_kernels.trainer.rollout import joined
 
@@ -322,3 +324,21 @@ def test_the_dry_run_counts_what_is_kept(tmp_path):
     assert "reference" not in plans[0]
     assert plans[1]["reference"].startswith("its last hidden states of 40 tokens are kept")
     assert plans[2]["reference"].endswith("8 MiB at full length")  # 8 x 2^15 x 16 x 2 bytes
+
+
+# ---- what it is for ----
+
+
+def test_its_gradient_has_the_variance_of_prompts_and_prefixes_alone(capsys):
+    """Of one prompt and completions of one token there is neither; k3 has that of the token."""
+    t = kl_variance.trained_away(tiny_model(), make_tokenizer(), 1, per_device_train_batch_size=8)
+    moved(t.model)
+    t.train_dataset, t.args.max_completion_length = DATA[:1], 1
+    found = kl_variance.measure(t, fuse_lm_head(tiny_model()).eval(), batches=24, completions=64)
+    kl_variance.show(1, found)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    k3, uncorrected, exact = found.values()
+    size = exact.mean.norm() ** 2
+    assert size > 1e-6 and exact.variance < 1e-9 * size and min(k3.variance, uncorrected.variance) > 1e-2 * size
+    # their mean is the exact gradient, up to what 24 batches leave of their variance
+    assert (k3.mean - exact.mean).norm() ** 2 < 4 * k3.variance / 24
