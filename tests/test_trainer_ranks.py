@@ -38,6 +38,7 @@ ADAM = dict(optim="adamw_torch", learning_rate=1e-2, adam_epsilon=1e-3)  # a gra
 # per_device_train_batch_size is that of one process; two have half of it each
 RUNS = {
     "off-policy with KL": dict(beta=0.1, num_iterations=2, max_steps=4, max_grad_norm=0.5, per_device_train_batch_size=8, **SGD),
+    "off-policy with exact KL": dict(beta=0.1, kl_estimator="exact", num_iterations=2, max_steps=4, per_device_train_batch_size=8, **SGD),
     "groups that straddle ranks": dict(per_device_train_batch_size=4, steps_per_generation=3, max_steps=6, num_generations=3, **SGD),
     "accumulation": dict(gradient_accumulation_steps=2, per_device_train_batch_size=4, logging_steps=2, max_steps=4, **SGD),
     "accumulation, sequences": dict(gradient_accumulation_steps=2, per_device_train_batch_size=4, steps_per_generation=4, loss_type="grpo",
@@ -61,6 +62,8 @@ RUNS = {
 }  # fmt: skip
 SHARDED = {
     "sharded, twenty steps": dict(per_device_train_batch_size=8, num_iterations=2, beta=0.1, max_steps=20, **ADAM),
+    "sharded, exact KL": dict(per_device_train_batch_size=4, num_iterations=2, gradient_accumulation_steps=2, beta=0.1, kl_estimator="exact",
+                              max_steps=6, **ADAM),
     "sharded, checkpointing": dict(per_device_train_batch_size=4, gradient_checkpointing=True, gradient_accumulation_steps=2,
                                    max_grad_norm=0.5, **SGD),
     "sharded, nothing kept on rank 1": dict(masked=(4, 5, 6, 7), num_generations=8, per_device_train_batch_size=8, top_entropy_quantile=0.5, **SGD),

@@ -361,7 +361,7 @@ def test_dropout_reaches_neither_the_reference_nor_who_asked_for_none(tmp_path):
     t = trainer(tmp_path, model=model, peft_config=lora(0.0), beta=0.1)
     (batch,) = next_micro_batches(t)
     assert t.model.training
-    again = t._reference_logps(t._rollout, whole=False)
+    again = t._of_reference(t._rollout)["ref_logps"]
     assert torch.equal(batch["ref_logps"], again), "dice in the reference"
     t = trainer(tmp_path, peft_config=lora(0.5), disable_dropout=True)
     assert not any(m.p for m in t.model.modules() if isinstance(m, torch.nn.Dropout))

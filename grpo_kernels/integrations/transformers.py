@@ -293,25 +293,29 @@ def _check_values(support, labels, shift_labels, vocab):
         raise ValueError(wrong)
 
 
-def lm_head(model, dtype=None) -> LMHead:
+def lm_head(model, dtype=None, adapters=True) -> LMHead:
     """The output layer of a causal LM as numbers: adapters on it apart, factors from the model's configuration.
 
-    ``dtype`` is what weight, bias and adapter are cast to; None is the weight's.
+    ``dtype`` is what weight, bias and adapter are cast to; None is the weight's. ``adapters=False``: the layer that PEFT adapts, as
+    it is where the adapters are switched off; the same tensors.
 
     Raises:
         NotImplementedError: it carries an adapter that is more than ``h W^T + scale (h A^T) B^T``, or quantized weights.
     """
     layer = model.get_output_embeddings()
     if hasattr(layer, "modules_to_save"):  # PEFT: a trained copy beside the original
-        saved = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.modules_to_save]
+        active = layer.active_adapters if adapters and not layer.disable_adapters else ()
+        saved = [name for name in active if name in layer.modules_to_save]
         layer = layer.modules_to_save[saved[0]] if saved else layer.original_module
-    elif "base_layer" in layer._modules and layer.disable_adapters and layer.merged:
+    elif not adapters and hasattr(layer, "token_adapter"):  # PEFT: trained rows beside the original
+        layer = layer.original_module
+    elif "base_layer" in layer._modules and (layer.disable_adapters or not adapters) and layer.merged:
         layer.unmerge()  # as PEFT's own forward does
     weight, bias = layer.weight, getattr(layer, "bias", None)
     if not weight.is_floating_point():
         raise NotImplementedError(f"the output layer must hold plain weights, got {type(weight).__name__} of {weight.dtype}")
     dtype = weight.dtype if dtype is None else dtype
-    lora = _adapter(layer, dtype)
+    lora = _adapter(layer, dtype) if adapters else None
     scale, softcap = _factors(model.config.get_text_config())
     return LMHead(_local(weight).to(dtype), None if bias is None else _local(bias).to(dtype), lora, scale, softcap)
 

@@ -1,5 +1,7 @@
 """A loss that is not finite: which tensor it came from, and which token."""
 
+import itertools
+
 import torch
 
 
@@ -7,30 +9,33 @@ class NotFinite(FloatingPointError):
     """The loss is NaN or infinite; the message names the first tensor, sequence and token where that begins."""
 
 
-def check(loss, micro, hidden, head, batch, named_parameters, decode=None):
+def check(loss, micro, hidden, head, batch, named_parameters, decode=None, reference=None):
     """Raises `NotFinite` unless the loss is finite. Waits for the device.
 
     Args:
         loss: 0-dim. micro: the `MicroBatch` that went in; batch: the one it was made of.
-        hidden: the predicting states; head: an `LMHead`.
+        hidden: the predicting states; head: an `LMHead`; reference: that of the reference, if the loss reads it.
         named_parameters: of the model, to tell whether training or the input broke it. decode: token ids -> text, or None.
     """
     if bool(loss.isfinite()):
         return
     given = micro.loss_inputs
     found = []
-    for name, x in (("old_logps", given.get("old_logps")), ("ref_logps", given.get("ref_logps")), ("the hidden states", hidden)):
+    of_tokens = {name: given.get(name) for name in ("old_logps", "ref_logps", "ref_hidden")}
+    for name, x in (of_tokens | {"the hidden states": hidden}).items():
         if x is not None:
             bad = ~x.isfinite()
             bad = bad.any(-1) if x.dim() > given["mask"].dim() else bad
             where = (bad & given["mask"].bool()).nonzero()
             if len(where):
                 found.append(f"{name} at {_place(where[0], micro, batch, decode)}{_and_more(len(where))}")
-    for name, x in (("weight", head.weight), ("bias", head.bias)):
+    heads = {"the head": head} | ({} if reference is None else {"the reference's head": reference})
+    for (whose, of), name in itertools.product(heads.items(), ("weight", "bias")):
+        x = getattr(of, name)
         bad = None if x is None else ~x.isfinite() if name == "weight" else x.isnan() | (x == float("inf"))
         if bad is not None and bad.any():
             rows = bad.flatten(1).any(1).nonzero() if bad.dim() > 1 else bad.nonzero()
-            found.append(f"the head's {name} in the row of token {rows[0].item()}{_and_more(len(rows))}")
+            found.append(f"{whose}'s {name} in the row of token {rows[0].item()}{_and_more(len(rows))}")
     broken = [name for name, p in named_parameters if not bool(p.detach().isfinite().all())]
     if broken:
         found.append(f"the parameter {broken[0]}{_and_more(len(broken))}: an earlier step broke it")

@@ -100,9 +100,10 @@ def describe(trainer):
     backend = backends.resolve(args.backend, weight.device, weight.dtype, V)
     budget = plan.default_budget(weight.device.type)
     two_phases = not depends_on_its_row_alone(trainer.loss_config, on_policy=args.steps_per_rollout == 1)
+    exact, size = trainer.loss_config.exact_kl, torch.bfloat16.itemsize if args.bf16 else weight.element_size()
     problem = plan.Problem(
         live, 0, V, D, weight.element_size(), tile_dtype(weight, backend).itemsize, True, needs_weight, budget, two_phases,
-        device=plan.device_of(weight.device),
+        device=plan.device_of(weight.device), teacher_depth=D * exact, teacher_size=size * exact,
     )  # fmt: skip
     peak = plan.peak_bytes(problem, live)
     logits = live * V * (weight.element_size() + 12)
@@ -113,9 +114,13 @@ def describe(trainer):
         instead = f"; over supports {_bytes(2 * one - two)} and {(two - one) // live} bytes a token in them"
     yield (f"the loss   at most {_bytes(peak)} of memory on top of its inputs, gradients included, per micro-batch of {live:,} "
            f"tokens{whole}; through logits some {_bytes(logits)}{instead}")  # fmt: skip
+    if exact:
+        states = args.generation_batch_size // args.world_size * args.max_completion_length
+        yield (f"reference  its last hidden states of {states:,} tokens are kept with a rollout of each process: "
+               f"{_bytes(states * D * size)} at full length")  # fmt: skip
     body = total - V * D * (1 if causal_lm.config.get_text_config().tie_word_embeddings else 2)  # embeddings are only looked up
     passes = 8 if args.gradient_checkpointing else 6
-    products = 3 if needs_weight else 2
+    products = (3 if needs_weight else 2) + exact  # the reference's logits
     in_head = f"{'at most ' * keeps}{_flops(2 * products * V * D * kept)}"
     yield (f"operations {_flops(2 * body * tokens + 2 * V * D * kept)} to sample, {_flops(passes * body * tokens)} in the body and "
            f"{in_head} in the head, per step and process, at full length")  # fmt: skip

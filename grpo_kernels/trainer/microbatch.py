@@ -12,7 +12,7 @@ import torch
 from ..losses.objective import OVER_SEQUENCES
 from . import sampling_mask
 
-PER_TOKEN = ("old_logps", "ref_logps", "support")
+PER_TOKEN = ("old_logps", "ref_logps", "ref_hidden", "support")
 _FLASH = ("flash_attention", "flex_attention", "kernels-community")
 
 
@@ -20,7 +20,7 @@ class MicroBatch(NamedTuple):
     """B completions in [B, P + T], or packed in [1, N]."""
 
     model_inputs: dict  # input_ids, attention_mask, position_ids
-    loss_inputs: dict  # completion_ids, mask, advantages, old_logps, ref_logps, support, cu_seqlens, by the names of the loss
+    loss_inputs: dict  # completion_ids, mask, advantages, old_logps, ref_logps or ref_hidden, support, cu_seqlens
     at: torch.Tensor | None  # packed: the places in [N] that predict a kept token; else None
     kept: torch.Tensor | None  # packed: mask [B, T] of those tokens in the batch it was made of
     rows: torch.Tensor | None  # rows of the batch it was made of; None is all
@@ -35,8 +35,8 @@ class MicroBatch(NamedTuple):
         return hidden[:, -self.loss_inputs["mask"].shape[1] - 1 : -1]
 
     def spread(self, values):
-        """What the loss returned per token, as [B, T] of the whole batch, 0 elsewhere."""
-        whole = values.new_zeros(self.shape)
+        """What was made of each token, as [B, T, ..] of the whole batch, 0 elsewhere."""
+        whole = values.new_zeros(*self.shape, *values.shape[1 if self.at is not None else 2 :])
         if self.kept is not None:
             whole[self.kept] = values
         else:

@@ -28,6 +28,7 @@ class Synchronised(TrainerCallback):
             old.lerp_(new.to(old), args.ref_model_mixup_alpha)
         for new, old in zip(policy.buffers(), reference.buffers(), strict=True):
             old.copy_(new)
+        self.trainer.retake_reference()
 
 
 def save(model, folder):

@@ -150,7 +150,7 @@ def joined(batches: list[dict], pad_token_id) -> dict:
             x, t = batch[name], batch["mask"].shape[1]
             if x.dim() > 1:
                 left = P + t - x.shape[1] if name in ("input_ids", "attention_mask") else 0
-                x = torch.nn.functional.pad(x, (left, T - t), value=fill)
+                x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (left, T - t), value=fill)
             parts.append(x)
         whole[name] = torch.cat(parts)
     return whole

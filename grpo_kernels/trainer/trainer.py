@@ -21,6 +21,9 @@ only the dice are rolled by each process for itself. Groups may straddle process
 Where sampling is truncated (top-p, top-k, min-p), a token is one of those that were left, its support. The rollout keeps these
 (`keep_sampling_mask`), and log-probs, entropy, ratio and KL are over them.
 
+The KL from the reference (beta > 0) is estimated from its log-probs of the sampled tokens, or summed over the vocabulary
+(`kl_estimator="exact"`). The rollout then keeps the reference's last hidden states in place of its log-probs.
+
 Completions without a gradient do not run through the model (`skip_untrained`): entropy and clip ratios are then those of the
 completions that train, `trained_token_share` says how many these are. Rewards and lengths are of all.
 """
@@ -38,6 +41,7 @@ from accelerate.utils import DistributedType, fsdp2_prepare_model, gather_object
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
@@ -137,6 +141,11 @@ class GRPOTrainer(Trainer):
             ref_model = fuse_lm_head(copy.deepcopy(model).eval().requires_grad_(False))
         elif args.sync_ref_model:
             raise ValueError("sync_ref_model must be False under PEFT: its reference is the model without adapters, got True")
+        if ref_model is not None and args.kl_estimator == "exact" and is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "kl_estimator must be 'k3' under ZeRO-3, unless an adapter is trained: while the policy runs, the reference's head "
+                "is in parts, got 'exact'"
+            )
         fuse_lm_head(causal_lm)
         model.train()  # as it will be, so that `lm_head` refuses now what it would refuse then
         if args.gradient_checkpointing and causal_lm is not model:
@@ -285,7 +294,7 @@ class GRPOTrainer(Trainer):
             found = mask_metrics(batch["support"], mask, recorder.vocab)
             self._metrics[mode].record(found, counts * mask.sum())
         if self.args.beta != 0:
-            batch["ref_logps"] = self._reference_logps(batch, whole=mode == "eval")
+            batch |= self._of_reference(batch, whole=mode == "eval")
         return batch, rewards
 
     # ---- 2. and 3. reward and advantage ----
@@ -327,13 +336,16 @@ class GRPOTrainer(Trainer):
         micro = self._micro_batch(inputs, skip=training and self._skips)
 
         def loss(hidden, head):
-            hidden = micro.predicting(hidden)
+            hidden, given, reference = micro.predicting(hidden), micro.loss_inputs, None
+            if self.loss_config.exact_kl:
+                reference = self._reference_head(given["ref_hidden"].dtype)
+                given = given | {"ref_weight": reference.weight, "ref_bias": reference.bias}
             output = fused_linear_grpo_loss(
-                hidden, head.weight, **micro.loss_inputs, bias=head.bias, lora=head.lora,
+                hidden, head.weight, **given, bias=head.bias, lora=head.lora,
                 data_parallel_group=self._data_parallel_group, config=self.loss_config, backend=self.args.backend,
             )  # fmt: skip
-            names = diagnose.parameters(self.model)
-            diagnose.check(output.loss.detach(), micro, hidden.detach(), head, inputs, names, self.processing_class.decode)
+            names, decode = diagnose.parameters(self.model), self.processing_class.decode
+            diagnose.check(output.loss.detach(), micro, hidden.detach(), head, inputs, names, decode, reference)
             made.append(output)
             return output.loss
 
@@ -381,43 +393,78 @@ class GRPOTrainer(Trainer):
         sequences = inputs.get("sequences", len(micro.loss_inputs["advantages"]))
         return metric_weight(name, self.loss_config, micro.loss_inputs["mask"].sum(), sequences)
 
-    @torch.no_grad()
     def _logps(self, model, batch, skip=False, whole=False):
-        """Log-probs [B, T] of the sampled tokens, by the numerics, and in the micro-batches, that the loss will see.
+        """Log-probs [B, T] of the sampled tokens."""
+        config = self.loss_config
+
+        def logps(hidden, head, given):
+            return linear_logprobs(
+                hidden, head.weight, given["completion_ids"], mask=given["mask"], bias=head.bias, lora=head.lora,
+                temperature=config.temperature, logit_scale=config.logit_scale, softcap=config.softcap,
+                backend=self.args.backend, support=given.get("support"),
+            ).logps  # fmt: skip
+
+        return self._of_tokens(logps, model, batch, skip, whole)
+
+    @torch.no_grad()
+    def _of_tokens(self, function, model, batch, skip=False, whole=False):
+        """[B, T, ..] of ``function(hidden, head, loss_inputs)``, by the numerics, and in the micro-batches, that the loss will see.
 
         ``whole``: in one, as in an evaluation. There ranks may hold different numbers of rows, and a sharded model must run as
         often on each of them.
         """
-        config = self.loss_config
         parts = []
         for part in [batch] if whole else self._split(batch):
             micro = self._micro_batch(part, skip)
-            given = micro.loss_inputs
 
-            def logps(hidden, head, micro=micro, given=given):
-                found = linear_logprobs(
-                    micro.predicting(hidden), head.weight, given["completion_ids"], mask=given["mask"], bias=head.bias,
-                    lora=head.lora, temperature=config.temperature, logit_scale=config.logit_scale, softcap=config.softcap,
-                    backend=self.args.backend, support=given.get("support"),
-                ).logps  # fmt: skip
+            def in_head(hidden, head, micro=micro):
+                found = function(micro.predicting(hidden), head, micro.loss_inputs)
                 parts.append(micro.spread(found))
                 return found
 
             with self.compute_loss_context_manager():
-                model(**micro.model_inputs, use_cache=False, fused_lm_head=logps)
+                model(**micro.model_inputs, use_cache=False, fused_lm_head=in_head)
         return torch.cat(parts)
 
-    def _reference_logps(self, batch, whole):
+    def _of_reference(self, batch, whole=False):
+        """What the loss reads of the reference: its log-probs [B, T], or for an exact KL its last hidden states [B, T, D]."""
+        with self._reference() as model:
+            if self.loss_config.exact_kl:
+                return {"ref_hidden": self._of_tokens(_as_the_head_sees_them, model, batch, whole=whole)}
+            return {"ref_logps": self._logps(model, batch, whole=whole)}
+
+    @contextlib.contextmanager
+    def _reference(self):
         """In eval mode, as the reference that is a model of its own."""
         if self.ref_model is not None:
-            return self._logps(self.ref_model, batch, whole=whole)
+            yield self.ref_model
+            return
         training = self.model.training
         self.model.eval()
         try:
             with self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True).disable_adapter():
-                return self._logps(self.model, batch, whole=whole)
+                yield self.model
         finally:
             self.model.train(training)
+
+    @torch.no_grad()
+    def _reference_head(self, dtype):
+        """The policy's own without adapters, or that of the reference, gathered whole if it is sharded."""
+        unwrap = self.accelerator.unwrap_model
+        if self.ref_model is None:
+            return lm_head(unwrap(self.model, keep_fp32_wrapper=True).get_base_model(), dtype, adapters=False)
+        head, config = lm_head(unwrap(self.ref_model, keep_fp32_wrapper=True), dtype), self.loss_config
+        if (head.logit_scale, head.softcap) != (config.logit_scale, config.softcap):
+            raise ValueError(
+                f"kl_estimator='exact' needs a reference with the policy's logit_scale {config.logit_scale} and softcap "
+                f"{config.softcap}, got {head.logit_scale} and {head.softcap}"
+            )
+        return head
+
+    def retake_reference(self):
+        """After the reference has moved: the states that the rest of a rollout trains on must be those of its new head."""
+        if self._rollout is not None and "ref_hidden" in self._rollout and self.state.global_step % self.args.steps_per_rollout:
+            self._rollout |= self._of_reference(self._rollout)
 
     @property
     def _data_parallel_group(self):
@@ -606,6 +653,12 @@ class GRPOTrainer(Trainer):
         if checkpoint is None or not self.state.global_step % self.args.steps_per_rollout:
             return
         load = lambda rank: checkpoints.load_rollout(checkpoint, rank, self.state.global_step, self.args.steps_per_rollout)  # noqa: E731
+        kept = "ref_hidden" if self.loss_config.exact_kl else "ref_logps"
+        if self.args.beta != 0 and kept not in load(0)["rollout"]:
+            raise ValueError(
+                f"kl_estimator and beta must be those of the checkpoint: it is amid a rollout that has no {kept} of the reference, "
+                f"got kl_estimator {self.args.kl_estimator!r} and beta {self.args.beta}"
+            )
         processes, rank = load(0)["processes"], self.args.process_index
         index = self.state.global_step // self.args.steps_per_rollout
         if load(0)["index"] != index:
@@ -640,6 +693,13 @@ def _with_head_factors(args, head):
         if asked != default and asked != own:
             raise ValueError(f"{name} must be the model's own ({own}) or left alone, got {asked}")
     return dataclasses.replace(config, logit_scale=head.logit_scale, softcap=head.softcap)
+
+
+def _as_the_head_sees_them(hidden, head, given):
+    """Hidden states in the dtype that the loss takes their product in: half of the memory under autocast, and the same KL."""
+    device = hidden.device.type
+    lower = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    return hidden.to(torch.get_autocast_dtype(device)) if lower else hidden
 
 
 def _reward_functions(given, tokenizers, args):
