@@ -90,7 +90,7 @@ GRPO_HD RowCompared<double> compare(const RowComparison<double>& s, DivergenceKi
   const bool forward = kind == DivergenceKind::forward_kl;
   const double sum_z = total(s.student), weight = forward ? s.teacher_sum : sum_z, other = forward ? sum_z : s.teacher_sum;
   const double difference = (s.bent - s.tilt) / weight;
-  const bool near = std::fabs(difference) < 0.5;
+  const bool near = s.bent < 0.5 * weight;  // or both sums may be far larger than their difference
   const double eta = near ? -std::log1p(difference) : std::log(weight / other);
   double value = near ? s.bent / weight - bend(eta, 1.0, std::exp(-eta)) : s.tilt / weight - eta;
   value = s.bent == infinity<double>() ? s.bent : value < 0 ? 0 : value;
