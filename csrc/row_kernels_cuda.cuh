@@ -83,11 +83,17 @@ struct Share {
     return column(i - k * mine, k);
   }
 
-  __device__ __forceinline__ InputUnit<T> load_whole(int c) const { return load(reinterpret_cast<const InputUnit<T>*>(in + c)); }
+  __device__ __forceinline__ InputUnit<T> load_whole(int c) const { return whole_of(in, c); }
+  __device__ __forceinline__ InputUnit<T> load_part(int c) const { return part_of(in, c); }
+
+  // Of this row in any tile that is aligned as this one.
+  __device__ __forceinline__ static InputUnit<T> whole_of(const T* in, int c) {
+    return load(reinterpret_cast<const InputUnit<T>*>(in + c));
+  }
 
   // Up to the row's end; zeros behind it.
-  __device__ __forceinline__ InputUnit<T> load_part(int c) const {
-    if (aligned && c + kUnit<T> <= columns) return load_whole(c);
+  __device__ __forceinline__ InputUnit<T> part_of(const T* in, int c) const {
+    if (aligned && c + kUnit<T> <= columns) return whole_of(in, c);
     InputUnit<T> unit = {};
 #pragma unroll
     for (int j = 0; j < kUnit<T>; j++) {
