@@ -4,8 +4,8 @@
 //   jensen_shannon         reads both once
 //   divergence_gradient    reads both and writes the student's once
 //
-// A row is dealt out to lanes as in row_kernels_cuda.cuh, and what it says of bits, units and results on the tile holds here too. Per
-// pair of elements: 2 exp in the first; another exp and 2 logarithms where Jensen and Shannon's divergence asks for them.
+// A row is dealt out to lanes as in row_kernels_cuda.cuh, and what it says of bits, units and results on the tile holds here too.
+// Per pair of elements: 2 exp; for the divergence of Jensen and Shannon an exp, a logarithm and a division more.
 #pragma once
 
 #include "divergence_math.h"
@@ -19,7 +19,7 @@ namespace {
 template <class T, bool Plain>
 constexpr int kPairsInFlight = kInFlight<T, Plain> > 1 ? kInFlight<T, Plain> / 2 : 1;
 
-// At once on a multiprocessor: 64 registers for a thread, 128 where they are halves of doubles.
+// At once on a multiprocessor: 64 registers for a thread, 128 for one with doubles.
 template <class T>
 constexpr int kFewestBlocks = sizeof(T) == 8 ? 1 : 2;
 
@@ -43,7 +43,7 @@ struct TwoShares : Share<T, O, Mode> {
     }
   }
 
-  __device__ __forceinline__ TwoUnits<T> load_whole(int c) const { return {Student::whole_of(this->in, c), Student::whole_of(teacher, c)}; }
+  __device__ __forceinline__ TwoUnits<T> load_whole(int c) const { return {this->whole_of(this->in, c), this->whole_of(teacher, c)}; }
   __device__ __forceinline__ TwoUnits<T> load_part(int c) const { return {this->part_of(this->in, c), this->part_of(teacher, c)}; }
 };
 
@@ -200,18 +200,36 @@ struct TwoRows {
     target = c >= 0 && c < share.columns ? int(c) : -1;
   }
 
-  // f(sums, units, column, end) of all units, right to left, merged; in the first thread. Once per kernel.
+  // f(sums, z, y) of the columns that are loaded at once, merged; in the first thread. Once per kernel. Both are -inf behind the
+  // row's end and at `skipped`.
   template <class Merge, class F>
-  __device__ __forceinline__ typename Merge::Sums summed(const Merge& merge, F f) const {
+  __device__ __forceinline__ typename Merge::Sums summed(const Merge& merge, int skipped, F f) const {
     using Sums = typename Merge::Sums;
-    static_assert(sizeof(Sums) * kMostLanes / 32 <= kTwoTilesScratchBytes);
+    static_assert(sizeof(Sums) * kMostLanes / 32 <= scratch_of_two_tiles(sizeof(T)));
+    constexpr int at_once = kPairsInFlight<T, Plain>, of_unit = kUnit<T>;
     Sums* scratch = reinterpret_cast<Sums*>(shared_memory());
     for (int lane = int(threadIdx.x); lane < share.mine; lane += int(blockDim.x)) {
       Sums sums[1];
-      read_backward<kPairsInFlight<T, Plain>>(share, lane, [&](const TwoUnits<T>& units, int k, bool ragged) {
-        const int c = share.column(lane, k);
-        if (ragged && c >= share.columns) return;
-        f(sums[0], units, c, ragged ? share.columns : c + kUnit<T>);
+      read_steps_backward<at_once>(share, lane, [&](const TwoUnits<T>(&units)[at_once], int k, bool ragged) {
+        A z[at_once * of_unit], y[at_once * of_unit];
+#pragma unroll
+        for (int i = 0; i < at_once; i++) {
+          const int c = share.column(lane, k + i);
+#pragma unroll
+          for (int j = 0; j < of_unit; j++) {
+            // without `ragged` the compiler drops the comparison
+            const bool inside = !ragged || c + j < share.columns;
+            z[i * of_unit + j] = inside ? of_z(widened(units[i].z.at[j]), c + j) : -infinity<A>();
+            y[i * of_unit + j] = inside ? of_y(widened(units[i].y.at[j]), c + j) : -infinity<A>();
+          }
+          if (unsigned(skipped - c) < unsigned(of_unit)) {
+#pragma unroll
+            for (int j = 0; j < of_unit; j++) {
+              if (c + j == skipped) z[i * of_unit + j] = y[i * of_unit + j] = -infinity<A>();
+            }
+          }
+        }
+        f(sums[0], z, y);
       });
       sums[0] = merge.merged_over_warp(sums);
       if (lane % 32 == 0) scratch[lane / 32] = sums[0];
@@ -230,39 +248,22 @@ struct TwoRows {
   }
 
   __device__ __forceinline__ RowComparison<A> comparison(bool forward) const {
-    const auto fold_units = [&](RowComparison<A>& s, const TwoUnits<T>& units, int column, int end) {
-      A z[kUnit<T>], y[kUnit<T>];
-#pragma unroll
-      for (int j = 0; j < kUnit<T>; j++) {
-        const bool inside = column + j < end;
-        z[j] = inside ? of_z(widened(units.z.at[j]), column + j) : -infinity<A>();
-        y[j] = inside ? of_y(widened(units.y.at[j]), column + j) : -infinity<A>();
-      }
-      if (unsigned(target - column) < unsigned(kUnit<T>)) {
-#pragma unroll
-        for (int j = 0; j < kUnit<T>; j++) {
-          if (column + j == target) z[j] = y[j] = -infinity<A>();
-        }
-      }
-      fold(s, z, y, forward);
-    };
-    const RowComparison<A> s = summed(Comparisons<A>{forward}, fold_units);
+    const auto fold_both = [&](RowComparison<A>& s, const auto& z, const auto& y) { fold(s, z, y, forward); };
+    const RowComparison<A> s = summed(Comparisons<A>{forward}, target, fold_both);
     if (target < 0) return s;
     const A z = of_z(widened(load(share.in + target)), target), y = of_y(widened(load(share.teacher + target)), target);
     return merged(s, of_target(z, y, forward), forward);
   }
 
   __device__ __forceinline__ typename Mixtures<A>::Sums mixture(A lse, A gap, A beta) const {
-    const auto add = [&](typename Mixtures<A>::Sums& sums, const TwoUnits<T>& units, int column, int end) {
+    const auto add = [&](typename Mixtures<A>::Sums& sums, const auto& z, const auto& y) {
 #pragma unroll
-      for (int j = 0; j < kUnit<T>; j++) {
-        if (column + j >= end) break;
-        const A z = of_z(widened(units.z.at[j]), column + j), y = of_y(widened(units.y.at[j]), column + j);
-        const A p = exp_of_difference(z - lse), q = exp_of_difference(y - (lse - gap));
-        add_jensen_shannon(p, q, apart(z, y) - gap, beta, sums.of_p, sums.of_q);
+      for (int j = 0; j < kPairsInFlight<T, Plain> * kUnit<T>; j++) {
+        const A p = exp_of_difference(z[j] - lse), q = exp_of_difference(y[j] - (lse - gap));
+        add_jensen_shannon(p, q, apart(z[j], y[j]) - gap, beta, sums.of_p, sums.of_q);
       }
     };
-    return summed(Mixtures<A>(), add);
+    return summed(Mixtures<A>(), -1, add);
   }
 
   template <DivergenceKind Kind>
@@ -309,12 +310,14 @@ __global__ void __launch_bounds__(kMostThreadsOfTwoTiles, kFewestBlocks<T>) jens
 }
 
 template <class T, class O, bool Plain, Rows Mode>
-__global__ void __launch_bounds__(kMostThreadsOfTwoTiles, kFewestBlocks<T>) divergence_gradient_kernel(const DivergenceGradientParams p) {
+__global__ void __launch_bounds__(kMostThreadsOfTwoTiles, kFewestBlocks<T>)
+    divergence_gradient_kernel(const DivergenceGradientParams p) {
   using A = acc_of<T>;
   const TwoRows<T, O, Plain, Mode> row(p.tiles, p.out);
-  const A lse = value<A>(p.scored.lse, row.row), logps = value<A>(p.scored.logps, row.row), entropy = value<A>(p.scored.entropy, row.row);
+  const A lse = value<A>(p.scored.lse, row.row), logps = value<A>(p.scored.logps, row.row);
+  const A entropy = value<A>(p.scored.entropy, row.row), gap = value<A>(p.compared.gap, row.row);
   const A g = value<A>(p.g, row.row), g_entropy = Plain ? A(0) : value<A>(p.g_entropy, row.row);
-  const A g_divergence = value<A>(p.g_divergence, row.row), gap = value<A>(p.compared.gap, row.row), own = value<A>(p.compared.own, row.row);
+  const A g_divergence = value<A>(p.g_divergence, row.row), own = value<A>(p.compared.own, row.row);
   const RowGradient<A> d(row.of_z, g, g_entropy, lse, A(0), logps, entropy);
   // what is known of the teacher may be nan then
   if (g_divergence == A(0)) return Row<T, O, Plain, Mode>(p.tiles.student, p.out).write(d);

@@ -19,7 +19,6 @@ constexpr int kFewestUnits = 6;                       // of a lane in a longer r
 constexpr int kLargestCluster = 8;                    // more need a permission of their own, and not every GPU has them
 constexpr int kPerMultiprocessor = 2;                 // blocks that a row's pieces leave room for: one computes while another loads
 constexpr int kScratchBytes = (kMostLanes / 32 + 1) * 4 * 8;  // statistics of 32 lanes each, and of the row
-constexpr int kTwoTilesScratchBytes = kMostLanes / 32 * 8 * 8;  // the same for two tiles, whose rows have no second visit
 
 // Lanes of a row of so many units.
 GRPO_SHAPE int lanes_of(int64_t units, int fewest = kFewestLanes) {
@@ -82,7 +81,12 @@ inline int cluster_size(int64_t columns, int element_size, int capability) {
 
 inline int most_threads(int element_size) { return element_size == 8 ? 512 : 1024; }
 
+// ---- the row kernels over two tiles
+
 constexpr int kMostThreadsOfTwoTiles = 512;
+
+// Statistics of 32 lanes each; the row's are needed by one thread alone.
+GRPO_SHAPE constexpr int scratch_of_two_tiles(int element_size) { return kMostLanes / 32 * 8 * (element_size == 8 ? 8 : 4); }
 
 // Threads of a block, `cluster` of which share a row; `visits` is how often a kernel walks over a tile in memory. A long row that is
 // read twice gets a whole multiprocessor, so that few rows are in flight and the second read finds its row in the L2 cache; otherwise

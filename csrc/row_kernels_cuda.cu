@@ -108,7 +108,9 @@ const Tile& tile_of(const Params& p) {
   else return p.tile;
 }
 
-bool has_plain_transforms(const TwoTiles& tiles) { return has_plain_transform(tiles.student) && has_plain_transform(tiles.teacher); }
+bool has_plain_transforms(const TwoTiles& tiles) {
+  return has_plain_transform(tiles.student) && has_plain_transform(tiles.teacher);
+}
 
 const Matrix& result_of(const StatisticsParams& p) { return p.tile.values; }
 const Matrix& result_of(const GradientParams& p) { return p.out; }
@@ -194,7 +196,7 @@ const char* run(const char* name, const Params& p, const CudaLaunch& launch, int
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, launch.device);
   const int capability = 10 * major + minor;
   const int size = size_of(values.dtype);
-  const Limits of_two = {kTwoTilesScratchBytes, kMostThreadsOfTwoTiles}, of_one = {kScratchBytes, most_threads(size)};
+  const Limits of_two = {scratch_of_two_tiles(size), kMostThreadsOfTwoTiles}, of_one = {kScratchBytes, most_threads(size)};
   const Limits& limits = of_two_tiles<Params> ? of_two : of_one;
   CudaLaunch wanted = launch;
   if (visits == 1) wanted.variant = 1;

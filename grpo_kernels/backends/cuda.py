@@ -20,7 +20,8 @@ from .statistics import check, check_pairs, require
 
 LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 BUILD = "`grpo-kernels doctor --build-cuda` builds them where nvcc is installed"
-KERNELS = ("statistics", "gradient", "policy", "divergence_statistics", "jensen_shannon", "divergence_gradient", "pair_logits", "pair_sums")
+_TWO_TILES = ("divergence_statistics", "jensen_shannon", "divergence_gradient")
+_KERNELS = ("statistics", "gradient", "policy", *_TWO_TILES, "pair_logits", "pair_sums")
 _RESULTS = {dtype: (dtype,) for dtype in (torch.bfloat16, torch.float16, torch.float64)}
 _RESULTS[torch.float32] = (torch.float32, torch.bfloat16, torch.float16)
 _Launch = params.struct("CudaLaunch", (params.INT, "device"), (params.POINTER, "stream"), (params.INT, "variant cluster threads"))
@@ -62,8 +63,8 @@ class Kernels:
 
     def divergence_gradient(self, student, teacher, out, scored, compared, g_divergence, divergence, g=None, g_entropy=None):
         """Writes the gradient of the student's raw logits."""
-        vectors = scored._asdict() | {"gap": compared.gap, "own": compared.own, "g_divergence": g_divergence, "g_entropy": g_entropy}
-        check_both(student, teacher, _RESULTS, out, **vectors, **({} if g is None else {"g": g}))
+        vectors = {"gap": compared.gap, "own": compared.own, "g_divergence": g_divergence, "g_entropy": g_entropy}
+        check_both(student, teacher, _RESULTS, out, **scored._asdict(), **vectors, **({} if g is None else {"g": g}))
         filled = params.divergence_gradient(student, teacher, out, scored, compared, g_divergence, divergence, g, g_entropy)
         self._launch("divergence_gradient", student.values, filled)
 
@@ -89,7 +90,7 @@ class Kernels:
 def loaded(path):
     """The library with the types of its functions."""
     library = ctypes.CDLL(path)
-    for name in (*KERNELS, "sources", "probe"):
+    for name in (*_KERNELS, "sources", "probe"):
         getattr(library, f"grpo_cuda_{name}").restype = ctypes.c_char_p
     return library
 
