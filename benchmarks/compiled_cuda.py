@@ -28,6 +28,7 @@ int main(int, char** v) {
   const int cluster = kept ? grpo_kernels::cluster_size(columns, size, capability) : 0;
   using namespace grpo_kernels;
   std::printf("%d %d %d %d %d %d ", kFewestLanesOfRange, kScratchBytes, kLogitsThreads, 0, kSumsThreads, kSumsSharedBytes);
+  std::printf("%d ", scratch_of_two_tiles(size));
   std::printf("%d %d %lld", cluster, grpo_kernels::threads_of(columns, size, visits, cluster ? cluster : 1),
               (long long)grpo_kernels::block_memory(columns, size, cluster));
 }
@@ -58,11 +59,14 @@ def row(shape: Path, architecture: str, name: str, code: machine_code.Kernel) ->
     found = machine_code.run(shape, COLUMNS, size, architecture.rstrip("a"), visits, int(kept))
     *others, cluster, threads, shared = map(int, found.split())
     of_kernel = {"pair_logits": others[2:4], "pair_sums": others[4:6]}
+    two_tiles = kernel in ("divergence_statistics", "jensen_shannon", "divergence_gradient")
     if mode == "2" or kernel in of_kernel:
         threads, shared = of_kernel.get(kernel, others[:2])
+    if two_tiles:
+        shared = others[6]
     if kept and not cluster:
         return None
-    judged = occupancy.judged(code, threads // 32, shared, architecture, size, out_size)
+    judged = occupancy.judged(code, threads // 32, shared, architecture, size, out_size, tiles=1 + two_tiles)
     return {"kernel": name, "arch": f"sm_{architecture}", "threads": threads, "cluster": cluster or 1, **judged}
 
 

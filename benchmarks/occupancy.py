@@ -31,7 +31,7 @@ def blocks_at_once(registers: int, warps: int, shared: int = 0, architecture: st
     return min(gpu.blocks, gpu.threads // (32 * warps), 65536 // (of_a_warp * warps), gpu.shared // (shared + 1024))
 
 
-def judged(code, warps: int, shared: int, architecture: str, size: int, out_size: int, bias: bool = False) -> dict:
+def judged(code, warps: int, shared: int, architecture: str, size: int, out_size: int, bias: bool = False, tiles: int = 1) -> dict:
     """What a kernel takes of a multiprocessor, and its clocks for 1000 logits of ``size`` bytes with results of ``out_size``.
 
     flight   bytes that the resident warps' loads have under way, on average over a turn: of the loop that has least
@@ -40,15 +40,16 @@ def judged(code, warps: int, shared: int, architecture: str, size: int, out_size
     issue    of all instructions, four a clock
     mufu     of the special functions, half a warp a clock
 
-    The loops are added up: multiprocessors are in different ones at a time. A bias comes from a cache, but is charged as memory.
+    With two ``tiles`` a logit is one of each. The loops are added up: multiprocessors are in different ones at a time. A bias comes
+    from a cache, but is charged as memory.
     """
     gpu, clocks, flight = GPUS[architecture.rstrip("a")], dict.fromkeys(("memory", "latency", "issue", "mufu"), 0.0), []
     blocks, latency = blocks_at_once(code.registers, warps, shared, architecture), LATENCY * gpu.clock
     for loop in machine_code.streaming(code):
         loads, stores = machine_code.accesses(loop)
         widest, turn = max(loads, default=0), machine_code.turn(loop, latency)
-        logits = 32 * (sum(stores) / out_size or widest * loads.count(widest) / (size + 4 * bias))  # of a warp's turn
-        read, resident = size * bool(loads), max(blocks, 1) * warps
+        logits = 32 * (sum(stores) / out_size or widest * loads.count(widest) / (size * tiles + 4 * bias))  # of a warp's turn
+        read, resident = size * tiles * bool(loads), max(blocks, 1) * warps
         clocks["memory"] += (read + out_size * bool(stores)) * gpu.multiprocessors * gpu.clock / gpu.bandwidth
         clocks["latency"] += turn / (logits * resident)
         clocks["issue"] += len(loop) / 4 / logits

@@ -8,7 +8,7 @@ namespace grpo_kernels {
 namespace {
 
 template <class S>
-constexpr double kNear = 0.125;  // |x| below which bend is a series
+constexpr S kNear = S(0.125);  // |x| below which bend is a series
 
 // (exp(-x) - 1 + x) / x^2 for |x| < kNear, up to 1e-8 (float) or 1e-16 of itself.
 template <class S>
@@ -25,9 +25,8 @@ GRPO_HD S bend_series(S x) {
 // weight (exp(-x) - 1 + x), given other = weight exp(-x): not by its cancelling terms near 0; other where the weight is 0.
 template <class S>
 GRPO_HD S bend(S x, S weight, S other) {
-  if (weight == S(0)) return other;
-  if (std::fabs(x) < S(kNear<S>)) return weight * x * x * bend_series(x);
-  return other - weight + weight * x;
+  const S near = weight * x * x * bend_series(x), far = other - weight + weight * x;  // both: lanes would take both branches anyway
+  return weight == S(0) ? other : std::fabs(x) < kNear<S> ? near : far;
 }
 
 // A column block's part of a row of both tiles. weight = exp(z - max z), x = (z - max z) - (y - max y); for forward_kl z and y are
@@ -90,11 +89,31 @@ GRPO_HD RowCompared<double> compare(const RowComparison<double>& s, DivergenceKi
   const bool forward = kind == DivergenceKind::forward_kl;
   const double sum_z = total(s.student), weight = forward ? s.teacher_sum : sum_z, other = forward ? sum_z : s.teacher_sum;
   const double difference = (s.bent - s.tilt) / weight;
-  const bool near = std::fabs(difference) < 0.5;
+  const bool near = s.bent < 0.5 * weight;  // or both sums may be far larger than their difference
   const double eta = near ? -std::log1p(difference) : std::log(weight / other);
   double value = near ? s.bent / weight - bend(eta, 1.0, std::exp(-eta)) : s.tilt / weight - eta;
   value = s.bent == infinity<double>() ? s.bent : value < 0 ? 0 : value;
   return {s.student.max - s.teacher_max + (forward ? -eta : eta), value, value};
+}
+
+// -log(1 - b (1 - exp(-a))) for a >= 0 and b in (0, 1): by how much the logarithm of the larger of p and q is above that of m.
+GRPO_HD double above_mixture(double a, double b) { return -std::log1p(b * std::expm1(-a)); }
+
+// Up to 5e-6 of it by the hardware's functions; up to 3e-7 by series where a < kNear, as near p = q.
+GRPO_HD float above_mixture(float a, float b) {
+#ifdef __CUDA_ARCH__
+  const float e = __expf(-a);
+#else
+  const float e = std::exp(-a);
+#endif
+  const float part = b * (a < kNear<float> ? a - a * a * bend_series(a) : 1.0f - e), left = 1.0f - part;
+#ifdef __CUDA_ARCH__
+  const float s = __fdividef(part, 1.0f + left), far = -__logf(left);
+#else
+  const float s = part / (1.0f + left), far = -std::log(left);
+#endif
+  const float near = 2.0f * s * (1.0f + s * s * (1.0f / 3 + s * s * (1.0f / 5)));  // of atanh, up to 1e-8 of it
+  return part < kNear<float> ? near : far;
 }
 
 // log p - log m and log q - log m at d = log p - log q, m = (1 - beta) p + beta q. No argument of exp is positive.
@@ -103,13 +122,10 @@ struct ToMixture {
   S of_p, of_q;
 
   GRPO_HD ToMixture(S d, S beta) {
-    if (d >= S(0)) {
-      of_p = -std::log1p(beta * std::expm1(-d));
-      of_q = of_p - d;
-    } else {  // nan too
-      of_q = -std::log1p((S(1) - beta) * std::expm1(d));
-      of_p = of_q + d;
-    }
+    const bool p_is_larger = d >= S(0);
+    const S of_larger = above_mixture(std::fabs(d), p_is_larger ? beta : S(1) - beta);
+    of_p = p_is_larger ? of_larger : of_larger + d;
+    of_q = p_is_larger ? of_larger - d : of_larger;
   }
 };
 
@@ -124,7 +140,7 @@ GRPO_HD void add_jensen_shannon(S p, S q, S d, S beta, S& of_p, S& of_q) {
 // d divergence / d z of one element. `own` as of Compared.
 template <class S>
 GRPO_HD S divergence_slope(DivergenceKind kind, S p, S q, S d, S own, S beta) {
-  if (kind == DivergenceKind::forward_kl) return std::fabs(d) < S(kNear<S>) ? p * d - bend(d, p, q) : p - q;  // p (1 - exp(-d))
+  if (kind == DivergenceKind::forward_kl) return std::fabs(d) < kNear<S> ? p * d - bend(d, p, q) : p - q;  // p (1 - exp(-d))
   if (p == S(0)) return S(0);
   if (kind == DivergenceKind::reverse_kl) return p * (d - own);
   return (S(1) - beta) * p * (ToMixture<S>(d, beta).of_p - own);

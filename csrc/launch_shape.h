@@ -81,6 +81,13 @@ inline int cluster_size(int64_t columns, int element_size, int capability) {
 
 inline int most_threads(int element_size) { return element_size == 8 ? 512 : 1024; }
 
+// ---- the row kernels over two tiles
+
+constexpr int kMostThreadsOfTwoTiles = 512;
+
+// Statistics of 32 lanes each; the row's are needed by one thread alone.
+GRPO_SHAPE constexpr int scratch_of_two_tiles(int element_size) { return kMostLanes / 32 * 8 * (element_size == 8 ? 8 : 4); }
+
 // Threads of a block, `cluster` of which share a row; `visits` is how often a kernel walks over a tile in memory. A long row that is
 // read twice gets a whole multiprocessor, so that few rows are in flight and the second read finds its row in the L2 cache; otherwise
 // several blocks share one, and one's reductions hide behind another's loads. Reasoned, not measured.

@@ -3,6 +3,7 @@
 
 #include <cstdio>
 
+#include "divergence_cuda.cuh"
 #include "pairs_cuda.cuh"
 
 #include "row_kernels_cuda.h"
@@ -40,8 +41,14 @@ struct Shape {
   int cluster, threads, shared;
 };
 
+// Of a kernel: bytes of shared memory without a row, and threads of a block.
+struct Limits {
+  int scratch, threads;
+};
+
 // Fills in what the caller left open; returns what is wrong with the rest, or nullptr.
-const char* shape_of(const Tile& tile, int element_size, const CudaLaunch& launch, int visits, int capability, Shape& shape) {
+const char* shape_of(const Tile& tile, int element_size, const CudaLaunch& launch, int visits, const Limits& limits, int capability,
+                     Shape& shape) {
   const Matrix& values = tile.values;
   if (values.rows > INT32_MAX / kLargestCluster || values.columns > INT32_MAX / 2) {
     return failure("%lld rows or %lld columns are too many", (long long)values.rows, (long long)values.columns);
@@ -51,7 +58,7 @@ const char* shape_of(const Tile& tile, int element_size, const CudaLaunch& launc
   if (!shape.kept) shape.cluster = 1;
   const bool power_of_two = shape.cluster > 0 && (shape.cluster & (shape.cluster - 1)) == 0;
   const bool possible = capability >= 90 && power_of_two && shape.cluster <= kLargestCluster;
-  const int64_t shared = shape.kept && possible ? block_memory(values.columns, element_size, shape.cluster) : kScratchBytes;
+  const int64_t shared = shape.kept && possible ? block_memory(values.columns, element_size, shape.cluster) : limits.scratch;
   if (shape.kept && (!possible || shared > most_shared_memory(capability))) {
     return failure("a row of %lld columns does not fit the shared memory of a cluster of %d blocks at compute capability %d",
                    (long long)values.columns, shape.cluster, capability);
@@ -60,8 +67,8 @@ const char* shape_of(const Tile& tile, int element_size, const CudaLaunch& launc
   const int of_rows = threads_of(values.columns, element_size, shape.kept ? 1 : visits, shape.cluster);
   const int chosen = tile.ranges ? kFewestLanesOfRange : of_rows;
   shape.threads = launch.threads ? launch.threads : chosen;
-  if (shape.threads < 32 || shape.threads > most_threads(element_size) || shape.threads % 32) {
-    return failure("threads must be a multiple of 32 up to %d, got %d", most_threads(element_size), shape.threads);
+  if (shape.threads < 32 || shape.threads > limits.threads || shape.threads % 32) {
+    return failure("threads must be a multiple of 32 up to %d, got %d", limits.threads, shape.threads);
   }
   return nullptr;
 }
@@ -89,11 +96,28 @@ cudaError_t start(void (*kernel)(Params), const Params& params, int64_t blocks, 
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
+template <class Params>
+constexpr bool of_two_tiles = std::is_same_v<Params, ComparisonParams> || std::is_same_v<Params, JensenShannonParams> ||
+                              std::is_same_v<Params, DivergenceGradientParams>;
+
 bool has_plain_transform(const Tile& tile) { return !tile.bias && tile.transform.softcap == 0; }
+
+template <class Params>
+const Tile& tile_of(const Params& p) {
+  if constexpr (of_two_tiles<Params>) return p.tiles.student;
+  else return p.tile;
+}
+
+bool has_plain_transforms(const TwoTiles& tiles) {
+  return has_plain_transform(tiles.student) && has_plain_transform(tiles.teacher);
+}
 
 const Matrix& result_of(const StatisticsParams& p) { return p.tile.values; }
 const Matrix& result_of(const GradientParams& p) { return p.out; }
 const Matrix& result_of(const PolicyParams& p) { return p.out; }
+const Matrix& result_of(const ComparisonParams& p) { return p.tiles.student.values; }
+const Matrix& result_of(const JensenShannonParams& p) { return p.tiles.student.values; }
+const Matrix& result_of(const DivergenceGradientParams& p) { return p.out; }
 
 template <class Params>
 using Kernel = void (*)(Params);
@@ -109,10 +133,26 @@ Kernel<GradientParams> instantiation_of(const GradientParams& p) {
   return plain ? gradient_kernel<T, O, true, Mode> : gradient_kernel<T, O, false, Mode>;
 }
 
+template <class T, class O, Rows Mode>
+Kernel<ComparisonParams> instantiation_of(const ComparisonParams& p) {
+  return has_plain_transforms(p.tiles) ? divergence_statistics_kernel<T, true, Mode> : divergence_statistics_kernel<T, false, Mode>;
+}
+
+template <class T, class O, Rows Mode>
+Kernel<JensenShannonParams> instantiation_of(const JensenShannonParams& p) {
+  return has_plain_transforms(p.tiles) ? jensen_shannon_kernel<T, true, Mode> : jensen_shannon_kernel<T, false, Mode>;
+}
+
+template <class T, class O, Rows Mode>
+Kernel<DivergenceGradientParams> instantiation_of(const DivergenceGradientParams& p) {
+  const bool plain = has_plain_transforms(p.tiles) && !p.g_entropy;
+  return plain ? divergence_gradient_kernel<T, O, true, Mode> : divergence_gradient_kernel<T, O, false, Mode>;
+}
+
 // Ranges are of acc, and results lie on them.
 template <class T, class O, class Params>
 Kernel<Params> instantiation(const Params& p, bool) {
-  if (!p.tile.ranges) return instantiation_of<T, O, Rows::twice>(p);
+  if (!tile_of(p).ranges) return instantiation_of<T, O, Rows::twice>(p);
   if constexpr (std::is_same_v<T, acc_of<T>> && std::is_same_v<T, O>) return instantiation_of<T, O, Rows::ranges>(p);
   return nullptr;
 }
@@ -127,7 +167,7 @@ Kernel<PolicyParams> instantiation(const PolicyParams& p, bool kept) {
 // The instantiation for the dtypes, or nullptr where there is none.
 template <class Params>
 Kernel<Params> kernel_for(const Params& p, bool kept) {
-  const Dtype in = p.tile.values.dtype, out = result_of(p).dtype;
+  const Dtype in = tile_of(p).values.dtype, out = result_of(p).dtype;
   if (in == Dtype::float32) {
     if (out == Dtype::float32) return instantiation<float, float>(p, kept);
     if (out == Dtype::bfloat16) return instantiation<float, __nv_bfloat16>(p, kept);
@@ -144,7 +184,8 @@ int size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::
 // `visits`: how often the kernel walks over a row; what is read once is never kept.
 template <class Params>
 const char* run(const char* name, const Params& p, const CudaLaunch& launch, int visits) {
-  const Matrix& values = p.tile.values;
+  const Tile& tile = tile_of(p);
+  const Matrix& values = tile.values;
   if (values.rows == 0 || values.columns == 0) return nullptr;
   const OnDevice device(launch.device);
   if (device.error != cudaSuccess) {
@@ -154,11 +195,14 @@ const char* run(const char* name, const Params& p, const CudaLaunch& launch, int
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, launch.device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, launch.device);
   const int capability = 10 * major + minor;
+  const int size = size_of(values.dtype);
+  const Limits of_two = {scratch_of_two_tiles(size), kMostThreadsOfTwoTiles}, of_one = {kScratchBytes, most_threads(size)};
+  const Limits& limits = of_two_tiles<Params> ? of_two : of_one;
   CudaLaunch wanted = launch;
   if (visits == 1) wanted.variant = 1;
   while (true) {
     Shape shape;
-    if (const char* wrong = shape_of(p.tile, size_of(values.dtype), wanted, visits, capability, shape)) {
+    if (const char* wrong = shape_of(tile, size, wanted, visits, limits, capability, shape)) {
       return failure("%s kernel: %s", name, wrong);
     }
     const auto kernel = kernel_for(p, shape.kept);
@@ -235,6 +279,18 @@ const char* grpo_cuda_gradient(const GradientParams* params, const CudaLaunch* l
 }
 
 const char* grpo_cuda_policy(const PolicyParams* params, const CudaLaunch* launch) { return run("policy", *params, *launch, 2); }
+
+const char* grpo_cuda_divergence_statistics(const ComparisonParams* params, const CudaLaunch* launch) {
+  return run("divergence_statistics", *params, *launch, 1);
+}
+
+const char* grpo_cuda_jensen_shannon(const JensenShannonParams* params, const CudaLaunch* launch) {
+  return run("jensen_shannon", *params, *launch, 1);
+}
+
+const char* grpo_cuda_divergence_gradient(const DivergenceGradientParams* params, const CudaLaunch* launch) {
+  return run("divergence_gradient", *params, *launch, 1);
+}
 
 const char* grpo_cuda_pair_logits(const PairLogitsParams* params, const CudaLaunch* launch) {
   const int64_t rows = params->pairs.count;

@@ -83,11 +83,17 @@ struct Share {
     return column(i - k * mine, k);
   }
 
-  __device__ __forceinline__ InputUnit<T> load_whole(int c) const { return load(reinterpret_cast<const InputUnit<T>*>(in + c)); }
+  __device__ __forceinline__ InputUnit<T> load_whole(int c) const { return whole_of(in, c); }
+  __device__ __forceinline__ InputUnit<T> load_part(int c) const { return part_of(in, c); }
+
+  // Of this row in any tile that is aligned as this one.
+  __device__ __forceinline__ static InputUnit<T> whole_of(const T* in, int c) {
+    return load(reinterpret_cast<const InputUnit<T>*>(in + c));
+  }
 
   // Up to the row's end; zeros behind it.
-  __device__ __forceinline__ InputUnit<T> load_part(int c) const {
-    if (aligned && c + kUnit<T> <= columns) return load_whole(c);
+  __device__ __forceinline__ InputUnit<T> part_of(const T* in, int c) const {
+    if (aligned && c + kUnit<T> <= columns) return whole_of(in, c);
     InputUnit<T> unit = {};
 #pragma unroll
     for (int j = 0; j < kUnit<T>; j++) {
@@ -111,9 +117,10 @@ struct Share {
 
 // ---- the two visits
 
-// Calls f(unit, k, ragged) for the units of one lane, right to left; `ragged` units may reach past the row's end, or lie behind it.
+// Calls f(units, k, ragged) for the units k, k + 1, .. of one lane, as many as are loaded at once, right to left; `ragged` units may
+// reach past the row's end, or lie behind it.
 template <int InFlight, class S, class F>
-__device__ __forceinline__ void read_backward(const S& share, int lane, F f) {
+__device__ __forceinline__ void read_steps_backward(const S& share, int lane, F f) {
   using Input = decltype(share.load_whole(0));
   const auto of_lane = [&](int units) { return (units - lane + share.mine - 1) >> (31 - __clz(share.mine)); };
   const int steps = of_lane(share.whole) / InFlight;
@@ -121,15 +128,22 @@ __device__ __forceinline__ void read_backward(const S& share, int lane, F f) {
   for (int step = (of_lane(share.units) + InFlight - 1) / InFlight - 1; step >= steps; step--) {
 #pragma unroll
     for (int i = 0; i < InFlight; i++) units[i] = share.load_part(share.column(lane, step * InFlight + i));
-#pragma unroll
-    for (int i = InFlight - 1; i >= 0; i--) f(units[i], step * InFlight + i, true);
+    f(units, step * InFlight, true);
   }
   for (int step = steps - 1; step >= 0; step--) {
 #pragma unroll
     for (int i = 0; i < InFlight; i++) units[i] = share.load_whole(share.column(lane, step * InFlight + i));
-#pragma unroll
-    for (int i = InFlight - 1; i >= 0; i--) f(units[i], step * InFlight + i, false);
+    f(units, step * InFlight, false);
   }
+}
+
+// Calls f(unit, k, ragged) for each of them.
+template <int InFlight, class S, class F>
+__device__ __forceinline__ void read_backward(const S& share, int lane, F f) {
+  read_steps_backward<InFlight>(share, lane, [&](const auto& units, int k, bool ragged) {
+#pragma unroll
+    for (int i = InFlight - 1; i >= 0; i--) f(units[i], k + i, ragged);
+  });
 }
 
 // Writes f(unit, column) of this thread's units, left to right.

@@ -27,6 +27,9 @@ extern "C" {
 GRPO_API const char* grpo_cuda_statistics(const StatisticsParams* params, const CudaLaunch* launch);
 GRPO_API const char* grpo_cuda_gradient(const GradientParams* params, const CudaLaunch* launch);
 GRPO_API const char* grpo_cuda_policy(const PolicyParams* params, const CudaLaunch* launch);
+GRPO_API const char* grpo_cuda_divergence_statistics(const ComparisonParams* params, const CudaLaunch* launch);
+GRPO_API const char* grpo_cuda_jensen_shannon(const JensenShannonParams* params, const CudaLaunch* launch);
+GRPO_API const char* grpo_cuda_divergence_gradient(const DivergenceGradientParams* params, const CudaLaunch* launch);
 GRPO_API const char* grpo_cuda_pair_logits(const PairLogitsParams* params, const CudaLaunch* launch);
 GRPO_API const char* grpo_cuda_pair_sums(const PairSumsParams* params, const CudaLaunch* launch);
 

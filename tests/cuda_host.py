@@ -75,4 +75,7 @@ def _on_the_host(name):
 
 
 statistics, gradient, policy = map(_on_the_host, ("statistics", "gradient", "policy"))
+divergence_statistics, jensen_shannon, divergence_gradient = map(
+    _on_the_host, ("divergence_statistics", "jensen_shannon", "divergence_gradient")
+)
 pair_logits, pair_sums = map(_on_the_host, ("pair_logits", "pair_sums"))

@@ -118,6 +118,8 @@ def test_the_clocks_of_a_logit(kernel):
     assert found["latency"] == round(1000 * turn / (8 * 32 * 48)) and found["issue"] == round(1000 * 7 / 8 / 128)
     assert found["mufu"] == round(1000 / 8 / 16)
     assert found["flight"] == round(32 * 48 * 32 * 700e-9 * 1.98e9 / turn)
+    both = occupancy.judged(kernel, 16, 0, "90", 4, 1, tiles=2)  # the results say how many logits there are
+    assert both["memory"] == round(1000 * 9 / (h200.bandwidth / h200.multiprocessors / h200.clock)) and both["issue"] == found["issue"]
     few = occupancy.judged(kernel, 4, 170 << 10, "90", 4, 1)  # one block at once, of four warps
     assert few["binds"] == "latency" and f"{few['flight']} bytes in flight" in occupancy.faults(few | {"spills": 0})[0]
     assert few["flight"] == pytest.approx(32 * 4 * 32, rel=0.01)
@@ -162,6 +164,10 @@ def test_cuda_kernels_are_judged_at_their_launch(tmp_path, kernel):
     found = compiled_cuda.row(shape, "80", "policy<float, __nv_bfloat16, true, 0>", kernel)
     assert (found["threads"], found["cluster"], found["blocks"]) == (1024, 1, 1)
     assert compiled_cuda.row(shape, "90a", "gradient<double, double, false, 0>", kernel)["threads"] == 512
+    names = ("divergence_statistics<float, true, 0>", "jensen_shannon<double, false, 2>", "divergence_gradient<float, __half, true, 0>")
+    for name, threads in zip(names, (512, 32, 512), strict=True):
+        found = compiled_cuda.row(shape, "90a", name, kernel)
+        assert found["threads"] == threads and found["must_stream"] == ("double" not in name), name
     for name, threads in ("gradient<float, float, true, 2>", 32), ("pair_logits<float, true>", 128), ("pair_sums<float, float, true>", 256):
         assert compiled_cuda.row(shape, "90a", name, kernel)["threads"] == threads
 

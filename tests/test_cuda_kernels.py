@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import math
 import mmap
 import os
 import shutil
@@ -21,6 +22,7 @@ from tolerance import assert_no_worse_than_torch
 
 from grpo_kernels import build_cuda
 from grpo_kernels.backends import cuda
+from grpo_kernels.backends.comparison import KINDS, Compared, Divergence, compare, new_comparison
 from grpo_kernels.backends.statistics import Pairs, Scored, Tile, finalize, new_statistics
 from grpo_kernels.losses.config import LogitTransform as Transform
 from grpo_kernels.losses.terms import PolicyRows, PolicyTerms
@@ -475,6 +477,137 @@ def test_what_is_wrong_with_pairs_is_said():
         logits_of((pairs, hidden.float(), weight, g))
 
 
+# ---- two tiles
+
+
+def both_of(dtype, columns=COLUMNS, rows=ROWS):
+    """(logits of a student and of a teacher, target, g_divergence); row 1 has no gradient but that of its entropy."""
+    z = make_tile(rows, columns, dtype)
+    y = (z.to(acc_of(dtype)) + torch.randn(rows, columns, dtype=acc_of(dtype))).to(dtype)
+    g = torch.randn(rows, dtype=acc_of(dtype))
+    g[1:2] = 0
+    return z, y, torch.randint(-1, columns, (rows,)), g
+
+
+def through(kind, z, y, target, g, out, transform=PLAIN, ranges=None, **launch):
+    """(statistics, sums) after all three kernels; the gradient is in `out`."""
+    student, teacher = (Tile(x, target, transform, ranges=ranges) for x in (z, y))
+    stats, sums = new_comparison(len(target), g.dtype, "cpu"), torch.zeros(len(target), 2, dtype=g.dtype)
+    cuda_host.divergence_statistics(student, teacher, stats, kind, **launch)
+    scored, found = compare(stats, kind)
+    if kind == "jsd":
+        cuda_host.jensen_shannon(student, teacher, scored, found.gap, sums, 0.3, **launch)
+        found = Compared(found.gap, sums[:, 0].contiguous(), sums[:, 1])
+    cuda_host.divergence_gradient(student, teacher, out, scored, found, g, Divergence(kind, 0.3), g, g.cos(), **launch)
+    return stats, sums
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@each_pair
+def test_two_tiles_give_the_same_bits_at_every_schedule_launch_and_alignment(dtype, narrow, kind):
+    """And the teacher's tile, which may be aligned otherwise than the student's, stays as it is."""
+    for columns in (37, COLUMNS):
+        z, y, target, g = both_of(dtype, columns)
+        expected, shapes = None, ((0, 5, 100), (32, 1, 50), (96, 2, 1), (96, 3, 1), (512, 4, 100))
+        for (threads, seed, rarely), (of_z, of_y) in zip(shapes, ((0, 0), (1, 0), (0, 3), (1, 1), (0, 0)), strict=True):
+            student, memory, outside = framed(z, 8 + of_z, of_z)
+            teacher, *_ = framed(y, 16 - columns % 8 + of_y, of_y)
+            out, out_memory, out_outside = framed(torch.zeros(z.shape, dtype=narrow), 3, of_z)
+            launch = dict(threads=threads, seed=seed, yield_one_in=rarely)
+            written = (*through(kind, student, teacher, target, g, out, **launch), out)
+            assert torch.equal(student, z) and torch.equal(teacher, y)
+            expected = expected or tuple(x.clone() for x in written)
+            if narrow == dtype:
+                written += (*through(kind, student, teacher, target, g, student, **launch), student)
+            for found, same_bits in zip(written, expected * 2, strict=False):
+                assert torch.equal(found, same_bits), (columns, threads, of_z, of_y)
+            assert (memory[outside] == SENTINEL).all() and (out_memory[out_outside] == SENTINEL).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_longest_rows_of_two_tiles_have_most_lanes(kind):
+    """4096, as rows of 152k have: each lane of the merging warp takes four warps' sums."""
+    z, y, target, g = both_of(torch.float32, 98_304 + 5, 1)
+    z[0, -4:] += 9.0  # so that what a lost lane held would show
+    y[0, :4] += 9.0
+    results = [through(kind, z, y, target, g, torch.empty_like(z), threads=n, yield_one_in=10**6) for n in (0, 256)]
+    assert all(map(torch.equal, *results))
+    lp, lq = z.double().log_softmax(1), y.double().log_softmax(1)
+    stats, sums = results[0]
+    if kind == "jsd":
+        lm = torch.logaddexp(lp + math.log(0.7), lq + math.log(0.3))
+        exact = torch.stack([(a.exp() * (a - lm)).sum(1) for a in (lp, lq)], 1)
+        torch.testing.assert_close(sums.double(), exact, rtol=2e-6, atol=0)
+    else:
+        exact = ((lq.exp() * (lq - lp)) if kind == "forward_kl" else (lp.exp() * (lp - lq))).sum(1)
+        torch.testing.assert_close(compare(stats, kind)[1].value.double(), exact, rtol=4e-6, atol=0)
+
+
+def test_rows_of_two_tiles_beyond_32_bits():
+    """Row 1 of each lies 2^31 elements behind row 0, in memory that is reserved and never touched."""
+    stride, (z, y, target, g) = 2**31 + 64, both_of(torch.bfloat16, 256, 2)
+    far = []
+    for x in (z, y):
+        reserved = mmap.mmap(
+            -1, 2 * (stride + 256), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        )
+        far.append(torch.frombuffer(reserved, dtype=torch.bfloat16).as_strided((2, 256), (stride, 1)).copy_(x))
+    for kind in KINDS:
+        near, before = torch.empty_like(z), through(kind, z, y, target, g, torch.empty_like(z))
+        through(kind, z, y, target, g, near)
+        assert all(map(torch.equal, through(kind, far[0].copy_(z), far[1], target, g, far[0]), before)) and torch.equal(
+            far[0], near
+        )
+
+
+def test_ranges_of_two_tiles_have_the_same_bits_at_every_launch_and_place():
+    for dtype, kind in itertools.product((torch.float32, torch.float64), KINDS):
+        lengths, results = torch.tensor([1, 2, 37, 700, 5000]), []
+        values = [(torch.randn(n, dtype=dtype), torch.randn(n, dtype=dtype)) for n in lengths]
+        for gap, threads in ((0, 0), (3, 96), (1, 512)):
+            last = (lengths + gap).cumsum(0)
+            ranges, memory = torch.stack([last - lengths, last], 1), torch.full((2, int(last[-1]) + 2), SENTINEL, dtype=dtype)
+            for (first, end), row in zip(ranges.tolist(), values, strict=True):
+                memory[0, first:end], memory[1, first:end] = row
+            z, g = memory[0], lengths.to(dtype).cos()
+            stats, sums = through(kind, z, memory[1], lengths // 2, g, z, Transform(1.3, 5.0), ranges, threads=threads)
+            inside = torch.cat([torch.arange(first, end) for first, end in ranges.tolist()])
+            results.append((stats, sums, z[inside]))
+            z[inside] = SENTINEL
+            assert (z == SENTINEL).all()
+        for found in results[1:]:
+            assert all(map(torch.equal, found, results[0]))
+
+
+def test_what_is_wrong_with_two_tiles_is_said():
+    z, y, target, g = both_of(torch.float32, 64, 2)
+    for message, launch in (
+        ("multiple of 32 up to 512, got 1024", dict(threads=1024)),
+        ("device 3: invalid device", dict(device=3)),
+    ):
+        with pytest.raises(RuntimeError, match=f"divergence_statistics kernel: .*{message}"):
+            through("jsd", z, y, target, g, z, **launch)
+    with pytest.raises(AssertionError, match="one shape, dtype and device"):
+        through("jsd", z, y.double(), target, g, z)
+
+
+def test_sums_of_two_tiles_without_their_barrier_are_found_out(tmp_path):
+    before, after = "    __syncthreads();\n    Sums parts", "    Sums parts"
+    sources = tmp_path / "csrc"
+    shutil.copytree(cuda_host.CSRC, sources)
+    text = (sources / "divergence_cuda.cuh").read_text()
+    assert text.count(before) == 1
+    (sources / "divergence_cuda.cuh").write_text(text.replace(before, after))
+    z, y, target, g = both_of(torch.float32, 4096, 1)
+    tiles, stats = (Tile(z, target, PLAIN), Tile(y, target, PLAIN)), new_comparison(6, torch.float32, "cpu")
+    for row, mine in enumerate((None, *[sources] * 5)):
+        of_row = stats[row : row + 1]
+        cuda_host.divergence_statistics(
+            *tiles, of_row, "jsd", threads=256, seed=row + 1, yield_one_in=1, sources=mine, flags=("-O1",)
+        )
+    assert not all(torch.equal(row.nan_to_num(7.0), stats[0].nan_to_num(7.0)) for row in stats[1:])
+
+
 # ---- errors
 
 
@@ -566,7 +699,8 @@ import torch
 sys.path[:0] = {paths!r}
 import cuda_host
 from cuda_host import KEPT, SANITIZERS, TWICE
-from test_cuda_kernels import PAIRS, Tile, Transform, call, finalize, logits_of, new_statistics, pair_problem, problem, statistics, sums_of
+from test_cuda_kernels import (KINDS, PAIRS, Tile, Transform, both_of, call, finalize, logits_of, new_statistics, pair_problem, problem,
+                               statistics, sums_of, through)
 
 for dtype, narrow in PAIRS:
     # one row: it is aligned, so that a unit read as a whole behind its end is seen
@@ -596,6 +730,17 @@ for dtype in (torch.float32, torch.float64):
     tile, stats = Tile(values, torch.tensor([1, 2, 0, 701]), Transform(), ranges=ranges), new_statistics(4, dtype, "cpu")
     cuda_host.statistics(tile, stats, flags=SANITIZERS)
     cuda_host.gradient(tile, values, finalize(stats), stats[:, 0].cos(), flags=SANITIZERS)
+for (dtype, narrow), columns, kind in itertools.product(PAIRS, (37, 300, 1111), KINDS):
+    z, y, target, g = both_of(dtype, columns, 1 if columns == 1111 else 2)
+    for transform in (Transform(), Transform(1.3, 5.0, 0.7)):
+        through(kind, z.clone(), y.clone(), target, g, torch.empty(z.shape, dtype=narrow), transform, threads=64, flags=SANITIZERS)
+        if narrow == dtype:
+            own = z.clone()
+            through(kind, own, y.clone(), target, g, own, transform, threads=64, flags=SANITIZERS)
+for dtype, kind in itertools.product((torch.float32, torch.float64), KINDS):
+    z, y, ranges = torch.randn(707, dtype=dtype), torch.randn(707, dtype=dtype), torch.tensor([[0, 2], [2, 5], [5, 5], [5, 707]])
+    g = torch.randn(4, dtype=dtype)
+    through(kind, z, y, torch.tensor([1, 2, 0, 701]), g, z, ranges=ranges, threads=64, flags=SANITIZERS)
 print("clean")
 """
 

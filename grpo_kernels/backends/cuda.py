@@ -3,7 +3,8 @@
 They live in a shared library of their own, `_cuda.so` beside this package's modules, which is handed addresses, shapes, strides, a
 device and a stream through plain C structs. The contract is that of `pytorch.py`.
 
-Source: csrc/row_kernels_cuda.cu (launches), csrc/row_kernels_cuda.cuh and csrc/pairs_cuda.cuh (loops), csrc/row_math.h (formulas).
+Source: csrc/row_kernels_cuda.cu (launches), csrc/row_kernels_cuda.cuh, csrc/divergence_cuda.cuh and csrc/pairs_cuda.cuh (loops),
+csrc/row_math.h and csrc/divergence_math.h (formulas).
 """
 
 import ctypes
@@ -14,10 +15,13 @@ import torch
 
 from .. import build_cuda
 from . import params
+from .comparison import check_both
 from .statistics import check, check_pairs, require
 
 LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 BUILD = "`grpo-kernels doctor --build-cuda` builds them where nvcc is installed"
+_TWO_TILES = ("divergence_statistics", "jensen_shannon", "divergence_gradient")
+_KERNELS = ("statistics", "gradient", "policy", *_TWO_TILES, "pair_logits", "pair_sums")
 _RESULTS = {dtype: (dtype,) for dtype in (torch.bfloat16, torch.float16, torch.float64)}
 _RESULTS[torch.float32] = (torch.float32, torch.bfloat16, torch.float16)
 _Launch = params.struct("CudaLaunch", (params.INT, "device"), (params.POINTER, "stream"), (params.INT, "variant cluster threads"))
@@ -47,6 +51,23 @@ class Kernels:
         check(tile, _RESULTS, out, **scored._asdict(), **vars(rows))
         self._launch("policy", tile.values, params.policy(tile, out, rows, terms, scored))
 
+    def divergence_statistics(self, student, teacher, stats, kind):
+        """Folds two tiles into the running statistics [R, 8] of their rows."""
+        check_both(student, teacher, _RESULTS, stats=stats)
+        self._launch("divergence_statistics", student.values, params.divergence_statistics(student, teacher, stats, kind))
+
+    def jensen_shannon(self, student, teacher, scored, gap, sums, beta):
+        """Adds a tile's part of (KL(p || m), KL(q || m)) to sums [R, 2]."""
+        check_both(student, teacher, _RESULTS, sums=sums, gap=gap, **scored._asdict())
+        self._launch("jensen_shannon", student.values, params.jensen_shannon(student, teacher, scored, gap, sums, beta))
+
+    def divergence_gradient(self, student, teacher, out, scored, compared, g_divergence, divergence, g=None, g_entropy=None):
+        """Writes the gradient of the student's raw logits."""
+        vectors = {"gap": compared.gap, "own": compared.own, "g_divergence": g_divergence, "g_entropy": g_entropy}
+        check_both(student, teacher, _RESULTS, out, **scored._asdict(), **vectors, **({} if g is None else {"g": g}))
+        filled = params.divergence_gradient(student, teacher, out, scored, compared, g_divergence, divergence, g, g_entropy)
+        self._launch("divergence_gradient", student.values, filled)
+
     def pair_logits(self, pairs, hidden, weight, out, scale=1.0, bias=None, add=False):
         """Writes z of pairs (row of hidden, row of weight)."""
         check_pairs(pairs, _RESULTS, out, hidden, weight, bias)
@@ -69,7 +90,7 @@ class Kernels:
 def loaded(path):
     """The library with the types of its functions."""
     library = ctypes.CDLL(path)
-    for name in ("statistics", "gradient", "policy", "pair_logits", "pair_sums", "sources", "probe"):
+    for name in (*_KERNELS, "sources", "probe"):
         getattr(library, f"grpo_cuda_{name}").restype = ctypes.c_char_p
     return library
 
@@ -122,6 +143,18 @@ def gradient(*args, **more):
 
 def policy(*args, **more):
     _kernels().policy(*args, **more)
+
+
+def divergence_statistics(*args, **more):
+    _kernels().divergence_statistics(*args, **more)
+
+
+def jensen_shannon(*args, **more):
+    _kernels().jensen_shannon(*args, **more)
+
+
+def divergence_gradient(*args, **more):
+    _kernels().divergence_gradient(*args, **more)
 
 
 def pair_logits(*args, **more):
