@@ -1,12 +1,15 @@
-"""`LigerFusedLinearGRPOLoss` of liger-kernel 0.8.5, by the same call: a trainer written against it swaps one import.
+"""`LigerFusedLinearGRPOLoss` and `LigerFusedLinearJSDLoss` of liger-kernel 0.8.5, by the same calls: a trainer written against
+them swaps one import.
 
-It names and orders what goes in and comes out as that class does; the loss, its gradients and the log-probs are those of
-`fused_linear_grpo_loss`. Where the two disagree about the mathematics, the specification holds:
+They name and order what goes in and comes out as those classes do; the losses and their gradients are those of
+`fused_linear_grpo_loss`, and of `fused_linear_distillation_loss` beside a cross-entropy. Where liger disagrees about the
+mathematics, the specification holds:
 
 * luspo: liger averages over B * T positions, the masked ones included, which is right only where the mask is all ones (or,
   at sequence level, where every term is one number per sequence). Here it is ``mean_b(sum_t l m)``, as in TRL 1.16.
 * vespo with a [B, T] ratio: liger also adds the logarithms that stand at masked positions; here those are not read.
 * What a per-token input holds where the mask is 0 never matters; in liger a NaN there is a NaN loss.
+* distillation: a column that both heads ban, with a bias of -inf, counts nothing; in liger it is a NaN loss. Float64 stays float64.
 """
 
 import dataclasses
@@ -15,10 +18,15 @@ import warnings
 
 import torch
 
+from ..call import describe
 from ..checks import FLOAT_DTYPES, kind
+from ..divergence import DistillationArguments, fused_linear_distillation_loss
+from ..engine.ops import loss_in_one_pass, with_gradients
 from ..logprobs import linear_logprobs
 from ..loss import fused_linear_grpo_loss
 from ..losses.config import GRPOLossConfig
+from ..losses.terms import PolicyRows
+from ..teacher import TeacherArguments
 
 _TOKEN_LEVEL_ONLY = ("cispo", "sapo", "vespo")
 _DIVIDED_BY_ITEMS = ("dapo", "cispo", "vespo")
@@ -179,6 +187,131 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 
     def extra_repr(self):
         return repr(self.config)
+
+
+class LigerFusedLinearJSDLoss(torch.nn.Module):
+    """Distillation from hidden states and both heads, called like the class of that name in liger-kernel 0.8.5.
+
+    Equals a mean over the tokens whose label is not ``ignore_index`` (divided by at least 1) of ``weight_hard_loss`` times the
+    cross-entropy of the label, which is at temperature 1 always, and ``weight_soft_loss`` times the generalised JSD of both logits
+    over ``temperature``; no term is multiplied by its square.
+
+    Every argument stays an attribute under its own name; as in liger, one that is assigned anew counts from the next call.
+
+    Args:
+        weight_hard_loss, weight_soft_loss: of the two terms.
+        beta: the share of the teacher in the mixture, in [0, 1]; 0 is KL(teacher || student), 1 KL(student || teacher).
+        ignore_index: the label of tokens that neither term counts.
+        temperature: > 0.
+        compiled: kept, without effect; nothing here is compiled at run time.
+        chunk_size: kept, without effect; tiles are cut by a budget of bytes (GRPO_KERNELS_WORKSPACE_MB).
+        return_soft_hard_loss: return the two terms, too.
+
+    Raises:
+        AssertionError: temperature is 0, as in liger. All other options are judged at the call.
+
+    Source: interface: liger-kernel 0.8.5; generalised JSD: Agarwal et al. 2024 (on-policy distillation).
+    """
+
+    def __init__(
+        self, weight_hard_loss: float = 0.5, weight_soft_loss: float = 0.5, beta: float = 0.5, ignore_index: int = -100,
+        temperature: float = 1.0, compiled: bool = True, chunk_size: int = 1024, return_soft_hard_loss: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        if temperature == 0:
+            raise AssertionError("temperature must be > 0, got 0")
+        self.weight_hard_loss, self.weight_soft_loss, self.beta = weight_hard_loss, weight_soft_loss, beta
+        self.ignore_index, self.temperature, self.return_soft_hard_loss = ignore_index, temperature, return_soft_hard_loss
+        self.compiled, self.chunk_size = compiled, chunk_size
+
+    def forward(
+        self, student_input, student_weight, teacher_input, teacher_weight, true_labels, student_bias=None, teacher_bias=None,
+    ):  # fmt: skip
+        """The loss of one batch.
+
+        Args:
+            student_input: [N, D] or [B, T, D] float32, float64, bfloat16 or float16; differentiable.
+            student_weight: [V, D] float, differentiable or frozen; of another dtype than ``student_input`` it is cast once.
+            teacher_input, teacher_weight: [N, D'] or [B, T, D'], and [V', D'], cast likewise; constants. Where V' > V, the student
+                has logits of 0 for the columns that it lacks, in the divergence alone.
+            true_labels: [N] or [B, T] int64 or int32, in [0, V) or ``ignore_index``. Only compared with ``ignore_index`` where no
+                cross-entropy is wanted.
+            student_bias, teacher_bias: [V], [V'] float; the student's is differentiable.
+
+        Returns:
+            The loss, 0-dim, differentiable once in ``student_input``, ``student_weight`` and ``student_bias``; float32 (float64 for
+            float64). With ``return_soft_hard_loss`` (loss, soft, hard), the terms before their weights, detached. One pass at
+            temperature 1 or without a cross-entropy, 6NVD + 2NVD' operations; the cross-entropy costs 6NVD more elsewhere.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was wanted and what came.
+        """
+        _check("student_input", student_input, FLOAT_DTYPES, ("N", "D"), ("B", "T", "D"))
+        *tokens, D = student_input.shape
+        _check("student_weight", student_weight, FLOAT_DTYPES, ("V", D))
+        _check("teacher_input", teacher_input, FLOAT_DTYPES, (*tokens, "D'"))
+        _check("teacher_weight", teacher_weight, FLOAT_DTYPES, ("V'", teacher_input.shape[-1]))
+        _check("true_labels", true_labels, (torch.int64, torch.int32), tuple(tokens))
+        V, missing = student_weight.shape[0], teacher_weight.shape[0] - student_weight.shape[0]
+        if missing < 0:
+            raise ValueError(f"teacher_weight must have at least the student's V = {V} rows, got {V + missing}")
+        for name, bias, rows in (("student_bias", student_bias, V), ("teacher_bias", teacher_bias, V + missing)):
+            if bias is not None:
+                _check(name, bias, FLOAT_DTYPES, (rows,))
+        student = [student_input, student_weight.to(student_input.dtype), student_bias]
+        teacher = [teacher_input, teacher_weight.to(teacher_input.dtype), teacher_bias]
+        kept = true_labels != self.ignore_index
+        if not (self.weight_hard_loss != 0 or self.return_soft_hard_loss):
+            return self.weight_soft_loss * self._soft(student, teacher, kept, missing)
+        labels = true_labels.long()
+        if self.temperature == 1 and not missing:
+            loss, soft, hard = self._in_one_pass(student, teacher, labels, kept)
+        else:
+            hidden, weight, bias = student
+            soft = self._soft(student, teacher, kept, missing)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.weight_hard_loss != 0):
+                logps = linear_logprobs(hidden, weight, labels, mask=kept, bias=bias).logps
+            hard = -logps.sum() / kept.sum().clamp(min=1)
+            loss = self.weight_hard_loss * hard + self.weight_soft_loss * soft
+        return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss
+
+    def _soft(self, student, teacher, kept, missing):
+        (hidden, weight, bias), (teacher_hidden, teacher_weight, teacher_bias) = student, teacher
+        if missing:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
+            bias = None if bias is None else torch.nn.functional.pad(bias, (0, missing))
+        return fused_linear_distillation_loss(
+            hidden, weight, teacher_hidden, teacher_weight, kind="jsd", beta=self.beta, mask=kept, bias=bias,
+            teacher_bias=teacher_bias, temperature=self.temperature, num_items=kept.sum(),
+        ).loss  # fmt: skip
+
+    def _in_one_pass(self, student, teacher, labels, kept):
+        """(loss, soft, hard): the cross-entropy is of the same logits, and its gradient goes with the divergence's."""
+        hidden, weight, bias = student
+        call = describe(DistillationArguments(
+            hidden, weight, labels, kept, bias=bias, options=(1.0, 1.0, None), kind="jsd", beta=self.beta,
+            teacher=TeacherArguments(*teacher), ids_name="true_labels",
+        ))  # fmt: skip
+        count = kept.sum().clamp(min=1)
+
+        def weighed(logps, divergence):
+            soft, hard = divergence.sum() / count, -logps.sum() / count
+            return self.weight_hard_loss * hard + self.weight_soft_loss * soft, soft, hard
+
+        if not any(call.work.needs):
+            logps, _, divergence = call.compared(alone=True)
+            return weighed(logps, divergence)
+        acc = torch.promote_types(call.rows.hidden.dtype, torch.float32)
+        u = kept.reshape(-1)[call.rows.index[: call.rows.live]].to(acc) / count
+        hard = -self.weight_hard_loss * u if self.weight_hard_loss != 0 else None
+        rows = dataclasses.replace(call.rows, policy=PolicyRows(hard, w_kl=self.weight_soft_loss * u))
+        logps, _, divergence, gradients = loss_in_one_pass(call.head, rows, call.work, call.teacher)
+        loss, *terms = weighed(call.scatter(logps), call.scatter(divergence))
+        return with_gradients(loss, gradients, call.head, rows, call.work), *terms
+
+    def extra_repr(self):
+        names = ("weight_hard_loss", "weight_soft_loss", "beta", "ignore_index", "temperature", "return_soft_hard_loss")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def _items_per_rank(num_items, mask):

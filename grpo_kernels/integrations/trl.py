@@ -1,7 +1,8 @@
 """TRL's trainers on fused kernels: a patch under all of them, and a GRPO trainer whose whole loss is fused.
 
-`patch_trl()` replaces the autograd function that turns hidden states into log-probs under every TRL trainer. `FusedGRPOTrainer`
-is `trl.GRPOTrainer` with the loss itself inside the model's forward: one pass where the options allow it.
+`patch_trl()` replaces the autograd function that turns hidden states into log-probs under every TRL trainer, and the one that
+compares a student's with a teacher's under `trl.DistillationTrainer`. `FusedGRPOTrainer` is `trl.GRPOTrainer` with the loss itself
+inside the model's forward: one pass where the options allow it.
 
 How the fused trainer stays TRL's: it hands the loss function through TRL's own forward call, then lets TRL's own `_compute_loss`
 run on the detached log-probs that came of it. That makes TRL's metrics, drives its entropy controller and yields TRL's value of
@@ -17,12 +18,14 @@ Under top-p, top-k or min-p a token came from the renormalised distribution over
 these supports, the sampling mask, and takes its log-probs over them (DeepSeek-V3.2, arXiv 2512.02556, section 3.1; see
 `FusedGRPOTrainer`). Stock TRL takes them over the whole vocabulary, so such runs differ unless ``keep_sampling_mask=False``.
 
-Source: interfaces of TRL 1.15 and 1.16 (trl/trainer/utils.py: add_fused_lm_head; trl/kernels/chunked_logprob.py).
+Source: interfaces of TRL 1.15 and 1.16 (trl/trainer/utils.py: add_fused_lm_head; trl/kernels/chunked_logprob.py,
+chunked_divergence.py).
 """
 
 import collections
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import math
 import sys
@@ -33,6 +36,7 @@ import torch
 from ..call import LossArguments, TokenLoss
 from ..checks import kind
 from ..distributed import QuantileOnly
+from ..divergence import linear_divergence
 from ..logprobs import token_statistics
 from ..loss import fused_linear_grpo_loss
 from ..losses.config import GRPOLossConfig
@@ -47,9 +51,19 @@ try:
     from trl.kernels import chunked_logprob as kernel_module
 except ImportError as error:
     raise ImportError("grpo_kernels.integrations.trl needs TRL 1.15 or newer: pip install 'trl>=1.15'") from error
+divergence_module = distillation_module = None
+if importlib.util.find_spec("trl.kernels.chunked_divergence") is not None:  # younger than the log-prob function
+    # TRL imports its trainers when they are asked for; one imported after the patch would keep what it replaced for ever
+    import trl.trainer.distillation_trainer as distillation_module
+    from trl.kernels import chunked_divergence as divergence_module
 
 _ARGUMENTS = ("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
               "outputs")  # fmt: skip
+_DIVERGENCE_ARGUMENTS = (
+    "ctx", "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "beta",
+    "temperature", "student_logit_scale", "student_final_logit_softcapping", "teacher_logit_scale",
+    "teacher_final_logit_softcapping",
+)  # fmt: skip
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _AGREEMENT = 1e-3  # of two sums of the same float32 terms, relative to max(1, |loss|)
 _COMPARED = 8  # micro-batches of each kind whose gradients are compared
@@ -97,9 +111,7 @@ class FusedLogProbFunction:
         """
         if not torch.is_autocast_enabled(hidden.device.type):  # TRL's tiles have the dtype of hidden
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        if hasattr(weight, "ds_id"):
-            # ZeRO-3 takes the gathered weight away after the forward; by another name it lives until the backward
-            weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)
+        weight, bias = map(_outliving_zero3, (weight, bias))
         logps, entropy, *diagnostics = token_statistics(
             hidden, weight, targets, bias=bias, temperature=float(temperature), logit_scale=float(logit_scale),
             softcap=final_logit_softcapping, diagnostics=outputs,
@@ -107,14 +119,47 @@ class FusedLogProbFunction:
         return logps, entropy if "entropy" in outputs else None, *diagnostics
 
 
-def _arguments():
-    function = getattr(kernel_module, "ChunkedLogProbFunction", None)
+class FusedDivergenceFunction:
+    """Stands where TRL's `ChunkedDivergenceFunction` stood: the same call, the same two results."""
+
+    @staticmethod
+    def apply(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, beta, temperature=1.0,
+              student_logit_scale=1.0, student_final_logit_softcapping=None, teacher_logit_scale=1.0,
+              teacher_final_logit_softcapping=None):  # fmt: skip
+        """[N, D], [V, D], [V] or None, and a teacher's [N, D'], [V, D'], [V] or None -> (divergence, entropy), [N] each.
+
+        beta 0 is KL(teacher || student), 1 KL(student || teacher), between them the generalised JSD. Gradients: the student's, from
+        the divergence alone, as TRL's.
+        """
+        gather = utils_module.maybe_gather_lm_head_ctx  # here, for the trainer calls from outside of the heads' own forwards
+        with gather(student_weight, student_bias), gather(teacher_weight, teacher_bias):
+            weight, teacher_weight = (
+                w if torch.is_autocast_enabled(h.device.type) else w.to(h.dtype)  # TRL's products have the dtype of hidden
+                for h, w in ((student_hidden, student_weight), (teacher_hidden, teacher_weight))
+            )
+            weight, bias = map(_outliving_zero3, (weight, student_bias))
+            return linear_divergence(
+                student_hidden, weight, teacher_hidden, teacher_weight, kind="jsd", beta=float(beta), bias=bias,
+                teacher_bias=teacher_bias, temperature=float(temperature), logit_scale=float(student_logit_scale),
+                softcap=student_final_logit_softcapping, teacher_logit_scale=float(teacher_logit_scale),
+                teacher_softcap=teacher_final_logit_softcapping,
+            )  # fmt: skip
+
+
+def _outliving_zero3(parameter):
+    """ZeRO-3 takes the gathered weight away after the forward; by another name it lives until the backward."""
+    return parameter.view_as(parameter) if hasattr(parameter, "ds_id") else parameter
+
+
+def _arguments(module=kernel_module, name="ChunkedLogProbFunction"):
+    function = getattr(module, name, None)
     if function is None or getattr(utils_module, "_ChunkedLogProbFunction", None) is None:
         return None
     return tuple(inspect.signature(function.forward).parameters)
 
 
 _found = _arguments()
+_found_divergence = None if divergence_module is None else _arguments(divergence_module, "ChunkedDivergenceFunction")
 _places = []  # (module, name, value before) of what is patched
 
 
@@ -125,22 +170,31 @@ def patch_trl() -> None:
     calling it once. Token ids are checked: one outside of [0, V) is a ValueError here. Log-probs are over the whole vocabulary, as
     TRL's are: rollouts under top-p, top-k or min-p need `FusedGRPOTrainer`, which keeps what was left.
 
+    Under `trl.DistillationTrainer` it replaces the chunked divergence and the entropy beside it, where this TRL has that function.
+
     Raises:
-        RuntimeError: this TRL's function is another than the one known.
+        RuntimeError: one of this TRL's functions is another than the one known.
     """
     if _places:
         return
-    if _found != _ARGUMENTS:
-        raise _unknown(f"ChunkedLogProbFunction {'is missing' if _found is None else f'takes {_found}'}")
-    original, places = kernel_module.ChunkedLogProbFunction, []
-    for module in [m for name, m in sys.modules.items() if m is not None and (name == "trl" or name.startswith("trl."))]:
-        places += [(module, name, original) for name, value in vars(module).items() if value is original]
-    # where there is no Triton kernel TRL scores the masked tokens too; ours takes any number of rows
-    if hasattr(utils_module, "_use_triton"):
-        places.append((utils_module, "_use_triton", utils_module._use_triton))
-    for module, name, before in places:
-        setattr(module, name, FusedLogProbFunction if before is original else _any_device)
-    _places.extend(places)
+    replaced = [(kernel_module, "ChunkedLogProbFunction", _found, _ARGUMENTS, FusedLogProbFunction)]
+    if divergence_module is not None:
+        known = _DIVERGENCE_ARGUMENTS
+        replaced.append((divergence_module, "ChunkedDivergenceFunction", _found_divergence, known, FusedDivergenceFunction))
+    for _, name, found, known, _ in replaced:
+        if found != known:
+            raise _unknown(f"{name} {'is missing' if found is None else f'takes {found}'}")
+    places, modules = [], [m for name, m in sys.modules.items() if m is not None and (name == "trl" or name.startswith("trl."))]
+    for home, name, _, _, ours in replaced:
+        original = getattr(home, name)
+        places += [(m, key, value, ours) for m in modules for key, value in vars(m).items() if value is original]
+    for module in (utils_module, distillation_module):
+        # where there is no Triton kernel TRL scores the masked tokens too; ours takes any number of rows
+        if hasattr(module, "_use_triton"):
+            places.append((module, "_use_triton", module._use_triton, _any_device))
+    for module, name, _, ours in places:
+        setattr(module, name, ours)
+    _places.extend(place[:3] for place in places)
 
 
 def unpatch_trl() -> None:
