@@ -11,14 +11,15 @@ template <class S>
 constexpr double kNear = 0.125;  // |x| below which bend is a series
 
 // (exp(-x) - 1 + x) / x^2 for |x| < kNear, up to 1e-8 (float) or 1e-16 of itself.
-template <class S>
-GRPO_HD S bend_series(S x) {
+// V is S, or a vector of it.
+template <class S, class V = S>
+GRPO_HD V bend_series(V x) {
   constexpr int kTerms = sizeof(S) == 8 ? 10 : 5;
   constexpr double kInverseFactorial[10] = {1.0 / 2,    1.0 / 6,     1.0 / 24,     1.0 / 120,     1.0 / 720,
                                             1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800};
-  S sum = 0;
+  V sum = S(kInverseFactorial[kTerms - 1]) - V{};
 #pragma unroll
-  for (int n = kTerms - 1; n >= 0; n--) sum = S(kInverseFactorial[n]) - sum * x;
+  for (int n = kTerms - 2; n >= 0; n--) sum = S(kInverseFactorial[n]) - sum * x;
   return sum;
 }
 
@@ -26,7 +27,7 @@ GRPO_HD S bend_series(S x) {
 template <class S>
 GRPO_HD S bend(S x, S weight, S other) {
   if (weight == S(0)) return other;
-  if (std::fabs(x) < S(kNear<S>)) return weight * x * x * bend_series(x);
+  if (std::fabs(x) < S(kNear<S>)) return weight * x * x * bend_series<S>(x);
   return other - weight + weight * x;
 }
 
@@ -90,7 +91,7 @@ GRPO_HD RowCompared<double> compare(const RowComparison<double>& s, DivergenceKi
   const bool forward = kind == DivergenceKind::forward_kl;
   const double sum_z = total(s.student), weight = forward ? s.teacher_sum : sum_z, other = forward ? sum_z : s.teacher_sum;
   const double difference = (s.bent - s.tilt) / weight;
-  const bool near = std::fabs(difference) < 0.5;
+  const bool near = std::fabs(difference) < 0.5 && s.bent < weight;  // of a large divergence the difference cancels
   const double eta = near ? -std::log1p(difference) : std::log(weight / other);
   double value = near ? s.bent / weight - bend(eta, 1.0, std::exp(-eta)) : s.tilt / weight - eta;
   value = s.bent == infinity<double>() ? s.bent : value < 0 ? 0 : value;

@@ -89,7 +89,7 @@ def compare(stats: torch.Tensor, kind: str) -> tuple[Scored, Compared]:
         weight, other, sign = other, weight, -1.0
     tilt, bent = wide[:, 6], wide[:, 7]
     difference = (bent - tilt) / weight  # sum of p (exp(-x) - 1)
-    near = difference.abs() < 0.5
+    near = (difference.abs() < 0.5) & (bent < weight)  # of a large divergence the difference cancels
     eta = torch.where(near, -torch.log1p(difference), (weight / other).log())
     value = torch.where(near, bent / weight - bend(eta, torch.ones_like(eta), (-eta).exp()), tilt / weight - eta)
     value = torch.where(bent.isinf(), bent, value.clamp(min=0))
