@@ -78,4 +78,8 @@ PYBIND11_MODULE(_native, m) {
   define(m, "transpose", &RowKernels::transpose);
   define(m, "pair_logits", &RowKernels::pair_logits);
   define(m, "pair_sums", &RowKernels::pair_sums);
+  define(m, "divergence_statistics", &RowKernels::divergence_statistics);
+  define(m, "jensen_shannon", &RowKernels::jensen_shannon);
+  define(m, "divergence_gradient", &RowKernels::divergence_gradient);
+  define(m, "divergence", &RowKernels::divergence);
 }

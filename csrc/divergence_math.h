@@ -11,21 +11,22 @@ template <class S>
 constexpr S kNear = S(0.125);  // |x| below which bend is a series
 
 // (exp(-x) - 1 + x) / x^2 for |x| < kNear, up to 1e-8 (float) or 1e-16 of itself.
-template <class S>
-GRPO_HD S bend_series(S x) {
+// V is S, or a vector of it.
+template <class S, class V = S>
+GRPO_HD V bend_series(V x) {
   constexpr int kTerms = sizeof(S) == 8 ? 10 : 5;
   constexpr double kInverseFactorial[10] = {1.0 / 2,    1.0 / 6,     1.0 / 24,     1.0 / 120,     1.0 / 720,
                                             1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800};
-  S sum = 0;
+  V sum = S(kInverseFactorial[kTerms - 1]) - V{};
 #pragma unroll
-  for (int n = kTerms - 1; n >= 0; n--) sum = S(kInverseFactorial[n]) - sum * x;
+  for (int n = kTerms - 2; n >= 0; n--) sum = S(kInverseFactorial[n]) - sum * x;
   return sum;
 }
 
 // weight (exp(-x) - 1 + x), given other = weight exp(-x): not by its cancelling terms near 0; other where the weight is 0.
 template <class S>
 GRPO_HD S bend(S x, S weight, S other) {
-  const S near = weight * x * x * bend_series(x), far = other - weight + weight * x;  // both: lanes would take both branches anyway
+  const S near = weight * x * x * bend_series<S>(x), far = other - weight + weight * x;  // both: lanes would take both branches anyway
   return weight == S(0) ? other : std::fabs(x) < kNear<S> ? near : far;
 }
 
@@ -106,7 +107,7 @@ GRPO_HD float above_mixture(float a, float b) {
 #else
   const float e = std::exp(-a);
 #endif
-  const float part = b * (a < kNear<float> ? a - a * a * bend_series(a) : 1.0f - e), left = 1.0f - part;
+  const float part = b * (a < kNear<float> ? a - a * a * bend_series<float>(a) : 1.0f - e), left = 1.0f - part;
 #ifdef __CUDA_ARCH__
   const float s = __fdividef(part, 1.0f + left), far = -__logf(left);
 #else

@@ -12,6 +12,10 @@ struct RowKernels {
   void (*transpose)(const TransposeParams&, int threads);
   void (*pair_logits)(const PairLogitsParams&, int threads);
   void (*pair_sums)(const PairSumsParams&, int threads);
+  void (*divergence_statistics)(const ComparisonParams&, int threads);
+  void (*jensen_shannon)(const JensenShannonParams&, int threads);
+  void (*divergence_gradient)(const DivergenceGradientParams&, int threads);
+  void (*divergence)(const DivergenceParams&, int threads);
 };
 
 }  // namespace grpo_kernels

@@ -156,16 +156,14 @@ GK_INLINE void add_lanes(V v, S& sum) {
 // Enough for a result that is rounded to bfloat16 next: degree 4, relative error 1e-5. Otherwise degree 6, 1 ulp.
 enum class Digits { full, bfloat16 };
 
-// e^x for x below 88; 0 below -87.7 (denormal results are flushed), nan for nan. x itself is raised to at least -88, so that
-// x e^x is 0 and not nan where e^x is 0.
-template <Digits kDigits = Digits::full>
-GK_INLINE vfloat exp_clamping(vfloat& x) {
-  x = vmax(splat<vfloat>(-88.0f), x);
+// p, r and scale of e^x = (1 + p r) scale, scale a power of 2, for x in [-88, 88].
+template <Digits kDigits>
+GK_INLINE vfloat exp_parts(vfloat x, vfloat& r, vfloat& scale) {
   // Adding 1.5 * 2^23 rounds to an integer; + 127 leaves the biased exponent in the low bits, 0 (so a factor of 0) at -127.
   const float magic = 12582912.0f + 127.0f;
   const vfloat t = x * 1.44269504f + magic;
   const vfloat n = t - magic;
-  vfloat p, r;
+  vfloat p;
   if (kDigits == Digits::full) {
     r = x - n * 0.693359375f;  // ln 2 in two parts, the first of 9 bits, so that n times it is exact
     r = r + n * 2.12194440e-4f;
@@ -174,20 +172,27 @@ GK_INLINE vfloat exp_clamping(vfloat& x) {
     p = p * r + 0.166664302f;
     p = p * r + 0.49999994f;
     p = p * r + 1.0f;
-    p = p * r + 1.0f;
   } else {
     r = x - n * 0.693147181f;
     p = r * 4.15135175e-2f + 0.167877108f;
     p = p * r + 0.500030279f;
     p = p * r + 0.999966681f;
-    p = p * r + 1.0f;
   }
   vuint u;
   std::memcpy(&u, &t, sizeof u);
   u = u << 23;
-  vfloat scale;
   std::memcpy(&scale, &u, sizeof scale);
-  return p * scale;
+  return p;
+}
+
+// e^x for x below 88; 0 below -87.7 (denormal results are flushed), nan for nan. x itself is raised to at least -88, so that
+// x e^x is 0 and not nan where e^x is 0.
+template <Digits kDigits = Digits::full>
+GK_INLINE vfloat exp_clamping(vfloat& x) {
+  x = vmax(splat<vfloat>(-88.0f), x);
+  vfloat r, scale;
+  const vfloat p = exp_parts<kDigits>(x, r, scale);
+  return (p * r + 1.0f) * scale;
 }
 
 template <Digits = Digits::full>
@@ -221,6 +226,36 @@ GK_INLINE vdouble vtanh(vdouble x, vdouble& derivative) {
     x[i] = std::tanh(x[i]);
   }
   return x;
+}
+
+// e^x - 1 of x <= 0, relative error about 2 ulp; -1 of -inf.
+GK_INLINE vfloat expm1_of_negative(vfloat x) {
+  vfloat r, scale;
+  const vfloat p = exp_parts<Digits::full>(vmax(splat<vfloat>(-88.0f), x), r, scale);
+  return p * r * scale + (scale - 1.0f);
+}
+
+// log(1 + t) of t in (-1, 0], relative error about 2 ulp. 1 + t = 2^k (1 + f), f in [-1/3, 1/3); f is taken from t, which has the
+// digits that 1 + t has lost.
+GK_INLINE vfloat log1p_of_negative(vfloat t) {
+  const vfloat u = 1.0f + t;
+  vuint bits;
+  std::memcpy(&bits, &u, sizeof bits);
+  bits = (bits - 0x3f2aaaabu) & 0xff800000u;  // k in the exponent's place
+  vint k;
+  std::memcpy(&k, &bits, sizeof k);
+  bits = 0x3f800000u - bits;
+  vfloat scale;  // 2^-k
+  std::memcpy(&scale, &bits, sizeof scale);
+  const vfloat f = t * scale + (scale - 1.0f);
+  vfloat p = f * 0.138202295f - 0.151221797f;
+  p = p * f + 0.140423104f;
+  p = p * f - 0.164723262f;
+  p = p * f + 0.200079188f;
+  p = p * f - 0.250042379f;
+  p = p * f + 0.333332658f;
+  p = p * f - 0.5f;
+  return __builtin_convertvector(k >> 23, vfloat) * 0.693147181f + (f * f * p + f);
 }
 
 }  // namespace

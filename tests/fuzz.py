@@ -92,6 +92,37 @@ def rows_case(b, generator):
         native.gradient(tile, out, scored, vector(), optional(), isa=isa)
 
 
+def both_case(b, generator):
+    """A row kernel of the CPU on two tiles."""
+    from grpo_kernels.backends import native
+    from grpo_kernels.backends.comparison import KINDS, Compared, Divergence, new_comparison
+    from grpo_kernels.backends.statistics import Scored, Tile
+    from grpo_kernels.losses.config import LogitTransform
+
+    rows, columns, dtype = b.of(_SIZES), b.of((*_SIZES, 4097, 8200)), b.of(_DTYPES)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    vector = lambda: tensor(b, (rows,), acc, generator) if b.byte() % 32 else None  # noqa: E731
+    target = torch.randint(-1, max(1, columns), (rows,), generator=generator)
+    temperature, plain, tiles = vector() if b.chance(4) else None, b.chance(2), []
+    for _ in range(2):
+        values = tensor(b, (rows, columns), dtype, generator).clone()
+        transform = LogitTransform(b.of((1.0, 0.5, -2.0, 0.0)), b.of((None, 5.0, 1e-3)), b.of((1.0, 0.7, 1e-3)))
+        bias = tensor(b, (columns,), acc, generator) if b.chance(3) and not plain else None
+        tiles.append(Tile(values, target, LogitTransform() if plain else transform, bias, temperature))
+    isa, divergence = b.of(native.isas()), Divergence(b.of(KINDS), b.of((0.5, 0.01, 0.99)))
+    scored, found = Scored(vector(), vector(), vector()), Compared(vector(), vector(), vector())
+    out = b.of((tiles[0].values, tiles[0].values, tensor(b, (rows, columns), dtype, generator), tiles[0].values[:, 1:]))
+    kernel = b.byte() % 4
+    if kernel == 0:
+        native.divergence_statistics(*tiles, new_comparison(b.of((rows, rows, 1)), acc, "cpu"), divergence.kind, isa=isa)
+    elif kernel == 1:
+        native.jensen_shannon(*tiles, scored, found.gap, torch.zeros(rows, 2, dtype=acc), divergence.beta, isa=isa)
+    elif kernel == 2:
+        native.divergence_gradient(*tiles, out, scored, found, vector(), divergence, vector(), vector(), isa=isa)
+    else:
+        native.divergence(*tiles, out, vector(), divergence, scored, found, isa=isa)
+
+
 def loss_case(b, generator):
     """The whole loss, and its backward."""
     from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs
@@ -126,7 +157,8 @@ def loss_case(b, generator):
 def one(data):
     b = Bytes(data)
     generator = torch.Generator().manual_seed(b.byte() * 256 + b.byte())
-    case, refusals = (rows_case, _REFUSED) if b.chance(2) else (loss_case, _EXPECTED)
+    case = b.of((rows_case, both_case, loss_case, loss_case))
+    refusals = _EXPECTED if case is loss_case else _REFUSED
     try:
         case(b, generator)
     except refusals as error:

@@ -10,6 +10,8 @@ from row_kernels import acc, each_dtype, make_tile
 from test_row_kernels import log_probs
 
 from grpo_kernels.backends import native, params, pytorch
+from grpo_kernels.backends.comparison import KINDS as DIVERGENCES
+from grpo_kernels.backends.comparison import Compared, Divergence, compare, new_comparison
 from grpo_kernels.backends.statistics import Pairs, Scored, Tile, finalize, new_statistics
 from grpo_kernels.losses.config import LogitTransform
 from grpo_kernels.losses.terms import KINDS, PolicyRows, PolicyTerms
@@ -95,6 +97,44 @@ def test_same_bits_whatever_the_threads_and_the_place(isa, dtype):
         return [*made, out]
 
     first = everything(in_place=True)
+    for threads, in_place in ((1, False), (2, True), (3, False)):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, first, everything(in_place)))
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_kernels_over_two_tiles_same_bits_whatever_the_threads_and_the_place(isa, dtype, kind):
+    n, columns = 70, 5001
+    values = make_tile(n, columns, dtype)
+    teacher_values = values + 0.3 * make_tile(n, columns, dtype, 1)
+    target, vector, divergence = torch.randint(0, columns, (n,)), torch.randn(3, n, dtype=acc(dtype)), Divergence(kind, 0.3)
+
+    def everything(in_place):
+        made = []
+        for transform in (PLAIN, LogitTransform(1.3, 5.0, 0.7)):
+            teacher, stats = Tile(teacher_values.clone(), target, transform), new_comparison(n, acc(dtype), "cpu")
+            native.divergence_statistics(Tile(values, target, transform), teacher, stats, kind, isa=isa)
+            scored, found = compare(stats, kind)
+            sums = torch.zeros(n, 2, dtype=acc(dtype))
+            native.jensen_shannon(Tile(values, target, transform), teacher, scored, found.gap, sums, 0.3, isa=isa)
+            at_once = Scored(*torch.empty(3, n, dtype=acc(dtype))), Compared(*torch.empty(3, n, dtype=acc(dtype)))
+            student = values.clone()
+            out = student if in_place else nan(n, columns + 3, dtype=dtype)[:, :columns]
+            native.divergence(Tile(student, target, transform), teacher, out, vector[0], divergence, *at_once, isa=isa)
+            made += [stats, sums, out, *at_once[0], *at_once[1]]
+            for more in ((), tuple(vector[1:])):
+                student = values.clone()
+                out = student if in_place else nan(n, columns + 3, dtype=dtype)[:, :columns]
+                tile = Tile(student, target, transform)
+                native.divergence_gradient(tile, teacher, out, scored, found, vector[0], divergence, *more, isa=isa)
+                made.append(out)
+            assert torch.equal(teacher.values, teacher_values)
+        return made
+
+    first = everything(in_place=True)
+    assert not any(x.isnan().any() for x in first)
     for threads, in_place in ((1, False), (2, True), (3, False)):
         torch.set_num_threads(threads)
         assert all(map(torch.equal, first, everything(in_place)))

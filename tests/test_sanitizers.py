@@ -73,6 +73,14 @@ def test_the_kernels_own_tests_under_sanitizers(sanitized):
 
 
 @one_build
+def test_the_kernels_over_two_tiles_under_sanitizers(sanitized):
+    some = "cpu and (whole or ranges or banned or large or (gradient and entropy))"
+    out = run(*sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_divergence_kernels.py", "-k", some)
+    assert " passed" in out and "failed" not in out
+    assert int(out.rsplit(" passed", 1)[0].split()[-1]) > 500, out[-500:]
+
+
+@one_build
 def test_random_calls_under_sanitizers(sanitized):
     folder, environment = sanitized
     code = "import sys; sys.modules['atheris'] = None; sys.path.insert(0, 'tests'); import fuzz; fuzz.main(float(sys.argv[1]), [])"

@@ -3,7 +3,8 @@
 The contract is that of `pytorch.py`, on tiles of float32, bfloat16 or float64, for results of the same dtype. ``isa`` is one of
 `isas`, None means the best. Importing this module never fails: `why_unavailable` says what is missing.
 
-Source: csrc/row_kernels_cpu.cpp and csrc/pair_kernels_cpu.h (loops), csrc/row_math.h (formulas).
+Source: csrc/row_kernels_cpu.cpp, csrc/divergence_kernels_cpu.h and csrc/pair_kernels_cpu.h (loops), csrc/row_math.h and
+csrc/divergence_math.h (formulas).
 """
 
 import ctypes
@@ -24,6 +25,7 @@ except ImportError as error:
 
 from .. import build_cuda
 from . import params
+from .comparison import check_both
 from .statistics import check, check_pairs, check_rows, described, require
 
 _BUILD_INFO = Path(__file__).parent.parent / "_build_info.json"
@@ -92,6 +94,33 @@ def policy(tile, out, rows, terms, scored, isa=None):
     _run("policy", isa, tile.values, params.policy(tile, out, rows, terms, scored))
 
 
+def divergence_statistics(student, teacher, stats, kind, isa=None):
+    """Folds two tiles into the running statistics [R, 8] of their rows."""
+    _check_both(student, teacher, stats=stats)
+    _run("divergence_statistics", isa, student.target, params.divergence_statistics(student, teacher, stats, kind))
+
+
+def jensen_shannon(student, teacher, scored, gap, sums, beta, isa=None):
+    """Adds a tile's part of KL(p || m) and KL(q || m) to sums [R, 2]."""
+    _check_both(student, teacher, sums=sums, gap=gap, **scored._asdict())
+    _run("jensen_shannon", isa, student.target, params.jensen_shannon(student, teacher, scored, gap, sums, beta))
+
+
+def divergence_gradient(student, teacher, out, scored, compared, g_divergence, divergence, g=None, g_entropy=None, isa=None):
+    """Writes the gradient of the student's raw logits."""
+    beside = {name: x for name, x in (("g", g), ("g_entropy", g_entropy)) if x is not None}
+    _check_both(student, teacher, out, g_divergence=g_divergence, **scored._asdict(), **compared._asdict(), **beside)
+    filled = params.divergence_gradient(student, teacher, out, scored, compared, g_divergence, divergence, g, g_entropy)
+    _run("divergence_gradient", isa, student.target, filled)
+
+
+def divergence(student, teacher, out, g_divergence, divergence, scored, compared, isa=None):
+    """Divergence and gradient of whole rows at once; ``scored`` and ``compared`` are written."""
+    _check_both(student, teacher, out, g_divergence=g_divergence, **scored._asdict(), **compared._asdict())
+    filled = params.divergence(student, teacher, out, g_divergence, divergence, scored, compared)
+    _run("divergence", isa, student.target, filled)
+
+
 def pair_logits(pairs, hidden, weight, out, scale=1.0, bias=None, add=False, isa=None):
     """out[j] = scale * hidden[rows[r]] . weight[ids[j]] + bias[ids[j]] for each pair j of each row r, added to out with ``add``."""
     _check_pairs(pairs, out, hidden, weight, bias)
@@ -117,11 +146,22 @@ def transpose(matrix, out, isa=None):
 
 
 def _check(tile, out=None, **tensors):
+    _check_here(tile)
+    check(tile, _RESULTS, out, **tensors)
+
+
+def _check_both(student, teacher, out=None, stats=None, sums=None, **tensors):
+    _check_here(student)
+    absent = [name for name, x in tensors.items() if x is None]
+    require(not absent, f"{', '.join(absent)} must be given")
+    check_both(student, teacher, _RESULTS, out, stats, sums, **tensors)
+
+
+def _check_here(tile):
     if why_unavailable() is not None:
         raise AssertionError(why_unavailable())
     if tile.values.device.type != "cpu":
         raise AssertionError(f"tile must be {_SUPPORTED}, got {described(tile.values)}")
-    check(tile, _RESULTS, out, **tensors)
 
 
 def _check_pairs(pairs, per_pair, per_row, per_id, bias=None):
