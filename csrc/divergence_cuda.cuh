@@ -117,7 +117,7 @@ struct Comparisons {
 template <class A>
 struct Mixtures {
   struct Sums {
-    A of_p = 0, of_q = 0;  // KL(p || m), KL(q || m)
+    A own = 0, value = 0;  // KL(p || m), the divergence
   };
 
   template <int N>
@@ -125,10 +125,10 @@ struct Mixtures {
     Sums sum;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      sum.of_p += parts[i].of_p;
-      sum.of_q += parts[i].of_q;
+      sum.own += parts[i].own;
+      sum.value += parts[i].value;
     }
-    return {sum_of_warp(sum.of_p), sum_of_warp(sum.of_q)};
+    return {sum_of_warp(sum.own), sum_of_warp(sum.value)};
   }
 };
 
@@ -260,7 +260,7 @@ struct TwoRows {
 #pragma unroll
       for (int j = 0; j < kPairsInFlight<T, Plain> * kUnit<T>; j++) {
         const A p = exp_of_difference(z[j] - lse), q = exp_of_difference(y[j] - (lse - gap));
-        add_jensen_shannon(p, q, apart(z[j], y[j]) - gap, beta, sums.of_p, sums.of_q);
+        add_jensen_shannon(p, q, apart(z[j], y[j]) - gap, beta, sums.own, sums.value);
       }
     };
     return summed(Mixtures<A>(), -1, add);
@@ -304,8 +304,8 @@ __global__ void __launch_bounds__(kMostThreadsOfTwoTiles, kFewestBlocks<T>) jens
   const auto found = row.mixture(value<A>(p.scored.lse, row.row), value<A>(p.gap, row.row), A(p.beta));
   if (threadIdx.x == 0) {
     A* sums = static_cast<A*>(p.sums) + 2 * row.row;
-    sums[0] += found.of_p;
-    sums[1] += found.of_q;
+    sums[0] += found.own;
+    sums[1] += found.value;
   }
 }
 

@@ -265,24 +265,25 @@ struct Visit {
   }
 };
 
-// A block's part of KL(p || m) and KL(q || m). `Kept`: exponentials are given, and log p - log m takes the teacher's place.
+// A block's part of KL(p || m) and of the divergence. `Kept`: exponentials are given, and log p - log m takes the teacher's place.
 template <bool kKept, class E>
 void mix_block(const BothLogits<E>& both, int64_t n, const Visit& row, const acc_t<E>* kept_z, acc_t<E>* kept_y,
-               double& of_p, double& of_q) {
+               double& own, double& value) {
   using A = acc_t<E>;
   using V = vec_t<E>;
   constexpr int L = kLanes<E>;
   const A slope = both.slope_z, slope_y = both.slope_y, ratio = both.ratio, gap = A(row.gap), beta = A(row.beta);
   const A shift_z = A(row.shift_z), shift_y = A(row.shift_y), scale_z = A(row.scale_z), scale_y = A(row.scale_y);
-  V sum_p = {}, sum_q = {};
+  V owns = {}, values = {};
   const auto add = [&](V z, V y, int64_t c) __attribute__((always_inline)) {
     V a = z * slope - shift_z, b = y * slope_y - shift_y, to_p, to_q;
     const V p = (kKept ? load(kept_z + c) : exp_clamping(a)) * scale_z, q = (kKept ? load(kept_y + c) : exp_clamping(b)) * scale_y;
     to_mixture((z - ratio * y) * slope - gap, beta, to_p, to_q);
     if (kKept) store(kept_y + c, to_p);
     const V mixed = p + beta * (q - p);
-    sum_p = sum_p + bend_lanes(p == A(0) ? splat<V>(A(1)) : to_p, p, mixed);
-    sum_q = sum_q + bend_lanes(q == A(0) ? splat<V>(A(1)) : to_q, q, mixed);
+    owns = owns + (p == A(0) ? V{} : p * to_p);
+    values = values + (1 - beta) * bend_lanes(p == A(0) ? splat<V>(A(1)) : to_p, p, mixed) +
+             beta * bend_lanes(q == A(0) ? splat<V>(A(1)) : to_q, q, mixed);
   };
   for (int64_t c = 0; c < n; c += 2 * L) {
     V z0, z1, y0, y1;
@@ -293,8 +294,8 @@ void mix_block(const BothLogits<E>& both, int64_t n, const Visit& row, const acc
     add(z0, y0, c);
     add(z1, y1, c + L);
   }
-  add_lanes(sum_p, of_p);
-  add_lanes(sum_q, of_q);
+  add_lanes(owns, own);
+  add_lanes(values, value);
 }
 
 // What the gradient has beside the divergence's: of g and of g_entropy, exp(z - shift_z) being p.
@@ -393,14 +394,14 @@ void gradient_both(DivergenceKind kind, const BothRows<T>& row, const Visit& vis
 }
 
 template <class T>
-void mix_both(const BothRows<T>& row, const Visit& visit, const Kept<acc_t<T>>* kept, double& of_p, double& of_q) {
+void mix_both(const BothRows<T>& row, const Visit& visit, const Kept<acc_t<T>>* kept, double& own, double& value) {
   for_each_block(row, false, [&](int64_t first, int64_t n, const auto& both, Buffers<acc_t<T>>*) {
     const Visit block = visit.at(kept, first / kBlock<T>);
     if (kept) {
-      mix_block<true>(both, n, block, kept[0].values + first, kept[1].values + first, of_p, of_q);
+      mix_block<true>(both, n, block, kept[0].values + first, kept[1].values + first, own, value);
     } else {
       acc_t<T>* const none = nullptr;
-      mix_block<false>(both, n, block, none, none, of_p, of_q);
+      mix_block<false>(both, n, block, none, none, own, value);
     }
   });
 }
@@ -432,11 +433,11 @@ template <class T>
 void jensen_shannon_rows(const JensenShannonParams& p, int threads) {
   using A = acc_t<T>;
   for_each_row<T>(p.tiles.student.values, threads, 0, [&](int64_t r, const Kept<A>*) {
-    double of_p = 0, of_q = 0;
-    mix_both(BothRows<T>(p.tiles, r), visit_of<A>(p.scored, value<A>(p.gap, r), 0, p.beta, r), nullptr, of_p, of_q);
+    double own = 0, divergence = 0;
+    mix_both(BothRows<T>(p.tiles, r), visit_of<A>(p.scored, value<A>(p.gap, r), 0, p.beta, r), nullptr, own, divergence);
     A* sums = static_cast<A*>(p.sums) + 2 * r;
-    sums[0] = A(sums[0] + of_p);
-    sums[1] = A(sums[1] + of_q);
+    sums[0] = A(sums[0] + own);
+    sums[1] = A(sums[1] + divergence);
   });
 }
 
@@ -493,10 +494,8 @@ void divergence_rows(const DivergenceParams& p, int threads) {
     const double teacher_log_sum = result.log_sum + (s.student.max - s.teacher_max - compared.gap);
     Visit visit{s.student.max, s.teacher_max, std::exp(-result.log_sum), std::exp(-teacher_log_sum), compared.gap, 0, p.beta};
     if (p.kind == DivergenceKind::jsd) {
-      double of_p = 0, of_q = 0;
-      mix_both(row, visit, kept, of_p, of_q);
-      compared.own = of_p;
-      compared.value = (1 - p.beta) * of_p + p.beta * of_q;
+      compared.own = compared.value = 0;
+      mix_both(row, visit, kept, compared.own, compared.value);
     }
     write<A>(p.scored, r, result);
     static_cast<A*>(p.compared.gap)[r] = A(compared.gap);

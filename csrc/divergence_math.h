@@ -130,12 +130,13 @@ struct ToMixture {
   }
 };
 
-// Of one element: its part of KL(p || m), and of KL(q || m).
+// Of one element: its part of KL(p || m), which the gradient subtracts, and of the divergence.
 template <class S>
-GRPO_HD void add_jensen_shannon(S p, S q, S d, S beta, S& of_p, S& of_q) {
+GRPO_HD void add_jensen_shannon(S p, S q, S d, S beta, S& own, S& value) {
   const ToMixture<S> to(d, beta);
-  of_p += bend(to.of_p, p, p + beta * (q - p));
-  of_q += bend(to.of_q, q, q + (S(1) - beta) * (p - q));
+  const S mixed = p + beta * (q - p);
+  own += p == S(0) ? S(0) : p * to.of_p;
+  value += (S(1) - beta) * bend(to.of_p, p, mixed) + beta * bend(to.of_q, q, mixed);
 }
 
 // d divergence / d z of one element. `own` as of Compared.

@@ -134,7 +134,7 @@ struct JensenShannonParams {
   TwoTiles tiles;
   Scored scored;    // of the student
   const void* gap;  // acc [R]
-  void* sums;       // acc [R, 2]: KL(p || m) and KL(q || m), added to
+  void* sums;       // acc [R, 2]: KL(p || m) and the divergence, added to
   double beta;
 };
 

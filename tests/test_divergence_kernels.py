@@ -123,7 +123,7 @@ def compared(kernels, drawn, divergence, blocks=1):
         sums = torch.zeros(rows, 2, dtype=dtype, device=DEVICE)
         for cut in cuts:
             kernels.module.jensen_shannon(*drawn.tiles(kernels, cut), scored, found.gap, sums, divergence.beta, **kernels.options)
-        found = Compared(found.gap, sums[:, 0].contiguous(), (1 - divergence.beta) * sums[:, 0] + divergence.beta * sums[:, 1])
+        found = Compared(found.gap, *(x.contiguous() for x in sums.unbind(1)))
     return scored, found
 
 
@@ -294,7 +294,7 @@ def test_ranges(kernels, kind, dtype):
     if kind == "jsd":
         sums = torch.zeros(6, 2, dtype=acc(dtype), device=DEVICE)
         kernels.module.jensen_shannon(student, teacher, scored, found.gap, sums, BETA, **kernels.options)
-        found = Compared(found.gap, sums[:, 0].contiguous(), (1 - BETA) * sums[:, 0] + BETA * sums[:, 1])
+        found = Compared(found.gap, *(x.contiguous() for x in sums.unbind(1)))
     kernels.module.divergence_gradient(
         student, teacher, student.values, scored, found, drawn.g[0].to(DEVICE), divergence, **kernels.options
     )

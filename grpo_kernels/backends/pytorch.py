@@ -10,7 +10,7 @@
 and over two tiles of the same rows and columns, a student's and a teacher's logits (`comparison.py`):
 
     divergence_statistics(student, teacher, stats, kind)          folds both into the running statistics of their rows
-    jensen_shannon(student, teacher, scored, gap, sums, beta)     adds a tile's part of KL(p || m) and KL(q || m) to sums
+    jensen_shannon(student, teacher, scored, gap, sums, beta)     adds a tile's part of KL(p || m) and of the divergence to sums
     divergence_gradient(student, teacher, out, scored, compared, g_divergence, divergence, g, g_entropy)
                                                d loss / d raw logits of the student, g and g_entropy as in `gradient`
     divergence(student, teacher, out, g_divergence, divergence, scored, compared)
@@ -120,10 +120,14 @@ def divergence_statistics(student, teacher, stats, kind):
 
 
 def jensen_shannon(student, teacher, scored, gap, sums, beta):
-    """Adds a tile's part of (KL(p || m), KL(q || m)) to sums [R, 2], m = (1 - beta) p + beta q."""
+    """Adds a tile's part of (KL(p || m), beta KL(q || m) + (1 - beta) KL(p || m)) to sums [R, 2], m = (1 - beta) p + beta q.
+
+    The first as the gradient has its terms, so that these add up to 0; the second as terms that do not cancel.
+    """
     for s in slabs(student):
         p, q, _, to_p, to_q = _mixed(student, teacher, s, scored.lse, gap, beta)
-        parts = (bend(to_p, p, p + beta * (q - p)), bend(to_q, q, q + (1 - beta) * (p - q)))
+        m = p + beta * (q - p)
+        parts = (to_p * p).where(p != 0, 0.0), (1 - beta) * bend(to_p, p, m) + beta * bend(to_q, q, m)
         sums[s] += torch.stack([x.sum(1) for x in parts], 1)
 
 

@@ -137,8 +137,7 @@ class Run:
                 sums = torch.zeros(len(stats), 2, dtype=stats.dtype, device=stats.device)
                 self.kernels.jensen_shannon(tile, teacher, found, compared.gap, sums, divergence.beta)
                 sums = sums if shard is None else functools.reduce(torch.add, shard.gathered(sums))
-                own, of_teacher = (x.contiguous() for x in sums.unbind(1))
-                compared = Compared(compared.gap, own, torch.lerp(own, of_teacher, divergence.beta))
+                compared = Compared(compared.gap, *(x.contiguous() for x in sums.unbind(1)))
             self._write_down(self.compared, compared, s)
         self._write_down(self.scored, found, s)
         return found, compared
