@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import backends
+from ..divergence import fused_linear_distillation_loss
 from ..logprobs import linear_logprobs
 from ..loss import fused_linear_grpo_loss
 from ..support import TokenSupport
@@ -27,7 +28,7 @@ class Provider:
     name: str
     make: Callable[[Problem], Callable[[], Result]]
     quick: bool = False  # in a quick run unless others are asked for
-    logits: int = 0  # bytes of every logit of the call that are in memory together
+    logits: int = 0  # bytes of every logit of a head that are in memory together
     settings: dict = field(default_factory=dict)
     note: str | None = None  # what it was asked to do where that is not obvious
 
@@ -61,6 +62,14 @@ def ours(backend="auto"):
             out.loss.backward()
             return Result(out.loss.detach(), out.logps, hidden.grad, weight.grad, out.entropy)
 
+        def divergence():
+            hidden, weight = p.leaves()
+            out = fused_linear_distillation_loss(hidden, weight, p.teacher_hidden, p.teacher_weight, mask=p.mask, backend=resolved)
+            out.loss.backward()
+            return Result(out.loss.detach(), None, hidden.grad, weight.grad, out.entropy)
+
+        if p.heads == 2:
+            return divergence
         return loss if p.workload.gradients else logprobs
 
     return make
