@@ -427,6 +427,7 @@ def test_who_compares_two_heads_is_right_and_the_others_say_why_not():
     assert [rows[name]["status"] for name in names] == ["ok"] * 4 + ["absent"] * 2, [r["note"] for r in rows.values()]
     assert all(rows[name]["ratio"] > 0 for name in names[:4]) and rows["products"]["ratio"] == 1
     assert all(rows[name]["error"] < 0.04 for name in names[:4])
+    assert rows["liger"]["settings"] == {"compiled": True, "chunk_rows": 128}
     # the other direction of the KL, a teacher that is the student, a loss that is not the mean
     swapped = Provider("swapped", lambda p: PROVIDERS["full_logits"].make(
         replace(p, hidden=p.teacher_hidden, weight=p.teacher_weight, teacher_hidden=p.hidden, teacher_weight=p.weight)))  # fmt: skip

@@ -125,13 +125,16 @@ def _liger_beside_a_teacher(p):
     """Its labels are for the term that is left out, and say which tokens count. beta = 1 is the reverse KL."""
     LigerFusedLinearJSDLoss = _imported("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
     rows = LIGER_ROWS["cuda"] if p.hidden.is_cuda else p.shape.tokens
-    fused = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False, chunk_size=rows)
+    # compiled, its default: a quarter less time here, unlike in its GRPO loss
+    fused = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=True, chunk_size=rows)
     labels = p.ids.masked_fill(~p.mask, -100).flatten()
 
     def loss(hidden, weight):
         return fused(hidden.flatten(0, 1), weight, p.teacher_hidden.flatten(0, 1), p.teacher_weight, labels), None
 
-    return _with_own_loss(p, loss)
+    call = _with_own_loss(p, loss)
+    call.settings = {"compiled": True, "chunk_rows": rows}
+    return call
 
 
 def liger_from_logits(p):

@@ -85,7 +85,7 @@ PROVIDERS = {
         Provider(FULL, peers.full_logits, quick=True, logits=14),
         Provider("full_logits-compiled", lambda p: peers.full_logits(p, compiled=True), logits=14),
         Provider(TRL, peers.trl, quick=True, settings={"columns": peers.TRL_COLUMNS},
-                 note=f"{_SCORES_ONLY}; over supports: full logits, masked"),
+                 note=f"{_SCORES_ONLY}; over supports: full logits, masked; beside a teacher: its divergences"),
         Provider(LIGER, peers.liger, quick=True, settings={"compiled": False, "chunk_rows": peers.LIGER_ROWS}),
         Provider("liger-logits", peers.liger_from_logits, logits=8),
         Provider("verl", peers.verl, note=_SCORES_ONLY),
