@@ -18,7 +18,7 @@ from .extras import MissingExtra
 USAGE = """\
 usage: grpo-kernels train [--config FILE.yaml] [--model PATH --data FILE --reward pkg.mod:fn ...] [--dry-run] [--OPTION VALUE ...]
        grpo-kernels plan --tokens N --vocab V --depth D [--device h200] [--dtype bf16] [--frozen | --logprobs] [--two-phase]
-                         [--support K] [--workspace-mb M] [--json]
+                         [--support K | --teacher-depth D' [--divergence KIND]] [--workspace-mb M] [--json]
        grpo-kernels plot RUN [FILE.png]
        grpo-kernels bench [--quick] [--shapes NAME,...] [--providers NAME,...] [--json FILE] [--plot DIR] ...
        grpo-kernels doctor [--build-cuda]
@@ -94,7 +94,10 @@ def plan(argv):
     wanted.add_argument("--frozen", action="store_true", help="no gradient of the head")
     wanted.add_argument("--logprobs", action="store_true", help="no gradient at all")
     parser.add_argument("--two-phase", action="store_true", help="a loss that needs all log-probs before any coefficient")
-    parser.add_argument("--support", type=float, metavar="K", help="over supports of K tokens in the mean, not over the vocabulary")
+    beside = parser.add_mutually_exclusive_group()
+    beside.add_argument("--support", type=float, metavar="K", help="over supports of K tokens in the mean, not over the vocabulary")
+    beside.add_argument("--teacher-depth", type=int, metavar="D'", help="a divergence from a teacher of this hidden size")
+    parser.add_argument("--divergence", choices=_DIVERGENCES, help="reverse_kl")
     parser.add_argument("--workspace-mb", type=float, help="in place of GRPO_KERNELS_WORKSPACE_MB")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
@@ -105,6 +108,10 @@ def plan(argv):
     for name, value in (("tokens", args.tokens), ("vocab", args.vocab), ("depth", args.depth), ("workspace-mb", budget)):
         if value <= 0:
             raise UsageError(f"plan: --{name} must be > 0, got {getattr(args, name.replace('-', '_'))}")
+    if args.teacher_depth is not None and args.teacher_depth <= 0:
+        raise UsageError(f"plan: --teacher-depth must be > 0, got {args.teacher_depth}")
+    if args.divergence and not args.teacher_depth:
+        raise UsageError("plan: --divergence is one from a teacher: it needs --teacher-depth")
     if args.support is not None and not 1 <= args.support <= args.vocab:
         raise UsageError(f"plan: --support must be in [1, V = {args.vocab}], got {args.support:g}")
     e, gradient = _BYTES[args.dtype], not args.logprobs
@@ -112,7 +119,8 @@ def plan(argv):
         live=args.tokens * gradient, dead=args.tokens * (not gradient), vocab=args.vocab, depth=args.depth, element_size=e,
         tile_size=e if args.device == "cpu" else max(e, 4), needs_hidden=gradient, needs_weight=gradient and not args.frozen,
         budget=budget, two_phases=args.two_phase, device=DEVICES[args.device],
-        pairs=math.ceil(args.tokens * (args.support or 0)),
+        pairs=math.ceil(args.tokens * (args.support or 0)), teacher_depth=args.teacher_depth or 0,
+        teacher_size=e if args.teacher_depth else 0, mixes=args.divergence == "jsd",
     )  # fmt: skip
     chosen = choose(problem)
     found, prediction = steps(problem, chosen), predict(problem)
@@ -216,6 +224,7 @@ _PLAN = """A step is a product [m, k] x [k, n], or a pass over [m, n] logits whe
 and written are those of one time; the milliseconds are those of all. With --support, m counts (position, token) pairs, of N x K: a
 position of one token costs nothing and is counted all the same. Every pair's token is taken to be another one."""
 _LONGEST = 500  # characters of a message; transformers' may list a hundred models
+_DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 COMMANDS = {"train": train, "plan": plan, "plot": plot, "bench": bench, "doctor": doctor}
 

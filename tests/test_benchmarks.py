@@ -212,7 +212,7 @@ def test_the_floor_multiplies_what_is_needed_and_no_more(monkeypatch):
             return function(*args, **(kwargs or {}))
 
     monkeypatch.setattr(floor, "COLUMNS", (None, 300))
-    for workload, products in (("dense", 3), ("frozen", 2), ("logprobs", 1), ("realistic", None), ("entropy", None)):
+    for workload, products in (("dense", 3), ("frozen", 2), ("logprobs", 1), ("realistic", None), ("entropy", None), ("divergence", 4)):
         p = make_problem(Shape(length=96, depth=32, vocab=1009), WORKLOADS[workload])
         found = Floor(p, clocks.Cpu())
         heights = {min(256, p.kept), min(512, p.kept), p.kept}
@@ -402,6 +402,38 @@ def test_workloads_over_supports_share_a_truth_of_their_own():
     assert measure.find_truth(dense, clocks.Cpu(), shared)[0].problem is dense
     names = [workloads.over_the_vocabulary(w) for w in ("support", "support-frozen", "support-logprobs", "dense", "of an older record")]
     assert names == ["dense", "frozen", "logprobs", None, None]
+
+
+def test_a_teacher_leaves_the_student_as_it_is_and_agrees_with_it_in_part():
+    """The KL of the truth is that of plain PyTorch; large where the student errs, small in the median, as late in a training."""
+    p, dense = (make_problem(Shape(length=64, depth=256, vocab=8192), WORKLOADS[w]) for w in ("divergence", "dense"))
+    assert torch.equal(p.hidden, dense.hidden) and torch.equal(p.weight, dense.weight) and torch.equal(p.ids, dense.ids)
+    assert p.old_logps is None and (p.heads, p.live) == (2, p.kept) and dense.heads == 1 and not torch.equal(p.teacher_weight, p.weight)
+    hidden, weight = p.hidden.double().requires_grad_(), p.weight.double().requires_grad_()
+    log_p, log_q = ((h @ w.T).log_softmax(-1) for h, w in ((hidden, weight), (p.teacher_hidden.double(), p.teacher_weight.double())))
+    kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    kl.mean().backward()
+    exact = truth(p)
+    for found, wanted in ((exact.loss, kl.mean()), (exact.d_hidden, hidden.grad), (exact.d_weight, weight.grad)):
+        torch.testing.assert_close(found, wanted.detach(), rtol=1e-10, atol=1e-14)
+    assert 0.1 < kl.mean() < 0.5 and 0.001 < kl.median() < 0.1 and (kl > 1).double().mean() > 0.02
+
+
+def test_who_compares_two_heads_is_right_and_the_others_say_why_not():
+    pytest.importorskip("trl")
+    pytest.importorskip("liger_kernel")
+    names = ("grpo_kernels-torch", "full_logits", "trl", "liger", "liger-logits", "torch-lce")
+    rows = found(*(PROVIDERS[name] for name in names), workload="divergence")
+    assert [rows[name]["status"] for name in names] == ["ok"] * 4 + ["absent"] * 2, [r["note"] for r in rows.values()]
+    assert all(rows[name]["ratio"] > 0 for name in names[:4]) and rows["products"]["ratio"] == 1
+    assert all(rows[name]["error"] < 0.04 for name in names[:4])
+    assert rows["liger"]["settings"] == {"compiled": True, "chunk_rows": 128}
+    # the other direction of the KL, a teacher that is the student, a loss that is not the mean
+    swapped = Provider("swapped", lambda p: PROVIDERS["full_logits"].make(
+        replace(p, hidden=p.teacher_hidden, weight=p.teacher_weight, teacher_hidden=p.hidden, teacher_weight=p.weight)))  # fmt: skip
+    own = Provider("own", lambda p: PROVIDERS["full_logits"].make(replace(p, teacher_hidden=p.hidden, teacher_weight=p.weight)))
+    twice = Provider("twice", lambda p: lambda: (lambda r: replace(r, loss=2 * r.loss))(PROVIDERS["full_logits"].make(p)()))
+    assert {r["status"] for name, r in found(swapped, own, twice, workload="divergence").items() if name != "products"} == {"wrong"}
 
 
 @pytest.mark.parametrize("workload", ["support", "support-frozen", "support-logprobs"])

@@ -1,5 +1,6 @@
-"""docs/metrics.md, training.md and sampling-mask.md: what their tables and examples say, against what the code does."""
+"""docs/metrics.md, training.md, sampling-mask.md and distillation.md: what their tables and examples say, against what the code does."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -11,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from problems import make_problem, run
+from test_plan import recorded
 from test_trainer import DATA, tiny_model, trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, reference
+from grpo_kernels import GRPOLossConfig, fused_linear_distillation_loss, fused_linear_grpo_loss, linear_divergence, reference
+from grpo_kernels.bench import peers
 from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEVICES, Problem, predict
 from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES
 from grpo_kernels.trainer.demo import make_tokenizer
@@ -210,3 +214,118 @@ def test_what_supports_were_measured_to_cost_is_what_the_record_says():
         for cell, name in zip(cells, names, strict=True):
             shown = float(cell.removesuffix(" ms"))
             assert shown == pytest.approx(found[name], abs=0.5 if shown > 100 else 0.06), name
+
+
+# ---- distillation ----
+
+
+def test_the_snippets_of_distillation_do_what_they_say():
+    own, exact, top = snippets((DOCS / "distillation.md").read_text())
+    names = printed_as_it_says(own, {})
+    mask, double = names["mask"], lambda x: x.detach().double()
+    hidden, weight = (double(names[name]).requires_grad_() for name in ("hidden", "weight"))
+    logits = hidden @ weight.T, double(names["teacher"][0]) @ double(names["teacher"][1]).T
+    reverse, jsd = (reference.divergence_from_logits(*logits, kind, 0.1).where(mask, 0.0) for kind in ("reverse_kl", "jsd"))
+    torch.testing.assert_close(names["out"].divergence.double(), reverse.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(names["per_token"].divergence.double(), jsd.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(names["out"].loss.double(), reverse.sum() / mask.sum(), rtol=1e-4, atol=1e-6)
+    ((reverse + jsd).sum() / mask.sum()).backward()
+    torch.testing.assert_close(names["hidden"].grad.double(), hidden.grad, rtol=1e-3, atol=1e-4)
+    names = printed_as_it_says(exact, {})
+    policy, ref = (double(names[f"{of}hidden"]) @ double(names[f"{of}weight"]).T for of in ("", "ref_"))
+    kl = reference.divergence_from_logits(policy, ref, "reverse_kl").mean()
+    torch.testing.assert_close(names["out"].metrics["kl"].double(), kl, rtol=1e-4, atol=1e-6)
+    pytest.importorskip("grpo_kernels.topk")
+    names = printed_as_it_says(top, {})
+    assert names["divergence"].shape == (4, 6) and (names["divergence"] >= 0).all() and names["hidden"].grad.isfinite().all()
+
+
+def in_python(words):
+    """A formula of the documentation."""
+    words = re.sub(r"log ([pqm])", r"\1.log()", words)
+    words, summed = words.removeprefix("sum "), words.startswith("sum ")
+    words = re.sub(r"(?<=[\w)]) (?=\(|p|q|KL)", " * ", re.sub(r"KL(?!\()", "KL(p, q)", words))
+    return f"({words}).sum(-1, keepdim=True)" if summed else words
+
+
+def test_the_formulas_of_the_divergences_are_their_values_and_gradients():
+    g = torch.Generator().manual_seed(0)
+    z, y = (torch.randn(5, 40, dtype=torch.float64, generator=g) for _ in range(2))
+    z.requires_grad_()
+    p, q = (x.detach().softmax(-1) for x in (z, y))
+    space = {"p": p, "q": q, "beta": 0.3, "KL": lambda a, b: (a * (a / b).log()).sum(-1, keepdim=True)}
+    _, *rows = table("distillation.md", "What is computed")
+    for kind, value, gradient in rows:
+        value, _, mixture = value.partition(", m = ")
+        value = value.split(" = ")[-1]
+        if mixture:
+            space["m"] = eval(in_python(mixture), space)
+        exact = reference.divergence_from_logits(z, y, kind.split()[0], 0.3)
+        torch.testing.assert_close(eval(in_python(value), space).squeeze(-1), exact.detach(), rtol=1e-10, atol=0)
+        torch.testing.assert_close(eval(in_python(gradient), space), torch.autograd.grad(exact.sum(), z)[0], rtol=1e-8, atol=1e-14)
+    assert len(rows) == 3 and "m" in space
+
+
+def operations(cell):
+    """(multiples of NVD, of NVD') of a cell."""
+    return tuple(int(re.search(rf"(\d+){unit}", cell)[1]) for unit in (r"NVD(?!')", "NVD'"))
+
+
+class Products(TorchDispatchMode):
+    """{(m, n, k): count} of the products of another library: torch.func shows one to the profiler several times."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if (name := function.overloadpacket.__name__) in ("mm", "addmm", "addmm_"):
+            a, b = args[:2] if name == "mm" else args[1:3]
+            self.found[a.shape[0], b.shape[1], a.shape[1]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def products(function, ours):
+    if ours:  # inside of an operator no dispatch is seen
+        return recorded(function)
+    with Products() as mode:
+        function()
+    return mode.found
+
+
+def counted(call, ours, frozen, N=13, V=101, D=23, teacher_depth=29):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, *teacher = (torch.randn(rows, depth, generator=g) for depth in (D, teacher_depth) for rows in (N, V))
+    hidden.requires_grad_(), weight.requires_grad_(not frozen)
+    found = products(lambda: call(hidden, weight, *teacher).sum().backward(), ours)
+    sums = {depth: sum(2 * count * m * n * k for (m, n, k), count in found.items() if depth in (m, n, k)) for depth in (D, teacher_depth)}
+    return tuple(total / (N * V * depth) for depth, total in sums.items())
+
+
+def test_the_operations_of_a_divergence_are_those_of_the_table():
+    divergence = pytest.importorskip("trl.kernels.chunked_divergence").ChunkedDivergenceFunction.apply
+    jsd = pytest.importorskip("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(0.0, 1.0, beta=1.0, compiled=False)
+    ids = torch.zeros(13, dtype=torch.int64)
+    trl = lambda beta: lambda h, w, *teacher: divergence(h, w, None, *teacher, None, beta)[0]  # noqa: E731
+    calls = [
+        lambda *both: fused_linear_distillation_loss(*both).loss, lambda *both: linear_divergence(*both).divergence,
+        lambda *both: linear_divergence(*both, workspace_bytes=1).divergence, peers._reverse_kl, trl(1.0), trl(0.5), lambda *both: jsd(*both, ids),
+    ]  # fmt: skip
+    _, *rows = table("distillation.md", "What it costs")
+    for (name, trained, frozen, _), call in zip(rows, calls, strict=False):
+        for cell, is_frozen in ((trained, False), (frozen, True)):
+            assert counted(call, name.startswith(("fused_linear", "linear")), is_frozen) == operations(cell), (name, cell)
+
+
+def test_what_a_divergence_is_predicted_to_cost_is_what_the_plan_says():
+    _, *rows = table("distillation.md", "What it costs")
+    wanted = ((True, True, False), (True, False, False), (True, True, True), (False, False, False))
+    for (_, *cells), (gradient, trained, two_phases) in zip(rows[-4:], wanted, strict=True):
+        found = predict(Problem(8192 * gradient, 8192 * (not gradient), 151_936, 4096, 2, 4, gradient, trained, DEFAULT_GPU_WORKSPACE_BYTES, two_phases,
+                                device=DEVICES["h200"], teacher_depth=8192, teacher_size=2))  # fmt: skip
+        assert cells == [f"{found.floor_ms:.1f} ms", f"{found.predicted_ms:.1f} ms", f"{found.peak_bytes / 2**20:.0f} MiB"]
+
+
+def test_the_readmes_distillation_runs():
+    space = behind_the_readmes_first_snippet("fused_linear_distillation_loss")
+    assert space["distilled"].loss > 0 and (space["distilled"].divergence[~space["mask"]] == 0).all()

@@ -18,7 +18,15 @@ from problems import make_problem, run
 from test_work import PRODUCTS
 from torch.profiler import ProfilerActivity, profile
 
-from grpo_kernels import GRPOLossConfig, TokenSupport, cli, fused_linear_grpo_loss, linear_logprobs
+from grpo_kernels import (
+    GRPOLossConfig,
+    TokenSupport,
+    cli,
+    fused_linear_distillation_loss,
+    fused_linear_grpo_loss,
+    linear_divergence,
+    linear_logprobs,
+)
 from grpo_kernels.backends import pytorch
 from grpo_kernels.engine import cost
 from grpo_kernels.engine.plan import (
@@ -478,6 +486,77 @@ def test_the_command_plans_over_supports(capsys):
     for wrong in ("0", "0.9", "nan", "151937", "-3"):
         code, out, err = run_command(capsys, *ARGUMENTS, "--support", wrong)
         assert code == 2 and not out and "--support" in err and "[1, V = 151936]" in err and wrong in err
+
+
+# ---- beside a teacher ----
+
+BESIDE = {"trained": {}, "frozen head": {"needs_weight": False}, "log-probs": {"logprobs": True}, "per token": {"two_phases": True},
+          "jsd": {"mixes": True}}  # fmt: skip
+
+
+@pytest.mark.parametrize("more", BESIDE.values(), ids=BESIDE)
+@pytest.mark.parametrize("depth, size", [(4096, 2), (8192, 2), (1024, 4)])
+def test_a_teacher_is_one_product_more(more, depth, size):
+    """2NVD' of every row on top of what the student's own products are, and of the floor; within the ratio of a call without one."""
+    own = on_gpu(8192, 4096, **more | {"mixes": False})
+    p = dataclasses.replace(on_gpu(8192, 4096, **more), teacher_depth=depth, teacher_size=size)
+    operations = collections.Counter()
+    for step in steps(p, plan(p)):
+        operations[step.what] += 2 * step.count * step.m * step.n * step.k
+        if step.what == "teacher logits":
+            assert step.read == (step.m + step.n) * step.k * size
+    assert operations["teacher logits"] == 2 * 8192 * V * depth and operations["logits"] == 2 * 8192 * V * 4096
+    assert sum(operations.values()) - operations["teacher logits"] == sum(2 * s.count * s.m * s.n * s.k for s in steps(own, plan(own)))
+    rate = {2: 790e12, 4: 53.6e12}[size]
+    found = predict(p)
+    assert found.floor_ms == pytest.approx(predict(own).floor_ms + 2e3 * 8192 * V * depth / rate)
+    assert 1 < found.ratio < 1.25 and found.predicted_ms > predict(own).predicted_ms
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("needs", [("hidden", "weight"), ("hidden",), ()], ids=["trained", "frozen head", "no gradient"])
+def test_steps_beside_a_teacher_are_the_products_that_a_call_runs(needs, kind):
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(size, generator=g).bfloat16()  # noqa: E731
+    hidden, weight, teacher = draw(700, 24), draw(2003, 24), (draw(700, 40), draw(2003, 40))
+    seen = set()
+    for per_token in (False, True):
+        for budget in (10**6, 4 * 10**6, 2 * 10**7):
+            asked = Problem(700 * bool(needs), 700 * (not needs), 2003, 24, 2, 2, "hidden" in needs, "weight" in needs, budget, per_token,
+                            teacher_depth=40, teacher_size=2, mixes=kind == "jsd")  # fmt: skip
+            products, found = collections.Counter(), plan(asked)
+            for step in steps(asked, found):
+                if step.k:
+                    products[step.m, step.n, step.k] += step.count
+
+            def call(per_token=per_token, budget=budget):
+                leaves = [x.clone().requires_grad_(name in needs) for name, x in (("hidden", hidden), ("weight", weight))]
+                function = linear_divergence if per_token else fused_linear_distillation_loss
+                out = function(*leaves, *teacher, kind=kind, workspace_bytes=budget)
+                if needs:
+                    out[0].sum().backward()
+
+            assert recorded(call) == products, (per_token, budget)
+            seen.add((found.chunk_rows < found.buffer_rows, found.direct, found.stash_rows))
+    assert "weight" not in needs or len(seen) > 2
+
+
+def test_the_command_plans_beside_a_teacher(capsys, monkeypatch):
+    monkeypatch.delenv("GRPO_KERNELS_WORKSPACE_MB", raising=False)
+    for flags, more in (((), {}), (("--divergence", "jsd"), {"mixes": True}), (("--two-phase", "--frozen"), {"two_phases": True, "needs_weight": False})):
+        p = dataclasses.replace(on_gpu(8192, 4096, **more), teacher_depth=8192, teacher_size=2)
+        code, out, err = run_command(capsys, *ARGUMENTS, "--teacher-depth", "8192", *flags, "--json")
+        assert code == 0, err
+        found = json.loads(out)
+        assert found["steps"] == [dataclasses.asdict(step) for step in steps(p, plan(p))]
+        assert {name: found[name] for name in ("predicted_ms", "floor_ms", "ratio", "peak_bytes")} == dataclasses.asdict(predict(p))
+    _, out, _ = run_command(capsys, *ARGUMENTS, "--teacher-depth", "8192")
+    assert any(line.startswith("teacher logits") and " 8192 " in line for line in out.split("\n")) and "divergence" in out
+    for argv, words in ((("--teacher-depth", "0"), ["--teacher-depth", "> 0"]), (("--divergence", "jsd"), ["--divergence", "--teacher-depth"]),
+                        (("--teacher-depth", "8", "--divergence", "k3"), ["--divergence", "jsd"]),
+                        (("--teacher-depth", "8", "--support", "8"), ["--teacher-depth", "--support"])):  # fmt: skip
+        code, out, err = run_command(capsys, *ARGUMENTS, *argv)
+        assert code == 2 and not out and all(word in err for word in words), err
 
 
 ARGUMENTS = ("plan", "--tokens", "8192", "--vocab", str(V), "--depth", "4096")

@@ -2,7 +2,8 @@
 
 Logits of every kept row, dH and, unless the head is frozen, dW of every row that is trained; nothing else. Outputs exist already
 and are overwritten: no sum is counted, no copy of dz. A row's logits are whole before its gradient begins, as a softmax needs them.
-Over supports there is no floor: no product of matrices is left.
+Over supports there is no floor: no product of matrices is left. Beside a teacher its logits are one product more, and stay
+as long as the student's do.
 
 The ways: chunks of some rows or all; the vocabulary whole or in blocks; dz^T as a transposed view or contiguous. All are timed
 twice, the best twice more, on the tensors that are measured then. The row says which was the fastest.
@@ -48,6 +49,8 @@ class Floor:
         self.z = self.rows.new_empty(tallest * padded(V, size))
         # ordinary numbers: a product of zeros or NaN takes another time
         self.dz_t = self.rows.new_empty(V * padded(tallest, size)).normal_() if self.trains_head else None
+        self.teacher = None if p.heads == 1 else p.teacher_hidden.flatten(0, 1)[p.mask.flatten()]
+        self.y = torch.empty_like(self.z) if p.heads == 2 else None
         self.seconds = {way: self._time(way, clock) for way in ways}
         for way in sorted(ways, key=self.seconds.get)[:_FINALS]:
             self.seconds[way] = min(self.seconds[way], self._time(way, clock))
@@ -70,6 +73,10 @@ class Floor:
             tile, live = z[: len(h)], min(max(self.live - start, 0), len(h))
             for block in blocks:
                 torch.mm(h, weight[block].T, out=tile[:, block])
+            if self.teacher is not None:
+                y, t = _matrix(self.y, way.rows, V)[: len(h)], self.teacher[start : start + way.rows]
+                for block in blocks:
+                    torch.mm(t, self.p.teacher_weight[block].T, out=y[:, block])
             for block in blocks if live else ():
                 torch.mm(tile[:live, block], weight[block], out=self.dh[start : start + live])
             for block in blocks if live and self.trains_head else ():
@@ -78,7 +85,7 @@ class Floor:
     def _ways(self, free):
         kept, V = max(1, len(self.rows)), self.p.shape.vocab
         heights = sorted({min(rows or kept, kept) for rows in ROWS})
-        logits = V * self.rows.element_size() * (2 if self.trains_head else 1)
+        logits = V * self.rows.element_size() * (self.p.heads + self.trains_head)
         fits = [r for r in heights if free is None or r * logits < _SHARE_OF_MEMORY * free] or heights[:1]
         widths = sorted({min(columns or V, V) for columns in COLUMNS})
         return [Way(*way) for way in itertools.product(fits, widths, (False, True) if self.trains_head else (False,))]

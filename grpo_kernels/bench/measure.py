@@ -60,7 +60,7 @@ def measure(shape, workload, providers, clock, effort=Effort(), say=lambda text:
             continue
         with _attempt(provider, found[provider.name], clock):
             provider.make(problem)
-            if short := missing(clock, provider.logits * problem.kept * shape.vocab):
+            if short := missing(clock, provider.logits * problem.heads * problem.kept * shape.vocab):
                 raise Absent(short)
             if alone:
                 say(f"{title}: {provider.name} alone")
@@ -125,7 +125,7 @@ def checked(provider, problem, known, found, clock):
 
 
 def _errors(problem, result, exact):
-    return errors(result, exact, problem.advantages.abs().mean().item(), problem.mask)
+    return errors(result, exact, problem.loss_scale, problem.mask)
 
 
 def failure(error):

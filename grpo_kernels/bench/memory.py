@@ -38,7 +38,8 @@ def measure(provider, workload, shape) -> dict:
     provider.make(make_problem(TINY, workload, device=clock.device))()
     problem = make_problem(shape, workload, device=clock.device)
     call = provider.make(problem)
-    wanted = shape.vocab * (shape.depth * (problem.weight.element_size() + 4) + max(provider.logits, 2) * problem.kept)
+    logits = max(provider.logits, 2) * problem.heads * problem.kept
+    wanted = shape.vocab * (shape.depth * (problem.weight.element_size() + 4) + logits)
     clock.ready(min(wanted, int(0.7 * (clock.free() or wanted))))  # so that no first call waits for the machine
     held, start = clocks.resident(), time.perf_counter()
     _, peak = clock.peak(call)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import backends
+from ..divergence import fused_linear_distillation_loss
 from ..logprobs import linear_logprobs
 from ..loss import fused_linear_grpo_loss
 from ..support import TokenSupport
@@ -27,7 +28,7 @@ class Provider:
     name: str
     make: Callable[[Problem], Callable[[], Result]]
     quick: bool = False  # in a quick run unless others are asked for
-    logits: int = 0  # bytes of every logit of the call that are in memory together
+    logits: int = 0  # bytes of every logit of a head that are in memory together
     settings: dict = field(default_factory=dict)
     note: str | None = None  # what it was asked to do where that is not obvious
 
@@ -61,6 +62,14 @@ def ours(backend="auto"):
             out.loss.backward()
             return Result(out.loss.detach(), out.logps, hidden.grad, weight.grad, out.entropy)
 
+        def divergence():
+            hidden, weight = p.leaves()
+            out = fused_linear_distillation_loss(hidden, weight, p.teacher_hidden, p.teacher_weight, mask=p.mask, backend=resolved)
+            out.loss.backward()
+            return Result(out.loss.detach(), None, hidden.grad, weight.grad, out.entropy)
+
+        if p.heads == 2:
+            return divergence
         return loss if p.workload.gradients else logprobs
 
     return make
@@ -76,7 +85,7 @@ PROVIDERS = {
         Provider(FULL, peers.full_logits, quick=True, logits=14),
         Provider("full_logits-compiled", lambda p: peers.full_logits(p, compiled=True), logits=14),
         Provider(TRL, peers.trl, quick=True, settings={"columns": peers.TRL_COLUMNS},
-                 note=f"{_SCORES_ONLY}; over supports: full logits, masked"),
+                 note=f"{_SCORES_ONLY}; over supports: full logits, masked; beside a teacher: its divergences"),
         Provider(LIGER, peers.liger, quick=True, settings={"compiled": False, "chunk_rows": peers.LIGER_ROWS}),
         Provider("liger-logits", peers.liger_from_logits, logits=8),
         Provider("verl", peers.verl, note=_SCORES_ONLY),

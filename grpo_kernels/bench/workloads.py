@@ -22,6 +22,9 @@ left. 46 % have one token, the others a log-normal number (median 6.5, sigma 1.2
 the median, 99 % below 82, as samplers have published (45 to 48 % single). The fewest tokens go to rows with one candidate that was
 sampled, the most to the forks. A support holds the sampled token, then the candidates of its row, then tokens drawn from the whole
 vocabulary: hardly one is named twice, where a language has its frequent ones, so that dW has as many rows as it can have.
+
+Teacher: `divergence` has a second head of the same depth. Its likely tokens are the student's, with odds drawn again; its noise is
+its own. So the two agree as a student late in its training does with a larger model: its KL is a few tenths of a nat in the mean.
 """
 
 import math
@@ -55,6 +58,7 @@ class Workload:
     off_policy: bool = True
     beta: float = 0.0
     supports: bool = False  # every position has one
+    teacher: bool = False  # a second head; the loss is the mean reverse KL to it
 
     def config(self):
         options = {"importance_sampling_level": self.level, "top_entropy_quantile": self.quantile, "beta": self.beta}
@@ -85,6 +89,7 @@ WORKLOADS = {
         Workload("sequence", "dense, ratio per sequence", level="sequence"),
         Workload("entropy", "dense, the fifth of highest entropy is trained", quantile=0.2),
         Workload("onpolicy", "dense, one step per rollout: no old log-probs", off_policy=False),
+        Workload("divergence", "the reverse KL to a teacher of the same depth, all tokens kept", teacher=True, off_policy=False),
     )
 }
 

@@ -164,9 +164,14 @@ def data_sheet(torch_device) -> Device:
     return Device(found.name, found.multi_processor_count, tflops, float32_tflops, bandwidth, found.L2_cache_size)
 
 
-def rate(p):
-    """Operations a second of the products; float64 at half of float32's."""
-    return 1e12 * (p.device.tflops if p.element_size == 2 else p.device.float32_tflops * 4 / p.element_size)
+def rate(p, size):
+    """Operations a second of a product of elements of so many bytes; float64 at half of float32's."""
+    return 1e12 * (p.device.tflops if size == 2 else p.device.float32_tflops * 4 / size)
+
+
+def operand_size(p, what):
+    """Bytes of an element of a product's operands."""
+    return p.teacher_size if what == "teacher logits" else p.element_size
 
 
 def seconds(p: Problem, step: Step) -> float:
@@ -175,14 +180,15 @@ def seconds(p: Problem, step: Step) -> float:
     bytes_moved = max(from_memory, (from_memory + step.cached) / _L2_SPEED)  # the two stream side by side
     if not step.k:
         return bytes_moved / d.bandwidth + d.launch
-    each = rate(p)
+    size = operand_size(p, step.what)
+    each = rate(p, size)
     work = 2 * step.m * step.n * step.k / each
     if not p.on_cpu:
         # a partial tile costs a whole one, and so does the last wave over the multiprocessors
         wave = 2 * TILE * TILE * step.k * d.multiprocessors / each
         tiles = [-(-step.m // TILE) * -(-step.n // width) for width in (TILE, 2 * TILE)]
         work = wave * min(-(-tiles[0] // d.multiprocessors), 2 * -(-tiles[1] // d.multiprocessors))
-    output = step.written + step.read - (step.m + step.n) * step.k * p.element_size  # read again where it is added to
+    output = step.written + step.read - (step.m + step.n) * step.k * size  # read again where it is added to
     return max(work, bytes_moved / d.bandwidth) + output * d.exposed / d.bandwidth + d.launch
 
 
@@ -246,7 +252,7 @@ class Tally:
 
     def product(self, count, what, m, n, k, size, adds=False, cached=False):
         out = m * n * size
-        read = (m + n) * k * (self.p.teacher_size if what == "teacher logits" else self.p.element_size) + out * adds
+        read = (m + n) * k * operand_size(self.p, what) + out * adds
         self.add(count, what, m, n, k, read, out * (not cached), out * cached)
 
     def kernel(self, count, what, m, n, reads, size):

@@ -80,14 +80,17 @@ def default_budget(device_type: str = "cpu") -> int:
 
 
 def predict(problem: Problem) -> Prediction:
-    """Beside the products that cannot be avoided: 2NVD, 4NVD or 6NVD of live rows and 2NVD of the others, at the device's rate.
+    """Beside the products that cannot be avoided: 2NVD, 4NVD or 6NVD of live rows and 2NVD of the others, at the device's rate. A
+    teacher's is 2NVD' more of all.
 
     Over supports beside the bytes that cannot: for each of logits, dH and dW a row of W or hidden a pair, hidden, dH and dW once.
     """
     p, found = problem, plan(problem)
     predicted = sum(step.count * seconds(p, step) for step in steps(p, found))
     rows = p.live + p.dead + p.live * (p.needs_hidden + p.needs_weight)
-    floor = 2 * rows * p.vocab * p.depth / rate(p)
+    floor = 2 * rows * p.vocab * p.depth / rate(p, p.element_size)
+    if p.compares:
+        floor += 2 * (p.live + p.dead) * p.vocab * p.teacher_depth / rate(p, p.teacher_size)
     if p.pairs:
         gathered = p.pairs * (1 + p.needs_hidden + p.needs_weight)
         whole = (p.live + p.dead) * (1 + p.needs_hidden) + p.vocab * p.needs_weight
