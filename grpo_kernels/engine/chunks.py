@@ -166,7 +166,9 @@ def score(run, first, last):
         for left, right in [(0, vocab)] if mixes else blocks(vocab, heights.score_columns):
             for start, end in blocks(h.shape[0], heights.score_rows):
                 values = _block(buffer, end - start, right - left, run)
-                run.logits(h[start:end], None if t is None else t[start:end], values, left)
+                # beside a teacher's in the same blocks: of equal heads products of other shapes would differ in their last bits
+                for a, b in blocks(right - left, heights.columns if beside is not None else right - left):
+                    run.logits(h[start:end], None if t is None else t[start:end], values[:, a:b], left + a)
                 tile, teacher = run.tile(values, group + start, left), None
                 if beside is not None:
                     values = _block(beside, end - start, right - left, run)
