@@ -18,7 +18,9 @@ GRPO_HD V bend_series(V x) {
   constexpr double kInverseFactorial[10] = {1.0 / 2,    1.0 / 6,     1.0 / 24,     1.0 / 120,     1.0 / 720,
                                             1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800};
   V sum = S(kInverseFactorial[kTerms - 1]) - V{};
+#ifdef __CUDACC__
 #pragma unroll
+#endif
   for (int n = kTerms - 2; n >= 0; n--) sum = S(kInverseFactorial[n]) - sum * x;
   return sum;
 }
