@@ -91,7 +91,8 @@ GRPO_HD RowCompared<double> compare(const RowComparison<double>& s, DivergenceKi
   const double sum_z = total(s.student), weight = forward ? s.teacher_sum : sum_z, other = forward ? sum_z : s.teacher_sum;
   const double difference = (s.bent - s.tilt) / weight;
   const bool near = std::fabs(difference) < 0.5;
-  const double eta = near ? -std::log1p(difference) : std::log(weight / other);
+  // bent - tilt cancels where both are large, of distributions far apart
+  const double eta = s.bent + std::fabs(s.tilt) < 0.5 * weight ? -std::log1p(difference) : std::log(weight / other);
   double value = near ? s.bent / weight - bend(eta, 1.0, std::exp(-eta)) : s.tilt / weight - eta;
   value = s.bent == infinity<double>() ? s.bent : value < 0 ? 0 : value;
   return {s.student.max - s.teacher_max + (forward ? -eta : eta), value, value};

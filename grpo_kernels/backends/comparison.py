@@ -90,7 +90,8 @@ def compare(stats: torch.Tensor, kind: str) -> tuple[Scored, Compared]:
     tilt, bent = wide[:, 6], wide[:, 7]
     difference = (bent - tilt) / weight  # sum of p (exp(-x) - 1)
     near = difference.abs() < 0.5
-    eta = torch.where(near, -torch.log1p(difference), (weight / other).log())
+    # bent - tilt cancels where both are large, of distributions far apart
+    eta = torch.where(bent + tilt.abs() < 0.5 * weight, -torch.log1p(difference), (weight / other).log())
     value = torch.where(near, bent / weight - bend(eta, torch.ones_like(eta), (-eta).exp()), tilt / weight - eta)
     value = torch.where(bent.isinf(), bent, value.clamp(min=0))
     gap = peak - teacher_peak + sign * eta
