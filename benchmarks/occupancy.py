@@ -31,8 +31,11 @@ def blocks_at_once(registers: int, warps: int, shared: int = 0, architecture: st
     return min(gpu.blocks, gpu.threads // (32 * warps), 65536 // (of_a_warp * warps), gpu.shared // (shared + 1024))
 
 
-def judged(code, warps: int, shared: int, architecture: str, size: int, out_size: int, bias: bool = False) -> dict:
+def judged(code, warps: int, shared: int, architecture: str, size: int, out_size: int, bias: bool = False,
+           tiles: int = 1) -> dict:  # fmt: skip
     """What a kernel takes of a multiprocessor, and its clocks for 1000 logits of ``size`` bytes with results of ``out_size``.
+
+    With two ``tiles`` a logit is one of each.
 
     flight   bytes that the resident warps' loads have under way, on average over a turn: of the loop that has least
     memory   clocks for the bytes read and written at the whole bandwidth, as if no cache held anything
@@ -47,8 +50,8 @@ def judged(code, warps: int, shared: int, architecture: str, size: int, out_size
     for loop in machine_code.streaming(code):
         loads, stores = machine_code.accesses(loop)
         widest, turn = max(loads, default=0), machine_code.turn(loop, latency)
-        logits = 32 * (sum(stores) / out_size or widest * loads.count(widest) / (size + 4 * bias))  # of a warp's turn
-        read, resident = size * bool(loads), max(blocks, 1) * warps
+        logits = 32 * (sum(stores) / out_size or widest * loads.count(widest) / (tiles * (size + 4 * bias)))  # of a warp's turn
+        read, resident = tiles * size * bool(loads), max(blocks, 1) * warps
         clocks["memory"] += (read + out_size * bool(stores)) * gpu.multiprocessors * gpu.clock / gpu.bandwidth
         clocks["latency"] += turn / (logits * resident)
         clocks["issue"] += len(loop) / 4 / logits
