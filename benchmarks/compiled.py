@@ -21,6 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from grpo_kernels.backends import comparison
 from grpo_kernels.backends import triton as backend
 from grpo_kernels.backends.statistics import Pairs, Scored, Tile, new_statistics
 from grpo_kernels.losses.config import LogitTransform
@@ -36,6 +37,7 @@ OPTIONS = {
     "bf16 tile": {"tile": torch.bfloat16}, "float32 out": {"out": torch.float32}, "fp16 out": {"out": torch.float16},
     "ranges": {"ranges": True}, **{kind: {"kind": kind} for kind in KINDS},
     "float32": {"tile": torch.float32}, "to float32": {"out": torch.float32}, "add": {"add": True}, "K 896": {"columns": 896},
+    **{kind: {"kind": kind} for kind in comparison.KINDS}, "logps": {"logps": True},
 }
 CASES = {
     "statistics": ("", "odd V", "column block", "column block, softcap", "bias, temperature", "column block, bf16 tile",
@@ -46,9 +48,16 @@ CASES = {
                "clipped, KL, bias, entropy, temperature", "clipped, KL, bias, entropy, softcap", "cispo, KL, softcap", "sapo, KL",
                "linear", "linear, KL, entropy, softcap", "clipped, KL, float32 out", "clipped, KL, fp16 out",
                "clipped, KL, float32 out, entropy, softcap"),
+    "divergence_statistics": ("forward_kl", "reverse_kl", "reverse_kl, odd V", "reverse_kl, column block", "forward_kl, bf16 tile",
+                              "reverse_kl, softcap, bias, temperature", "reverse_kl, ranges"),
+    "jensen_shannon": ("", "odd V", "column block", "bf16 tile", "softcap, bias", "ranges"),
+    "divergence_gradient": ("forward_kl", "reverse_kl", "jsd", "reverse_kl, odd V", "reverse_kl, float32 out", "jsd, bf16 tile",
+                            "reverse_kl, logps", "reverse_kl, logps, entropy", "jsd, logps, entropy, softcap, bias",
+                            "forward_kl, float32 out, ranges", "jsd, logps, entropy, float32 out, ranges"),
     "pair_logits": ("", "bias", "add", "K 896", "float32"),
     "pair_sums": ("", "add", "K 896", "to float32, add", "float32, to float32"),
 }
+OF_BOTH = "divergence_statistics", "jensen_shannon", "divergence_gradient"
 
 
 def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bfloat16, stride=None, bias=False, temperature=False,
@@ -72,6 +81,26 @@ def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bflo
         backend.policy(tile, result, PolicyRows(vector, *inputs, g_entropy), terms, scored)
     else:
         backend.gradient(tile, result, scored, vector, g_entropy)
+
+
+def start_divergence(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bfloat16, bias=False, temperature=False,
+                     entropy=False, logps=False, kind="jsd", ranges=False):
+    """As `start`: a student's and a teacher's logits."""
+    vector, transform, width = torch.zeros(2), LogitTransform(1.0, softcap, 1.0), -(-columns // 32) * 32
+    student, teacher, result = (torch.zeros(2, width, dtype=dtype)[:, :columns] for dtype in (tile, tile, out))
+    result = student if out == tile else result
+    added, where = torch.zeros(columns) if bias else None, None
+    if ranges:
+        student, teacher, result, where = vector, torch.zeros(2), vector, torch.zeros(2, 2, dtype=torch.long)
+    both = [Tile(x, vector.long(), transform, added, vector if temperature else None, where) for x in (student, teacher)]
+    scored, compared = Scored(vector, vector, vector), comparison.Compared(vector, vector, vector)
+    if kernel == "divergence_statistics":
+        backend.divergence_statistics(*both, comparison.new_comparison(2, torch.float32, "cpu"), kind)
+    elif kernel == "jensen_shannon":
+        backend.jensen_shannon(*both, scored, vector, torch.zeros(2, 2), 0.5)
+    else:
+        backend.divergence_gradient(*both, result, scored, compared, vector, comparison.Divergence(kind), vector if logps else None,
+                                    vector if entropy else None)  # fmt: skip
 
 
 def start_pairs(kernel, columns=4096, tile=torch.bfloat16, out=torch.bfloat16, bias=False, add=False):
@@ -104,8 +133,9 @@ def row(name: str, architecture: int) -> dict:
     """A kernel and its options, compiled and judged."""
     kernel, *words = name.split(", ")
     options = {key: value for word in words for key, value in OPTIONS[word].items()}
-    pairs, ranges = kernel in ("pair_logits", "pair_sums"), "ranges" in options
-    ((compiled, block),) = launches(architecture, lambda: (start_pairs if pairs else start)(kernel, **options))
+    pairs, both, ranges = kernel in ("pair_logits", "pair_sums"), kernel in OF_BOTH, "ranges" in options
+    call = start_pairs if pairs else start_divergence if both else start
+    ((compiled, block),) = launches(architecture, lambda: call(kernel, **options))
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "cubin")
         cubin.write_bytes(compiled.asm["cubin"])
@@ -115,7 +145,8 @@ def row(name: str, architecture: int) -> dict:
     load, store = (min((width(each[kind]) for each in moved if each[kind]), default=0) for kind in (0, 1))
     dtypes = {"tile": torch.bfloat16 if pairs else torch.float32, "out": torch.bfloat16} | options
     warps, shared, bias = compiled.metadata.num_warps, compiled.metadata.shared, "bias" in options and not pairs
-    judged = occupancy.judged(code, warps, shared, str(architecture), dtypes["tile"].itemsize, dtypes["out"].itemsize, bias)
+    sizes = dtypes["tile"].itemsize, dtypes["out"].itemsize
+    judged = occupancy.judged(code, warps, shared, str(architecture), *sizes, bias, 2 if both else 1)
     must_stream = architecture != 100 if pairs else judged["must_stream"] and not ranges
     judged |= {"must_stream": must_stream, "aligned": 4 if ranges else 16}
     return {"kernel": name, "arch": f"sm_{architecture}", "block": block, "warps": warps, **judged, "load": load, "store": store}

@@ -48,8 +48,8 @@ def judged(code, warps: int, shared: int, architecture: str, size: int, out_size
     for loop in machine_code.streaming(code):
         loads, stores = machine_code.accesses(loop)
         widest, turn = max(loads, default=0), machine_code.turn(loop, latency)
-        logits = 32 * (sum(stores) / out_size or widest * loads.count(widest) / (size * tiles + 4 * bias))  # of a warp's turn
-        read, resident = size * tiles * bool(loads), max(blocks, 1) * warps
+        logits = 32 * (sum(stores) / out_size or widest * loads.count(widest) / (tiles * (size + 4 * bias)))  # of a warp's turn
+        read, resident = tiles * size * bool(loads), max(blocks, 1) * warps
         clocks["memory"] += (read + out_size * bool(stores)) * gpu.multiprocessors * gpu.clock / gpu.bandwidth
         clocks["latency"] += turn / (logits * resident)
         clocks["issue"] += len(loop) / 4 / logits

@@ -123,6 +123,9 @@ def test_the_clocks_of_a_logit(kernel):
     few = occupancy.judged(kernel, 4, 170 << 10, "90", 4, 1)  # one block at once, of four warps
     assert few["binds"] == "latency" and f"{few['flight']} bytes in flight" in occupancy.faults(few | {"spills": 0})[0]
     assert few["flight"] == pytest.approx(32 * 4 * 32, rel=0.01)
+    both = occupancy.judged(kernel, 16, 0, "90", 4, 2, tiles=2)  # four logits of two tiles
+    assert both["memory"] == round(1000 * 10 / (h200.bandwidth / h200.multiprocessors / h200.clock)) and both["flight"] == found["flight"]
+    assert both["issue"] == round(1000 * 7 / 4 / 128)
     for architecture, size, bias in (("100", 4, False), ("90", 2, False), ("90", 4, True)):
         assert not occupancy.judged(kernel, 4, 170 << 10, architecture, size, 1, bias)["must_stream"]
 

@@ -262,6 +262,18 @@ def test_banned_columns(kernels, dtype, kind, banned):
 
 @each
 @each_kind
+@pytest.mark.parametrize("banned", [0, 1])
+def test_a_column_banned_in_one_may_be_the_target(kernels, kind, banned):
+    drawn = Drawn(5, 333, torch.float64, apart=1e-2).ban([banned], slice(0, 112))
+    drawn.target[:] = 6
+    value, gap, *_ = drawn.plain(Divergence(kind, BETA))
+    found = compared(kernels, drawn, Divergence(kind, BETA), 3)[1]
+    close("value", found.value, value, 1e-11)
+    close("gap", found.gap, gap, 1e-11)
+
+
+@each
+@each_kind
 def test_large_logits(kernels, kind):
     drawn, divergence = Drawn(5, 333, torch.float32), Divergence(kind, BETA)
     drawn.values = [x * 3000 for x in drawn.values]

@@ -80,6 +80,16 @@ def test_the_launch_shape_is_a_pure_function():
     assert triton.launch_shape(151_936, 4, 2).warps == 32, "one row per multiprocessor, so that the second read is cached"
 
 
+def test_the_launch_shape_over_two_tiles_is_a_pure_function():
+    """A thread's part of a step is a whole number of its loads."""
+    for columns in (None, 1, 37, 1024, 8192, 151_936):
+        for element_size in (2, 4, 8):
+            shape = triton.divergence_shape(columns, element_size)
+            assert shape == triton.divergence_shape(columns, element_size)
+            each, load = shape.block // (32 * shape.warps), 1 if columns is None else 16 // element_size
+            assert shape.block & (shape.block - 1) == 0 and each % load == 0 and each in (4, 8)
+
+
 def test_the_launch_shapes_of_pairs_are_pure_functions():
     assert triton.launch_shape(None, 4) == triton.launch_shape(None, 8) == triton.LaunchShape(128, 1)
     for rows in (1, 40, 1024, 8191, 8192, 65_536, 1 << 20):

@@ -75,13 +75,13 @@ def _exp(x):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for 0 <= x <= 1, to the last digits; the hardware's logarithm has none left where x is small."""
+    """log(1 + x) for -0.5 <= x <= 1, to the last digits; the hardware's logarithm has none left where x is small."""
     TERMS: tl.constexpr = 17 if x.dtype == tl.float64 else 8  # s^2 <= 1/9
     s = x / (2.0 + x)
     square = s * s
     series = s * 0.0 + 1.0 / (2 * TERMS + 1)
     for k in tl.static_range(TERMS):
-        series = series * square + 1.0 / (2 * TERMS - 1 - 2 * k)
+        series = tl.fma(series, square, tl.full(x.shape, 1.0 / (2 * TERMS - 1 - 2 * k), x.dtype))
     return 2.0 * s * series
 
 
@@ -246,27 +246,44 @@ def _finalized(s):
 
 
 @triton.jit
-def _result_block(x, start, end, target, at_target, scored, g, g_entropy, transform, BLOCK: tl.constexpr):
-    """dz of a block; g and g_entropy carry the factor logit_scale / temperature.
+def _score_slope(z, start, target, at_target, scored, g, g_entropy, BLOCK: tl.constexpr):
+    """d loss / d z of a block, of the gradients of logps and entropy.
 
-    at_target is what stands in the target's column, but for the gradient of the entropy and the softcap's slope.
+    at_target is what stands in the target's column, but for the gradient of the entropy.
     """
-    columns = start + tl.arange(0, BLOCK)
-    z, slope = _transformed(x, columns, end, transform)
     log_p = z - scored.lse
     p = _exp(log_p)
     result = -p * g
     if (target >= start) & (target < start + BLOCK):
-        here = columns == target
+        here = start + tl.arange(0, BLOCK) == target
         result = tl.where(here, at_target, result)
         if g_entropy is not None:  # near p = 1, z - lse has lost the digits of log p
             log_p = tl.where(here, scored.logps, log_p)
             p = tl.where(here, tl.exp(scored.logps), p)
     if g_entropy is not None:
         result -= g_entropy * (p * (tl.maximum(log_p, _LOWEST) + scored.entropy))
+    return result
+
+
+@triton.jit
+def _result_block(x, start, end, target, at_target, scored, g, g_entropy, transform, BLOCK: tl.constexpr):
+    """dz of a block; g and g_entropy carry the factor logit_scale / temperature."""
+    z, slope = _transformed(x, start + tl.arange(0, BLOCK), end, transform)
+    result = _score_slope(z, start, target, at_target, scored, g, g_entropy, BLOCK)
     if transform.softcap is not None:
         result *= slope
     return result
+
+
+@triton.jit
+def _write_zeros(out_ptr, columns, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    full = columns // BLOCK
+    nothing = tl.zeros((BLOCK,), out_ptr.dtype.element_ty)
+    for k in range(full):
+        tl.store(out_ptr + k * BLOCK + lanes, nothing)
+    if full * BLOCK < columns:
+        tl.store(out_ptr + full * BLOCK + lanes, nothing, mask=full * BLOCK + lanes < columns)
 
 
 @triton.jit
@@ -279,11 +296,7 @@ def _write_row(row_ptr, out_ptr, columns, target, scored, g, g_entropy, transfor
     if g_entropy is not None:
         idle = idle & (g_entropy == 0.0)
     if idle:
-        nothing = tl.zeros((BLOCK,), dtype)
-        for k in range(full):
-            tl.store(out_ptr + k * BLOCK + lanes, nothing)
-        if full * BLOCK < columns:
-            tl.store(out_ptr + full * BLOCK + lanes, nothing, mask=full * BLOCK + lanes < columns)
+        _write_zeros(out_ptr, columns, BLOCK)
     else:
         factor = transform.logit_scale / transform.temperature
         g *= factor

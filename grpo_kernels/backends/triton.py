@@ -1,4 +1,4 @@
-"""The row and pair kernels in Triton: checked launches, and the launch shapes.
+"""The row and pair kernels in Triton, and the row kernels over two tiles: checked launches, and the launch shapes.
 
 On a GPU they are compiled at first use; on the CPU they run in Triton's interpreter when TRITON_INTERPRET=1 was set before
 the first use, which is slow and meant for tests. The contract of the functions is that of `pytorch.py`.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..losses.terms import KINDS
+from . import comparison
 from .statistics import check, check_pairs, require
 
 _REMEDY = "pip install triton (3.4 or newer)"
@@ -31,6 +32,7 @@ class _Kernels:
 
 
 kernels, pair_kernels = _Kernels("row_kernels_triton"), _Kernels("pair_kernels_triton")
+divergence_kernels = _Kernels("divergence_kernels_triton")
 
 
 @functools.cache
@@ -110,6 +112,18 @@ def sums_shape(rows: int, columns: int, element_size: int) -> PairShape:
     return PairShape(max(1, min(32, rows * programs // 32768)), programs, 4, block)
 
 
+def divergence_shape(columns: int | None, element_size: int) -> LaunchShape:
+    """A pure function of whether two tiles have a width, or ranges, and of their dtype.
+
+    Eight elements a thread of each tile: two 16-byte loads of each in flight. None is ahead: that would take 20 to 40 registers,
+    and the loads of the warps that these leave room for are more. Four warps, since eight leave more registers unused. Reasoned
+    from the compiled code (``make kernels``), not measured yet.
+    """
+    if columns is None:
+        return LaunchShape(128, 1)
+    return LaunchShape(512 if element_size == 8 else 1024, 4)
+
+
 def statistics(tile, stats):
     """Folds a tile into the running statistics [R, 4] of its rows."""
     check(tile, _RESULTS, stats=stats)
@@ -133,6 +147,29 @@ def policy(tile, out, rows, terms, scored):
     _launch(kernels.policy_kernel, tile, out, scored, kernels.Rows(**vars(rows)), numbers=numbers,
             shape=_shape(tile, reads=2, plain=rows.w_entropy is None),
             KIND=KINDS.index(terms.kind), BIAS_CORRECTION=bool(terms.use_bias_correction_kl))  # fmt: skip
+
+
+def divergence_statistics(student, teacher, stats, kind):
+    """Folds two tiles into the running statistics [R, 8] of their rows."""
+    comparison.check_both(student, teacher, _RESULTS, stats=stats)
+    _launch_both(divergence_kernels.divergence_statistics_kernel, student, teacher, None, stats, student.target,
+                 FORWARD=kind == "forward_kl", **_lanes(student))  # fmt: skip
+
+
+def jensen_shannon(student, teacher, scored, gap, sums, beta):
+    """Adds a tile's part of KL(p || m) and KL(q || m) to sums [R, 2]."""
+    comparison.check_both(student, teacher, _RESULTS, sums=sums, gap=gap, **scored._asdict())
+    _launch_both(divergence_kernels.jensen_shannon_kernel, student, teacher, None, scored.lse, gap, sums, numbers=(beta,),
+                 **_lanes(student))  # fmt: skip
+
+
+def divergence_gradient(student, teacher, out, scored, compared, g_divergence, divergence, g=None, g_entropy=None):
+    """Writes the gradient of the student's raw logits."""
+    comparison.check_both(student, teacher, _RESULTS, out, gap=compared.gap, own=compared.own, g=g_divergence, g_logps=g,
+                          g_entropy=g_entropy, **scored._asdict())  # fmt: skip
+    _launch_both(divergence_kernels.divergence_gradient_kernel, student, teacher, out, scored, compared._replace(value=None),
+                 divergence_kernels.Gradients(g_divergence, g, g_entropy), student.target, numbers=(divergence.beta,),
+                 KIND=comparison.KINDS.index(divergence.kind))  # fmt: skip
 
 
 def pair_logits(pairs, hidden, weight, out, scale=1.0, bias=None, add=False):
@@ -176,6 +213,24 @@ def _launch(kernel, tile, out, *args, shape, numbers=(), **constants):
         )  # fmt: skip
 
 
+def _launch_both(kernel, student, teacher, out, *args, numbers=(), **constants):
+    ranges, of_student, of_teacher = student.ranges, student.transform, teacher.transform
+    require(of_student.temperature == of_teacher.temperature, "both tiles must have the same temperature")
+    rows, columns = student.values.shape if ranges is None else (ranges.shape[0], 0)
+    if rows == 0:
+        return
+    tiles = (x for x in (student.values, teacher.values, out) if x is not None)
+    matrices = [kernels.Matrix(x, x.stride(0) if ranges is None else 0) for x in tiles]
+    shape, caps = _both_shape(student), (of_student.softcap, of_teacher.softcap)
+    numbers = (of_student.logit_scale, caps[0] or 0.0, of_teacher.logit_scale, caps[1] or 0.0, of_student.temperature, *numbers)
+    with _device(student.values):
+        kernel[(rows,)](
+            *matrices, *args, divergence_kernels.Biases(student.bias, teacher.bias), student.temperature, columns,
+            *map(float, numbers), **constants, SOFTCAP=caps[0] is not None, TEACHER_SOFTCAP=caps[1] is not None, BLOCK=shape.block,
+            num_warps=shape.warps, enable_fp_fusion=False, ranges_ptr=ranges,
+        )  # fmt: skip
+
+
 def _launch_pairs(kernel, pairs, per_row, per_id, *args, scale, add, shape, **constants):
     count, (rows, columns) = pairs.ranges.shape[0], per_id.shape
     if count == 0 or shape.programs == 0:
@@ -192,6 +247,15 @@ def _shape(tile, reads=1, plain=True):
     plain = plain and tile.bias is None and tile.transform.softcap is None
     columns = tile.values.shape[1] if tile.ranges is None else None
     return launch_shape(columns, tile.values.element_size(), reads, plain)
+
+
+def _lanes(tile):
+    """Each thread keeps sums of what it loads: 16 bytes at once, or single elements of ranges, which start anywhere."""
+    return {"LANES": 32 * _both_shape(tile).warps, "LOAD": 16 // tile.values.element_size() if tile.ranges is None else 1}
+
+
+def _both_shape(tile):
+    return divergence_shape(tile.values.shape[1] if tile.ranges is None else None, tile.values.element_size())
 
 
 def _device(tensor):
