@@ -322,7 +322,7 @@ void gradient_block(const BothLogits<E>& both, int64_t n, const Visit& row, cons
     if constexpr (kKind == DivergenceKind::forward_kl) {
       const V q = (kKept ? load(kept_y + c) : exp_clamping<digits>(b)) * scale_y, square = d * d;
       // Kept exponentials have all digits: p - q loses none that bfloat16 has.
-      dz = p - q;
+      dz = p == q ? V{} : p - q;  // a contracted product leaves its rounding where the two are equal
       if (!(kKept && kShort)) dz = square < A(kNear<A> * kNear<A>) ? p * (d - square * bend_series<A>(d)) : dz;
     } else if constexpr (kKind == DivergenceKind::reverse_kl) {
       dz = p == A(0) ? V{} : p * d;

@@ -322,6 +322,20 @@ def test_ranges(kernels, kind, dtype):
 @whole_rows
 @each_dtype
 @each_kind
+@pytest.mark.parametrize("columns", [64, 9001])
+def test_equal_whole_rows_have_no_gradient(kernels, dtype, kind, columns):
+    drawn = Drawn(5, columns, dtype)
+    drawn.values[1], drawn.target[:] = drawn.values[0].clone(), -1
+    student, teacher = drawn.tiles(kernels)
+    out, vectors = drawn.out(kernels, student), torch.full((6, 5), NAN, dtype=acc(student.values.dtype), device=DEVICE)
+    vectors = Scored(*vectors[:3]), Compared(*vectors[3:])
+    kernels.module.divergence(student, teacher, out, drawn.g[0].to(DEVICE), Divergence(kind, BETA), *vectors, **kernels.options)
+    assert (out == 0).all() and (vectors[1].value == 0).all()
+
+
+@whole_rows
+@each_dtype
+@each_kind
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_whole_rows_at_once(kernels, dtype, kind, transform, columns):
