@@ -168,7 +168,8 @@ class TokenArguments:
         ids = self.candidates
         check_tensor(self.ids_name, ids, device, (torch.int64, torch.int32))
         if ids.dim() < 1 or ids.shape[:-1] != tokens:
-            raise ValueError(f"{self.ids_name} must be [.., K] = {[*tokens, 'K']}, got {list(ids.shape)}")
+            wanted = ", ".join(map(str, (*tokens, "K")))
+            raise ValueError(f"{self.ids_name} must be [.., K] = [{wanted}], got {list(ids.shape)}")
         ids = torch.nn.functional.pad(ids.long(), (0, 1), value=-1)
         lowest = ids.amin(-1)
         return torch.where(lowest < -1, lowest, ids.amax(-1).clamp(min=0))

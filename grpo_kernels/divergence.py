@@ -97,7 +97,8 @@ def linear_divergence(
         weight: [V, D] of the same dtype; differentiable, or frozen.
         teacher_hidden, teacher_weight: [.., D'], [V, D'] of any one float dtype; constants.
         kind: ``reverse_kl`` KL(p || q), ``forward_kl`` KL(q || p), or ``jsd``, the generalised divergence of Jensen and Shannon.
-        beta: of ``jsd``, in [0, 1]: the share of the teacher in the mixture. As in TRL, 0 is the forward and 1 the reverse KL.
+        beta: of ``jsd``, in [0, 1]: the share of the teacher in the mixture. At 0 and 1, where the formula vanishes, ``jsd`` is the
+            forward and the reverse KL, as in TRL.
         mask: [..] bool or 0/1; None keeps all. Masked rows are not computed.
         bias, teacher_bias: [V]; the student's is differentiable. Both may hold -inf: a column that both ban counts nothing, one
             that the teacher alone bans makes the reverse KL inf, one that the student alone bans the forward KL.
@@ -159,8 +160,9 @@ def fused_linear_distillation_loss(
     Args:
         weights: [..] float, of each token; None is the mask. Tokens of weight 0 are scored but not trained; where the mask is 0 a
             weight counts as 0.
-        num_items: the divisor, a number > 0 or a 0-dim tensor (clamped to >= 1, not synchronised); None is the sum of the weights.
-            Under gradient accumulation and DDP: the global count / world size.
+        num_items: the divisor, a number > 0 or a 0-dim tensor (clamped to >= 1, not synchronised); None is the sum of the weights,
+            which may be 0 or negative where a weight is negative: give it then. Under gradient accumulation and DDP it is the
+            global count / world size.
         Everything else: as in `linear_divergence`.
 
     Returns:

@@ -51,15 +51,15 @@ class TeacherArguments:
         hidden, weight, bias = self.hidden, self.weight, self.bias
         for name, x in ((f"{self.name}_hidden", hidden), (f"{self.name}_weight", weight)):
             if x is None and self.name == "ref":
-                raise ValueError(f"{name} must be given with kl_estimator='exact' and beta != 0, got None")
+                raise ValueError(f"{name} must be given with kl_estimator='exact' and beta != 0 (ref_logps are for 'k3'), got None")
             check_tensor(name, x, device, FLOAT_DTYPES)
         depth = hidden.shape[-1] if hidden.dim() else 0
         if hidden.dim() < 1 or hidden.shape[:-1] != tokens or depth < 1:
-            raise ValueError(f"{self.name}_hidden must be [.., D'] = {[*tokens, 'D']}, got {list(hidden.shape)}")
+            wanted = ", ".join(map(str, (*tokens, "D'")))
+            raise ValueError(f"{self.name}_hidden must be [.., D'] = [{wanted}], got {list(hidden.shape)}")
         if weight.dim() != 2 or weight.shape != (vocab, depth):
-            raise ValueError(
-                f"{self.name}_weight must be [V, D'] = [{vocab}, {depth}], with the student's vocabulary, got {list(weight.shape)}"
-            )
+            why = f"; V is the student's vocabulary, D' the depth of {self.name}_hidden"
+            raise ValueError(f"{self.name}_weight must be [V, D'] = [{vocab}, {depth}], got {list(weight.shape)}{why}")
         if bias is not None:
             check_tensor(f"{self.name}_bias", bias, device, FLOAT_DTYPES)
             check_shape(f"{self.name}_bias", bias, (vocab,))
