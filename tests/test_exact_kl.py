@@ -354,10 +354,10 @@ def test_objective_takes_the_kl():
 
 
 BAD = [
-    (dict(ref_hidden=None), ValueError, r"^ref_hidden must be given with kl_estimator='exact' and beta != 0, got None"),
-    (dict(ref_weight=None), ValueError, r"^ref_weight must be given with kl_estimator='exact' and beta != 0, got None"),
-    (dict(ref_hidden=torch.ones(4, 5, 16)), ValueError, r"^ref_hidden must be \[\.\., D'\] = \[4, 6, 'D'\], got \[4, 5, 16\]"),
-    (dict(ref_hidden=torch.ones(4, 6, 3)), ValueError, r"^ref_weight must be \[V, D'\] = \[37, 3\], with the student's vocabulary"),
+    (dict(ref_hidden=None), ValueError, r"^ref_hidden must be given with kl_estimator='exact' and beta != 0 \(ref_logps are for 'k3'\), got None"),
+    (dict(ref_weight=None), ValueError, r"^ref_weight must be given with kl_estimator='exact' and beta != 0 \(ref_logps are for 'k3'\), got None"),
+    (dict(ref_hidden=torch.ones(4, 5, 16)), ValueError, r"^ref_hidden must be \[\.\., D'\] = \[4, 6, D'\], got \[4, 5, 16\]"),
+    (dict(ref_hidden=torch.ones(4, 6, 3)), ValueError, r"^ref_weight must be \[V, D'\] = \[37, 3\], got"),
     (dict(ref_weight=torch.ones(38, 16)), ValueError, r"^ref_weight must be \[V, D'\] = \[37, 16\].*got \[38, 16\]"),
     (
         dict(ref_weight=torch.ones(37, 16).bfloat16()),

@@ -172,7 +172,7 @@ def test_wrong_kinds_are_refused():
     p = make_problem()
     with pytest.raises(TypeError, match=r"ids must be int64 or int32, got torch.float32"):
         ours(p, drawn_ids(p, 3).float(), "auto")
-    with pytest.raises(ValueError, match=r"ids must be \[\.\., K\] = \[4, 6, 'K'\], got \[2, 6, 3\]"):
+    with pytest.raises(ValueError, match=r"ids must be \[\.\., K\] = \[4, 6, K\], got \[2, 6, 3\]"):
         ours(p, drawn_ids(p, 3)[:2], "auto")
     (hidden, weight, *_), _, _ = p.arguments()
     ids = drawn_ids(p, 3)

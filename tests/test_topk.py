@@ -289,7 +289,7 @@ def test_teachers_of_any_dtype_and_shape():
         (
             dict(ids=lambda x: x[:, :2], logps=lambda x: x[:, :2]),
             ValueError,
-            r"teacher_ids must be .* = \[2, 3, 'K'\], got \[2, 2, 3\]",
+            r"teacher_ids must be .* = \[2, 3, K\], got \[2, 2, 3\]",
         ),
         (dict(ids=lambda x: x[0, 0, 0], logps=lambda x: x[0, 0, 0]), ValueError, r"teacher_ids must be \[\.\., K\], got a 0-dim"),
         (
