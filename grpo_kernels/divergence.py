@@ -204,7 +204,7 @@ def _described(hidden, weight, teacher_hidden, teacher_weight, kind, beta, mask,
     refuse_transforms({"temperature": temperature})
     per_token = isinstance(temperature, torch.Tensor)
     args = DistillationArguments(
-        hidden, weight, None, mask, bias=bias, temperature=temperature if per_token else None, lora=lora,
+        hidden, weight, None, mask, None, bias, temperature if per_token else None, lora,
         vocab_parallel_group=vocab_parallel_group, sequence_parallel=sequence_parallel, workspace_bytes=workspace_bytes,
         backend=backend, options=(1.0 if per_token else temperature, logit_scale, softcap), kind=kind, beta=beta,
         teacher=TeacherArguments(teacher_hidden, teacher_weight, teacher_bias),
