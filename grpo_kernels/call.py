@@ -373,7 +373,7 @@ def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -
         hidden, teacher = args.hidden, args.teacher
         if args.sequence_parallel:
             hidden = gathered_sequence(hidden, group)
-            teacher = teacher and replace(teacher, hidden=gathered_sequence(teacher.hidden, group))
+            teacher = teacher and replace(teacher, hidden=gathered_sequence(teacher.hidden, group, f"{teacher.name}_hidden"))
         with validate_across_ranks(group, hidden) as meeting:
             hidden, weight, bias, lora = of_dtensors(hidden, args.weight, args.bias, args.lora, group)
             args = replace(args, hidden=hidden, weight=weight, bias=bias, lora=lora, vocab_parallel_group=group,

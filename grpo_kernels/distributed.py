@@ -161,15 +161,15 @@ class _GatheredSequence(torch.autograd.Function):
         return own, None
 
 
-def gathered_sequence(hidden, group):
+def gathered_sequence(hidden, group, name="hidden"):
     """Hidden states sharded along their first dimension, in rank order, as all of them; for the loss with ``sums_hidden`` off."""
     if group is None:
         raise ValueError("vocab_parallel_group must be given with sequence_parallel, got None")
     with validate_across_ranks(group, hidden) as meeting:
         if not isinstance(hidden, torch.Tensor) or _is_dtensor(hidden) or hidden.dim() < 1:
-            raise TypeError(f"hidden must be a tensor [.., D] with sequence_parallel, got {type(hidden).__name__}")
+            raise TypeError(f"{name} must be a tensor [.., D] with sequence_parallel, got {type(hidden).__name__}")
         meeting.facts = {
-            "first dimension of hidden": hidden.shape[0], "shape of hidden": list(hidden.shape), "dtype": str(hidden.dtype),
+            f"first dimension of {name}": hidden.shape[0], f"shape of {name}": list(hidden.shape), "dtype": str(hidden.dtype),
             "sequence_parallel": 1, "which tensors need a gradient": torch.is_grad_enabled() and hidden.requires_grad,
         }  # fmt: skip
     return _GatheredSequence.apply(hidden, group)

@@ -13,6 +13,7 @@ from .call import TokenArguments, describe
 from .checks import FLOAT_DTYPES, Backend, check_num_items, check_shape, check_tensor, refuse_transforms
 from .engine.ops import loss_in_one_pass, with_gradients
 from .losses.config import GRPOLossConfig
+from .losses.objective import refuse_lost_gradients
 from .losses.terms import PolicyRows
 from .teacher import Kind, TeacherArguments, divergence_of, transform_of
 
@@ -55,9 +56,8 @@ class DistillationArguments(TokenArguments):
         if self.weights is not None:
             check_tensor("weights", self.weights, args.mask.device, FLOAT_DTYPES)
             check_shape("weights", self.weights, args.mask.shape)
-            if self.weights.requires_grad and torch.is_grad_enabled():
-                raise ValueError("weights must not require a gradient, there is none for it; pass weights.detach()")
         check_num_items(self.num_items, GRPOLossConfig())
+        refuse_lost_gradients(GRPOLossConfig(), weights=self.weights, num_items=self.num_items)
         return args
 
     def trained(self):

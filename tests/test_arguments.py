@@ -354,3 +354,11 @@ def test_every_public_function_says_which_token_a_position_predicts():
         first, rest = function.__doc__.split("\n", 1)
         assert re.search(r"Position t of (hidden|logits) predicts token t\.", first), function
         assert "[:, :-1]" in rest and "[:, 1:]" in rest, function
+
+
+@pytest.mark.parametrize("name", ["weights", "num_items"])
+def test_constants_of_a_distillation_loss_must_not_require_a_gradient(name):
+    shape = (B, T) if name == "weights" else ()
+    tensors = torch.ones(B, T, D), torch.ones(V, D), torch.ones(B, T, 2), torch.ones(V, 2)
+    with pytest.raises(ValueError, match=f"{name} must not require a gradient.*{name}.detach"):
+        grpo_kernels.fused_linear_distillation_loss(*tensors, **{name: torch.ones(shape, requires_grad=True)})

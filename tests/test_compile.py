@@ -11,7 +11,14 @@ import torch._dynamo.testing
 from problems import make_problem
 from tolerance import assert_all_close
 
-from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, grpo_loss_from_logits, linear_logprobs
+from grpo_kernels import (
+    GRPOLossConfig,
+    fused_linear_distillation_loss,
+    fused_linear_grpo_loss,
+    grpo_loss_from_logits,
+    linear_divergence,
+    linear_logprobs,
+)
 from grpo_kernels.backends.comparison import Divergence
 from grpo_kernels.backends.statistics import finalize
 from grpo_kernels.engine import ops
@@ -282,3 +289,20 @@ def test_what_a_masked_position_has_as_temperature_reaches_no_gradient():
     p.temperature[~p.mask] = float("inf")
     compiled = torch.compile(fused_linear_grpo_loss, fullgraph=True, backend="aot_eager")
     assert_all_close(call(compiled, p), call(fused_linear_grpo_loss, p), 1e-10)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("function", [linear_divergence, fused_linear_distillation_loss])
+def test_a_divergence_compiles_without_a_graph_break(function, kind):
+    p = problem(CONFIGS["one pass"])
+    (hidden, weight, *_), *_ = p.arguments(needs=("hidden", "weight"))
+    g = torch.Generator().manual_seed(1)
+    teacher = torch.randn(3, 5, 4, generator=g, dtype=torch.float64), torch.randn(33, 4, generator=g, dtype=torch.float64)
+
+    def called(function):
+        out = function(hidden, weight, *teacher, kind=kind, mask=p.mask)
+        d_hidden, d_weight = torch.autograd.grad(out[0].square().sum(), (hidden, weight))
+        return {"value": out[0], "entropy": out.entropy, "hidden": d_hidden, "weight": d_weight}
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_all_close(called(compiled), called(function), 1e-10)

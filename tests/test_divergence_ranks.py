@@ -240,6 +240,7 @@ def refused(rank, world):
         attempt(None, function, beta=0.25 if odd else 0.5)
         attempt(None, function, teacher_softcap=3.0 if odd else None)
         attempt(dict(mask=torch.zeros_like(tensors["mask"]) if odd else tensors["mask"]), function)
+        attempt(dict(teacher_hidden=tensors["teacher_hidden"][..., : -1 if odd else None]), function, sequence_parallel=True)
         attempt(None, function)
     return messages[:one_sided], messages[one_sided:]
 
@@ -254,8 +255,8 @@ def test_a_rank_that_raises_leaves_nobody_waiting(tmp_path):
             assert mine.startswith("RuntimeError: rank 1 of vocab_parallel_group refused"), mine
             assert named[i % 5] in theirs and "refused" not in theirs, theirs
     for i, (mine, theirs) in enumerate(zip(first_all, second_all, strict=True)):
-        if i % 6 == 5:
+        if i % 7 == 6:
             assert mine == theirs == "no error"
         else:
-            wanted = "must be the same on all ranks" if i % 6 == 4 else "ValueError: teacher must be the same on all ranks"
+            wanted = {4: "", 5: "shape of teacher_hidden"}.get(i % 7, "ValueError: teacher") + " must be the same on all ranks"
             assert mine == theirs and wanted in mine, (mine, theirs)

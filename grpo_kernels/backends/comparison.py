@@ -98,6 +98,21 @@ def compare(stats: torch.Tensor, kind: str) -> tuple[Scored, Compared]:
     return finalize(stats[:, :4]), Compared(gap, value, value)
 
 
+def mixed(stats, scored: Scored, compared: Compared, sums, beta) -> Compared:
+    """`Compared` of jsd, from what `jensen_shannon` summed.
+
+    Its p = exp(z - lse) and q = exp(y - (lse - gap)) add up to 1 but for the rounding of lse and of lse - gap; divided by what they
+    add up to, the terms of a row's gradient add up to 0.
+    """
+    wide = stats.double()
+    peaks, totals, rounded = (wide[:, 0], wide[:, 4]), (_total(wide), wide[:, 5]), (scored.lse, scored.lse - compared.gap)
+    of_p, of_q = (torch.exp(lse.double() - peak) / total for peak, total, lse in zip(peaks, totals, rounded, strict=True))
+    raw, value = sums.double().unbind(1)
+    own = raw * of_p
+    value = (1 - beta) * own + (value - (1 - beta) * raw) * of_q
+    return Compared(compared.gap, own.to(sums.dtype), value.to(sums.dtype))
+
+
 def check_both(student: Tile, teacher: Tile, results: dict, out: torch.Tensor | None = None, stats=None, sums=None, **tensors):
     """Raises AssertionError as `statistics.check` does. ``stats`` [R, 8], ``sums`` [R, 2], ``tensors`` [R] acc."""
     values = student.values

@@ -21,7 +21,7 @@ import functools
 import torch
 
 from .. import backends
-from ..backends.comparison import Compared, compare, merged_comparisons, new_comparison
+from ..backends.comparison import Compared, compare, merged_comparisons, mixed, new_comparison
 from ..backends.pytorch import target_gradient
 from ..backends.statistics import Scored, Tile, finalize, merged, new_statistics
 from ..losses.terms import PolicyRows, kernel_terms, row_coefficient
@@ -137,7 +137,7 @@ class Run:
                 sums = torch.zeros(len(stats), 2, dtype=stats.dtype, device=stats.device)
                 self.kernels.jensen_shannon(tile, teacher, found, compared.gap, sums, divergence.beta)
                 sums = sums if shard is None else functools.reduce(torch.add, shard.gathered(sums))
-                compared = Compared(compared.gap, *(x.contiguous() for x in sums.unbind(1)))
+                compared = mixed(stats, found, compared, sums, divergence.beta)
             self._write_down(self.compared, compared, s)
         self._write_down(self.scored, found, s)
         return found, compared
