@@ -443,6 +443,23 @@ def test_near_agreement_keeps_its_digits_in_float32(size, digits, kind, backend)
         assert (ours["dweight"].cpu() - truth["dweight"].cpu()).norm() <= 10 * digits * truth["dweight"].cpu().norm()
 
 
+@each_kind
+def test_near_agreement_but_for_the_likeliest_token(kind, backend):
+    """Relative to the rows' maxima all other logits are apart by as much: the sums must not be those of cancelling terms."""
+    V, rows = 997, 16
+    g = torch.Generator().manual_seed(4)
+    logits = torch.randn(rows, V, generator=g) / 2
+    other = logits + 1e-3 * torch.randn(rows, V, generator=g)
+    other[torch.arange(rows), logits.argmax(1)] += 0.03
+    c = Case(torch.eye(rows).double(), logits.T.double(), torch.eye(rows).double(), other.T.double(), torch.ones(rows).double(),
+             torch.float32, torch.float32, dict(kind=kind, beta=0.4))  # fmt: skip
+    exact = plain(c, "token", dtype=torch.float64)["divergence"].cpu()
+    assert (exact < 1e-5).all() and (exact > 1e-7).all()
+    for workspace in (1, 100_000, None):
+        value = fused(c, "token", backend=backend, workspace_bytes=workspace)["divergence"].cpu().double()
+        assert ((value - exact).abs() <= 1e-4 * exact).all()
+
+
 @each_form
 @each_kind
 def test_columns_of_minus_infinity(kind, form, backend):
@@ -678,6 +695,21 @@ def test_a_retained_graph_gives_the_same_gradients_again(needs, form, backend):
                 assert_close(f"{name}, {times} times", leaf.grad, truth[f"d{name}"] * times, 1e-10)
         with pytest.raises(RuntimeError, match="second time"):
             value.backward()
+
+
+def test_a_retained_graph_of_other_rows_each_time(backend):
+    """Rows without a gradient are dropped from the stash: not from the one that is kept."""
+    c = cut(13, "jsd")
+    for workspace in (1, 40_000, None):
+        positional, keywords, leaves = c.arguments()
+        divergence = functions["token"](c, positional, keywords, backend=backend, workspace_bytes=workspace)
+        for rows in (slice(4, None), slice(0, 13, 3), slice(0, 5)):
+            g = torch.zeros(13, dtype=torch.float64)
+            g[rows] = torch.arange(1.0, 14.0, dtype=torch.float64)[rows]
+            truth = plain(c.but(g=g), "token", dtype=torch.float64)
+            found = torch.autograd.grad(divergence, list(leaves.values()), g.to(DEVICE), retain_graph=True)
+            for name, gradient in zip(leaves, found, strict=True):
+                assert_close(f"{name} {rows}", gradient, truth[f"d{name}"], 1e-10)
 
 
 @each_form

@@ -203,6 +203,26 @@ def test_each_dtype_is_no_worse_than_pytorch(level, dtype, backend):  # noqa: F8
             )
 
 
+@pytest.mark.parametrize("output", ["logps", "entropy", "loss"])
+def test_a_term_of_one_output_alone(output, backend):  # noqa: F811
+    """No gradient comes for the others: not even of a KL that is inf, for a token that the reference bans."""
+    p = exact(make_problem(bias=True))
+    ref = beside(p, bias=True)
+    if output != "loss":
+        ref["ref_bias"][3] = -INF
+    for workspace in (1, None):
+        found = []
+        for function, more in (
+            (fused_linear_grpo_loss, dict(backend=backend, workspace_bytes=workspace)),
+            (reference.grpo_loss, {}),
+        ):
+            positional, keywords, leaves = p.arguments()
+            out = function(*positional, **keywords, **ref, **more, differentiable_logps=True)
+            getattr(out, output).square().sum().backward()
+            found.append({n: x.grad for n, x in leaves.items()})
+        assert_all_close(*found, 1e-10)
+
+
 def test_a_reference_of_another_dtype(backend):  # noqa: F811
     """Numbers whose products are exact in 16 bits: only the dtype differs."""
     p = exact(make_problem(B=3, T=5, V=67, dtype=torch.float32))
