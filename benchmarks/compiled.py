@@ -99,8 +99,8 @@ def start_divergence(kernel, columns=WIDE, softcap=None, tile=torch.float32, out
     elif kernel == "jensen_shannon":
         backend.jensen_shannon(*both, scored, vector, torch.zeros(2, 2), 0.5)
     else:
-        backend.divergence_gradient(*both, result, scored, compared, vector, comparison.Divergence(kind), vector if logps else None,
-                                    vector if entropy else None)  # fmt: skip
+        of_student = (vector if wanted else None for wanted in (logps, entropy))
+        backend.divergence_gradient(*both, result, scored, compared, vector, comparison.DivergenceKind(kind), *of_student)
 
 
 def start_pairs(kernel, columns=4096, tile=torch.bfloat16, out=torch.bfloat16, bias=False, add=False):

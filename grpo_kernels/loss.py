@@ -71,8 +71,8 @@ def fused_linear_grpo_loss(
         num_items: the exact divisor of dapo, cispo and vespo: a number > 0, or a 0-dim tensor (clamped to >= 1, not
             synchronised); None = the kept tokens. Under DDP's mean of gradients pass the global count / world size.
         config: `GRPOLossConfig`; options and tensors that its loss_type does not use are ignored.
-        temperature: [B, T] or a 0-dim tensor, overrides ``config.temperature``; differentiable, in two phases. A number goes into
-            the config.
+        temperature: [B, T] or a 0-dim tensor, overrides ``config.temperature``; differentiable, in two phases, but for an exact KL.
+            A number goes into the config.
         lora: (A [r, D], B [V, r], scale), an adapter on the head, never merged; A and B differentiable.
         vocab_parallel_group: torch.distributed group over which the vocabulary is sharded. weight, bias and lora's B are then
             this rank's rows of it, in rank order, of any number; everything else is the same on every rank, ids are global, and

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-from .backends.comparison import Divergence
+from .backends.comparison import DivergenceKind
 from .checks import FLOAT_DTYPES, check_shape, check_tensor, kind
 from .distributed import of_dtensors
 from .engine.operands import Teacher
@@ -22,7 +22,7 @@ class TeacherArguments:
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
-    divergence: Divergence | None = None
+    divergence: DivergenceKind | None = None
     transform: LogitTransform | None = None
     name: str = "teacher"
 
@@ -31,7 +31,7 @@ class TeacherArguments:
         """The reference policy of an exact KL, with the transform of the policy; None where the loss has no such term."""
         if not isinstance(config, GRPOLossConfig) or not config.exact_kl:
             return None
-        return TeacherArguments(hidden, weight, bias, Divergence("reverse_kl"), config.transform, "ref")
+        return TeacherArguments(hidden, weight, bias, DivergenceKind("reverse_kl"), config.transform, "ref")
 
     def constants(self):
         """Detached, so that what trains them elsewhere does not matter here."""
@@ -81,16 +81,19 @@ class TeacherArguments:
 
 
 def divergence_of(which, beta):
-    """A checked `Divergence`; the ends of jsd are the KLs."""
-    if not isinstance(which, str) or which not in get_args(Kind):
+    """A checked `DivergenceKind`; the ends of jsd are the KLs, which read no beta."""
+    if not isinstance(which, str):
+        raise TypeError(f"kind must be a string, got {kind(which)}")
+    if which not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {which!r}")
+    if which != "jsd":
+        return DivergenceKind(which)
     if not isinstance(beta, numbers.Real) or isinstance(beta, bool):
-        raise TypeError(f"beta must be a number, got {kind(beta)}")
+        raise TypeError(f"beta must be a number in [0, 1], got {kind(beta)}")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1], got {beta}")
-    if which == "jsd" and beta in (0, 1):
-        which = "reverse_kl" if beta else "forward_kl"
-    return Divergence(which, float(beta) if which == "jsd" else 0.5)
+    ends = {0: "forward_kl", 1: "reverse_kl"}
+    return DivergenceKind(ends[beta]) if beta in ends else DivergenceKind(which, float(beta))
 
 
 def transform_of(temperature, logit_scale, softcap):

@@ -10,12 +10,11 @@ is theirs; the K logits are rounded alike, or the tail would be the difference o
 """
 
 import math
-import numbers
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from .backends.comparison import KINDS, bend
+from .backends.comparison import bend
 from .checks import FLOAT_DTYPES, Backend, check_group, check_shape, check_tensor, refuse_transforms
 from .checks import kind as kind_of
 from .distributed import group_of, validate_across_ranks
@@ -23,8 +22,8 @@ from .engine.ops import differentiable_once
 from .logprobs import logprobs_at
 from .losses.config import GRPOLossConfig
 from .losses.objective import refuse_lost_gradients
+from .teacher import Kind, divergence_of
 
-DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd"]
 _NOISE = 8  # roundings that a logit, and so a p, has seen
 _LEAST = 1e-28  # of a tail of which nothing is left
 _FAR = 80.0  # a log-ratio beyond which the smaller of p and q is no digit of their mixture
@@ -36,7 +35,7 @@ def topk_divergence(
     teacher_ids: torch.Tensor,
     teacher_logps: torch.Tensor,
     *,
-    kind: DivergenceKind = "forward_kl",
+    kind: Kind = "forward_kl",
     tail: bool = True,
     beta: float = 0.5,
     mask: torch.Tensor | None = None,
@@ -83,11 +82,9 @@ def topk_divergence(
     check_group("vocab_parallel_group", vocab_parallel_group)
     group = group_of(weight, vocab_parallel_group)
     with validate_across_ranks(group, hidden) as meeting:
-        _check(teacher_ids, teacher_logps, kind, tail, beta)
-        beta = float(beta) if kind == "jsd" else 0.0
+        divergence = _check(teacher_ids, teacher_logps, kind, tail, beta)
+        kind, beta = divergence.kind, divergence.beta
         meeting.facts = {"kind": kind, "tail": int(tail), "beta": repr(beta)}
-    if kind == "jsd" and beta in (0, 1):
-        kind = "reverse_kl" if beta else "forward_kl"
     # an id that no vocabulary has: told together with the other wrong ones, without a look at the device of its own
     ids = teacher_ids.masked_fill(_repeated(teacher_ids), -2)
     logps, _, stored = logprobs_at(
@@ -109,16 +106,9 @@ def _check(ids, logps, kind, tail, beta):
         raise ValueError("teacher_ids must be [.., K], got a 0-dim tensor")
     check_shape("teacher_logps", logps, ids.shape)
     refuse_lost_gradients(GRPOLossConfig(), teacher_logps=logps)
-    if not isinstance(kind, str):
-        raise TypeError(f"kind must be a string, got {kind_of(kind)}")
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not isinstance(tail, bool):
         raise TypeError(f"tail must be True or False, got {kind_of(tail)}")
-    if kind == "jsd" and (not isinstance(beta, numbers.Real) or isinstance(beta, bool)):
-        raise TypeError(f"beta must be a number in [0, 1], got {kind_of(beta)}")
-    if kind == "jsd" and not 0 <= beta <= 1:
-        raise ValueError(f"beta must be in [0, 1], got {beta}")
+    return divergence_of(kind, beta)
 
 
 def _repeated(ids):

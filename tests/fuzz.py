@@ -95,7 +95,7 @@ def rows_case(b, generator):
 def both_case(b, generator):
     """A row kernel of the CPU on two tiles."""
     from grpo_kernels.backends import native
-    from grpo_kernels.backends.comparison import KINDS, Compared, Divergence, new_comparison
+    from grpo_kernels.backends.comparison import KINDS, Compared, DivergenceKind, new_comparison
     from grpo_kernels.backends.statistics import Scored, Tile
     from grpo_kernels.losses.config import LogitTransform
 
@@ -109,7 +109,7 @@ def both_case(b, generator):
         transform = LogitTransform(b.of((1.0, 0.5, -2.0, 0.0)), b.of((None, 5.0, 1e-3)), b.of((1.0, 0.7, 1e-3)))
         bias = tensor(b, (columns,), acc, generator) if b.chance(3) and not plain else None
         tiles.append(Tile(values, target, LogitTransform() if plain else transform, bias, temperature))
-    isa, divergence = b.of(native.isas()), Divergence(b.of(KINDS), b.of((0.5, 0.01, 0.99)))
+    isa, divergence = b.of(native.isas()), DivergenceKind(b.of(KINDS), b.of((0.5, 0.01, 0.99)))
     scored, found = Scored(vector(), vector(), vector()), Compared(vector(), vector(), vector())
     out = b.of((tiles[0].values, tiles[0].values, tensor(b, (rows, columns), dtype, generator), tiles[0].values[:, 1:]))
     kernel = b.byte() % 4

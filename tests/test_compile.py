@@ -19,7 +19,7 @@ from grpo_kernels import (
     linear_divergence,
     linear_logprobs,
 )
-from grpo_kernels.backends.comparison import Divergence
+from grpo_kernels.backends.comparison import DivergenceKind
 from grpo_kernels.backends.statistics import finalize
 from grpo_kernels.engine import ops
 from grpo_kernels.engine.operands import Work, encoded
@@ -230,7 +230,7 @@ def test_opcheck_beside_a_teacher(kind):
     registered, checks = torch.ops.grpo_kernels, ("test_schema", "test_faketensor")
     (hidden, *head), rows, target, normal = op_inputs(True)
     teacher, temperature = [normal(9, 3), normal(21, 3), normal(21)], torch.rand(5, dtype=torch.float64) + 0.5
-    work = Work(LogitTransform(), "torch", 10**6, (True,) * 5, divergence=Divergence(kind), teacher_transform=LogitTransform(0.7))
+    work = Work(LogitTransform(), "torch", 10**6, (True,) * 5, divergence=DivergenceKind(kind), teacher_transform=LogitTransform(0.7))
     call = (hidden, head, teacher, [rows, target, temperature, None, None, None, None, normal(3), None], 3, *encoded(work))
     torch.library.opcheck(registered.one_pass.default, call, test_utils=checks)
     for stash_rows in (0, 3):

@@ -22,7 +22,7 @@ from tolerance import assert_no_worse_than_torch
 
 from grpo_kernels import build_cuda
 from grpo_kernels.backends import cuda
-from grpo_kernels.backends.comparison import KINDS, Compared, Divergence, compare, new_comparison
+from grpo_kernels.backends.comparison import KINDS, Compared, DivergenceKind, compare, new_comparison
 from grpo_kernels.backends.statistics import Pairs, Scored, Tile, finalize, new_statistics
 from grpo_kernels.losses.config import LogitTransform as Transform
 from grpo_kernels.losses.terms import PolicyRows, PolicyTerms
@@ -498,7 +498,7 @@ def through(kind, z, y, target, g, out, transform=PLAIN, ranges=None, **launch):
     if kind == "jsd":
         cuda_host.jensen_shannon(student, teacher, scored, found.gap, sums, 0.3, **launch)
         found = Compared(found.gap, sums[:, 0].contiguous(), sums[:, 1])
-    cuda_host.divergence_gradient(student, teacher, out, scored, found, g, Divergence(kind, 0.3), g, g.cos(), **launch)
+    cuda_host.divergence_gradient(student, teacher, out, scored, found, g, DivergenceKind(kind, 0.3), g, g.cos(), **launch)
     return stats, sums
 
 

@@ -7,7 +7,7 @@ import torch
 from row_kernels import DEVICE, INF, NAN, acc, all_kernels, each_dtype
 from tolerance import assert_no_worse_than_torch
 
-from grpo_kernels.backends.comparison import KINDS, Compared, Divergence, bend, compare, merged_comparisons, new_comparison
+from grpo_kernels.backends.comparison import KINDS, Compared, DivergenceKind, bend, compare, merged_comparisons, new_comparison
 from grpo_kernels.backends.statistics import Scored, Tile
 from grpo_kernels.losses.config import LogitTransform
 
@@ -142,7 +142,7 @@ def close(name, found, exact, eps, size=1.0):
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_statistics(kernels, dtype, kind, transform, columns, blocks):
-    drawn, divergence = Drawn(5, columns, dtype, transform), Divergence(kind, BETA)
+    drawn, divergence = Drawn(5, columns, dtype, transform), DivergenceKind(kind, BETA)
     scored, found = compared(kernels, drawn, divergence, blocks)
     value, gap, own, logps, lse, entropy, _ = drawn.plain(divergence)
     eps = 1e-11 if dtype == torch.float64 else 4e-6
@@ -163,7 +163,7 @@ def test_statistics(kernels, dtype, kind, transform, columns, blocks):
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_near_agreement_nothing_cancels(kernels, kind, apart, spread, blocks):
     """The divergence is a sum of terms of both signs: at 1e-6 and less it keeps four digits in float32."""
-    drawn, divergence = Drawn(4, 9001, torch.float32), Divergence(kind, BETA)
+    drawn, divergence = Drawn(4, 9001, torch.float32), DivergenceKind(kind, BETA)
     drawn.values[0] = drawn.values[0] * (spread / 3)
     drawn.values[1] = drawn.values[0] + apart * torch.randn(4, 9001, generator=torch.Generator().manual_seed(3))
     scored, found = compared(kernels, drawn, divergence, blocks)
@@ -182,7 +182,7 @@ def test_near_agreement_nothing_cancels(kernels, kind, apart, spread, blocks):
 @each_kind
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_equal_rows_have_no_divergence_and_no_gradient(kernels, dtype, kind, transform):
-    drawn, divergence = Drawn(5, 333, dtype, transform), Divergence(kind, BETA)
+    drawn, divergence = Drawn(5, 333, dtype, transform), DivergenceKind(kind, BETA)
     drawn.values[1], drawn.bias[1] = drawn.values[0].clone(), drawn.bias[0]
     drawn.transforms = (drawn.transforms[0],) * 2
     scored, found = compared(kernels, drawn, divergence, 3)
@@ -200,7 +200,7 @@ def test_equal_rows_have_no_divergence_and_no_gradient(kernels, dtype, kind, tra
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("beside", ["alone", "g", "g and g_entropy"])
 def test_gradient(kernels, dtype, kind, transform, columns, beside):
-    drawn, divergence = Drawn(6, columns, dtype, transform), Divergence(kind, BETA)
+    drawn, divergence = Drawn(6, columns, dtype, transform), DivergenceKind(kind, BETA)
     drawn.target = drawn.target.clamp(min=0)
     g, g_entropy = drawn.g[1] if beside != "alone" else None, drawn.g[2] if "entropy" in beside else None
     *_, exact = drawn.plain(divergence, g=g, g_entropy=g_entropy)
@@ -221,7 +221,7 @@ def test_gradient(kernels, dtype, kind, transform, columns, beside):
 @each
 @each_kind
 def test_rows_of_no_gradient_become_zeros(kernels, kind):
-    drawn, divergence = Drawn(4, 333, torch.float32), Divergence(kind, BETA)
+    drawn, divergence = Drawn(4, 333, torch.float32), DivergenceKind(kind, BETA)
     scored, found = compared(kernels, drawn, divergence)
     student, teacher = drawn.tiles(kernels)
     out, g = drawn.out(kernels, student), drawn.g[0].to(DEVICE)
@@ -241,7 +241,7 @@ def test_banned_columns(kernels, dtype, kind, banned):
     """-inf in both: as if the column were not there. In one: what plain PyTorch says."""
     columns = slice(0, 112) if "block" in banned else slice(5, 333, 7)
     of = [i for i, name in enumerate(("student", "teacher")) if name in banned or "both" in banned]
-    drawn, divergence = Drawn(5, 333, dtype).ban(of, columns), Divergence(kind, BETA)
+    drawn, divergence = Drawn(5, 333, dtype).ban(of, columns), DivergenceKind(kind, BETA)
     drawn.target[:] = -1
     scored, found = compared(kernels, drawn, divergence, 3)
     value, *_, gradient = drawn.plain(divergence)
@@ -266,8 +266,8 @@ def test_banned_columns(kernels, dtype, kind, banned):
 def test_a_column_banned_in_one_may_be_the_target(kernels, kind, banned):
     drawn = Drawn(5, 333, torch.float64, apart=1e-2).ban([banned], slice(0, 112))
     drawn.target[:] = 6
-    value, gap, *_ = drawn.plain(Divergence(kind, BETA))
-    found = compared(kernels, drawn, Divergence(kind, BETA), 3)[1]
+    value, gap, *_ = drawn.plain(DivergenceKind(kind, BETA))
+    found = compared(kernels, drawn, DivergenceKind(kind, BETA), 3)[1]
     close("value", found.value, value, 1e-11)
     close("gap", found.gap, gap, 1e-11)
 
@@ -275,7 +275,7 @@ def test_a_column_banned_in_one_may_be_the_target(kernels, kind, banned):
 @each
 @each_kind
 def test_large_logits(kernels, kind):
-    drawn, divergence = Drawn(5, 333, torch.float32), Divergence(kind, BETA)
+    drawn, divergence = Drawn(5, 333, torch.float32), DivergenceKind(kind, BETA)
     drawn.values = [x * 3000 for x in drawn.values]
     scored, found = compared(kernels, drawn, divergence, 3)
     value, *_ = drawn.plain(divergence)
@@ -291,7 +291,7 @@ def test_large_logits(kernels, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_ranges(kernels, kind, dtype):
     lengths = [3, 1, 40, 2, 300, 7]
-    divergence, drawn = Divergence(kind, BETA), Drawn(6, 1, dtype)
+    divergence, drawn = DivergenceKind(kind, BETA), Drawn(6, 1, dtype)
     g = torch.Generator().manual_seed(5)
     flat = [torch.randn(sum(lengths), generator=g, dtype=torch.float64).to(dtype) for _ in range(2)]
     ends = torch.tensor(lengths).cumsum(0)
@@ -329,7 +329,7 @@ def test_equal_whole_rows_have_no_gradient(kernels, dtype, kind, columns):
     student, teacher = drawn.tiles(kernels)
     out, vectors = drawn.out(kernels, student), torch.full((6, 5), NAN, dtype=acc(student.values.dtype), device=DEVICE)
     vectors = Scored(*vectors[:3]), Compared(*vectors[3:])
-    kernels.module.divergence(student, teacher, out, drawn.g[0].to(DEVICE), Divergence(kind, BETA), *vectors, **kernels.options)
+    kernels.module.divergence(student, teacher, out, drawn.g[0].to(DEVICE), DivergenceKind(kind, BETA), *vectors, **kernels.options)
     assert (out == 0).all() and (vectors[1].value == 0).all()
 
 
@@ -339,7 +339,7 @@ def test_equal_whole_rows_have_no_gradient(kernels, dtype, kind, columns):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_whole_rows_at_once(kernels, dtype, kind, transform, columns):
-    drawn, divergence = Drawn(9, columns, dtype, transform), Divergence(kind, BETA)
+    drawn, divergence = Drawn(9, columns, dtype, transform), DivergenceKind(kind, BETA)
     drawn.target[:] = -1
     value, gap, own, _, lse, entropy, exact = drawn.plain(divergence)
     *_, same = drawn.plain(divergence, acc(dtype))
@@ -379,7 +379,7 @@ def test_parts_merge_in_any_order(kernels, kind, order):
     whole = parts[order[0]]
     for i in order[1:]:
         whole = merged_comparisons(whole, parts[i], kind)
-    value, gap, *_ = drawn.plain(Divergence("reverse_kl" if kind == "jsd" else kind))
+    value, gap, *_ = drawn.plain(DivergenceKind("reverse_kl" if kind == "jsd" else kind))
     found = compare(whole, kind)[1]
     close("gap", found.gap, gap, 1e-10)
     if kind != "jsd":

@@ -11,7 +11,7 @@ from test_row_kernels import log_probs
 
 from grpo_kernels.backends import native, params, pytorch
 from grpo_kernels.backends.comparison import KINDS as DIVERGENCES
-from grpo_kernels.backends.comparison import Compared, Divergence, compare, new_comparison
+from grpo_kernels.backends.comparison import Compared, DivergenceKind, compare, new_comparison
 from grpo_kernels.backends.statistics import Pairs, Scored, Tile, finalize, new_statistics
 from grpo_kernels.losses.config import LogitTransform
 from grpo_kernels.losses.terms import KINDS, PolicyRows, PolicyTerms
@@ -109,7 +109,7 @@ def test_kernels_over_two_tiles_same_bits_whatever_the_threads_and_the_place(isa
     n, columns = 70, 5001
     values = make_tile(n, columns, dtype)
     teacher_values = values + 0.3 * make_tile(n, columns, dtype, 1)
-    target, vector, divergence = torch.randint(0, columns, (n,)), torch.randn(3, n, dtype=acc(dtype)), Divergence(kind, 0.3)
+    target, vector, divergence = torch.randint(0, columns, (n,)), torch.randn(3, n, dtype=acc(dtype)), DivergenceKind(kind, 0.3)
 
     def everything(in_place):
         made = []

@@ -24,7 +24,7 @@ _TERMS = {torch.float32: 5, torch.float64: 10}  # of it, up to 1e-8 and 1e-16 of
 
 
 @dataclass(frozen=True)
-class Divergence:
+class DivergenceKind:
     """``forward_kl`` KL(q || p), ``reverse_kl`` KL(p || q), ``jsd`` beta KL(q || m) + (1 - beta) KL(p || m)."""
 
     kind: str

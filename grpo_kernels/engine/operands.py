@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ..backends.comparison import Divergence
+from ..backends.comparison import DivergenceKind
 from ..distributed import VocabShard
 from ..losses.config import GRPOLossConfig, LogitTransform
 from ..losses.terms import PolicyRows
@@ -77,7 +77,7 @@ class Work:
     config: GRPOLossConfig | None = None  # one pass: the loss; None: the gradient of the log-prob itself
     linear: bool = False  # the coefficients are given, see `losses.objective.linear_coefficients`
     diagnostics: tuple[bool, ...] = (False,) * 4  # of `diagnostics.NAMES`, and the variance of log p
-    divergence: Divergence | None = None  # from a `Teacher`; one pass: its gradient is ``rows.policy.w_kl``
+    divergence: DivergenceKind | None = None  # from a `Teacher`; one pass: its gradient is ``rows.policy.w_kl``
     teacher_transform: LogitTransform | None = None
 
     @property
@@ -120,7 +120,7 @@ def decoded(numbers: tuple[float, ...], work: str) -> Work:
 
 
 FIELDS = tuple(field.name for field in fields(Work))
-_KINDS = {"transform": LogitTransform, "shard": VocabShard, "config": GRPOLossConfig, "divergence": Divergence,
+_KINDS = {"transform": LogitTransform, "shard": VocabShard, "config": GRPOLossConfig, "divergence": DivergenceKind,
           "teacher_transform": LogitTransform}  # fmt: skip
 _NESTED = {kind: tuple(field.name for field in fields(kind)) for kind in _KINDS.values()}
 
