@@ -20,7 +20,8 @@ TRANSFORMS = {
     "all": (LogitTransform(0.7, 5.0, 1.3), LogitTransform(1.2, 8.0, 1.3), True, True),
     "bias": (LogitTransform(-1.0), LogitTransform(), True, False),
 }
-COLUMNS = [1, 7, 64, 333, 9001]
+SHAPES = [(1, "plain"), (7, "all"), (64, "bias"), (333, "plain"), (333, "all"), (9001, "plain")]
+each_shape = pytest.mark.parametrize("columns, transform", SHAPES)
 BETA = 0.3
 
 
@@ -138,10 +139,9 @@ def close(name, found, exact, eps, size=1.0):
 @each
 @each_dtype
 @each_kind
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("columns", COLUMNS)
+@each_shape
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_statistics(kernels, dtype, kind, transform, columns, blocks):
+def test_statistics(kernels, dtype, kind, columns, transform, blocks):
     drawn, divergence = Drawn(5, columns, dtype, transform), DivergenceKind(kind, BETA)
     scored, found = compared(kernels, drawn, divergence, blocks)
     value, gap, own, logps, lse, entropy, _ = drawn.plain(divergence)
@@ -158,8 +158,7 @@ def test_statistics(kernels, dtype, kind, transform, columns, blocks):
 
 @each
 @each_kind
-@pytest.mark.parametrize("apart", [1e-2, 1.4e-3, 3e-4])
-@pytest.mark.parametrize("spread", [3.0, 0.1])
+@pytest.mark.parametrize("apart, spread", [(1e-2, 3.0), (1.4e-3, 3.0), (1.4e-3, 0.1), (3e-4, 0.1)])
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_near_agreement_nothing_cancels(kernels, kind, apart, spread, blocks):
     """The divergence is a sum of terms of both signs: at 1e-6 and less it keeps four digits in float32."""
@@ -196,9 +195,8 @@ def test_equal_rows_have_no_divergence_and_no_gradient(kernels, dtype, kind, tra
 @each
 @each_dtype
 @each_kind
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("columns", COLUMNS)
-@pytest.mark.parametrize("beside", ["alone", "g", "g and g_entropy"])
+@each_shape
+@pytest.mark.parametrize("beside", ["alone", "g and g_entropy"])
 def test_gradient(kernels, dtype, kind, transform, columns, beside):
     drawn, divergence = Drawn(6, columns, dtype, transform), DivergenceKind(kind, BETA)
     drawn.target = drawn.target.clamp(min=0)
@@ -336,8 +334,7 @@ def test_equal_whole_rows_have_no_gradient(kernels, dtype, kind, columns):
 @whole_rows
 @each_dtype
 @each_kind
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("columns", COLUMNS)
+@each_shape
 def test_whole_rows_at_once(kernels, dtype, kind, transform, columns):
     drawn, divergence = Drawn(9, columns, dtype, transform), DivergenceKind(kind, BETA)
     drawn.target[:] = -1
