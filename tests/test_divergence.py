@@ -324,7 +324,7 @@ def test_the_draws_reach_every_option():
 def test_each_dtype_is_no_worse_than_pytorch(dtype, form, backend):
     if backend == "cpu" and dtype == torch.float16:
         pytest.skip("it has no float16")
-    for seed in seeds(1000, 40, backend):
+    for seed in seeds(1000, 25, backend):
         rng = random.Random(seed)
         c = draw(seed, dtype, tokens=rng.choice([(3, 9), (17,)]), V=rng.choice([17, 65, 150]), D=16)
         workspace = rng.choice(WORKSPACES)
@@ -429,7 +429,7 @@ def test_equal_heads_are_exactly_0_and_so_is_every_gradient(dtype, kind, form, b
 def test_near_agreement_keeps_its_digits_in_float32(size, digits, kind, backend):
     """KLs of 1e-4, 1e-6 and 1e-8. The truth has the very float32 logits: what the product rounds is no matter of the divergence.
     In the last case logits of 6 differ by 200 of their roundings."""
-    V, rows = 997, 24
+    V, rows = 997, 12
     g = torch.Generator().manual_seed(3)
     logits = torch.randn(rows, V, generator=g) * 2
     other = logits + size * torch.randn(rows, V, generator=g)
@@ -612,9 +612,9 @@ def test_a_row_of_weight_0_hides_no_nan_of_its_own_and_spreads_none(kind, backen
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_same_call_twice_gives_the_same_bits(dtype, kind, form, backend):
     c = draw(
-        21, dtype, tokens=(5, 13), V=517, D=48, teacher_D=24, lora=True, has_bias=True, banned=0, kind=kind, beta=0.3, masked=True
+        21, dtype, tokens=(3, 9), V=261, D=48, teacher_D=24, lora=True, has_bias=True, banned=0, kind=kind, beta=0.3, masked=True
     )
-    for workspace in (40_000,) if slow(backend) else (1, 40_000, 200_000, None):
+    for workspace in (40_000,) if slow(backend) else (1, 40_000, None):
         first, again = (fused(c, form, backend=backend, workspace_bytes=workspace) for _ in range(2))
         assert all(torch.equal(x.nan_to_num(7.0), again[n].nan_to_num(7.0)) for n, x in first.items())
 
@@ -853,7 +853,7 @@ def fresh_compiler():
 @each_form
 @pytest.mark.parametrize("needs", [LEAVES, ("hidden",)], ids=["all", "frozen head"])
 def test_it_compiles_without_a_graph_break(needs, form, fresh_compiler):
-    for workspace in (1, None):
+    for workspace in (1, None) if needs == LEAVES else (None,):
         c = cut(9, "jsd" if form == "loss" else "forward_kl", dtype=torch.float64)
         c.mask = torch.arange(9) != 3
         c.hidden[3] = c.teacher_hidden[3] = NAN
@@ -1053,7 +1053,7 @@ def of(student, teacher):
 
 @on_the_cpu
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize("kind, dtype", [("forward_kl", torch.float32), ("reverse_kl", torch.bfloat16), ("jsd", torch.float32)])
+@pytest.mark.parametrize("kind, dtype", [("reverse_kl", torch.bfloat16), ("jsd", torch.float32)])
 def test_products(dtype, kind, backend):
     """6NVD + 2NVD' in one pass and within the stash, 4NVD + 2NVD' of a frozen head, 8NVD + 4NVD' beyond the stash."""
     both, no_hidden = ("hidden", "weight"), ("weight",)
@@ -1248,7 +1248,7 @@ def planned(problem):
 @on_the_cpu
 @each_form
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
-@pytest.mark.parametrize("workspace", [1, 100_000, 300_000, 900_000, None])
+@pytest.mark.parametrize("workspace", [1, 100_000, 200_000, 400_000, None])
 @pytest.mark.parametrize(
     "needs", [("hidden", "weight"), ("hidden",), ("weight",), ()], ids=["all", "frozen head", "frozen hidden", "none"]
 )
@@ -1261,7 +1261,7 @@ def test_the_steps_of_a_plan_are_what_runs(needs, workspace, kind, form, monkeyp
 
     with_float32_chunks(monkeypatch, test_gpu_plan.GPU)
     monkeypatch.setattr(chunks, "plan", recorded)
-    c = draw(9, torch.bfloat16, **PLAIN, tokens=(137,), V=509, D=40, teacher_D=24, teacher_dtype=torch.bfloat16, has_bias=True,
+    c = draw(9, torch.bfloat16, **PLAIN, tokens=(67,), V=509, D=40, teacher_D=24, teacher_dtype=torch.bfloat16, has_bias=True,
              banned=0, kind=kind)  # fmt: skip
     recorder = Recorder(monkeypatch)
     positional, keywords, _ = c.arguments(needs)
@@ -1269,7 +1269,7 @@ def test_the_steps_of_a_plan_are_what_runs(needs, workspace, kind, form, monkeyp
     if needs:
         value.backward()
     problem = seen[0]
-    assert (problem.live, problem.dead) == ((137, 0) if needs else (0, 137)) and problem.teacher_depth == 24
+    assert (problem.live, problem.dead) == ((67, 0) if needs else (0, 67)) and problem.teacher_depth == 24
     wanted, kernels = planned(problem)
     assert recorder.products == wanted
     assert recorder.kernels == kernels
