@@ -219,6 +219,19 @@ def test_what_supports_were_measured_to_cost_is_what_the_record_says():
 # ---- distillation ----
 
 
+def test_what_a_divergence_was_measured_to_cost_is_what_the_record_says():
+    section = (DOCS / "distillation.md").read_text().split("cpu-divergence.json`):")[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()[4:8]]
+    record = json.loads((DOCS.parent / "benchmarks/results/cpu-divergence.json").read_text())
+    found = {row["provider"]: row for row in record}
+    ours = found["grpo_kernels"]["median"]
+    for (_, *shown), name in zip(rows, ("grpo_kernels", "liger", "full_logits", "trl"), strict=True):
+        row = found[name]
+        wanted = row["median"] * 1e3, row["ratio"], row["median"] / ours, row["peak_bytes"] / 2**20
+        for cell, value, digits in zip(shown, wanted, (0, 2, 2, 0), strict=True):
+            assert cell.split()[0] == f"{value:.{digits}f}", (name, cell, value)
+
+
 def test_the_snippets_of_distillation_do_what_they_say():
     own, exact, top = snippets((DOCS / "distillation.md").read_text())
     names = printed_as_it_says(own, {})
