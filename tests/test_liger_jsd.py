@@ -252,7 +252,7 @@ def test_a_temperature_of_zero_is_refused_as_liger_does():
     [
         (dict(temperature=-1.0), {}, ValueError, "temperature.*-1.0"),
         (dict(beta=1.5), {}, ValueError, r"beta must be in \[0, 1\], got 1.5"),
-        (dict(beta="half"), {}, TypeError, "beta must be a number, got str"),
+        (dict(beta="half"), {}, TypeError, r"beta must be a number in \[0, 1\], got str"),
         ({}, dict(student_input=torch.zeros(D)), ValueError, r"student_input must be \[N, D\] or \[B, T, D\], got \[16\]"),
         ({}, dict(student_input=None), TypeError, "student_input.*NoneType"),
         ({}, dict(student_weight=torch.zeros(D, V)), ValueError, r"student_weight must be \[V, 16\], got \[16, 131\]"),
