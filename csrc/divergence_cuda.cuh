@@ -23,6 +23,10 @@ constexpr int kPairsInFlight = kInFlight<T, Plain> > 1 ? kInFlight<T, Plain> / 2
 template <class T>
 constexpr int kFewestBlocks = sizeof(T) == 8 ? 1 : 2;
 
+// Of the sums of Jensen and Shannon, whose formulas take the registers: one pair of units, and 128 for a thread with 8 pairs in it.
+template <class T>
+constexpr int kFewestBlocksOfSums = sizeof(T) == 4 ? 2 : 1;
+
 template <class T>
 struct TwoUnits {
   InputUnit<T> z, y;
@@ -200,13 +204,13 @@ struct TwoRows {
     target = c >= 0 && c < share.columns ? int(c) : -1;
   }
 
-  // f(sums, z, y) of the columns that are loaded at once, merged; in the first thread. Once per kernel. Both are -inf behind the
-  // row's end and at `skipped`.
-  template <class Merge, class F>
+  // f(sums, z, y) of the columns of `at_once` units, merged; in the first thread. Once per kernel. Both are -inf behind the row's end
+  // and at `skipped`.
+  template <int at_once, class Merge, class F>
   __device__ __forceinline__ typename Merge::Sums summed(const Merge& merge, int skipped, F f) const {
     using Sums = typename Merge::Sums;
     static_assert(sizeof(Sums) * kMostLanes / 32 <= scratch_of_two_tiles(sizeof(T)));
-    constexpr int at_once = kPairsInFlight<T, Plain>, of_unit = kUnit<T>;
+    constexpr int of_unit = kUnit<T>;
     Sums* scratch = reinterpret_cast<Sums*>(shared_memory());
     for (int lane = int(threadIdx.x); lane < share.mine; lane += int(blockDim.x)) {
       Sums sums[1];
@@ -249,7 +253,7 @@ struct TwoRows {
 
   __device__ __forceinline__ RowComparison<A> comparison(bool forward) const {
     const auto fold_both = [&](RowComparison<A>& s, const auto& z, const auto& y) { fold(s, z, y, forward); };
-    const RowComparison<A> s = summed(Comparisons<A>{forward}, target, fold_both);
+    const RowComparison<A> s = summed<kPairsInFlight<T, Plain>>(Comparisons<A>{forward}, target, fold_both);
     if (target < 0) return s;
     const A z = of_z(widened(load(share.in + target)), target), y = of_y(widened(load(share.teacher + target)), target);
     return merged(s, of_target(z, y, forward), forward);
@@ -258,12 +262,12 @@ struct TwoRows {
   __device__ __forceinline__ typename Mixtures<A>::Sums mixture(A lse, A gap, A beta) const {
     const auto add = [&](typename Mixtures<A>::Sums& sums, const auto& z, const auto& y) {
 #pragma unroll
-      for (int j = 0; j < kPairsInFlight<T, Plain> * kUnit<T>; j++) {
+      for (int j = 0; j < kUnit<T>; j++) {
         const A p = exp_of_difference(z[j] - lse), q = exp_of_difference(y[j] - (lse - gap));
         add_jensen_shannon(p, q, apart(z[j], y[j]) - gap, beta, sums.own, sums.value);
       }
     };
-    return summed(Mixtures<A>(), -1, add);
+    return summed<1>(Mixtures<A>(), -1, add);
   }
 
   template <DivergenceKind Kind>
@@ -298,7 +302,7 @@ __global__ void __launch_bounds__(kMostThreadsOfTwoTiles, kFewestBlocks<T>) dive
 }
 
 template <class T, bool Plain, Rows Mode>
-__global__ void __launch_bounds__(kMostThreadsOfTwoTiles, kFewestBlocks<T>) jensen_shannon_kernel(const JensenShannonParams p) {
+__global__ void __launch_bounds__(kMostThreadsOfTwoTiles, kFewestBlocksOfSums<T>) jensen_shannon_kernel(const JensenShannonParams p) {
   using A = acc_of<T>;
   const TwoRows<T, T, Plain, Mode> row(p.tiles, p.tiles.student.values);
   const auto found = row.mixture(value<A>(p.scored.lse, row.row), value<A>(p.gap, row.row), A(p.beta));
