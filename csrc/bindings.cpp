@@ -73,6 +73,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("sources") = GRPO_SOURCES;  // what setup.py compiled, by build_cuda.fingerprint
   m.def("isas", &isas);
   define(m, "statistics", &RowKernels::statistics);
+  define(m, "close", &RowKernels::close);
   define(m, "gradient", &RowKernels::gradient);
   define(m, "policy", &RowKernels::policy);
   define(m, "transpose", &RowKernels::transpose);

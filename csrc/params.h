@@ -43,9 +43,24 @@ struct Scored {
   void* entropy;  // acc [R]
 };
 
+// A row's statistics are those of its fixed tiles of columns, each of which begins with nothing, merged from left to right and rounded to
+// acc after each: the bits do not depend on where a row is cut between two of them.
+constexpr int64_t kTileColumns = 4096;
+
 struct StatisticsParams {
   Tile tile;
-  void* stats;  // acc [R, 4]: max, sum of exp(z - max) without the target, sum of (z - max) exp(z - max), target's z
+  // acc [R, parts, 4]: a maximum, or what is at most 4 below it; sum of exp(z - max) without the target; sum of (z - max) exp(z - max);
+  // target's z. With one part all tiles are merged into it; with more, of which there is one for each tile, each into its own.
+  void* stats;
+  int64_t parts;
+};
+
+// What is known of rows whose columns were all seen: the parts merged from left to right.
+struct CloseParams {
+  const void* stats;  // acc [R, parts, 4]
+  int64_t rows, parts;
+  Dtype dtype;  // acc
+  Scored scored;
 };
 
 struct GradientParams {

@@ -19,12 +19,21 @@ void statistics_rows(const StatisticsParams& p, int threads) {
   using A = acc_t<T>;
   const Matrix& tile = p.tile.values;
   for_each_row<T>(tile, threads, 0, [&](int64_t r, const Kept<A>*) {
-    auto& stats = static_cast<RowStatistics<A>*>(p.stats)[r];
     const Span<T> row(tile, p.tile.ranges, r);
-    RowStatistics<double> s{stats.max, stats.others, stats.moment, stats.target};
-    fold_row<T>(row.data, row.columns, p.tile.target[r], {p.tile, r}, s, nullptr);
-    stats = {A(s.max), A(s.others), A(s.moment), A(s.target)};
+    auto* stats = static_cast<RowStatistics<A>*>(p.stats) + r * p.parts;
+    fold_row<T>(row.data, row.columns, p.tile.target[r], {p.tile, r}, nullptr, stats, p.parts);
   });
+}
+
+template <class A>
+void close_rows(const CloseParams& p, int threads) {
+  (void)threads;
+  const auto* stats = static_cast<const RowStatistics<A>*>(p.stats);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < p.rows; r++) {
+    double max;
+    write<A>(p.scored, r, closed(stats + r * p.parts, p.parts, max));
+  }
 }
 
 template <class T>
@@ -50,13 +59,14 @@ void policy_rows(const PolicyParams& p, int threads) {
     const T* in = row_of<T>(tile, r);
     const int64_t target = p.tile.target[r];
     const VectorTransform<T> transform(p.tile, r);
-    RowStatistics<double> s;
-    fold_row(in, tile.columns, target, transform, s, kept);
-    const RowResult<double> result = close(s);
+    RowStatistics<A> s;
+    fold_row(in, tile.columns, target, transform, kept, &s, 1);
+    double max;
+    const RowResult<double> result = closed(&s, 1, max);
     write<A>(p.scored, r, result);
     // Rounded first: a row whose old log-prob is this very number has ratio 1 exactly.
     const double g = policy_coefficient<A>(p, r, double(A(result.logps)));
-    const RowGradient<double> d(transform, g, double(value<A>(p.rows.w_entropy, r)), s.max, result.log_sum, result.logps,
+    const RowGradient<double> d(transform, g, double(value<A>(p.rows.w_entropy, r)), max, result.log_sum, result.logps,
                                 result.entropy);
     gradient_row<T>(in, row_of<T>(p.out, r), tile.columns, target, transform, d, kept);
   });
@@ -161,6 +171,11 @@ void statistics(const StatisticsParams& p, int threads) {
   by_dtype(p.tile.values, [&](auto element) { statistics_rows<decltype(element)>(p, threads); });
 }
 
+void close_statistics(const CloseParams& p, int threads) {
+  if (p.dtype == Dtype::float64) return close_rows<double>(p, threads);
+  close_rows<float>(p, threads);
+}
+
 void gradient(const GradientParams& p, int threads) {
   by_dtype(p.tile.values, [&](auto element) { gradient_rows<decltype(element)>(p, threads); });
 }
@@ -206,7 +221,7 @@ void pair_sums(const PairSumsParams& p, int threads) {
 }  // namespace
 
 extern const RowKernels GK_ISA;
-const RowKernels GK_ISA = {statistics,  gradient, policy, transpose, pair_logits, pair_sums, divergence_statistics, jensen_shannon,
+const RowKernels GK_ISA = {statistics, close_statistics, gradient, policy, transpose, pair_logits, pair_sums, divergence_statistics, jensen_shannon,
                            divergence_gradient, divergence};
 
 }  // namespace grpo_kernels

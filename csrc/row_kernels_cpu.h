@@ -7,6 +7,7 @@ namespace grpo_kernels {
 
 struct RowKernels {
   void (*statistics)(const StatisticsParams&, int threads);
+  void (*close)(const CloseParams&, int threads);
   void (*gradient)(const GradientParams&, int threads);
   void (*policy)(const PolicyParams&, int threads);
   void (*transpose)(const TransposeParams&, int threads);

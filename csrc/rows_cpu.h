@@ -1,7 +1,8 @@
 // How the CPU kernels walk the rows of a tile: transforms, blocks of columns, the two visits of a row, threads.
 //
 // Rows are shared out among threads and never split, so the bits of a result do not depend on the number of threads. Sums run in
-// float (double for float64 tiles) inside a block of columns and in double across blocks; all of a row's scalars are double.
+// float (double for float64 tiles) inside a block of columns and in double across blocks; what is known of a fixed tile of columns is
+// rounded to that of the kernel's vectors; all of a row's scalars are double.
 #pragma once
 
 #include <cstdlib>
@@ -17,6 +18,8 @@ constexpr int64_t kRowsPerTask = 8;
 
 template <class T>
 constexpr int64_t kBlock = 16384 / sizeof(acc_t<T>);  // columns; a block and its float copy stay in the first-level cache
+static_assert(kTileColumns % kBlock<float> == 0 && kTileColumns % kBlock<double> == 0);
+constexpr int64_t kFirstColumns = 512;  // whose maximum is mostly less than 4 below that of a block
 
 // Fetches the cache line 4 KB ahead, past a row's end that of the next one. The hardware alone stops at every 4 KB page:
 // 256 rows of 151,936 bf16 on one core of a Xeon with AMX took 33 ms (statistics), 38 (gradient), 35 (policy) without it; 11, 10 and
@@ -165,19 +168,25 @@ bool is_plain(const VectorTransform<T>& transform, int64_t first, int64_t n, int
   return transform.linear && n == kBlock<T> && (target < first || target >= first + n);
 }
 
+// The statistics of the columns of one fixed tile, from nothing; their `max` may be up to 4 below the maximum.
 template <class T>
-void fold_row(const T* row, int64_t columns, int64_t target, const VectorTransform<T>& transform, RowStatistics<double>& stats,
-              const Kept<acc_t<T>>* kept) {
+RowStatistics<double> of_tile(const T* row, int64_t begin, int64_t end, int64_t target, const VectorTransform<T>& transform,
+                              const Kept<acc_t<T>>* kept) {
   using A = acc_t<T>;
   alignas(64) A z[kBlock<T> + 2 * kLanes<T>];
-  for (int64_t first = 0; first < columns; first += kBlock<T>) {
-    const int64_t n = columns - first < kBlock<T> ? columns - first : kBlock<T>;
+  RowStatistics<double> stats;
+  for (int64_t first = begin; first < end; first += kBlock<T>) {
+    const int64_t n = end - first < kBlock<T> ? end - first : kBlock<T>;
     A* values = kept ? kept->values + first : nullptr;
     double others = 0, moment = 0, shift = stats.max;
     if (is_plain(transform, first, n, target)) {
-      // Sums relative to the maximum of the blocks before. Where this block exceeds it by much, x exp(x) would lose digits.
+      // Sums relative to the maximum of the first columns. Where others exceed it by much, x exp(x) would lose digits.
+      if (first == begin) shift = double(maximum(row + first, kFirstColumns) * transform.slope);
       A top = INFINITY;
-      if (shift > -INFINITY) top = sums(row + first, n, transform.slope, A(shift), others, moment, values);
+      if (shift > -INFINITY) {
+        raise_max(stats, shift);
+        top = sums(row + first, n, transform.slope, A(shift), others, moment, values);
+      }
       if (top > 4) {
         others = moment = 0;
         raise_max(stats, double(maximum(row + first, n) * transform.slope));
@@ -186,7 +195,6 @@ void fold_row(const T* row, int64_t columns, int64_t target, const VectorTransfo
       }
       stats.others += others;
       stats.moment += moment;
-      if (top > 0 && top <= 4) raise_max(stats, double(maximum(row + first, n) * transform.slope));
     } else {
       const int64_t padded = fill(row, first, n, transform, z);
       raise_max(stats, double(maximum(z, padded)));
@@ -204,6 +212,37 @@ void fold_row(const T* row, int64_t columns, int64_t target, const VectorTransfo
     }
     if (kept) kept->shifts[first / kBlock<T>] = shift;
   }
+  return stats;
+}
+
+template <class A>
+RowStatistics<double> rounded(const RowStatistics<double>& s) {
+  return {double(A(s.max)), double(A(s.others)), double(A(s.moment)), double(A(s.target))};
+}
+
+// Merges the row's tiles into `parts` of them, of which there are one or as many as tiles.
+template <class T>
+void fold_row(const T* row, int64_t columns, int64_t target, const VectorTransform<T>& transform, const Kept<acc_t<T>>* kept,
+              RowStatistics<acc_t<T>>* stats, int64_t parts) {
+  using A = acc_t<T>;
+  for (int64_t begin = 0; begin < columns; begin += kTileColumns) {
+    const int64_t end = columns - begin < kTileColumns ? columns : begin + kTileColumns;
+    auto& into = stats[parts == 1 ? 0 : begin / kTileColumns];
+    const RowStatistics<double> before = {into.max, into.others, into.moment, into.target};
+    const auto s = merged(before, rounded<A>(of_tile(row, begin, end, target, transform, kept)));
+    into = {A(s.max), A(s.others), A(s.moment), A(s.target)};
+  }
+}
+
+// The parts of a row merged, as what is known of it.
+template <class A>
+RowResult<double> closed(const RowStatistics<A>* stats, int64_t parts, double& max) {
+  RowStatistics<double> sum;
+  for (int64_t i = 0; i < parts; i++) {
+    sum = rounded<A>(merged(sum, {stats[i].max, stats[i].others, stats[i].moment, stats[i].target}));
+  }
+  max = sum.max;
+  return close(sum);
 }
 
 // out[c] = weight * exp(z - max), from what fold_row kept of a row

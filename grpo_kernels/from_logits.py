@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.statistics import Scored, Tile, finalize, new_statistics
+from .backends.statistics import Scored, Tile, new_statistics
 from .call import GRPOLossOutput, LossArguments, TokenLoss
 from .checks import Backend, Reduction, raise_bad_values, refuse_transforms, value_flags
 from .distributed import group_in_use, validate_across_ranks
@@ -145,9 +145,9 @@ def score_logits(
             stats = new_statistics(values[span].shape[0], dtype, logits.device)
             temp = None if temperature is None else temperature[sequence][span]
             tile = Tile(_rows(values[span]), target[sequence][span].contiguous(), wanted.transform, temperature=temp)
-            backends.kernels(wanted.backend).statistics(tile, stats)
-            for vector, value in zip(scored, finalize(stats), strict=True):
-                vector[sequence][span] = value
+            kernels = backends.kernels(wanted.backend)
+            kernels.statistics(tile, stats)
+            kernels.close(stats, Scored(*(vector[sequence][span] for vector in scored)))
             if wanted.diagnostics[-1]:
                 variance[sequence][span] = variance_of(with_tile(new_moments(stats.shape[0], dtype, logits.device), tile))
     return out

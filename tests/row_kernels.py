@@ -57,6 +57,11 @@ class Kernels:
         torch.testing.assert_close(frame, before, rtol=0, atol=0, equal_nan=True)
         stats.copy_(moved)
 
+    def closed(self, stats):
+        scored = statistics.Scored(*torch.full((3, len(stats)), NAN, dtype=stats.dtype, device=self.device))
+        self.module.close(self._moved(stats), scored, **self.options)
+        return statistics.Scored(*(x.cpu() for x in scored))
+
     def gradient(self, tile, scored, g, g_entropy=None):
         return self._written(self.module.gradient, tile, self._all_moved(scored), self._moved(g), self._moved(g_entropy))
 

@@ -26,7 +26,7 @@ except ImportError as error:
 from .. import build_cuda
 from . import params
 from .comparison import check_both
-from .statistics import check, check_pairs, check_rows, described, require
+from .statistics import check, check_close, check_pairs, check_rows, described, require
 
 _BUILD_INFO = Path(__file__).parent.parent / "_build_info.json"
 _RESULTS = {dtype: (dtype,) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
@@ -77,9 +77,15 @@ def isa() -> str:
 
 
 def statistics(tile, stats, isa=None):
-    """Folds a tile into the running statistics [R, 4] of its rows."""
+    """Merges a tile into the statistics [R, 4] of its rows, or each fixed tile into its own, [R, parts, 4]."""
     _check(tile, stats=stats)
     _run("statistics", isa, tile.values, params.statistics(tile, stats))
+
+
+def close(stats, scored, isa=None):
+    """What is known of rows whose statistics are complete."""
+    check_close(stats, scored)
+    _run("close", isa, stats, params.close(stats, scored))
 
 
 def gradient(tile, out, scored, g, g_entropy=None, isa=None):

@@ -1,6 +1,7 @@
 """The row kernels in plain PyTorch: any device, any float dtype, the readable ones. They state the contract of every backend:
 
-    statistics(tile, stats)                    folds a tile into the running statistics of its rows; writes nothing else
+    statistics(tile, stats)                    merges a tile into the statistics of its rows; writes nothing else
+    close(stats, scored)                       what is known of rows whose statistics are complete
     gradient(tile, out, scored, g, g_entropy)  d loss / d raw logits
     policy(tile, out, rows, terms, scored)     statistics, coefficient and gradient of whole rows at once, the fused GRPO kernel;
                                                not here: the engine then takes statistics, autograd of the term, gradient
@@ -27,7 +28,7 @@ from dataclasses import replace
 import torch
 
 from .comparison import NEAR, bend, merged_comparisons
-from .statistics import Pairs, Tile, check_pairs, merged
+from .statistics import TILE_COLUMNS, Pairs, Tile, check_close, check_pairs, finalize, fold, merged
 
 _SLAB_ELEMENTS = 1 << 20
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -38,13 +39,24 @@ def why_unavailable():
 
 
 def statistics(tile, stats):
-    """Folds a tile into the running statistics [R, 4] of its rows.
+    """Merges a tile into the statistics [R, 4] of its rows, its fixed tiles of columns one after another from the left, or each of
+    them into its own, [R, parts, 4].
 
-    stats columns: max; sum of exp(z - max) without the target's column; sum of (z - max) exp(z - max); target's z.
+    stats columns: max, or what is at most 4 below it; sum of exp(z - max) without the target's column; sum of (z - max)
+    exp(z - max); target's z.
     """
     for s in slabs(tile):
         z, _ = transformed(tile, s, stats.dtype)
-        stats[s] = merged(stats[s], _of_slab(tile, s, z, *_relative(z)))
+        for i, part in enumerate(z.split(TILE_COLUMNS, 1)):
+            into = stats[s] if stats.dim() == 2 else stats[s, i]
+            into.copy_(merged(into, _of_columns(part, tile.target[s] - i * TILE_COLUMNS, *_relative(part))))
+
+
+def close(stats, scored):
+    """What is known of rows whose statistics are complete, their parts merged from the left."""
+    check_close(stats, scored)
+    for vector, value in zip(scored, finalize(fold(stats)), strict=True):
+        vector.copy_(value)
 
 
 def _relative(z):
@@ -55,9 +67,9 @@ def _relative(z):
     return peak, shifted, shifted.exp()
 
 
-def _of_slab(tile, s, z, peak, shifted, e):
-    """[R, 4] statistics of some rows."""
-    column, here = _target_column(tile.target[s], z.shape[1])
+def _of_columns(z, target, peak, shifted, e):
+    """[R, 4] statistics of some columns."""
+    column, here = _target_column(target, z.shape[1])
     others = e.scatter(1, column, torch.where(here, 0.0, e.gather(1, column))).sum(1)
     moment = (shifted * e).where(e != 0, 0.0).sum(1)
     target = torch.where(here, z.gather(1, column), -float("inf"))
@@ -116,7 +128,7 @@ def divergence_statistics(student, teacher, stats, kind):
         x = a - b
         tilt = (weight * x).where(weight != 0, 0.0).sum(1)
         teachers = torch.stack([of_y[0].squeeze(1), of_y[2].sum(1), tilt, bend(x, weight, other).sum(1)], 1)
-        stats[s] = merged_comparisons(stats[s], torch.cat([_of_slab(student, s, z, *of_z), teachers], 1), kind)
+        stats[s] = merged_comparisons(stats[s], torch.cat([_of_columns(z, student.target[s], *of_z), teachers], 1), kind)
 
 
 def jensen_shannon(student, teacher, scored, gap, sums, beta):

@@ -1,5 +1,6 @@
 """What the row and pair kernels of every backend are handed, and the running statistics of a row of logits."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,11 +42,27 @@ class Scored(NamedTuple):
     entropy: torch.Tensor
 
 
-def new_statistics(rows, dtype, device):
-    """[R, 4] statistics of nothing."""
-    stats = torch.zeros(rows, 4, dtype=dtype, device=device)
-    stats[:, ::3] = -float("inf")
+# Columns of a fixed tile, as in csrc/params.h. A row's statistics are those of its tiles, each from nothing, merged from left to
+# right: the bits do not depend on where a row is cut between two of them, nor on which rank has which.
+TILE_COLUMNS = 4096
+
+
+def tiles_of(columns: int) -> int:
+    return -(-columns // TILE_COLUMNS)
+
+
+def new_statistics(rows, dtype, device, parts=None):
+    """[R, 4] statistics of nothing, or [R, parts, 4]."""
+    stats = torch.zeros((rows, 4) if parts is None else (rows, parts, 4), dtype=dtype, device=device)
+    stats[..., ::3] = -float("inf")
     return stats
+
+
+def fold(stats: torch.Tensor) -> torch.Tensor:
+    """[R, parts, 4] statistics merged from left to right; [R, 4] as they are."""
+    if stats.dim() == 2:
+        return stats
+    return functools.reduce(merged, stats.unbind(1), new_statistics(len(stats), stats.dtype, stats.device))
 
 
 def finalize(stats: torch.Tensor) -> Scored:
@@ -97,6 +114,9 @@ def check(tile: Tile, results: dict, out: torch.Tensor | None = None, **tensors)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     tensors |= {"target": tile.target, "bias": tile.bias, "temperature": tile.temperature, "ranges": ranges}
     shapes = {"stats": (rows, 4), "bias": (columns,), "ranges": (rows, 2)}
+    stats = tensors.get("stats")
+    if stats is not None and stats.dim() == 3 and ranges is None:
+        shapes["stats"] = (rows, tiles_of(columns), 4)
     for name, x in tensors.items():
         if x is None and name not in _REQUIRED:
             continue
@@ -114,6 +134,15 @@ def check(tile: Tile, results: dict, out: torch.Tensor | None = None, **tensors)
         return
     if out.data_ptr() < _end(values) and values.data_ptr() < _end(out):
         raise AssertionError("out must be the tile's own memory in its own dtype, or other memory")
+
+
+def check_close(stats: torch.Tensor, scored: Scored):
+    """Raises AssertionError as `check` does: ``stats`` [R, 4] or [R, parts, 4] acc, ``scored`` [R] acc each."""
+    require(stats.dtype in (torch.float32, torch.float64), f"stats must be float32 or float64, got {described(stats)}")
+    rows = stats.shape[0]
+    check_vector("stats", stats, (rows, *stats.shape[1:2], 4) if stats.dim() == 3 else (rows, 4), stats.dtype, stats.device)
+    for name, x in scored._asdict().items():
+        check_vector(name, x, (rows,), stats.dtype, stats.device)
 
 
 def check_pairs(pairs: Pairs, dtypes, per_pair: torch.Tensor, per_row: torch.Tensor, per_id: torch.Tensor, bias=None):

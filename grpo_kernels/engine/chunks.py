@@ -23,7 +23,7 @@ import torch
 from .. import backends
 from ..backends.comparison import Compared, compare, merged_comparisons, mixed, new_comparison
 from ..backends.pytorch import target_gradient
-from ..backends.statistics import Scored, Tile, finalize, merged, new_statistics
+from ..backends.statistics import TILE_COLUMNS, Scored, Tile, new_statistics, tiles_of
 from ..losses.terms import PolicyRows, kernel_terms, row_coefficient
 from .accumulate import Gradients
 from .diagnostics import Diagnostics
@@ -35,10 +35,13 @@ _ROW_ALIGNMENT = 128
 
 
 class _NoColumns:
-    """The row kernels of a rank that holds no row of the vocabulary: nothing to do."""
+    """The row kernels of a rank that holds no row of the vocabulary: nothing to do but for what all ranks know."""
 
     statistics = gradient = staticmethod(lambda *args, **options: None)
     divergence_statistics = jensen_shannon = divergence_gradient = statistics
+
+    def __init__(self, kernels):
+        self.close = kernels.close
 
 
 class Run:
@@ -49,7 +52,8 @@ class Run:
         weight, bias, *lora = head
         self.head = Head(weight, None if bias is None else bias.to(self.accumulate).contiguous(), *lora)
         self.rows = Rows.of(hidden, rows, live)
-        self.kernels = backends.kernels(self.work.backend) if weight.shape[0] else _NoColumns
+        kernels = backends.kernels(self.work.backend)
+        self.kernels = kernels if weight.shape[0] else _NoColumns(kernels)
         self.tile_dtype = tile_dtype(weight, self.work.backend)
         self.wide = self.tile_dtype != hidden.dtype
         n = self.rows.index.shape[0]
@@ -108,12 +112,22 @@ class Run:
                 part.copy_(h @ weight[start:end].T)
 
     def new_statistics(self, rows):
-        return (new_statistics if self.teacher is None else new_comparison)(rows, self.accumulate, self.rows.hidden.device)
+        """Of all columns; in a shard of each fixed tile, so that the ranks' are merged as one process would."""
+        dtype, device, shard = self.accumulate, self.rows.hidden.device, self.work.shard
+        if self.teacher is not None:
+            return new_comparison(rows, dtype, device)
+        return new_statistics(rows, dtype, device, None if shard is None else max(1, tiles_of(shard.widest)))
 
-    def fold(self, tile, teacher, stats):
-        """The statistics of a tile, and of that beside it."""
+    def fold(self, tile, teacher, stats, left=0):
+        """The statistics of a tile whose first column is the vocabulary's ``left``, and of that beside it."""
         if teacher is None:
-            self.kernels.statistics(tile, stats)
+            if stats.dim() == 3:
+                first = left // TILE_COLUMNS
+                part = stats[:, first : first + tiles_of(tile.values.shape[1])].contiguous()
+                self.kernels.statistics(tile, part)
+                stats[:, first : first + part.shape[1]] = part
+            else:
+                self.kernels.statistics(tile, stats)
         else:
             self.kernels.divergence_statistics(tile, teacher, stats, self.work.divergence.kind)
 
@@ -125,20 +139,20 @@ class Run:
 
     def close(self, stats, s, tile=None, teacher=None):
         """The rows' statistics as what is known of them, written down at ``s``; of jsd by another walk over the whole rows."""
-        shard, divergence, compared = self.work.shard, self.work.divergence, None
-        if shard is not None:  # in rank order, so that all ranks have the same bits
-            merge = merged if self.teacher is None else functools.partial(merged_comparisons, kind=divergence.kind)
-            stats = functools.reduce(merge, shard.gathered(stats))
+        shard, divergence = self.work.shard, self.work.divergence
         if self.teacher is None:
-            found = finalize(stats)
-        else:
-            found, compared = compare(stats, divergence.kind)
-            if divergence.kind == "jsd":
-                sums = torch.zeros(len(stats), 2, dtype=stats.dtype, device=stats.device)
-                self.kernels.jensen_shannon(tile, teacher, found, compared.gap, sums, divergence.beta)
-                sums = sums if shard is None else functools.reduce(torch.add, shard.gathered(sums))
-                compared = mixed(stats, found, compared, sums, divergence.beta)
-            self._write_down(self.compared, compared, s)
+            found = self.some(self.scored, s.start, s.stop)
+            self.kernels.close(stats if shard is None else torch.cat(shard.gathered(stats), 1), found)
+            return found, None
+        if shard is not None:  # in rank order, so that all ranks have the same bits
+            stats = functools.reduce(functools.partial(merged_comparisons, kind=divergence.kind), shard.gathered(stats))
+        found, compared = compare(stats, divergence.kind)
+        if divergence.kind == "jsd":
+            sums = torch.zeros(len(stats), 2, dtype=stats.dtype, device=stats.device)
+            self.kernels.jensen_shannon(tile, teacher, found, compared.gap, sums, divergence.beta)
+            sums = sums if shard is None else functools.reduce(torch.add, shard.gathered(sums))
+            compared = mixed(stats, found, compared, sums, divergence.beta)
+        self._write_down(self.compared, compared, s)
         self._write_down(self.scored, found, s)
         return found, compared
 
@@ -179,7 +193,7 @@ def score(run, first, last):
                 if mixes:
                     run.score_tile(tile, slice(group + start, group + end), teacher)
                 else:
-                    run.fold(tile, teacher, stats[start:end])
+                    run.fold(tile, teacher, stats[start:end], left)
         if mixes:
             continue
         found, _ = run.close(stats, slice(group, end_of_group))

@@ -20,7 +20,7 @@ import torch
 
 from .. import backends
 from ..backends.comparison import Compared, compare, merged_comparisons, new_comparison
-from ..backends.statistics import Pairs, Scored, Tile, finalize, merged, new_statistics
+from ..backends.statistics import Pairs, Scored, Tile, new_statistics
 from .diagnostics import merged as merged_moments
 from .diagnostics import new_moments, variance_of, with_tile
 from .operands import Head, Teacher, Work
@@ -108,13 +108,15 @@ def _scored(pairs, work, z):
     """(the tile, `Scored`, variance of log p or None) of the rows over their ranges, and over all ranks' parts of these."""
     tile = Tile(z, pairs.target, work.transform, None, pairs.temperature, pairs.ranges)
     stats, moments = new_statistics(len(pairs.index), z.dtype, z.device), None
-    backends.kernels(work.backend).statistics(tile, stats)
+    kernels, scored = backends.kernels(work.backend), Scored(*torch.empty(3, len(stats), dtype=z.dtype, device=z.device))
+    kernels.statistics(tile, stats)
     if work.diagnostics[-1]:
         moments = with_tile(new_moments(len(stats), z.dtype, z.device), tile)
     if work.shard is not None:
-        stats = functools.reduce(merged, work.shard.gathered(stats))  # in rank order, so that all ranks have the same bits
+        stats = torch.stack(work.shard.gathered(stats), 1)  # merged in rank order, so that all ranks have the same bits
         moments = None if moments is None else functools.reduce(merged_moments, work.shard.gathered(moments))
-    found = [*finalize(stats), None if moments is None else variance_of(moments)]
+    kernels.close(stats, scored)
+    found = [*scored, None if moments is None else variance_of(moments)]
     if pairs.single is not None:  # nothing was read of them
         found = [None if x is None else x.masked_fill(pairs.single, 0.0) for x in found]
     return tile, Scored(*found[:3]), found[3]

@@ -36,6 +36,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..backends.statistics import TILE_COLUMNS
 from .cost import DEVICES, TILE, Device, Plan, Problem, Step, Tally, device_of, rate, seconds, steps
 
 __all__ = ["DEVICES", "Device", "Plan", "Prediction", "Problem", "Step", "default_budget", "device_of", "peak_bytes", "plan",
@@ -52,7 +53,6 @@ _BLOCK_BYTES = 16 * 2**20
 _MAX_COLUMNS = 8192
 _MIN_COLUMNS = 64
 _SCORE_ROWS = 1024
-_SCORE_COLUMNS = 4096
 _COMPARED_ROWS = 512  # of a CPU's chunk beside a teacher's
 _PAIR_BYTES, _TOKEN_BYTES = 128, 256
 
@@ -204,8 +204,8 @@ def _gpu_heights(p):
     beside = tuple(x for x in reversed(costs) if costs[x] <= _CHUNK_SLACK * min(costs.values())) if _has_chunk(p) else ()
 
     in_cache = min(budget // 4, p.device.cache) // _logit_bytes(p)
-    # blocks of like width: a narrow last one would fill no wave
-    widths = sorted({min(V, -(-V // n // TILE) * TILE) for n in range(1, 65)} | {min(V, 64)})
+    # blocks of like width, since a narrow last one would fill no wave; and of whole fixed tiles
+    widths = sorted({min(V, -(-V // n // TILE_COLUMNS) * TILE_COLUMNS) for n in range(1, 65)})
     tiles = [(x, c) for c in widths for x in _SCORE_HEIGHTS if x * c <= in_cache]
     tiles = [(x, c) for x, c in tiles if x * _hidden_bytes(p) <= budget // 4] or [(1, widths[0])]
     score_rows, score_columns = min(tiles, key=lambda tile: cost("score", tile[0], *tile, tile[0]) / tile[0])
@@ -226,7 +226,7 @@ def _cpu_heights(p):
     """Blocks whose operands stay in the cache; everything was measured, nothing is left to the cost model."""
     e, z, accumulate = p.element_size, _logit_bytes(p), max(p.element_size, 4)
     columns = _block_columns(p)
-    score_columns = p.vocab if p.mixes else min(p.vocab, _SCORE_COLUMNS, max(_MIN_COLUMNS, p.budget // (4 * z)))
+    score_columns = p.vocab if p.mixes else min(p.vocab, TILE_COLUMNS)
     score_rows = min(_SCORE_ROWS, max(1, p.budget // (score_columns * z + _hidden_bytes(p))))
     fixed = _pass_bytes(p, 0, 0, 0)
     R = r = max(1, (p.budget - fixed) // (_pass_bytes(p, 1, 1, 0) - fixed))
