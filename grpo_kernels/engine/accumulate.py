@@ -8,7 +8,7 @@ A wide stash holds dz / factor, with one factor a row: it scales the rows of h, 
 import torch
 
 from ..backends import native
-from .products import accumulation_dtype, blocks, empty, float32_sums, multiply
+from .products import accumulation_dtype, blocks, empty, float32_sums
 
 _PRODUCT_BYTES = 64 * 2**20  # of a product that is added to a sum by a second step
 _CAST_BYTES = 16 * 2**20  # of float32 that are cast first at the end of a sum
@@ -19,18 +19,18 @@ class WeightSum:
 
     With one product every block is written in its final dtype. With several they are added in float32: over one block if the
     vocabulary is outermost (`close` casts it), over all of [V, K] else (`finish` casts in place, the final rows at the front of
-    the float32 memory, so that no second full copy exists). On a CPU, whose products of 16-bit inputs cannot write float32, each
+    the float32 memory, so that no second full copy exists). A library's products of 16-bit inputs on a CPU cannot write float32: each
     passes through a buffer of at most ``most`` rows in the inputs' dtype.
     """
 
-    def __init__(self, rows, columns, like, additions, wide, most, block=None):
-        self.dtype = like.dtype
+    def __init__(self, rows, columns, like, additions, run, block=None):
+        self.dtype, self.multiply, wide, most = like.dtype, run.multiply, run.wide, run.plan.columns
         accumulate = like.dtype if additions <= 1 else accumulation_dtype(like.dtype)
         self.rounded = accumulate != like.dtype
         self.blockwise = self.rounded and block is not None
         height = min(block or rows, rows)
         self.product, self.step = None, height
-        if self.rounded and not (wide and (like.device.type == "cpu" or float32_sums(like.device, like.dtype))):
+        if self.rounded and not run.fixed and not (wide and (like.device.type == "cpu" or float32_sums(like.device, like.dtype))):
             self.step = max(1, min(height, most, _PRODUCT_BYTES // (max(columns, 1) * accumulate.itemsize)))
             self.product = torch.empty(self.step, columns, dtype=accumulate if wide else like.dtype, device=like.device)
         self.sum = empty(height if self.blockwise else rows, columns, like=like, dtype=accumulate)
@@ -42,11 +42,11 @@ class WeightSum:
         out = self.sum[: end - start] if self.blockwise else self.sum[start:end]
         first, self.reached = end > self.reached, max(end, self.reached)
         if self.product is None:
-            multiply(dz_t, x, out, add=not first)
+            self.multiply(dz_t, x, out, add=not first, continued=self.rounded)
             return
         for low, high in blocks(end - start, self.step):
             part = self.product[: high - low]
-            multiply(dz_t[low:high], x, part)
+            self.multiply(dz_t[low:high], x, part)
             out[low:high].copy_(part) if first else out[low:high].add_(part)
 
     def close(self, start, end):
@@ -88,7 +88,7 @@ class Gradients:
         needs_hidden, needs_weight, needs_bias, needs_a, needs_b = work.needs
         vocab, depth = head.weight.shape
         zeros = lambda like: torch.zeros(like.shape, dtype=run.accumulate, device=hidden.device)  # noqa: E731
-        of_weight = lambda width: WeightSum(vocab, width, hidden, additions, run.wide, run.plan.columns, block)  # noqa: E731
+        of_weight = lambda width: WeightSum(vocab, width, hidden, additions, run, block)  # noqa: E731
         self.hidden = None
         if needs_hidden:  # rows that are not computed, or have no gradient, stay 0
             self.hidden = empty(*hidden.shape, like=hidden) if run.all_live else torch.zeros_like(hidden)
@@ -110,7 +110,7 @@ class Gradients:
             if factor is None:
                 self.bias[start:end] += dz.sum(0, dtype=self.bias.dtype)
             else:
-                multiply(factor.to(dz.dtype).unsqueeze(0), dz, self.bias[start:end].unsqueeze(0), add=True)
+                self.run.multiply(factor.to(dz.dtype).unsqueeze(0), dz, self.bias[start:end].unsqueeze(0), add=True)
 
     def close_block(self, start, end):
         for row_sum in (self.weight, self.lora_b):
@@ -138,9 +138,12 @@ class Gradients:
                 is_there = isinstance(place, slice) and factor is None and not self.run.wide
                 if self.run.wide:
                     dh = torch.empty(end - start, weight.shape[1], dtype=self.run.accumulate, device=dz.device)
-                    multiply(dz[s], weight, dh)
+                    self.run.multiply(dz[s], weight, dh)
+                elif is_there:
+                    dh = self.hidden[place]
+                    self.run.multiply(dz[s], weight, dh)
                 else:
-                    dh = torch.mm(dz[s], weight, out=self.hidden[place]) if is_there else dz[s] @ weight
+                    dh = self.run.product(dz[s], weight)
             self.add_rows(dh, self._adapter_product(dz[s]), h[s], place, is_there, None if factor is None else factor[s])
 
     def add_rows(self, dh, dz_b, h, where, is_there=False, factor=None):
@@ -160,9 +163,7 @@ class Gradients:
         if not self.needs_adapter:
             return None
         lora_b = self.run.head.lora_b
-        out = torch.empty(dz.shape[0], lora_b.shape[1], dtype=self.run.tile_dtype, device=dz.device)
-        multiply(dz, lora_b, out)
-        return out
+        return self.run.product(dz, lora_b, self.run.tile_dtype)
 
     def _place(self, dh, where, is_there):
         """dh into its rows; with a sharded vocabulary once the other ranks' parts have been added, while the next is made."""
@@ -199,7 +200,7 @@ class Gradients:
 
     def _transpose(self, dz):
         """dz^T as the products take it: oneDNN needs twice as long for a transposed view as for a copy, see products.py."""
-        if dz.device.type != "cpu" or dz.dtype != torch.bfloat16 or native.why_unavailable() is not None:
+        if dz.device.type != "cpu" or dz.dtype != torch.bfloat16 or self.run.fixed or native.why_unavailable() is not None:
             return dz.T
         rows, columns = dz.shape
         if self._transposed is None or self._transposed.numel() < rows * columns:

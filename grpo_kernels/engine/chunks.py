@@ -29,7 +29,7 @@ from .accumulate import Gradients
 from .diagnostics import Diagnostics
 from .operands import Head, Rows, Teacher, problem_of
 from .plan import plan
-from .products import accumulation_dtype, blocks, blocks_from, empty, multiply, tile_dtype, tile_memory
+from .products import accumulation_dtype, blocks, blocks_from, empty, fixed_products, multiply, tile_dtype, tile_memory
 
 _ROW_ALIGNMENT = 128
 
@@ -54,6 +54,7 @@ class Run:
         self.rows = Rows.of(hidden, rows, live)
         kernels = backends.kernels(self.work.backend)
         self.kernels = kernels if weight.shape[0] else _NoColumns(kernels)
+        self.fixed = fixed_products(self.work.batch_invariant, hidden)
         self.tile_dtype = tile_dtype(weight, self.work.backend)
         self.wide = self.tile_dtype != hidden.dtype
         n = self.rows.index.shape[0]
@@ -73,7 +74,7 @@ class Run:
         """(h [R, D], t = h A^T or None, where in hidden they are): the rows [start, end) of the index."""
         where = slice(start, end) if self.in_order else self.rows.index[start:end]
         h = self.rows.hidden[where]
-        return h, None if self.head.lora_a is None else h @ self.head.lora_a.T, where
+        return h, None if self.head.lora_a is None else self.product(h, self.head.lora_a.T), where
 
     def tile(self, values, start, left=0):
         """`Tile` of raw logits whose first row is the index's ``start`` and whose first column the vocabulary's ``left``."""
@@ -94,12 +95,21 @@ class Run:
         transform, temperature = self.work.transform, self.rows.temperature
         return transform.logit_scale / (transform.temperature if temperature is None else temperature[s])
 
+    def multiply(self, a, b, out, **options):
+        """As `products.multiply`."""
+        multiply(a, b, out, fixed=self.fixed, **options)
+
+    def product(self, a, b, dtype=None):
+        out = torch.empty(a.shape[0], b.shape[1], dtype=dtype or a.dtype, device=a.device)
+        self.multiply(a, b, out)
+        return out
+
     def logits(self, h, t, values, left=0):
         """values [R, C] = the raw logits of C columns from ``left`` on, without the bias."""
         columns = slice(left, left + values.shape[1])
-        multiply(h, self.head.weight[columns].T, values)
+        self.multiply(h, self.head.weight[columns].T, values)
         if t is not None:
-            multiply(t, self.head.lora_b[columns].T, values, add=True, alpha=self.work.lora_scale)
+            self.multiply(t, self.head.lora_b[columns].T, values, add=True, alpha=self.work.lora_scale)
 
     def teacher_logits(self, where, values, left=0):
         """values [R, C] = the teacher's raw logits of some rows and C columns, without the bias."""
@@ -107,7 +117,7 @@ class Run:
         for start, end in blocks(len(weight), self.plan.columns):
             part = values[:, start:end]
             if h.dtype == values.dtype or tile_dtype(h, self.work.backend) == values.dtype:
-                multiply(h, weight[start:end].T, part)
+                multiply(h, weight[start:end].T, part, fixed=self.fixed and fixed_products(True, h))
             else:
                 part.copy_(h @ weight[start:end].T)
 
@@ -384,15 +394,15 @@ def _recomputed_rows(run, gradients, stripe, scored, compared, incoming):
             gradients.add_block(dz, left, right, h[start:end], None if t is None else t[start:end])
             for total, factor in ((dh, head.weight), (dz_b, head.lora_b)):
                 if total is not None:
-                    add_product(total[start:end], dz, factor[left:right], run.wide)
+                    add_product(run, total[start:end], dz, factor[left:right])
         gradients.close_block(left, right)
     gradients.add_rows(dh, dz_b, h, where)
 
 
-def add_product(total, dz, factor, wide):
-    """A float32 sum of products; a CPU's of 16-bit inputs are rounded before they are added."""
-    if wide or factor.dtype == total.dtype:
-        multiply(dz, factor, total, add=True)
+def add_product(run, total, dz, factor):
+    """A float32 sum of products; a library's of 16-bit inputs are rounded before they are added, on a CPU."""
+    if run.wide or run.fixed or factor.dtype == total.dtype:
+        run.multiply(dz, factor, total, add=True)
     else:
         total += dz @ factor
 

@@ -1,4 +1,4 @@
-"""Matrix products on tiles: through torch.mm, summed in float32.
+"""Matrix products on tiles, summed in float32: through torch.mm, or in an order that no shape changes.
 
 On a GPU the products of 16-bit operands write and add float32 themselves (``out_dtype``, torch 2.8 and newer), so that logits
 and sums are never rounded on the way, and one product covers the whole vocabulary.
@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from ..backends import FLOAT32_TILES, native
+from ..backends import FLOAT32_TILES, native, products_triton
 from ..tracing import constant
 
 _HUGE_PAGE_BYTES = 8 * 2**20
@@ -62,9 +62,27 @@ def _accepted(product, device, dtype):
     return True
 
 
-def multiply(a, b, out, add=False, alpha=1.0):
-    """``out = a @ b``, or ``out += alpha a @ b``; a wider ``out`` gets the product as it was summed, never rounded to a's dtype."""
-    if out.dtype == a.dtype:
+def fixed_products(wanted, like):
+    """Whether products of matrices like this one are to add up in an order that depends on nothing but their depth.
+
+    A library's products choose it by their shape. On a CPU ours are used wherever they cost nothing, else where it is ``wanted``.
+    """
+    if like.is_cuda:
+        return wanted
+    return native.why_unavailable() is None and like.dtype in native.PRODUCT_DTYPES and (wanted or native.products_are_free(like.dtype))
+
+
+def multiply(a, b, out, add=False, alpha=1.0, fixed=False, continued=False):
+    """``out = a @ b``, or ``out += alpha a @ b``; a wider ``out`` gets the product as it was summed, never rounded to a's dtype.
+
+    ``fixed``: as of `fixed_products`. ``continued``: with it, cuts of the depth change no bit of a wider out to which all are added.
+    """
+    if fixed:
+        if out.is_cuda:
+            products_triton.product(a, b, out, add=add, alpha=alpha)
+        else:
+            native.product(a, b, out, add=add, alpha=alpha, continued=continued)
+    elif out.dtype == a.dtype:
         out.addmm_(a, b, alpha=alpha) if add else torch.mm(a, b, out=out)
     elif add and float32_sums(a.device, a.dtype):
         torch.addmm(out, a, b, out_dtype=out.dtype, alpha=alpha, out=out)
