@@ -34,7 +34,8 @@ FLAGS = [
 X86_64 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-# row_kernels_cpu.cpp is compiled once for each: name, bytes of a vector register, flags
+AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+# row_kernels_cpu.cpp and products_cpu.cpp are compiled once for each: name, bytes of a vector register, flags
 VARIANTS = [("baseline", 16, [])] + ([("avx2", 32, AVX2), ("avx512", 64, AVX512)] if X86_64 else [])
 INFO = "_build_info.json"
 BUILD_CUDA = os.environ.get("GRPO_KERNELS_BUILD_CUDA", "auto")
@@ -92,16 +93,16 @@ class BuildNative(build_ext):
         info["compiler"] = " ".join(compiler) if compiler else self.compiler.compiler_type
         openmp = ["-fopenmp"] if self.accepts(["-fopenmp"]) else []
         info["openmp"] = bool(openmp)
-        jobs = [
-            (
-                "csrc/row_kernels_cpu.cpp",
-                name,
-                [*FLAGS, *openmp, *flags],
-                [("GK_ISA", name), ("GK_VECTOR_BYTES", width)],
-            )
-            for name, width, flags in VARIANTS
-        ]
-        macros = [("GRPO_SOURCES", f'"{info["sources"]}"')] + ([("GRPO_KERNELS_X86_VARIANTS", None)] if X86_64 else [])
+        amx = X86_64 and sys.platform == "linux" and self.accepts(AMX)
+        x86 = [("GRPO_KERNELS_X86_VARIANTS", None)] if X86_64 else []
+        x86 += [("GRPO_KERNELS_AMX", None)] if amx else []
+
+        def variant(source, name, width, flags):
+            return source, name, [*FLAGS, *openmp, *flags], [("GK_ISA", name), ("GK_VECTOR_BYTES", width), *x86]
+
+        jobs = [variant("csrc/products_cpu.cpp", "amx", 64, AMX)] if amx else []
+        jobs += [variant(f"csrc/{kernels}_cpu.cpp", *each) for kernels in ("products", "row_kernels") for each in VARIANTS]
+        macros = [("GRPO_SOURCES", f'"{info["sources"]}"'), *x86]
         jobs.append(("csrc/bindings.cpp", "bindings", FLAGS, macros))
 
         def compile_one(job):
@@ -124,7 +125,7 @@ class BuildNative(build_ext):
             target_lang="c++",
             build_temp=self.build_temp,
         )
-        info["isas"] = [name for name, *_ in VARIANTS]
+        info["isas"] = [name for name, *_ in VARIANTS] + (["amx"] if amx else [])
 
     def accepts(self, flags):
         """Whether the compiler builds and links an empty program with these flags."""
@@ -160,7 +161,7 @@ setup(
     ext_modules=[
         Extension(
             "grpo_kernels._native",
-            sources=["csrc/bindings.cpp", "csrc/row_kernels_cpu.cpp"],
+            sources=["csrc/bindings.cpp", "csrc/row_kernels_cpu.cpp", "csrc/products_cpu.cpp"],
             depends=[str(path) for path in sorted(Path("csrc").glob("*.h"))],
             include_dirs=["csrc", pybind11.get_include()],
             language="c++",

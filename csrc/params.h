@@ -175,6 +175,17 @@ struct DivergenceParams {  // whole rows
   Compared compared;  // written
 };
 
+// out = a b, [M, K] by [K, N]. Where `transposed`, the matrix is the transpose of what is described: rows and columns of params.a
+// are then those of a^T.
+struct ProductParams {
+  Matrix a, b;  // of one dtype
+  Matrix out;   // [M, N], of the inputs' dtype or acc
+  bool a_transposed, b_transposed;
+  bool add;        // to what out holds
+  bool continued;  // the chain of sums starts from what out holds, and runs over all of K; out is acc, alpha is 1
+  double alpha;
+};
+
 struct TransposeParams {
   Matrix matrix;
   void* out;  // [C, R], contiguous, of the same dtype

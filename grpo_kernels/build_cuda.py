@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parent
 SOURCES = ("row_kernels_cuda.cu", "row_kernels_cuda.cuh", "row_kernels_cuda.h", "divergence_cuda.cuh", "pairs_cuda.cuh",
            "units_cuda.cuh", "launch_shape.h", "element_math.h", "divergence_math.h", "row_math.h", "params.h")  # fmt: skip
 CPU_SOURCES = ("bindings.cpp", "row_kernels_cpu.cpp", "row_kernels_cpu.h", "rows_cpu.h", "pair_kernels_cpu.h",
-               "divergence_kernels_cpu.h", "divergence_math.h", "row_math.h", "vector.h", "params.h")  # fmt: skip
+               "divergence_kernels_cpu.h", "divergence_math.h", "row_math.h", "products_cpu.cpp", "products_cpu.h",
+               "product_tiles_cpu.h", "product_vectors_cpu.h", "transpose_cpu.h", "vector.h", "params.h")  # fmt: skip
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120a")
 LIBRARY = "_cuda.so"
 

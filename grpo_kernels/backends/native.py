@@ -1,10 +1,10 @@
-"""The row kernels in C++, vectorised for the processor found at run time; and what a tile's memory needs on the CPU.
+"""The row kernels and the product in C++, vectorised for the processor found at run time; and what a tile's memory needs on the CPU.
 
 The contract is that of `pytorch.py`, on tiles of float32, bfloat16 or float64, for results of the same dtype. ``isa`` is one of
 `isas`, None means the best. Importing this module never fails: `why_unavailable` says what is missing.
 
 Source: csrc/row_kernels_cpu.cpp, csrc/divergence_kernels_cpu.h and csrc/pair_kernels_cpu.h (loops), csrc/row_math.h and
-csrc/divergence_math.h (formulas).
+csrc/divergence_math.h (formulas); csrc/products_cpu.cpp.
 """
 
 import ctypes
@@ -26,11 +26,12 @@ except ImportError as error:
 from .. import build_cuda
 from . import params
 from .comparison import check_both
-from .statistics import check, check_close, check_pairs, check_rows, described, require
+from .statistics import _end, check, check_close, check_pairs, check_rows, described, require
 
 _BUILD_INFO = Path(__file__).parent.parent / "_build_info.json"
 _RESULTS = {dtype: (dtype,) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
 _SUPPORTED = "float32, bfloat16 or float64 on the CPU"
+PRODUCT_DTYPES = tuple(_RESULTS)
 REBUILD = "install a C++17 compiler (g++ >= 9 or clang++) and reinstall grpo-kernels"
 
 
@@ -140,6 +141,36 @@ def pair_sums(pairs, g, source, out, scale=1.0, add=False, isa=None):
     _run("pair_sums", isa, pairs.ranges, params.pair_sums(pairs, g, source, out, scale, add))
 
 
+def products_are_free(dtype) -> bool:
+    """Whether `product` takes no longer than the library's."""
+    return dtype == torch.bfloat16 and product_isas()[-1] == "amx"
+
+
+def product_isas() -> list[str]:
+    """As `isas`, of `product`: "amx" is one more, of bfloat16 tiles."""
+    return _native.product_isas()
+
+
+def product(a, b, out, add=False, alpha=1.0, continued=False, isa=None):
+    """``out = alpha * a @ b``, plus what out holds with ``add``; its bits depend on nothing but the numbers.
+
+    Row i and column j alone decide out[i, j]: not M, N, i, j, strides or threads. It is rounded once, from a sum in this order: chains
+    of fused multiply-adds over 1024 ascending k, each from nothing, added one after another. "amx" sums 32 k at a time in an order of
+    its own.
+
+    Into an out of acc (float32 of bfloat16), with alpha 1, the chains are added straight to what out holds, so a cut of K at a
+    multiple of 1024 changes no bit. With ``continued`` one chain starts from what out holds and runs over all of K: then no cut
+    changes one, with "amx" none at a multiple of 32. Infinities and NaN stay in their row and column.
+
+    Args:
+        a: [M, K], b: [K, N], float32, float64 or bfloat16; of each one stride is 1.
+        out: [M, N] of the inputs' dtype or acc, columns adjacent, rows apart, in memory of its own.
+    """
+    _check_product(a, b, out, add, alpha, continued)
+    if out.numel():
+        _native.product(isa or "", torch.get_num_threads(), params.product(a, b, out, add, continued, alpha))
+
+
 def transpose(matrix, out, isa=None):
     """``out.copy_(matrix.T)``: ``[R, C]`` of any row stride into contiguous ``[C, R]`` of the same dtype."""
     if matrix.dtype not in _RESULTS or matrix.device.type != "cpu":
@@ -176,6 +207,29 @@ def _check_pairs(pairs, per_pair, per_row, per_id, bias=None):
     if per_id.device.type != "cpu":
         raise AssertionError(f"matrices must be {_SUPPORTED}, got {described(per_id)}")
     check_pairs(pairs, _RESULTS, per_pair, per_row, per_id, bias)
+
+
+def _check_product(a, b, out, add, alpha, continued):
+    if why_unavailable() is not None:
+        raise AssertionError(why_unavailable())
+    for name, x in (("a", a), ("b", b)):
+        if x.dtype not in _RESULTS or x.dtype != a.dtype or x.device.type != "cpu" or x.dim() != 2:
+            raise AssertionError(f"{name} must be a matrix of {_SUPPORTED}, a's dtype, got {described(x)}")
+        if all(n > 1 and stride != 1 for n, stride in zip(x.shape, x.stride(), strict=True)):
+            raise AssertionError(f"{name}'s rows or columns must be adjacent, got {described(x)}")
+    require(a.shape[1] == b.shape[0], f"b must have {a.shape[1]} rows, got {described(b)}")
+    acc = torch.float64 if a.dtype == torch.float64 else torch.float32
+    shape = (a.shape[0], b.shape[1])
+    if out.shape != shape or out.dtype not in (a.dtype, acc) or out.device != a.device:
+        raise AssertionError(f"out must be {shape} {a.dtype} or {acc} on the CPU, got {described(out)}")
+    check_rows("out", out)
+    require(not _overlap(out, a) and not _overlap(out, b), "out must be other memory than a and b")
+    if continued and (out.dtype != acc or add or alpha != 1):
+        raise AssertionError(f"continued goes with an out of {acc}, without add and alpha, got {out.dtype}, {add}, {alpha}")
+
+
+def _overlap(x, y):
+    return x.data_ptr() < _end(y) and y.data_ptr() < _end(x)
 
 
 def _run(kernel, isa, values, filled):

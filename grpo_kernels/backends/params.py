@@ -44,6 +44,7 @@ _DivergenceGradient = struct("DivergenceGradientParams", (_TwoTiles, "tiles"), (
                              (_DOUBLE, "beta"))  # fmt: skip
 _Divergence = struct("DivergenceParams", (_TwoTiles, "tiles"), (_Matrix, "out"), (POINTER, "g_divergence"), (INT, "kind"),
                      (_DOUBLE, "beta"), (_Scored, "scored"), (_Compared, "compared"))  # fmt: skip
+_Product = struct("ProductParams", (_Matrix, "a b out"), (_BOOL, "a_transposed b_transposed add continued"), (_DOUBLE, "alpha"))
 _Transpose = struct("TransposeParams", (_Matrix, "matrix"), (POINTER, "out"))
 
 
@@ -104,12 +105,23 @@ def transpose(matrix, out):
     return _Transpose(_matrix(matrix), _at(out))
 
 
+def product(a, b, out, add, continued, alpha):
+    (a, a_transposed), (b, b_transposed) = _either_way(a), _either_way(b)
+    return _Product(a, b, _matrix(out), a_transposed, b_transposed, add, continued, alpha)
+
+
 def _at(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
 def _matrix(x):
     return _Matrix(x.data_ptr(), *x.shape, x.stride(0), _DTYPES.index(x.dtype))
+
+
+def _either_way(x):
+    """The matrix whose columns are adjacent, x or its transpose, and which one it is."""
+    turned = x.shape[1] > 1 and x.stride(1) != 1
+    return _matrix(x.T if turned else x), turned
 
 
 def _tile(tile):

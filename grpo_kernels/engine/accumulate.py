@@ -19,8 +19,8 @@ class WeightSum:
 
     With one product every block is written in its final dtype. With several they are added in float32: over one block if the
     vocabulary is outermost (`close` casts it), over all of [V, K] else (`finish` casts in place, the final rows at the front of
-    the float32 memory, so that no second full copy exists). A library's products of 16-bit inputs on a CPU cannot write float32: each
-    passes through a buffer of at most ``most`` rows in the inputs' dtype.
+    the float32 memory, so that no second full copy exists). A library's products of 16-bit inputs on a CPU cannot write float32:
+    each passes through a buffer of the plan's columns in the inputs' dtype.
     """
 
     def __init__(self, rows, columns, like, additions, run, block=None):

@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from ..backends import FLOAT32_TILES, native, products_triton
+from ..backends import FLOAT32_TILES, native
 from ..tracing import constant
 
 _HUGE_PAGE_BYTES = 8 * 2**20
@@ -69,16 +69,20 @@ def fixed_products(wanted, like):
     """
     if like.is_cuda:
         return wanted
-    return native.why_unavailable() is None and like.dtype in native.PRODUCT_DTYPES and (wanted or native.products_are_free(like.dtype))
+    if native.why_unavailable() is not None or like.dtype not in native.PRODUCT_DTYPES:
+        return False
+    return wanted or native.products_are_free(like.dtype)
 
 
 def multiply(a, b, out, add=False, alpha=1.0, fixed=False, continued=False):
     """``out = a @ b``, or ``out += alpha a @ b``; a wider ``out`` gets the product as it was summed, never rounded to a's dtype.
 
-    ``fixed``: as of `fixed_products`. ``continued``: with it, cuts of the depth change no bit of a wider out to which all are added.
+    ``fixed``: as of `fixed_products`. ``continued``: then, cuts of the depth change no bit of a wider out to which all are added.
     """
     if fixed:
         if out.is_cuda:
+            from ..backends import products_triton  # here, since a call on the CPU does without Triton
+
             products_triton.product(a, b, out, add=add, alpha=alpha)
         else:
             native.product(a, b, out, add=add, alpha=alpha, continued=continued)
