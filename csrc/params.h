@@ -182,7 +182,7 @@ struct ProductParams {
   Matrix out;   // [M, N], of the inputs' dtype or acc
   bool a_transposed, b_transposed;
   bool add;        // to what out holds
-  bool continued;  // the chain of sums starts from what out holds, and runs over all of K; out is acc, alpha is 1
+  bool continued;  // one chain of sums over all of K; with add it starts from what out holds, which is acc; alpha is 1
   double alpha;
 };
 

@@ -73,7 +73,8 @@ class Multiplication {
   Multiplication(const ProductParams& p, const Operand& a, const Operand& b, int threads)
       : p(p), x(kStreamA ? a : b), y(kStreamA ? b : a), K(p.a_transposed ? p.a.rows : p.a.columns), threads(threads) {
     pieces = pieces_of<Kernel>(K, p.continued);
-    straight = p.continued || (p.alpha == 1 && std::is_same_v<Out, Acc>);
+    straight = p.alpha == 1 && std::is_same_v<Out, Acc>;
+    from_out = p.continued && p.add;
     for (const Piece& piece : pieces) chains += piece.first;
     x_panels = parts(x.count, kX);
     y_panels = parts(y.count, kY);
@@ -167,10 +168,10 @@ class Multiplication {
           const int64_t ai = kStreamA ? xi : yi, bi = kStreamA ? yi : xi, i0 = ai * Kernel::kRows, j0 = bi * Kernel::kColumns;
           const int64_t rows = at_most((kStreamA ? x : y).count - i0, Kernel::kRows);
           const int64_t columns = at_most((kStreamA ? y : x).count - j0, Kernel::kColumns);
-          if (p.continued && piece.first) begin_from_out(sum, i0, j0, rows, columns);
+          if (from_out && piece.first) begin_from_out(sum, i0, j0, rows, columns);
           const Packed* const streamed = at(all_x, piece, xi);
           Kernel::template multiply<kStreamA>(kStreamA ? streamed : own, kStreamA ? own : streamed, depth,
-                                              piece.first && !p.continued ? nullptr : sum, piece.last ? finished : sum, rows, columns);
+                                              piece.first && !from_out ? nullptr : sum, piece.last ? finished : sum, rows, columns);
           if (piece.last) finish(finished, totals + index * kBlock, chain, i0, j0, rows, columns);
         }
       }
@@ -248,6 +249,7 @@ class Multiplication {
   const int threads;
   std::vector<Piece> pieces;
   bool straight;  // each chain goes to out at once
+  bool from_out;  // the one chain starts from what out holds
   int64_t chains = 0, x_panels, y_panels, chunk, group;
 };
 
@@ -276,7 +278,7 @@ void product(const ProductParams& p, int threads) {
   if (p.out.rows == 0 || p.out.columns == 0) return;
   const bool same = p.out.dtype == p.a.dtype;
   if ((p.a_transposed ? p.a.rows : p.a.columns) == 0) {
-    if (p.add || p.continued) return;
+    if (p.add) return;
     if (p.out.dtype == Dtype::float64) return zero<double>(p.out);
     return p.out.dtype == Dtype::float32 ? zero<float>(p.out) : zero<bfloat16>(p.out);
   }

@@ -1,4 +1,4 @@
-"""The row kernels and the product in C++, vectorised for the processor found at run time; and what a tile's memory needs on the CPU.
+"""The row kernels in C++, vectorised for the processor found at run time; products; and what a tile needs of memory on the CPU.
 
 The contract is that of `pytorch.py`, on tiles of float32, bfloat16 or float64, for results of the same dtype. ``isa`` is one of
 `isas`, None means the best. Importing this module never fails: `why_unavailable` says what is missing.
@@ -32,6 +32,8 @@ _BUILD_INFO = Path(__file__).parent.parent / "_build_info.json"
 _RESULTS = {dtype: (dtype,) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
 _SUPPORTED = "float32, bfloat16 or float64 on the CPU"
 PRODUCT_DTYPES = tuple(_RESULTS)
+CHAIN = 1024  # of a product's depth, at whose multiples a cut changes no bit
+PRODUCT_ROWS = 32  # at whose multiples one changes none of a product that is `continued`
 REBUILD = "install a C++17 compiler (g++ >= 9 or clang++) and reinstall grpo-kernels"
 
 
@@ -154,13 +156,13 @@ def product_isas() -> list[str]:
 def product(a, b, out, add=False, alpha=1.0, continued=False, isa=None):
     """``out = alpha * a @ b``, plus what out holds with ``add``; its bits depend on nothing but the numbers.
 
-    Row i and column j alone decide out[i, j]: not M, N, i, j, strides or threads. It is rounded once, from a sum in this order: chains
-    of fused multiply-adds over 1024 ascending k, each from nothing, added one after another. "amx" sums 32 k at a time in an order of
-    its own.
+    Row i and column j alone decide out[i, j]: not M, N, i, j, strides or threads. It is rounded once, from a sum in this order:
+    chains of fused multiply-adds over 1024 ascending k, each from nothing, added one after another. "amx" sums 32 k at a time in an
+    order of its own.
 
     Into an out of acc (float32 of bfloat16), with alpha 1, the chains are added straight to what out holds, so a cut of K at a
-    multiple of 1024 changes no bit. With ``continued`` one chain starts from what out holds and runs over all of K: then no cut
-    changes one, with "amx" none at a multiple of 32. Infinities and NaN stay in their row and column.
+    multiple of 1024 changes no bit. With ``continued`` one chain runs over all of K, with ``add`` from what out holds: then no cut
+    changes a bit, with "amx" none at a multiple of 32. Infinities and NaN stay in their row and column.
 
     Args:
         a: [M, K], b: [K, N], float32, float64 or bfloat16; of each one stride is 1.
@@ -224,8 +226,8 @@ def _check_product(a, b, out, add, alpha, continued):
         raise AssertionError(f"out must be {shape} {a.dtype} or {acc} on the CPU, got {described(out)}")
     check_rows("out", out)
     require(not _overlap(out, a) and not _overlap(out, b), "out must be other memory than a and b")
-    if continued and (out.dtype != acc or add or alpha != 1):
-        raise AssertionError(f"continued goes with an out of {acc}, without add and alpha, got {out.dtype}, {add}, {alpha}")
+    if continued and (alpha != 1 or (add and out.dtype != acc)):
+        raise AssertionError(f"continued goes with alpha 1, and with add with an out of {acc}, got {alpha}, {out.dtype}")
 
 
 def _overlap(x, y):

@@ -42,7 +42,7 @@ class WeightSum:
         out = self.sum[: end - start] if self.blockwise else self.sum[start:end]
         first, self.reached = end > self.reached, max(end, self.reached)
         if self.product is None:
-            self.multiply(dz_t, x, out, add=not first, continued=self.rounded)
+            self.multiply(dz_t, x, out, add=not first, continued=True)
             return
         for low, high in blocks(end - start, self.step):
             part = self.product[: high - low]

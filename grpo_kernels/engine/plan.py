@@ -36,6 +36,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..backends.native import CHAIN, PRODUCT_ROWS
 from ..backends.statistics import TILE_COLUMNS
 from .cost import DEVICES, TILE, Device, Plan, Problem, Step, Tally, device_of, rate, seconds, steps
 
@@ -51,7 +52,6 @@ _USUAL_ROWS = 16384  # heights are compared at so many rows, rests included; the
 _ALIGNMENT = 128  # bytes; an odd row stride would push the products off their fast path
 _BLOCK_BYTES = 16 * 2**20
 _MAX_COLUMNS = 8192
-_MIN_COLUMNS = 64
 _SCORE_ROWS = 1024
 _COMPARED_ROWS = 512  # of a CPU's chunk beside a teacher's
 _PAIR_BYTES, _TOKEN_BYTES = 128, 256
@@ -229,22 +229,22 @@ def _cpu_heights(p):
     score_columns = p.vocab if p.mixes else min(p.vocab, TILE_COLUMNS)
     score_rows = min(_SCORE_ROWS, max(1, p.budget // (score_columns * z + _hidden_bytes(p))))
     fixed = _pass_bytes(p, 0, 0, 0)
-    R = r = max(1, (p.budget - fixed) // (_pass_bytes(p, 1, 1, 0) - fixed))
+    R = r = _whole(max(1, (p.budget - fixed) // (_pass_bytes(p, 1, 1, 0) - fixed)), p)
     if p.compares and R > _COMPARED_ROWS:
         r, beside = _COMPARED_ROWS, _pass_bytes(p, _COMPARED_ROWS, 0, 0)
-        R = (p.budget - beside) // (_pass_bytes(p, 0, 1, 0) - fixed)
+        R = _whole((p.budget - beside) // (_pass_bytes(p, 0, 1, 0) - fixed), p)
     # what is recomputed is cut the same way whether or not these rows would fit a stash: a backward that drops rows asks again
-    again = max(min(_MIN_COLUMNS, p.vocab), columns // 2)
+    again = min(p.vocab, max(CHAIN, columns // 2))
     row = again * (z + e) + p.depth * e + _hidden_bytes(p)
-    span = max(1, min(_SCORE_ROWS, (p.budget // 4 - _recompute_bytes(p, again, 0, 0, 0)) // row))
-    stripe = max(span, p.budget // 2 // (p.depth * accumulate))
+    span = _whole(max(1, min(_SCORE_ROWS, (p.budget // 4 - _recompute_bytes(p, again, 0, 0, 0)) // row)), p)
+    stripe = _whole(max(span, p.budget // 2 // (p.depth * accumulate)), p)
     return Plan(r, R, columns, False, R, score_rows, score_rows, score_columns, 0, stripe, span, span, again), (r,) * p.compares
 
 
 def _block_columns(p):
     """Blocks of some 16 MiB of weight: large enough for the products, small beside the chunk."""
     by_bytes = min(_BLOCK_BYTES, p.budget // 8) // (p.depth * p.element_size)
-    return min(p.vocab, _MAX_COLUMNS, max(_MIN_COLUMNS, by_bytes))
+    return min(p.vocab, _MAX_COLUMNS, max(2 * CHAIN, by_bytes // (2 * CHAIN) * 2 * CHAIN))
 
 
 def _has_chunk(p):
@@ -296,8 +296,9 @@ def _recompute_bytes(p, columns, chunk, stripe, span):
 
 
 def _whole(count, p):
-    """In whole tiles of rows where that many fit."""
-    return count if p.on_cpu or count < TILE else count // TILE * TILE
+    """In whole tiles of rows where that many fit; on a CPU in what a product sums at once."""
+    unit = PRODUCT_ROWS if p.on_cpu else TILE
+    return count if count < unit else count // unit * unit
 
 
 def _units(most):

@@ -77,7 +77,7 @@ def fixed_products(wanted, like):
 def multiply(a, b, out, add=False, alpha=1.0, fixed=False, continued=False):
     """``out = a @ b``, or ``out += alpha a @ b``; a wider ``out`` gets the product as it was summed, never rounded to a's dtype.
 
-    ``fixed``: as of `fixed_products`. ``continued``: then, cuts of the depth change no bit of a wider out to which all are added.
+    ``fixed``: as of `fixed_products`. ``continued``: then one sum over all of the depth, in which cuts of it change no bit.
     """
     if fixed:
         if out.is_cuda:
