@@ -38,7 +38,7 @@ from .engine.operands import Head, Rows, Teacher, Work, can_sync
 from .engine.ops import row_divergences, row_logprobs
 from .engine.pairs import PairRows, RangeScores, range_logprobs, teacher_pair_logits, with_pair_logits
 from .engine.plan import default_budget
-from .engine.products import accumulation_dtype
+from .engine.products import accumulation_dtype, wants_batch_invariance
 from .engine.temperature import with_temperature_gradient
 from .losses.config import GRPOLossConfig
 from .losses.objective import (
@@ -116,6 +116,7 @@ class TokenArguments:
     support: TokenSupport | None = None
     candidates: torch.Tensor | None = None  # [.., K] in place of completion_ids, which become one of them, a wrong one if there is
     teacher: TeacherArguments | None = None
+    batch_invariant: bool | None = None
 
     ids_name: str = "token_ids"
     entropy_has_gradient = True  # or may have one
@@ -127,6 +128,8 @@ class TokenArguments:
         if weight is not None:
             hidden, weight, bias, lora = check_head(hidden, weight, bias, lora, self.vocab_parallel_group)
         check_options(self.config, self.workspace_bytes, self.backend)
+        if self.batch_invariant not in (None, True, False):
+            raise TypeError(f"batch_invariant must be None, True or False, got {kind(self.batch_invariant)}")
         if not isinstance(self.return_lse, bool):
             raise TypeError(f"return_lse must be True or False, got {kind(self.return_lse)}")
         tokens, device = self.token_shape(hidden), hidden.device
@@ -412,6 +415,7 @@ def _head_and_work(args, diagnostics):
         diagnostics=diagnostics,
         divergence=args.teacher and args.teacher.divergence,
         teacher_transform=args.teacher and args.teacher.transform,
+        batch_invariant=wants_batch_invariance() if args.batch_invariant is None else args.batch_invariant,
     )
 
 
@@ -423,7 +427,7 @@ def _bring_facts(meeting, args, work):
     meeting.own_rows = args.weight.shape[0]
     meeting.facts = {
         "rows of hidden": args.hidden.shape[:-1].numel(), "depth of hidden": args.hidden.shape[-1],
-        "dtype": str(args.weight.dtype), "workspace_bytes": work.budget,
+        "dtype and batch_invariant": repr((args.weight.dtype, work.batch_invariant)), "workspace_bytes": work.budget,
         "which tensors need a gradient": str([*work.needs, args.temperature_has_gradient]),
         "temperature and factors": [work.lora_scale, t.logit_scale, t.softcap or 0.0, t.temperature],
         "rank of the adapter": 0 if args.lora is None else args.lora[0].shape[0], **args.facts(),

@@ -31,6 +31,7 @@ class LogProbsOptions(TypedDict, total=False):
     workspace_bytes: int | None
     backend: Backend
     support: TokenSupport | None
+    batch_invariant: bool | None
 
 
 @overload
@@ -64,6 +65,7 @@ def linear_logprobs(
     backend: Backend = "auto",
     return_lse: bool = False,
     support: TokenSupport | None = None,
+    batch_invariant: bool | None = None,
 ) -> LogProbs | LogProbsAndLse:
     """Log-probs of tokens and entropies of their distributions, without the logits. Position t of hidden predicts token t.
 
@@ -90,6 +92,8 @@ def linear_logprobs(
             its own, but on a GPU, in 16 bits, no row is stashed then: 8NVD.
         support: `TokenSupport` of the flattened positions, the tokens that each could have been sampled as: logits outside of it
             count as -inf, and nothing of them is computed. M D multiplications for M pairs instead of N V D.
+        batch_invariant: a token's bits depend on nothing else in the call, also where that has a price (docs/bits.md); and those of
+            a gradient of the head on the rows' order alone. None is GRPO_KERNELS_BATCH_INVARIANT, by default what is free.
 
     Returns:
         `LogProbs` (logps, entropy), or `LogProbsAndLse` (logps, entropy, lse): [..] float32 (float64 for float64), 0 where masked,
@@ -102,7 +106,7 @@ def linear_logprobs(
     """
     logps, entropy, lse, *_ = _scored(
         hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
-        workspace_bytes, backend, return_lse=return_lse, support=support,
+        workspace_bytes, backend, return_lse=return_lse, support=support, batch_invariant=batch_invariant,
     )  # fmt: skip
     return LogProbsAndLse(logps, entropy, lse) if return_lse else LogProbs(logps, entropy)
 
@@ -122,6 +126,7 @@ def linear_logprobs_at(
     sequence_parallel: bool = False,
     workspace_bytes: int | None = None,
     backend: Backend = "auto",
+    batch_invariant: bool | None = None,
 ) -> LogProbs:
     """Log-probs over the whole vocabulary of K tokens a position: top-k distillation, prefix trees, candidates of a reward model.
 
@@ -131,7 +136,7 @@ def linear_logprobs_at(
     Args:
         ids: [.., K] int64 or int32 in [0, V) where the mask is 1; -1 is none.
         hidden, weight, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
-            workspace_bytes, backend: as in `linear_logprobs`.
+            workspace_bytes, backend, batch_invariant: as in `linear_logprobs`.
 
     Returns:
         `LogProbs`: logps [.., K], 0 for an id of -1 and where masked; entropy [..] of the whole vocabulary. float32 (float64 for
@@ -145,20 +150,20 @@ def linear_logprobs_at(
         raise RuntimeError("linear_logprobs_at cannot be used under torch.compile: call it inside of torch.compiler.disable")
     logps, entropy, _ = logprobs_at(
         hidden, weight, ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
-        workspace_bytes, backend,
+        workspace_bytes, backend, batch_invariant=batch_invariant,
     )  # fmt: skip
     return LogProbs(logps, entropy)
 
 
 def logprobs_at(hidden, weight, ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
-                workspace_bytes, backend, ids_name="ids", as_in_tiles=False):  # fmt: skip
+                workspace_bytes, backend, ids_name="ids", as_in_tiles=False, batch_invariant=None):  # fmt: skip
     """(logps, entropy, the dtype of a tile's logits): `linear_logprobs_at` for those who want a log-prob of the other tokens.
 
     ``as_in_tiles``: as in `with_pair_logits`.
     """
     call = _described(
         hidden, weight, None, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
-        workspace_bytes, backend, ids_name=ids_name, candidates=ids,
+        workspace_bytes, backend, ids_name=ids_name, candidates=ids, batch_invariant=batch_invariant,
     )  # fmt: skip
     count, ids = ids.shape[-1], torch.nn.functional.pad(ids.long(), (0, 1), value=-1)
     index, chosen = call.rows.index, ids.reshape(-1, count + 1)[call.rows.index]
@@ -195,7 +200,7 @@ def _logits_at(call, ids, as_in_tiles):
 
 def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, lora=None,
                      vocab_parallel_group=None, sequence_parallel=False, workspace_bytes=None, backend="auto",
-                     diagnostics=(), sums_hidden=True, support=None):  # fmt: skip
+                     diagnostics=(), sums_hidden=True, support=None, batch_invariant=None):  # fmt: skip
     """`linear_logprobs` with what trainers log beside: ``diagnostics`` names some of ``diagnostics.NAMES``.
 
     ``sums_hidden`` False leaves the gradient of hidden this rank's part of a sum over the vocab_parallel_group.
@@ -206,20 +211,20 @@ def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, tempera
     """
     logps, entropy, _, *beside = _scored(
         hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
-        workspace_bytes, backend, diagnostics, sums_hidden, support=support,
+        workspace_bytes, backend, diagnostics, sums_hidden, support=support, batch_invariant=batch_invariant,
     )  # fmt: skip
     return [logps, entropy, *beside]
 
 
 def _scored(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
-            workspace_bytes, backend, diagnostics=(), sums_hidden=True, return_lse=False, support=None):  # fmt: skip
+            workspace_bytes, backend, diagnostics=(), sums_hidden=True, **more):  # fmt: skip
     """[logps, entropy, lse or None, and the three diagnostics or None]."""
     wanted = [name in diagnostics for name in NAMES]
     call = _described(
         hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
-        workspace_bytes, backend, wanted, sums_hidden, return_lse=return_lse, support=support,
+        workspace_bytes, backend, wanted, sums_hidden, **more,
     )  # fmt: skip
-    logps, entropy, lse, found = call.scores(return_lse=return_lse)
+    logps, entropy, lse, found = call.scores(return_lse=more.get("return_lse", False))
     beside = [call.scatter(found[:, i]) if want else None for i, want in enumerate(wanted)]
     beside[2] = None if beside[2] is None else beside[2] > 0
     return [logps, entropy, lse, *beside]

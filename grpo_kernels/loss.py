@@ -47,6 +47,7 @@ def fused_linear_grpo_loss(
     ref_hidden: torch.Tensor | None = None,
     ref_weight: torch.Tensor | None = None,
     ref_bias: torch.Tensor | None = None,
+    batch_invariant: bool | None = None,
 ) -> GRPOLossOutput:
     """The loss of the GRPO family from hidden states and the head's weight. Position t of hidden predicts token t.
 
@@ -102,6 +103,8 @@ def fused_linear_grpo_loss(
         ref_hidden, ref_weight, ref_bias: [B, T, D'], [V, D'] and [V] or None of the reference, for ``kl_estimator="exact"``: the KL
             of policy and reference over the vocabulary (over the support, where there is one) takes the place of k3, 2NVD' more.
             Logits of both have the config's logit_scale, softcap and temperature. Constants; any float dtype.
+        batch_invariant: a token's bits depend on nothing else in the call, also where that has a price (docs/bits.md); and those of
+            a gradient of the head on the rows' order alone. None is GRPO_KERNELS_BATCH_INVARIANT, by default what is free.
 
     Returns:
         `GRPOLossOutput`: loss 0-dim, differentiable once in hidden, weight, bias, lora and temperature; logps and entropy [B, T],
@@ -119,7 +122,8 @@ def fused_linear_grpo_loss(
         workspace_bytes, backend, kept_rows, data_parallel_group, advantages=advantages, old_logps=old_logps, ref_logps=ref_logps,
         importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps, num_items=num_items,
         cu_seqlens=cu_seqlens, differentiable_logps=differentiable_logps,
-        reduction=reduction, support=support, teacher=TeacherArguments.of_reference(config, ref_hidden, ref_weight, ref_bias),
+        reduction=reduction, support=support, batch_invariant=batch_invariant,
+        teacher=TeacherArguments.of_reference(config, ref_hidden, ref_weight, ref_bias),
     )  # fmt: skip
     call, kl = describe(args), None
     if call.one_pass:

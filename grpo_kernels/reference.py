@@ -22,7 +22,7 @@ def grpo_loss(
     Same arguments, results and errors as `fused_linear_grpo_loss`.
 
     Plain autograd all the way: differentiable in hidden, weight, bias, lora and temperature, any number of times. ``kept_rows``,
-    ``workspace_bytes`` and ``backend`` are accepted and change nothing; ``vocab_parallel_group`` must be None.
+    ``workspace_bytes``, ``backend`` and ``batch_invariant`` are accepted and change nothing; ``vocab_parallel_group`` must be None.
     """
     reference = TeacherArguments.of_reference(config, *(options.pop(f"ref_{name}", None) for name in ("hidden", "weight", "bias")))
     given = LossArguments(hidden, weight, completion_ids, mask, config, advantages=advantages, teacher=reference, **options)

@@ -213,7 +213,8 @@ def transformed(tile, s, dtype):
     y, slope = y * transform.logit_scale, None
     if transform.softcap is not None:
         share = y / transform.softcap
-        y, slope = transform.softcap * torch.tanh(share), 1 / torch.cosh(share).square()  # 1 - tanh^2 without its cancellation
+        q = torch.exp(-2 * share.abs())  # of torch's functions that have the same bits wherever in a tensor a number stands
+        y, slope = transform.softcap * torch.tanh(share), 4 * q / (1 + q).square()  # 1 - tanh^2 without its cancellation
     z = y / _temperature(tile, s)
     return (z if inside is None else z.where(inside, -float("inf"))), slope
 

@@ -135,10 +135,10 @@ class Gradients:
             s, dh, is_there = slice(start, end), None, False
             place = slice(where.start + start, where.start + end) if isinstance(where, slice) else where[s]
             if self.hidden is not None:
-                is_there = isinstance(place, slice) and factor is None and not self.run.wide
-                if self.run.wide:
-                    dh = torch.empty(end - start, weight.shape[1], dtype=self.run.accumulate, device=dz.device)
-                    self.run.multiply(dz[s], weight, dh)
+                in_float32 = self.run.wide or (self.run.fixed and self.needs_adapter)  # as rows that are recomputed
+                is_there = isinstance(place, slice) and factor is None and not in_float32
+                if in_float32:
+                    dh = self.run.product(dz[s], weight, self.run.accumulate)
                 elif is_there:
                     dh = self.hidden[place]
                     self.run.multiply(dz[s], weight, dh)
@@ -152,9 +152,9 @@ class Gradients:
             dt, a = dz_b * self.run.work.lora_scale, self.run.head.lora_a
             if self.lora_a is not None:
                 own = dt if factor is None else dt * factor.unsqueeze(1)
-                self.lora_a.addmm_(own.T.to(self.lora_a.dtype), h.to(self.lora_a.dtype))
+                self.run.multiply(own.T.to(self.lora_a.dtype), h.to(self.lora_a.dtype), self.lora_a, add=True, continued=True)
             if dh is not None:
-                dh.addmm_(dt.to(dh.dtype), a.to(dh.dtype))
+                self.run.multiply(dt.to(dh.dtype), a.to(dh.dtype), dh, add=True)
         if dh is not None:
             dh = dh if factor is None else dh.mul_(factor.unsqueeze(1))
             self._place(dh.to(self.hidden.dtype), where, is_there)
@@ -163,7 +163,7 @@ class Gradients:
         if not self.needs_adapter:
             return None
         lora_b = self.run.head.lora_b
-        return self.run.product(dz, lora_b, self.run.tile_dtype)
+        return self.run.product(dz, lora_b, self.run.accumulate if self.run.fixed else self.run.tile_dtype)
 
     def _place(self, dh, where, is_there):
         """dh into its rows; with a sharded vocabulary once the other ranks' parts have been added, while the next is made."""

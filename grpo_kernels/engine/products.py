@@ -10,6 +10,7 @@ transposed copy (2 cores, AMX, 1024 x 151,936: 270 ms against 130 ms + 20 ms for
 
 import functools
 import mmap
+import os
 import sys
 
 import torch
@@ -60,6 +61,14 @@ def _accepted(product, device, dtype):
     except (RuntimeError, TypeError):  # refused for its dtypes, or by a version that has no such argument
         return False
     return True
+
+
+def wants_batch_invariance():
+    """GRPO_KERNELS_BATCH_INVARIANT: 1 or 0, which is the default."""
+    given = os.environ.get("GRPO_KERNELS_BATCH_INVARIANT", "0")
+    if given not in ("0", "1"):
+        raise ValueError(f"GRPO_KERNELS_BATCH_INVARIANT must be 0 or 1, got {given!r}")
+    return given == "1"
 
 
 def fixed_products(wanted, like):
