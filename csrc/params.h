@@ -49,7 +49,7 @@ constexpr int64_t kTileColumns = 4096;
 
 struct StatisticsParams {
   Tile tile;
-  // acc [R, parts, 4]: a maximum, or what is at most 4 below it; sum of exp(z - max) without the target; sum of (z - max) exp(z - max);
+  // acc [R, parts, 4]: the maximum up to rounding; sum of exp(z - max) without the target; sum of (z - max) exp(z - max);
   // target's z. With one part all tiles are merged into it; with more, of which there is one for each tile, each into its own.
   void* stats;
   int64_t parts;

@@ -168,7 +168,7 @@ bool is_plain(const VectorTransform<T>& transform, int64_t first, int64_t n, int
   return transform.linear && n == kBlock<T> && (target < first || target >= first + n);
 }
 
-// The statistics of the columns of one fixed tile, from nothing; their `max` may be up to 4 below the maximum.
+// The statistics of the columns of one fixed tile, from nothing; their `max` is the maximum up to rounding.
 template <class T>
 RowStatistics<double> of_tile(const T* row, int64_t begin, int64_t end, int64_t target, const VectorTransform<T>& transform,
                               const Kept<acc_t<T>>* kept) {
@@ -195,6 +195,7 @@ RowStatistics<double> of_tile(const T* row, int64_t begin, int64_t end, int64_t 
       }
       stats.others += others;
       stats.moment += moment;
+      if (top <= 4) raise_max(stats, shift + double(top));
     } else {
       const int64_t padded = fill(row, first, n, transform, z);
       raise_max(stats, double(maximum(z, padded)));

@@ -24,7 +24,7 @@ from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 from grpo_kernels import available_backends, backends, fused_linear_distillation_loss, linear_divergence, reference
 from grpo_kernels.backends import pytorch
 from grpo_kernels.backends.comparison import KINDS
-from grpo_kernels.engine import accumulate, chunks, plan, products
+from grpo_kernels.engine import chunks, plan, products
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INF, NAN = math.inf, math.nan
@@ -1202,8 +1202,7 @@ class Recorder(test_gpu_plan.Recorder):
 
     def __init__(self, monkeypatch):
         self.products, self.kernels = Counter(), Counter()
-        for module in (chunks, accumulate):
-            monkeypatch.setattr(module, "multiply", self.multiply)
+        monkeypatch.setattr(chunks, "multiply", self.multiply)
         for name in ("divergence_statistics", "jensen_shannon", "divergence_gradient"):
             monkeypatch.setattr(pytorch, name, self.kernel(name, getattr(pytorch, name)))
 

@@ -298,16 +298,15 @@ def test_the_sanitizer_watches_every_check(stage, monkeypatch, tmp_path):
 
 def test_products_have_the_layouts_of_the_engine(as_on_a_gpu, monkeypatch):
     """Strides of both operands and of the output, as the loops hand them to `multiply`."""
-    from grpo_kernels.engine import accumulate, chunks
+    from grpo_kernels.engine import chunks
 
     stage, seen = as_on_a_gpu, set()
 
-    def watched(a, b, out, add=False, alpha=1.0):
+    def watched(a, b, out, add=False, alpha=1.0, **order):
         seen.add((*((tuple(x.shape), x.stride()) for x in (a, b, out)), out.dtype))
-        products.multiply(a, b, out, add, alpha)
+        products.multiply(a, b, out, add, alpha, **order)
 
-    for module in (chunks, accumulate):
-        monkeypatch.setattr(module, "multiply", watched)
+    monkeypatch.setattr(chunks, "multiply", watched)
     monkeypatch.setattr(chunks, "_stride", lambda columns, run: chunks.padded(columns, 2))  # which is another on a CPU,
     monkeypatch.setattr(native, "why_unavailable", lambda: "as on a GPU")  # where dz is transposed by a copy
     for name in decide.PATHS:

@@ -42,8 +42,7 @@ def statistics(tile, stats):
     """Merges a tile into the statistics [R, 4] of its rows, its fixed tiles of columns one after another from the left, or each of
     them into its own, [R, parts, 4].
 
-    stats columns: max, or what is at most 4 below it; sum of exp(z - max) without the target's column; sum of (z - max)
-    exp(z - max); target's z.
+    stats columns: max, up to rounding; sum of exp(z - max) without the target's column; sum of (z - max) exp(z - max); target's z.
     """
     for s in slabs(tile):
         z, _ = transformed(tile, s, stats.dtype)

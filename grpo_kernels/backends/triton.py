@@ -32,7 +32,7 @@ class _Kernels:
 
 
 kernels, pair_kernels = _Kernels("row_kernels_triton"), _Kernels("pair_kernels_triton")
-divergence_kernels = _Kernels("divergence_kernels_triton")
+divergence_kernels, product_kernels = _Kernels("divergence_kernels_triton"), _Kernels("products_triton")
 
 
 @functools.cache

@@ -403,6 +403,8 @@ def add_product(run, total, dz, factor):
     """A float32 sum of products; a library's of 16-bit inputs are rounded before they are added, on a CPU."""
     if run.wide or run.fixed or factor.dtype == total.dtype:
         run.multiply(dz, factor, total, add=True)
+    elif dz.dtype == torch.float16:  # whose tiny numbers a product would round away
+        total += dz.float() @ factor.float()
     else:
         total += dz @ factor
 

@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from ..backends import FLOAT32_TILES, native
+from ..backends import FLOAT32_TILES, native, triton
 from ..tracing import constant
 
 _HUGE_PAGE_BYTES = 8 * 2**20
@@ -90,9 +90,7 @@ def multiply(a, b, out, add=False, alpha=1.0, fixed=False, continued=False):
     """
     if fixed:
         if out.is_cuda:
-            from ..backends import products_triton  # here, since a call on the CPU does without Triton
-
-            products_triton.product(a, b, out, add=add, alpha=alpha)
+            triton.product_kernels.product(a, b, out, add=add, alpha=alpha)
         else:
             native.product(a, b, out, add=add, alpha=alpha, continued=continued)
     elif out.dtype == a.dtype:
