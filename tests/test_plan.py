@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from grpo_kernels import (
     linear_divergence,
     linear_logprobs,
 )
-from grpo_kernels.backends import pytorch
+from grpo_kernels.backends import native, pytorch
 from grpo_kernels.engine import cost
 from grpo_kernels.engine.plan import (
     DEFAULT_GPU_WORKSPACE_BYTES,
@@ -41,6 +42,7 @@ from grpo_kernels.engine.plan import (
     predict,
     steps,
 )
+from grpo_kernels.engine.products import fixed_products
 
 MIB = 2**20
 V = 151_936
@@ -172,7 +174,7 @@ def test_steps_are_the_products_that_a_call_runs(needs, level, dtype):
     for budget in (9 * 10**6, 10**8):
         rows, e = p.kept, dtype.itemsize
         asked = Problem(rows * bool(needs), rows * (not needs), 5003, 64, e, e, "hidden" in needs, "weight" in needs, budget,
-                        level == "sequence")  # fmt: skip
+                        level == "sequence", fixed=fixed_products(False, torch.empty(0, dtype=dtype)))  # fmt: skip
         products, found = collections.Counter(), plan(asked)
         for step in steps(asked, found):
             if step.k:
@@ -184,9 +186,15 @@ def test_steps_are_the_products_that_a_call_runs(needs, level, dtype):
 
 def recorded(function):
     """{(m, n, k): count} of the products inside of ``function()``."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
-        function()
     found = collections.Counter()
+
+    def counting(a, b, out, **options):
+        found[a.shape[0], b.shape[1], a.shape[1]] += 1
+        return product(a, b, out, **options)
+
+    product = native.product
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace, mock.patch.object(native, "product", counting):
+        function()
     for event in trace.profiler.kineto_results.events():
         if event.name() in PRODUCTS:
             first, second = event.shapes()[1:3] if event.name().startswith("aten::addmm") else event.shapes()[:2]
@@ -523,7 +531,8 @@ def test_steps_beside_a_teacher_are_the_products_that_a_call_runs(needs, kind):
     for per_token in (False, True):
         for budget in (10**6, 4 * 10**6, 2 * 10**7):
             asked = Problem(700 * bool(needs), 700 * (not needs), 2003, 24, 2, 2, "hidden" in needs, "weight" in needs, budget, per_token,
-                            teacher_depth=40, teacher_size=2, mixes=kind == "jsd")  # fmt: skip
+                            teacher_depth=40, teacher_size=2, mixes=kind == "jsd",
+                            fixed=fixed_products(False, torch.empty(0, dtype=torch.bfloat16)))  # fmt: skip
             products, found = collections.Counter(), plan(asked)
             for step in steps(asked, found):
                 if step.k:

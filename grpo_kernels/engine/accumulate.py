@@ -135,15 +135,11 @@ class Gradients:
             s, dh, is_there = slice(start, end), None, False
             place = slice(where.start + start, where.start + end) if isinstance(where, slice) else where[s]
             if self.hidden is not None:
-                in_float32 = self.run.wide or (self.run.fixed and self.needs_adapter)  # as rows that are recomputed
-                is_there = isinstance(place, slice) and factor is None and not in_float32
-                if in_float32:
-                    dh = self.run.product(dz[s], weight, self.run.accumulate)
-                elif is_there:
-                    dh = self.hidden[place]
-                    self.run.multiply(dz[s], weight, dh)
+                is_there = isinstance(place, slice) and factor is None and not (self.run.wide or self.run.fixed)
+                if self.run.wide or self.run.fixed:
+                    dh = self._over_blocks(dz[s], weight, self.run.accumulate)
                 else:
-                    dh = self.run.product(dz[s], weight)
+                    dh = torch.mm(dz[s], weight, out=self.hidden[place]) if is_there else dz[s] @ weight
             self.add_rows(dh, self._adapter_product(dz[s]), h[s], place, is_there, None if factor is None else factor[s])
 
     def add_rows(self, dh, dz_b, h, where, is_there=False, factor=None):
@@ -162,8 +158,15 @@ class Gradients:
     def _adapter_product(self, dz):
         if not self.needs_adapter:
             return None
-        lora_b = self.run.head.lora_b
-        return self.run.product(dz, lora_b, self.run.accumulate if self.run.fixed else self.run.tile_dtype)
+        return self._over_blocks(dz, self.run.head.lora_b, self.run.accumulate if self.run.fixed else self.run.tile_dtype)
+
+    def _over_blocks(self, dz, factor, dtype):
+        """dz factor; a product of a fixed order packs what it reads, so it gets a block of the vocabulary at a time."""
+        step = self.run.plan.columns if self.run.fixed else max(1, dz.shape[1])
+        out = torch.empty(dz.shape[0], factor.shape[1], dtype=dtype, device=dz.device)
+        for left, right in blocks(dz.shape[1], step) or [(0, 0)]:
+            self.run.multiply(dz[:, left:right], factor[left:right], out, add=left > 0)
+        return out
 
     def _place(self, dh, where, is_there):
         """dh into its rows; with a sharded vocabulary once the other ranks' parts have been added, while the next is made."""

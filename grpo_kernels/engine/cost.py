@@ -76,6 +76,7 @@ class Problem:
     teacher_depth: int = 0  # of a second head, whose logits are beside those of the first; 0: there is none
     teacher_size: int = 0  # bytes of an element of it
     mixes: bool = False  # a divergence that needs the whole rows of both twice
+    fixed: bool = False  # products of a fixed order: all cuts are at places where they change no bit
 
     @property
     def trained(self):
@@ -215,7 +216,7 @@ def steps(problem: Problem, plan: Plan) -> list[Step]:
         else:
             tally.gather(1, stashed)
             tally.kernel(1, "gradient", stashed, p.vocab, 1, p.element_size)
-        tally.dh(1, stashed, plan.dh_rows)
+        tally.dh(1, stashed, plan.dh_rows, plan.columns)
         # both parts of dW are summed by the same blocks
         tally.dw(1, stashed, plan.columns, False, plan.direct)
     final, started = not stashed and recomputed <= plan.recompute_rows, stashed > 0
@@ -298,7 +299,7 @@ class Tally:
         for i, (g, n) in enumerate(_cuts(rows, buffer_rows)):
             self.gather(g, n)
             self.policy(g, n, chunk_rows, columns)
-            self.dh(g, n, dh_rows)
+            self.dh(g, n, dh_rows, columns)
             self.dw(g, n, columns, i > 0, direct)
         self.cast(rows and not direct)
 
@@ -315,9 +316,13 @@ class Tally:
             reads = (1 if self.p.reads_once else 2) + self.p.mixes
             self.kernel(count * k, "divergence" if self.p.compares else "policy", m, self.p.vocab, reads, self.p.element_size)
 
-    def dh(self, count, rows, height):
+    def dh(self, count, rows, height, columns):
         p = self.p
         for k, m in _cuts(rows, height) if p.needs_hidden else ():
+            if p.fixed:
+                for b, c in _cuts(p.vocab, columns):
+                    self.product(count * k * b, "dH", m, p.depth, c, max(p.element_size, 4), cached=True)
+                continue
             if p.on_cpu or p.element_size >= 4:
                 self.product(count * k, "dH", m, p.depth, p.vocab, p.element_size)
                 continue

@@ -12,7 +12,7 @@ from ..losses.config import GRPOLossConfig, LogitTransform
 from ..losses.terms import PolicyRows
 from ..tracing import constant
 from .plan import Problem, device_of
-from .products import tile_dtype
+from .products import fixed_products, tile_dtype
 
 
 @dataclass(frozen=True)
@@ -145,4 +145,5 @@ def problem_of(weight, work: Work, live, dead, two_phases=False, teacher=()) -> 
         budget=work.budget, two_phases=two_phases, device=device_of(weight.device), sums_weight=work.needs[1],
         teacher_depth=teacher[1].shape[1] if teacher else 0, teacher_size=teacher[1].element_size() if teacher else 0,
         mixes=work.divergence is not None and work.divergence.kind == "jsd",
+        fixed=fixed_products(work.batch_invariant, weight),
     )  # fmt: skip

@@ -209,7 +209,8 @@ class _RowLogProbs(torch.autograd.Function):
             logps, entropy, _, u, *_ = _one_pass(hidden, head, [], [*rows, ones, *(None,) * 5], live, *encoded(work))
             ctx.save_for_backward(hidden, *tensors, logps, None, entropy, u)
             return logps, entropy, logps.new_empty(0, len(work.diagnostics)), None
-        stash_rows = 0 if ctx.wide and any(beside) else stash_rows_of(problem)
+        # what a wide stash has rounded would depend on whether a row fits it
+        stash_rows = 0 if ctx.wide and (any(beside) or work.batch_invariant) else stash_rows_of(problem)
         *scored, stash, found = _score(hidden, head, [], rows, live, stash_rows, *encoded(work))
         logps, lse, entropy = scored[:3]
         ctx.mark_non_differentiable(found)

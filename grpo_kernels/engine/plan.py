@@ -16,7 +16,7 @@ head in two phases keeps u = d logps / d hidden. V' is V padded to
     scoring      score_group D e  +  score_rows score_columns z    <= budget / 2
 
 On a CPU a row of the buffer takes its row of dH as well, and one block's operands of dW stand beside it. A budget below one row
-of these and 64 columns is exceeded by at most so much.
+of these and 64 columns is exceeded by at most so much; one of products of a fixed order by that of 4096 columns.
 
 A call that compares two heads has as many logits of the teacher beside each chunk and each block, of the student's dtype, and
 their rows of the teacher's hidden states, D' e' bytes each. On a CPU such a chunk has at most 512 rows, the buffer may have more. A
@@ -51,6 +51,7 @@ _CHUNK_SLACK = 1.02  # a lower chunk that leaves room for all live rows may cost
 _USUAL_ROWS = 16384  # heights are compared at so many rows, rests included; there are none of powers of two
 _ALIGNMENT = 128  # bytes; an odd row stride would push the products off their fast path
 _BLOCK_BYTES = 16 * 2**20
+_MIN_COLUMNS = 64
 _MAX_COLUMNS = 8192
 _SCORE_ROWS = 1024
 _COMPARED_ROWS = 512  # of a CPU's chunk beside a teacher's
@@ -188,7 +189,7 @@ def _gpu_heights(p):
         return sum(step.count * seconds(p, step) for step in tally.steps())
 
     dh_row = _pass_bytes(p, 0, 0, 1)
-    dh_rows = min(_units(budget // 32 // max(1, dh_row)), key=lambda x: cost("dh", 1, x, x) / x)
+    dh_rows = min(_units(budget // 32 // max(1, dh_row)), key=lambda x: cost("dh", 1, x, x, V) / x)
     left = max(1, budget - dh_rows * dh_row)
     most_chunk = left // _pass_bytes(p, 1, 1, 0)
     chunks = [x for x in _CHUNK_ROWS if x <= most_chunk] or [max(1, most_chunk)]
@@ -204,8 +205,9 @@ def _gpu_heights(p):
     beside = tuple(x for x in reversed(costs) if costs[x] <= _CHUNK_SLACK * min(costs.values())) if _has_chunk(p) else ()
 
     in_cache = min(budget // 4, p.device.cache) // _logit_bytes(p)
-    # blocks of like width, since a narrow last one would fill no wave; and of whole fixed tiles
-    widths = sorted({min(V, -(-V // n // TILE_COLUMNS) * TILE_COLUMNS) for n in range(1, 65)})
+    # blocks of like width: a narrow last one would fill no wave
+    whole = TILE_COLUMNS if p.fixed else TILE
+    widths = sorted({min(V, -(-V // n // whole) * whole) for n in range(1, 65)} | {min(V, TILE_COLUMNS if p.fixed else 64)})
     tiles = [(x, c) for c in widths for x in _SCORE_HEIGHTS if x * c <= in_cache]
     tiles = [(x, c) for x, c in tiles if x * _hidden_bytes(p) <= budget // 4] or [(1, widths[0])]
     score_rows, score_columns = min(tiles, key=lambda tile: cost("score", tile[0], *tile, tile[0]) / tile[0])
@@ -226,7 +228,8 @@ def _cpu_heights(p):
     """Blocks whose operands stay in the cache; everything was measured, nothing is left to the cost model."""
     e, z, accumulate = p.element_size, _logit_bytes(p), max(p.element_size, 4)
     columns = _block_columns(p)
-    score_columns = p.vocab if p.mixes else min(p.vocab, TILE_COLUMNS)
+    least = TILE_COLUMNS if p.fixed else max(_MIN_COLUMNS, p.budget // (4 * z))
+    score_columns = p.vocab if p.mixes else min(p.vocab, TILE_COLUMNS, least)
     score_rows = min(_SCORE_ROWS, max(1, p.budget // (score_columns * z + _hidden_bytes(p))))
     fixed = _pass_bytes(p, 0, 0, 0)
     R = r = _whole(max(1, (p.budget - fixed) // (_pass_bytes(p, 1, 1, 0) - fixed)), p)
@@ -234,7 +237,7 @@ def _cpu_heights(p):
         r, beside = _COMPARED_ROWS, _pass_bytes(p, _COMPARED_ROWS, 0, 0)
         R = _whole((p.budget - beside) // (_pass_bytes(p, 0, 1, 0) - fixed), p)
     # what is recomputed is cut the same way whether or not these rows would fit a stash: a backward that drops rows asks again
-    again = min(p.vocab, max(CHAIN, columns // 2))
+    again = max(min(CHAIN if p.fixed else _MIN_COLUMNS, p.vocab), columns // 2)
     row = again * (z + e) + p.depth * e + _hidden_bytes(p)
     span = _whole(max(1, min(_SCORE_ROWS, (p.budget // 4 - _recompute_bytes(p, again, 0, 0, 0)) // row)), p)
     stripe = _whole(max(span, p.budget // 2 // (p.depth * accumulate)), p)
@@ -244,7 +247,8 @@ def _cpu_heights(p):
 def _block_columns(p):
     """Blocks of some 16 MiB of weight: large enough for the products, small beside the chunk."""
     by_bytes = min(_BLOCK_BYTES, p.budget // 8) // (p.depth * p.element_size)
-    return min(p.vocab, _MAX_COLUMNS, max(2 * CHAIN, by_bytes // (2 * CHAIN) * 2 * CHAIN))
+    whole = 2 * CHAIN if p.fixed else 1
+    return min(p.vocab, _MAX_COLUMNS, max(whole, _MIN_COLUMNS, by_bytes // whole * whole))
 
 
 def _has_chunk(p):
@@ -297,7 +301,7 @@ def _recompute_bytes(p, columns, chunk, stripe, span):
 
 def _whole(count, p):
     """In whole tiles of rows where that many fit; on a CPU in what a product sums at once."""
-    unit = PRODUCT_ROWS if p.on_cpu else TILE
+    unit = PRODUCT_ROWS if p.on_cpu and p.fixed else 1 if p.on_cpu else TILE
     return count if count < unit else count // unit * unit
 
 

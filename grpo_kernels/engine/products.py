@@ -63,6 +63,7 @@ def _accepted(product, device, dtype):
     return True
 
 
+@constant
 def wants_batch_invariance():
     """GRPO_KERNELS_BATCH_INVARIANT: 1 or 0, which is the default."""
     given = os.environ.get("GRPO_KERNELS_BATCH_INVARIANT", "0")
@@ -78,9 +79,17 @@ def fixed_products(wanted, like):
     """
     if like.is_cuda:
         return wanted
-    if native.why_unavailable() is not None or like.dtype not in native.PRODUCT_DTYPES:
-        return False
-    return wanted or native.products_are_free(like.dtype)
+    return (wanted or _are_free(like.dtype)) and _are_there(like.dtype)
+
+
+@constant
+def _are_there(dtype):
+    return native.why_unavailable() is None and dtype in native.PRODUCT_DTYPES
+
+
+@constant
+def _are_free(dtype):
+    return _are_there(dtype) and native.products_are_free(dtype)
 
 
 def multiply(a, b, out, add=False, alpha=1.0, fixed=False, continued=False):
