@@ -119,7 +119,7 @@ class SampledLogProbs(StoppingCriteria):
         if self._support is not None and (cut := self._support.last()).ids.numel():
             rows = cut.lengths().nonzero().squeeze(1)
             if head.weight.untyped_storage().size() == 0:
-                raise NotImplementedError("support must be None for a sharded model: its output layer is gone when a token is drawn")
+                raise NotImplementedError("support must be None for a sharded model, whose output layer is gone by then")
             with torch.autocast(raw.device.type, enabled=False):  # all is cast already
                 over = linear_logprobs(
                     states[rows], head.weight, tokens[rows], bias=head.bias, lora=head.lora, backend=self._backend,

@@ -7,8 +7,8 @@ vLLM's own are a log_softmax over all columns at once. Here a row's statistics a
 token's log-prob is taken as training takes it. From the same logits it then has the same bits as `linear_logprobs`.
 
 This replaces the sampler's log-probs and not the model's products: vLLM makes hidden states and logits by kernels of its own, and
-rounds logits to the model's dtype. A softcap or a logit scale vLLM applies itself before the sampler sees a logit: log-probs of such
-heads are equal up to rounding.
+rounds logits to the model's dtype. A softcap or a logit scale vLLM applies itself before the sampler sees a logit: log-probs of
+such heads are equal up to rounding.
 
 Written against the interface of vLLM 0.10.0 to 0.2x (V1 engine): `Sampler.gather_logprobs(logprobs, num_logprobs, token_ids)`. It
 has never run inside of vLLM; the tests run it in a stand-in of `Sampler` with the same methods. The sampler of vLLM's newer model
