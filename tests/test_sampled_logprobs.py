@@ -12,6 +12,8 @@ from transformers import (
     GenerationConfig,
     GraniteConfig,
     GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -34,8 +36,10 @@ def position_wise(model, dtype=torch.float32):
     """A model whose layers add nothing: the hidden state of a token is its own, with a cache and without."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight", "dense.weight", "fc2.weight")):
                 p.zero_()
+            elif name == "lm_head.bias":
+                p.normal_()
         lm_head(model).weight.mul_(15)
     return model.eval().to(dtype)
 
@@ -73,6 +77,7 @@ MODELS = {
     "plain": dict(),
     "softcap": dict(config=Gemma2Config, model=Gemma2ForCausalLM, num_key_value_heads=2, head_dim=8, final_logit_softcapping=3.0),
     "scale": dict(config=GraniteConfig, model=GraniteForCausalLM, logits_scaling=4.0),
+    "bias": dict(config=PhiConfig, model=PhiForCausalLM),
     "wide": dict(vocab_size=4000),
 }
 
@@ -144,6 +149,14 @@ def test_adapters_and_wrappers():
     wrapped.module = model
     again, _, _ = drawn(wrapped, generate=model.generate)
     assert torch.equal(again, found)
+
+
+def test_a_model_that_makes_logits_of_the_whole_prompt():
+    model = position_wise(tiny_model())
+    own = model.forward
+    model.forward = lambda *args, logits_to_keep=0, **kwargs: own(*args, **kwargs)
+    found, sequences, mask = drawn(model)
+    torch.testing.assert_close(found, trained(model, sequences, mask, by_step=True), rtol=0, atol=1e-6)
 
 
 def test_the_tokens_are_those_that_the_model_alone_would_draw():
