@@ -1,4 +1,4 @@
-"""docs/metrics.md, training.md, sampling-mask.md and distillation.md: what their tables and examples say, against what the code does."""
+"""docs/metrics.md, training.md, sampling-mask.md, bits.md and distillation.md: what their tables and examples say, against what the code does."""
 
 import collections
 import contextlib
@@ -214,6 +214,15 @@ def test_what_supports_were_measured_to_cost_is_what_the_record_says():
         for cell, name in zip(cells, names, strict=True):
             shown = float(cell.removesuffix(" ms"))
             assert shown == pytest.approx(found[name], abs=0.5 if shown > 100 else 0.06), name
+
+
+# ---- bits ----
+
+
+def test_the_snippet_of_the_bits_does_what_it_says():
+    (source,) = snippets((DOCS / "bits.md").read_text())
+    names = printed_as_it_says(source, {})
+    assert names["old"].shape == (4, 6) and (names["old"] < 0).all()
 
 
 # ---- distillation ----

@@ -233,6 +233,7 @@ def test_two_ranks_are_one_process(name, folder, tmp_path):
     assert torch.equal(ranks[0][1], ranks[1][1]), "the ranks drift apart"
     assert (ranks[0][3] > 0) == (name in SHARDED)
     for ours in ranks:
+        assert not any(log.get("sampler_mismatch") for log in ours[0])
         assert_same(ours, one, 2e-5)
 
 

@@ -88,6 +88,12 @@ class SupportRecorder(LogitsProcessor):
         self._steps[written.shape[1]] = left.nonzero()[:, 1].int(), left.sum(1)
         return scores
 
+    def last(self) -> TokenSupport:
+        """Of the step that was seen last, a position for each row of the scores."""
+        if not self._steps:
+            raise RuntimeError("recorded_support has seen no sampled token of this model")
+        return TokenSupport.from_lengths(*next(reversed(self._steps.values())))
+
     def support(self, mask: torch.Tensor) -> TokenSupport:
         """Of the completions of the last call of generate.
 

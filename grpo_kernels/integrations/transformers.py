@@ -111,7 +111,7 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
         TypeError: not a causal LM, an encoder-decoder model, or one that is wrapped otherwise.
         ValueError: an option is not legal.
     """
-    given, model = model, _causal_lm(model)
+    given, model = model, causal_lm(model)
     _check_options(temperature, outputs, workspace_bytes, backend)
     options = {"temperature": temperature, "diagnostics": outputs, "workspace_bytes": workspace_bytes, "backend": backend}
     before = {name: vars(model)[name] for name in ("forward", "_fused_lm_head") if name in vars(model)}
@@ -218,7 +218,7 @@ class _FusedForward:
 
 def is_fused(model) -> bool:
     """Whether this causal LM's forward is the one that `fuse_lm_head` gave it, or a wrapper of it: accelerate's autocast."""
-    forward = _causal_lm(model).forward
+    forward = causal_lm(model).forward
     while forward is not None:
         forward = getattr(forward, "__func__", forward)
         if isinstance(forward, _FusedForward):
@@ -227,7 +227,7 @@ def is_fused(model) -> bool:
     return False
 
 
-def _causal_lm(model):
+def causal_lm(model):
     """The causal LM inside DDP's and PEFT's wrappers, which hand keywords through."""
     found = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
     found = found.get_base_model() if hasattr(found, "get_base_model") else found

@@ -5,6 +5,7 @@ from collections import defaultdict
 
 import torch
 
+_LARGEST = ("sampler_mismatch",)  # whose highest value counts, though their names do not say so
 _LENGTH = 256  # values that wait one by one; a run that never logs keeps no more
 
 
@@ -49,7 +50,8 @@ class Recorded:
         for name, (total, weight, lowest, highest) in zip(names, figures, strict=True):
             if weight > 0:
                 kinds = (word for word in ("min", "max") if name.endswith(f"_{word}") or f"completions/{word}_" in name)
-                metrics[name] = {"mean": total / weight, "min": lowest, "max": highest}[next(kinds, "mean")]
+                kind = "max" if name in _LARGEST else next(kinds, "mean")
+                metrics[name] = {"mean": total / weight, "min": lowest, "max": highest}[kind]
         return metrics
 
     def _total(self, name):

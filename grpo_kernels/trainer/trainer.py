@@ -227,10 +227,12 @@ class GRPOTrainer(Trainer):
         if self._samples:
             self._samples.keep(self.state.global_step, layout.flatten().argsort().tolist(), rewards, advantages)
         if args.steps_per_rollout > 1:
-            # in training mode, dropout included, as the loss will be; its draws must not depend on what a checkpoint forgets
+            # by the loss's own kernels and in training mode, so that the first step finds these bits again; draws of dropout are
+            # others, and must not depend on what a checkpoint forgets
             self.model.train()
+            logps = lambda hidden, head, given: self._loss(hidden, head, given)[0].logps  # noqa: E731
             with seeded(args.seed, "old_logps", index, rank):
-                batch["old_logps"] = self._logps(self.model, batch, skip=self._skips)
+                batch["old_logps"] = self._of_tokens(logps, self.model, batch, skip=self._skips)
         self.state.num_input_tokens_seen += self.accelerator.reduce(batch["attention_mask"].sum(), "sum").item()
         return batch
 
@@ -336,14 +338,8 @@ class GRPOTrainer(Trainer):
         micro = self._micro_batch(inputs, skip=training and self._skips)
 
         def loss(hidden, head):
-            hidden, given, reference = micro.predicting(hidden), micro.loss_inputs, None
-            if self.loss_config.exact_kl:
-                reference = self._reference_head(given["ref_hidden"].dtype)
-                given = given | {"ref_weight": reference.weight, "ref_bias": reference.bias}
-            output = fused_linear_grpo_loss(
-                hidden, head.weight, **given, bias=head.bias, lora=head.lora,
-                data_parallel_group=self._data_parallel_group, config=self.loss_config, backend=self.args.backend,
-            )  # fmt: skip
+            hidden = micro.predicting(hidden)
+            output, reference = self._loss(hidden, head, micro.loss_inputs)
             names, decode = diagnose.parameters(self.model), self.processing_class.decode
             diagnose.check(output.loss.detach(), micro, hidden.detach(), head, inputs, names, decode, reference)
             made.append(output)
@@ -370,8 +366,24 @@ class GRPOTrainer(Trainer):
         if training:
             share = micro.loss_inputs["mask"].sum() * (not micro.idle) / kept
             recorded.record({"trained_token_share": share}, kept)
+            old = micro.loss_inputs.get("old_logps")
+            if old is not None and not self.state.global_step % self.args.steps_per_rollout:  # before the first update
+                moved = torch.nn.functional.pad((output.logps - old).abs().flatten(), (0, 1))  # which may be of no token
+                recorded.record({"sampler_mismatch": moved.amax()}, kept)
         output = output._replace(loss=loss.detach(), logps=micro.spread(output.logps), entropy=micro.spread(output.entropy))
         return (loss, output) if return_outputs else loss
+
+    def _loss(self, hidden, head, given):
+        """(`GRPOLossOutput`, the reference's head or None) of a micro-batch."""
+        reference = None
+        if self.loss_config.exact_kl:
+            reference = self._reference_head(given["ref_hidden"].dtype)
+            given = given | {"ref_weight": reference.weight, "ref_bias": reference.bias}
+        output = fused_linear_grpo_loss(
+            hidden, head.weight, **given, bias=head.bias, lora=head.lora, data_parallel_group=self._data_parallel_group,
+            config=self.loss_config, backend=self.args.backend,
+        )  # fmt: skip
+        return output, reference
 
     def _prepare_input(self, data):
         return data.to(self.args.device) if isinstance(data, TokenSupport) else super()._prepare_input(data)
@@ -393,7 +405,7 @@ class GRPOTrainer(Trainer):
         sequences = inputs.get("sequences", len(micro.loss_inputs["advantages"]))
         return metric_weight(name, self.loss_config, micro.loss_inputs["mask"].sum(), sequences)
 
-    def _logps(self, model, batch, skip=False, whole=False):
+    def _logps(self, model, batch, whole=False):
         """Log-probs [B, T] of the sampled tokens."""
         config = self.loss_config
 
@@ -404,7 +416,7 @@ class GRPOTrainer(Trainer):
                 backend=self.args.backend, support=given.get("support"),
             ).logps  # fmt: skip
 
-        return self._of_tokens(logps, model, batch, skip, whole)
+        return self._of_tokens(logps, model, batch, whole=whole)
 
     @torch.no_grad()
     def _of_tokens(self, function, model, batch, skip=False, whole=False):
