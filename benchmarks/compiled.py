@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 from grpo_kernels.backends import comparison
 from grpo_kernels.backends import triton as backend
-from grpo_kernels.backends.statistics import Pairs, Scored, Tile, new_statistics
+from grpo_kernels.backends.statistics import Pairs, Scored, Tile, new_statistics, tiles_of
 from grpo_kernels.losses.config import LogitTransform
 from grpo_kernels.losses.terms import KINDS, PolicyRows, PolicyTerms
 
@@ -36,12 +36,13 @@ OPTIONS = {
     "bias": {"bias": True}, "temperature": {"temperature": True}, "entropy": {"entropy": True}, "KL": {"kl": True},
     "bf16 tile": {"tile": torch.bfloat16}, "float32 out": {"out": torch.float32}, "fp16 out": {"out": torch.float16},
     "ranges": {"ranges": True}, **{kind: {"kind": kind} for kind in KINDS},
-    "float32": {"tile": torch.float32}, "to float32": {"out": torch.float32}, "add": {"add": True}, "K 896": {"columns": 896},
+    "parts": {"parts": True}, "float32": {"tile": torch.float32}, "to float32": {"out": torch.float32}, "add": {"add": True}, "K 896": {"columns": 896},
     **{kind: {"kind": kind} for kind in comparison.KINDS}, "logps": {"logps": True},
 }
 CASES = {
     "statistics": ("", "odd V", "column block", "column block, softcap", "bias, temperature", "column block, bf16 tile",
-                   "ranges", "ranges, softcap, temperature"),
+                   "parts", "ranges", "ranges, softcap, temperature"),
+    "close": ("",),
     "gradient": ("", "odd V", "column block", "softcap", "entropy", "entropy, softcap, bias", "float32 out", "bf16 tile",
                  "bf16 tile, entropy, softcap", "float32 out, ranges", "float32 out, ranges, entropy, softcap, temperature"),
     "policy": ("clipped, KL", "clipped, KL, odd V", "clipped, KL, V 32k", "clipped, KL, bias", "clipped, KL, bf16 tile",
@@ -61,7 +62,7 @@ OF_BOTH = "divergence_statistics", "jensen_shannon", "divergence_gradient"
 
 
 def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bfloat16, stride=None, bias=False, temperature=False,
-          entropy=False, kind="clipped", kl=False, ranges=False):
+          entropy=False, kind="clipped", kl=False, ranges=False, parts=False):
     """Calls the backend as the engine does: rows on 128 bytes unless a stride is given, results of the tile's dtype in place."""
 
     def matrix(dtype):
@@ -74,7 +75,9 @@ def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bflo
         result = vector
         tile = replace(tile, values=vector, ranges=torch.zeros(2, 2, dtype=torch.long))
     if kernel == "statistics":
-        backend.statistics(tile, new_statistics(2, torch.float32, "cpu"))
+        backend.statistics(tile, new_statistics(2, torch.float32, "cpu", tiles_of(columns) if parts else None))
+    elif kernel == "close":
+        backend.close(new_statistics(2, torch.float32, "cpu", tiles_of(columns)), scored)
     elif kernel == "policy":
         inputs = [None if kind == "linear" else vector] * 2 + [vector if kl else None] * 2
         terms = PolicyTerms(kind, use_bias_correction_kl=kind != "linear")
@@ -122,7 +125,7 @@ def launches(architecture: int, call) -> list:
     ))
 
     def compile_only(self, *args, warmup, **more):
-        made.append((run(self, *args, warmup=True, **more), more["BLOCK"]))
+        made.append((run(self, *args, warmup=True, **more), more.get("BLOCK") or more["STEP"]))
 
     with mock.patch.object(triton.JITFunction, "run", compile_only):
         call()
@@ -147,8 +150,9 @@ def row(name: str, architecture: int) -> dict:
     warps, shared, bias = compiled.metadata.num_warps, compiled.metadata.shared, "bias" in options and not pairs
     sizes = dtypes["tile"].itemsize, dtypes["out"].itemsize
     judged = occupancy.judged(code, warps, shared, str(architecture), *sizes, bias, 2 if both else 1)
-    must_stream = architecture != 100 if pairs else judged["must_stream"] and not ranges
-    judged |= {"must_stream": must_stream, "aligned": 4 if ranges else 16}
+    of_stats = kernel == "close" or "parts" in options  # whose loops move single numbers
+    must_stream = architecture != 100 if pairs else judged["must_stream"] and not ranges and kernel != "close"
+    judged |= {"must_stream": must_stream, "aligned": 4 if ranges or of_stats else 16}
     return {"kernel": name, "arch": f"sm_{architecture}", "block": block, "warps": warps, **judged, "load": load, "store": store}
 
 
