@@ -9,8 +9,8 @@
 Per element: two exp in `policy` (and an eighth for the running maximum, kept per GROUP of columns), one elsewhere. The target's
 column is left out of every sum, so that p near 1 loses no digits; only the step that holds it looks for it.
 
-The bits of a row's statistics depend on its columns alone. A fixed tile of TILE columns is folded in steps of as many columns as the
-dtype says; its groups are then added by pairs, two numbers at a time, so that it does not matter which thread holds them; and
+The bits of a row's statistics depend on its columns alone. A fixed tile of TILE columns is folded in steps of as many of them as
+the dtype says; its groups are then added by pairs, two numbers at a time, so that it does not matter which thread holds them; and
 the tiles are merged from left to right. The kernels are launched without contraction of products and sums: two of them that inline
 one function could round it differently. What is fused is written so.
 """
@@ -218,7 +218,7 @@ def _sum_of_groups(x, TILES: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _fold(x, start, end, target, before, transform, TILES: tl.constexpr, STEP: tl.constexpr):
-    """A step of adjacent tiles folded into the statistics of their groups [TILES, STEP / GROUP] without the target; None: of nothing."""
+    """A step of adjacent tiles folded into the statistics of groups [TILES, STEP / GROUP], without the target; None: of nothing."""
     columns = start + _at_step(TILES, STEP)
     z, _ = _transformed(x, columns, end, transform)
     if end is not None:
@@ -240,7 +240,7 @@ def _fold(x, start, end, target, before, transform, TILES: tl.constexpr, STEP: t
 
 @triton.jit
 def _of_tiles(groups, at_target, start, target, transform, TILES: tl.constexpr, GROUPS: tl.constexpr):
-    """The statistics [TILES] of adjacent tiles, of those of their groups and the target's logit, which is in one of them or none."""
+    """The statistics [TILES] of adjacent tiles, of those of their groups and the target's logit, if it is in one of them."""
     peak = tl.max(groups.peak, 1)
     x = tl.join(*_against(groups.peak, groups.others, groups.moment, groups.others, tl.expand_dims(peak, 1)))
     # a thread has several groups: the pairs that are furthest apart need no exchange, and those of one warp none through memory

@@ -101,11 +101,11 @@ def launch_shape(columns: int | None, element_size: int, plain: bool = True) -> 
 
 
 def policy_shape(columns: int, element_size: int, plain: bool = True) -> PolicyShape:
-    """A pure function as `launch_shape`: four warps for each of the fixed tiles that lie side by side, sixteen elements a thread.
+    """A pure function as `launch_shape`: four warps for each fixed tile of those side by side, sixteen elements a thread.
 
-    Of a long row, which is read twice, these are several, so that few rows are in flight and the second read finds as much as can be
-    of its row in the L2 cache: one row on each multiprocessor, or two of half the length. Every warp merges the statistics of every
-    tile, some 30 instructions for 32 elements a thread, more side by side would not hide behind the loads. Reasoned, not measured.
+    A long row, which is read twice, has several, so that few rows are in flight and the second read finds as much as can be of its
+    row in the L2 cache: one row on each multiprocessor, or two. Every warp merges the statistics of every tile, some 30 instructions
+    for 32 elements of a thread, once for each tile; with more than four they would not hide behind the loads. Not measured yet.
     """
     tiles = 1 if columns < 16384 or not plain else 2 if columns < 65536 else 4
     return PolicyShape(tiles * step(False, element_size), 4 * tiles, tiles)
@@ -179,7 +179,8 @@ def policy(tile, out, rows, terms, scored):
     element_size = tile.values.element_size()
     shape = policy_shape(tile.values.shape[1], element_size, _plain(tile, rows.w_entropy))
     _launch(kernels.policy_kernel, tile, out, scored, kernels.Rows(**vars(rows)), numbers=numbers, warps=shape.warps,
-            TILES=shape.tiles, STEP=step(False, element_size), BLOCK=shape.block, KIND=KINDS.index(terms.kind), BIAS_CORRECTION=bool(terms.use_bias_correction_kl))  # fmt: skip
+            TILES=shape.tiles, STEP=step(False, element_size), BLOCK=shape.block, KIND=KINDS.index(terms.kind),
+            BIAS_CORRECTION=bool(terms.use_bias_correction_kl))  # fmt: skip
 
 
 def divergence_statistics(student, teacher, stats, kind):
