@@ -4,9 +4,9 @@
 //   jensen_shannon         reads both once
 //   divergence_gradient    reads both and writes the student's once
 //
-// The units of a row are dealt out to L lanes: lane l has the units l, l + L, l + 2L, ... and folds them from right to left; the lanes'
-// sums are merged in one tree. L depends on the row's length alone. A thread has one lane after the other, so that a result has the same
-// bits at every launch shape and alignment. What row_kernels_cuda.cuh says of units and results on the tile holds here too.
+// The units of a row are dealt out to L lanes: lane l has the units l, l + L, l + 2L, ... and folds them from right to left; the
+// lanes' sums are merged in one tree. L depends on the row's length alone. A thread has one lane after the other, so that a result
+// has the same bits at every launch shape and alignment. What row_kernels_cuda.cuh says of units and results on the tile holds here.
 // Per pair of elements: 2 exp; for the divergence of Jensen and Shannon an exp, a logarithm and a division more.
 #pragma once
 
@@ -58,8 +58,8 @@ struct TwoShares : Share<T, O, Mode> {
   __device__ __forceinline__ TwoUnits<T> load_part(int c) const { return {this->part_of(this->in, c), this->part_of(teacher, c)}; }
 };
 
-// Calls f(units, k, ragged) for the units k, k + 1, .. of one lane, as many as are loaded at once, right to left; `ragged` units may
-// reach past the row's end, or lie behind it.
+// Calls f(units, k, ragged) for the units k, k + 1, .. of one lane, as many as are loaded at once, right to left; `ragged` units
+// may reach past the row's end, or lie behind it.
 template <int InFlight, class S, class F>
 __device__ __forceinline__ void read_steps_backward(const S& share, int lane, F f) {
   using Input = decltype(share.load_whole(0));

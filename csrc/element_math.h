@@ -130,15 +130,16 @@ GRPO_HD void meet_target(RowStatistics<S>& s, S z) {
 // another set is the other one, to the bit.
 template <class S>
 struct Merge {
-  S max, target;         // of both
-  S drop, factor;        // of those to the left
-  S seen;                // exp of their target
-  S others, moment;      // of the set, beside `max`
+  S max, target;     // of both
+  S drop, factor;    // of those to the left
+  S seen;            // exp of their target
+  S others, moment;  // of the set, beside `max`
 
-  GRPO_HD Merge(S left_max, S left_target, const RowStatistics<S>& s) : Merge(left_max, left_target, s, std::fmax(left_max, s.max)) {
+  GRPO_HD Merge(S left_max, S left_target, const RowStatistics<S>& s)
+      : Merge(left_max, left_target, s, std::fmax(left_max, s.max)) {
     target = s.target == -infinity<S>() ? left_target : s.target;
   }
-  // Where what lies between the left and the set is in `max` and `target` already.
+  // With the maximum of both, which the caller knows; so it does the target.
   GRPO_HD Merge(S left_max, S left_target, const RowStatistics<S>& s, S max)
       : max(max), target(left_target), seen(exp_of_difference(minus(left_target, finite(left_max)))) {
     const Drop<S> left(left_max, max), own(s.max, max);

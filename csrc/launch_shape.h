@@ -77,10 +77,10 @@ inline int cluster_size(int64_t columns, int element_size, int capability) {
 
 inline int most_threads(int element_size) { return element_size == 8 ? 512 : 1024; }
 
-// Threads of a block, `cluster` of which share a row; `visits` is how often a kernel walks over a tile in memory. A long row that is
-// read twice gets a whole multiprocessor, so that few rows are in flight and the second read finds its row in the L2 cache; otherwise
-// several blocks share one, and one's reductions hide behind another's loads. So many warps that all have as many pieces, but for the
-// last round. Reasoned, not measured.
+// Threads of a block, `cluster` of which share a row; `visits` is how often a kernel walks over a tile in memory. A long row that
+// is read twice gets a whole multiprocessor, so that few rows are in flight and the second read finds its row in the L2 cache;
+// otherwise several blocks share one, and one's reductions hide behind another's loads. So many warps that all have as many pieces,
+// but for the last round. Reasoned, not measured.
 inline int threads_of(int64_t columns, int element_size, int visits, int cluster) {
   const int64_t pieces = pieces_of_block(columns, cluster);
   const int64_t most = (visits > 1 && columns >= 65536 ? most_threads(element_size) : kMostThreadsKept) / 32;
@@ -105,6 +105,7 @@ GRPO_SHAPE int lanes_of(int64_t units, int fewest = kFewestLanes) {
 // Statistics of 32 lanes each; the row's are needed by one thread alone.
 GRPO_SHAPE constexpr int scratch_of_two_tiles(int element_size) { return kMostLanes / 32 * 8 * (element_size == 8 ? 8 : 4); }
 
+// Threads of a block, which has a row of both.
 inline int threads_of_two_tiles(int64_t columns, int element_size) {
   constexpr int in_flight = 4;  // units of a thread
   const int64_t units = units_of(columns, element_size);

@@ -8,10 +8,10 @@
 //               one read and one write (Rows::kept), the row in the shared memory of a cluster's blocks meanwhile
 //
 // A row is cut into fixed tiles, these into pieces and these into units of 16 bytes. A warp folds a piece: lane l has its units l,
-// l + 32, ... The lanes' sums are merged in one tree, the pieces of a tile from left to right, and so are the tiles. What is added to
-// what depends on a tile's columns alone, so that a result has the same bits at every launch shape and alignment, and wherever a row is
-// cut between two tiles. Per element: 2 exp in policy, 1 elsewhere; 16 bytes are loaded at once wherever the pointers allow it.
-// Results may lie on the tile, element on element: the thread that has read a unit writes it.
+// l + 32, ... The lanes' sums are merged in one tree, the pieces of a tile from left to right, and so are the tiles. What is added
+// to what depends on a tile's columns alone, so that a result has the same bits at every launch shape and alignment, and wherever a
+// row is cut between two tiles. Per element: 2 exp in policy, 1 elsewhere; 16 bytes are loaded at once wherever the pointers allow
+// it. Results may lie on the tile, element on element: the thread that has read a unit writes it.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -50,17 +50,16 @@ static_assert(kPieceColumns * kPiecesOfTile == kTileColumns && kMostPieces % (32
 template <class T>
 constexpr int kMostThreads = sizeof(T) == 8 ? 512 : 1024;
 
-// The units of a row that one block has, in and out: a run of them, numbered from its first. `T` is what the tile holds, `O` what is
-// written.
+// The units of a row that one block has, in and out: a run of them, numbered from its first. `T` is what the tile holds, `O` what
+// is written.
 template <class T, class O, Rows Mode>
 struct Share {
   const T* in;  // the row
   O* out;
-  int columns;             // of the row
-  int mine;                // pieces of each block
-  int first_piece, pieces;  // of this block
-  int first, units;        // of this block
-  int whole;               // its first units that can be moved at once
+  int columns;       // of the row
+  int mine, pieces;  // of each block at most, and of this one
+  int first, units;  // of this block
+  int whole;         // its first units that can be moved at once
   bool aligned;
 
   __device__ __forceinline__ Share(const Tile& tile, const Matrix& result, int64_t row, int rank, int blocks)
@@ -73,9 +72,8 @@ struct Share {
     }
     aligned = is_aligned<InputUnit<T>>(in) && is_aligned<Unit<O, kUnit<T>>>(out);
     mine = int(pieces_of_block(columns, blocks));
-    first_piece = rank * mine;
-    pieces = run_of(int(pieces_of_block(columns, 1)), first_piece, mine);
-    first = first_piece * kUnitsOfPiece<T>;
+    pieces = run_of(int(pieces_of_block(columns, 1)), rank * mine, mine);
+    first = rank * mine * kUnitsOfPiece<T>;
     units = run_of((columns + kUnit<T> - 1) / kUnit<T>, first, mine * kUnitsOfPiece<T>);
     whole = aligned ? run_of(columns / kUnit<T>, first, mine * kUnitsOfPiece<T>) : 0;
   }
@@ -122,8 +120,8 @@ struct Share {
 
 // Folds the columns of N units but the target's and, of `ragged` ones, those from `end` on.
 template <class T, int N, bool Plain, class A = acc_of<T>>
-__device__ __forceinline__ void fold_units(RowStatistics<A>& s, const InputUnit<T>* units, const int (&columns)[N], int end, int target,
-                                           const ElementTransform<A, Plain>& transform, bool ragged) {
+__device__ __forceinline__ void fold_units(RowStatistics<A>& s, const InputUnit<T>* units, const int (&columns)[N], int end,
+                                           int target, const ElementTransform<A, Plain>& transform, bool ragged) {
   constexpr int of_unit = kUnit<T>;
   A z[N * of_unit];
 #pragma unroll
@@ -173,8 +171,8 @@ __device__ __forceinline__ void write_zeros(const Share<T, O, Mode>& share) {
 
 // ---- reductions
 
-// Of all lanes of a warp, none of which has seen the target. The maximum first: it is the same in any order, and one exponential then
-// does for all exchanges.
+// Of all lanes of a warp, none of which has seen the target. The maximum first: it is the same in any order, and one exponential
+// then does for all exchanges.
 template <class A>
 __device__ __forceinline__ RowStatistics<A> merged_over_warp(RowStatistics<A> s) {
   A max = s.max;
@@ -189,8 +187,8 @@ __device__ __forceinline__ RowStatistics<A> merged_over_warp(RowStatistics<A> s)
   return s;
 }
 
-// What the first `count` lanes of a warp have, from left to right, merged into `left`, which is the same in all lanes. The maxima and
-// all exponentials side by side, for these do not depend on the order; only the sums one after another.
+// What the first `count` lanes of a warp have, from left to right, merged into `left`, which is the same in all lanes. The maxima
+// and all exponentials side by side, for these do not depend on the order; only the sums one after another.
 template <class A>
 __device__ __forceinline__ RowStatistics<A> merged_in_order(RowStatistics<A> left, const RowStatistics<A>& s, int count) {
   const int lane = int(threadIdx.x) % 32;
@@ -202,7 +200,8 @@ __device__ __forceinline__ RowStatistics<A> merged_in_order(RowStatistics<A> lef
     max = std::fmax(max, max_before);
     if (target == -infinity<A>()) target = target_before;
   }
-  A max_before = __shfl_sync(kWholeWarp, max, lane - min(lane, 1)), target_before = __shfl_sync(kWholeWarp, target, lane - min(lane, 1));
+  const int before = lane - min(lane, 1);
+  A max_before = __shfl_sync(kWholeWarp, max, before), target_before = __shfl_sync(kWholeWarp, target, before);
   if (lane == 0) max_before = left.max;
   if (lane == 0 || target_before == -infinity<A>()) target_before = left.target;
   const Merge<A> mine(max_before, target_before, s, max);
@@ -445,7 +444,8 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1) gradient_kernel(const Grad
 }
 
 template <class T, class O, bool Plain, Rows Mode>
-__global__ void __launch_bounds__(Mode == Rows::kept ? kMostThreadsKept : kMostThreads<T>, Mode == Rows::kept && sizeof(T) < 8 ? 2 : 1)
+__global__ void
+__launch_bounds__(Mode == Rows::kept ? kMostThreadsKept : kMostThreads<T>, Mode == Rows::kept && sizeof(T) < 8 ? 2 : 1)
     policy_kernel(const PolicyParams p) {
   if constexpr (Mode != Rows::kept || kHasClusters) {
     using A = acc_of<T>;
