@@ -5,7 +5,9 @@ of `occupancy.py`; with a version, also where another Triton compiles. The backe
 compiles as it would for a user, and stops before the launch.
 """
 
+import itertools
 import os
+import re
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -21,27 +23,33 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from grpo_kernels.backends import comparison
+from grpo_kernels.backends import comparison, products_triton
 from grpo_kernels.backends import triton as backend
-from grpo_kernels.backends.statistics import Pairs, Scored, Tile, new_statistics
+from grpo_kernels.backends.statistics import Pairs, Scored, Tile, new_statistics, tiles_of
 from grpo_kernels.losses.config import LogitTransform
 from grpo_kernels.losses.terms import KINDS, PolicyRows, PolicyTerms
 
 from . import machine_code, occupancy
 
 ARCHITECTURES = (80, 90, 100)
+PRODUCTS = ("", "add", "of rows", "to bf16", "float32", "float64")  # as PRODUCT_OPTIONS
+PRODUCT_OPTIONS = {"add": {"add": True}, "of rows": {"of_rows": True}, "to bf16": {"out": torch.bfloat16},
+                   "float32": {"dtype": torch.float32}, "float64": {"dtype": torch.float64, "out": torch.float64}}  # fmt: skip
+MULTIPLIES = {torch.bfloat16: r"[HQ]\w*MMA|UTC\w*MMA", torch.float32: "FFMA", torch.float64: "DFMA|DMMA"}
 WIDE, NARROW = 151_936, 8192  # a row of Qwen's vocabulary; a column block of scoring
 OPTIONS = {
     "odd V": {"columns": WIDE + 1}, "V 32k": {"columns": 32_000}, "column block": {"columns": NARROW}, "softcap": {"softcap": 30.0},
     "bias": {"bias": True}, "temperature": {"temperature": True}, "entropy": {"entropy": True}, "KL": {"kl": True},
     "bf16 tile": {"tile": torch.bfloat16}, "float32 out": {"out": torch.float32}, "fp16 out": {"out": torch.float16},
     "ranges": {"ranges": True}, **{kind: {"kind": kind} for kind in KINDS},
+    "parts": {"parts": True},
     "float32": {"tile": torch.float32}, "to float32": {"out": torch.float32}, "add": {"add": True}, "K 896": {"columns": 896},
     **{kind: {"kind": kind} for kind in comparison.KINDS}, "logps": {"logps": True},
 }
 CASES = {
     "statistics": ("", "odd V", "column block", "column block, softcap", "bias, temperature", "column block, bf16 tile",
-                   "ranges", "ranges, softcap, temperature"),
+                   "parts", "ranges", "ranges, softcap, temperature"),
+    "close": ("",),
     "gradient": ("", "odd V", "column block", "softcap", "entropy", "entropy, softcap, bias", "float32 out", "bf16 tile",
                  "bf16 tile, entropy, softcap", "float32 out, ranges", "float32 out, ranges, entropy, softcap, temperature"),
     "policy": ("clipped, KL", "clipped, KL, odd V", "clipped, KL, V 32k", "clipped, KL, bias", "clipped, KL, bf16 tile",
@@ -61,7 +69,7 @@ OF_BOTH = "divergence_statistics", "jensen_shannon", "divergence_gradient"
 
 
 def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bfloat16, stride=None, bias=False, temperature=False,
-          entropy=False, kind="clipped", kl=False, ranges=False):
+          entropy=False, kind="clipped", kl=False, ranges=False, parts=False):
     """Calls the backend as the engine does: rows on 128 bytes unless a stride is given, results of the tile's dtype in place."""
 
     def matrix(dtype):
@@ -74,7 +82,9 @@ def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bflo
         result = vector
         tile = replace(tile, values=vector, ranges=torch.zeros(2, 2, dtype=torch.long))
     if kernel == "statistics":
-        backend.statistics(tile, new_statistics(2, torch.float32, "cpu"))
+        backend.statistics(tile, new_statistics(2, torch.float32, "cpu", tiles_of(columns) if parts else None))
+    elif kernel == "close":
+        backend.close(new_statistics(2, torch.float32, "cpu", tiles_of(columns)), scored)
     elif kernel == "policy":
         inputs = [None if kind == "linear" else vector] * 2 + [vector if kl else None] * 2
         terms = PolicyTerms(kind, use_bias_correction_kl=kind != "linear")
@@ -122,7 +132,7 @@ def launches(architecture: int, call) -> list:
     ))
 
     def compile_only(self, *args, warmup, **more):
-        made.append((run(self, *args, warmup=True, **more), more["BLOCK"]))
+        made.append((run(self, *args, warmup=True, **more), more.get("BLOCK") or more.get("BLOCK_N") or more["STEP"]))
 
     with mock.patch.object(triton.JITFunction, "run", compile_only):
         call()
@@ -147,9 +157,34 @@ def row(name: str, architecture: int) -> dict:
     warps, shared, bias = compiled.metadata.num_warps, compiled.metadata.shared, "bias" in options and not pairs
     sizes = dtypes["tile"].itemsize, dtypes["out"].itemsize
     judged = occupancy.judged(code, warps, shared, str(architecture), *sizes, bias, 2 if both else 1)
-    must_stream = architecture != 100 if pairs else judged["must_stream"] and not ranges
-    judged |= {"must_stream": must_stream, "aligned": 4 if ranges else 16}
+    of_stats = kernel == "close" or "parts" in options  # whose loops move single numbers
+    must_stream = architecture != 100 if pairs else judged["must_stream"] and not ranges and kernel != "close"
+    judged |= {"must_stream": must_stream, "aligned": 4 if ranges or of_stats else 16}
     return {"kernel": name, "arch": f"sm_{architecture}", "block": block, "warps": warps, **judged, "load": load, "store": store}
+
+
+def product_row(options: str, architecture: int) -> dict:
+    """A product of matrices, compiled: what it takes, and how many instructions of its loops multiply."""
+    given = {"dtype": torch.bfloat16, "out": torch.float32, "add": False, "of_rows": False}
+    given |= {key: value for word in filter(None, options.split(", ")) for key, value in PRODUCT_OPTIONS[word].items()}
+    a, b = torch.zeros(16, 2048, dtype=given["dtype"]), torch.zeros(2048, 16, dtype=given["dtype"])
+    if given["of_rows"]:  # as in dz^T h; z = h W^T has the other matrix transposed
+        a, b = a.view(2048, 16).T, b
+    else:
+        b = b.view(16, 2048).T
+    out = torch.zeros(16, 16, dtype=given["out"])
+    ((compiled, block),) = launches(architecture, lambda: products_triton.product(a, b, out, given["add"]))
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        (code,) = machine_code.read(cubin).values()
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    multiply = re.compile(MULTIPLIES[given["dtype"]])
+    return {"kernel": ", ".join(filter(None, ("product", options))), "arch": f"sm_{architecture}", "block": block, "warps": warps,
+            "registers": code.registers, "spills": code.spills, "shared": shared,
+            "blocks": occupancy.blocks_at_once(code.registers, warps, shared, str(architecture)),
+            "multiplies": max(sum(bool(multiply.match(op)) for op in loop) for loop, _ in code.loops),
+            "binds": "arithmetic", "must_stream": False}  # fmt: skip
 
 
 def main() -> int:
@@ -160,7 +195,9 @@ def main() -> int:
     jobs = [(name, architecture) for name in names for architecture in ARCHITECTURES]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(row, *zip(*jobs, strict=True)))
-    return occupancy.report(rows, f"triton {triton.__version__}, V {WIDE}")
+        products = list(pool.map(product_row, *zip(*itertools.product(PRODUCTS, ARCHITECTURES), strict=True)))
+    what = f"triton {triton.__version__}"
+    return occupancy.report(rows, f"{what}, V {WIDE}") | occupancy.report(products, what)
 
 
 if __name__ == "__main__":

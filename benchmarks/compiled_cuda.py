@@ -27,8 +27,8 @@ int main(int, char** v) {
   const int size = std::atoi(v[2]), capability = std::atoi(v[3]), visits = std::atoi(v[4]), kept = std::atoi(v[5]);
   const int cluster = kept ? grpo_kernels::cluster_size(columns, size, capability) : 0;
   using namespace grpo_kernels;
-  std::printf("%d %d %d %d %d %d ", kFewestLanesOfRange, kScratchBytes, kLogitsThreads, 0, kSumsThreads, kSumsSharedBytes);
-  std::printf("%d ", scratch_of_two_tiles(size));
+  std::printf("%d %d %d %d %d %d ", kThreadsOfRange, kScratchBytes, kLogitsThreads, 0, kSumsThreads, kSumsSharedBytes);
+  std::printf("%d %d %d ", threads_of_two_tiles(columns, size), scratch_of_two_tiles(size), kThreadsOfClose);
   std::printf("%d %d %lld", cluster, grpo_kernels::threads_of(columns, size, visits, cluster ? cluster : 1),
               (long long)grpo_kernels::block_memory(columns, size, cluster));
 }
@@ -52,21 +52,22 @@ def short(names: list[str]) -> list[str]:
 
 def row(shape: Path, architecture: str, name: str, code: machine_code.Kernel) -> dict | None:
     """A kernel at the launch that rows of COLUMNS get; None where they never get it: no cluster can keep one."""
-    kernel, dtype, out, _, mode = re.fullmatch(r"(\w+)<(\w+), (?:(\w+), )?(true|false)(?:, (\d))?>", name).groups()
+    kernel, dtype, out, _, mode = re.fullmatch(r"(\w+)<(\w+)(?:, (\w+))??(?:, (true|false))?(?:, (\d))?>", name).groups()
     size, out_size = ({"double": 8, "float": 4}.get(each, 2) for each in (dtype, out or dtype))
     kept = kernel == "policy" and mode == "1"
     visits = 2 if kernel == "policy" and not kept else 1
     found = machine_code.run(shape, COLUMNS, size, architecture.rstrip("a"), visits, int(kept))
     *others, cluster, threads, shared = map(int, found.split())
-    of_kernel = {"pair_logits": others[2:4], "pair_sums": others[4:6]}
+    of_kernel = {"pair_logits": others[2:4], "pair_sums": others[4:6], "close": (others[8], 0)}
     two_tiles = kernel in ("divergence_statistics", "jensen_shannon", "divergence_gradient")
     if mode == "2" or kernel in of_kernel:
         threads, shared = of_kernel.get(kernel, others[:2])
     if two_tiles:
-        shared = others[6]
+        threads, shared = threads if mode == "2" else others[6], others[7]
     if kept and not cluster:
         return None
     judged = occupancy.judged(code, threads // 32, shared, architecture, size, out_size, tiles=1 + two_tiles)
+    judged["must_stream"] &= mode != "2"  # most ranges are of less than 20 columns
     return {"kernel": name, "arch": f"sm_{architecture}", "threads": threads, "cluster": cluster or 1, **judged}
 
 

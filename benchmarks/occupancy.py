@@ -71,9 +71,12 @@ def faults(found: dict) -> list[str]:
     problems += ["no multiprocessor takes a block"] * (found["blocks"] == 0)
     narrow = [key for key in ("load", "store") if 0 < found.get(key, wanted) < wanted]
     problems += [f"{key}s of {found[key]} bytes in a loop" for key in narrow]
+    problems += ["no instruction multiplies matrices in any loop"] * (found.get("multiplies") == 0)
     problems += ["no load was found in any loop"] * (found.get("load") == 0)
     waits = found["must_stream"] and found["binds"] == "latency"
-    return problems + [f"{found['latency']} clocks for {found['memory']} of memory's: {found['flight']} bytes in flight"] * waits
+    if waits:
+        problems.append(f"{found['latency']} clocks for {found['memory']} of memory's: {found['flight']} bytes in flight")
+    return problems
 
 
 def report(rows: list[dict], what: str) -> int:

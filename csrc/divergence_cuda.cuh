@@ -4,7 +4,9 @@
 //   jensen_shannon         reads both once
 //   divergence_gradient    reads both and writes the student's once
 //
-// A row is dealt out to lanes as in row_kernels_cuda.cuh, and what it says of bits, units and results on the tile holds here too.
+// The units of a row are dealt out to L lanes: lane l has the units l, l + L, l + 2L, ... and folds them from right to left; the
+// lanes' sums are merged in one tree. L depends on the row's length alone. A thread has one lane after the other, so that a result
+// has the same bits at every launch shape and alignment. What row_kernels_cuda.cuh says of units and results on the tile holds here.
 // Per pair of elements: 2 exp; for the divergence of Jensen and Shannon an exp, a logarithm and a division more.
 #pragma once
 
@@ -37,34 +39,43 @@ template <class T, class O, Rows Mode>
 struct TwoShares : Share<T, O, Mode> {
   using Student = Share<T, O, Mode>;
   const T* teacher;  // the row
+  int lanes;         // of the row
 
   __device__ __forceinline__ TwoShares(const TwoTiles& tiles, const Matrix& result, int64_t row)
       : Student(tiles.student, result, row, 0, 1), teacher(row_of<const T>(tiles.teacher.values, row)) {
     if constexpr (Mode == Rows::ranges) teacher += tiles.teacher.ranges[2 * row];
+    lanes = lanes_of(this->units, Mode == Rows::ranges ? kFewestLanesOfRange : kFewestLanes);
     if (!is_aligned<InputUnit<T>>(teacher)) {
       this->aligned = false;
       this->whole = 0;
     }
   }
 
+  // First column of the lane's k-th unit.
+  __device__ __forceinline__ int column_of(int lane, int k) const { return (lane + k * lanes) * kUnit<T>; }
+
   __device__ __forceinline__ TwoUnits<T> load_whole(int c) const { return {this->whole_of(this->in, c), this->whole_of(teacher, c)}; }
   __device__ __forceinline__ TwoUnits<T> load_part(int c) const { return {this->part_of(this->in, c), this->part_of(teacher, c)}; }
 };
 
-// z - y without a product inside of it: with one of the two products rounded and the other not, equal logits would differ.
-__device__ __forceinline__ float apart(float z, float y) {
-#ifdef __CUDA_ARCH__
-  return __fsub_rn(z, y);
-#else
-  return z - y;
-#endif
-}
-__device__ __forceinline__ double apart(double z, double y) {
-#ifdef __CUDA_ARCH__
-  return __dsub_rn(z, y);
-#else
-  return z - y;
-#endif
+// Calls f(units, k, ragged) for the units k, k + 1, .. of one lane, as many as are loaded at once, right to left; `ragged` units
+// may reach past the row's end, or lie behind it.
+template <int InFlight, class S, class F>
+__device__ __forceinline__ void read_steps_backward(const S& share, int lane, F f) {
+  using Input = decltype(share.load_whole(0));
+  const auto of_lane = [&](int units) { return (units - lane + share.lanes - 1) >> (31 - __clz(share.lanes)); };
+  const int steps = of_lane(share.whole) / InFlight;
+  Input units[InFlight];
+  for (int step = (of_lane(share.units) + InFlight - 1) / InFlight - 1; step >= steps; step--) {
+#pragma unroll
+    for (int i = 0; i < InFlight; i++) units[i] = share.load_part(share.column_of(lane, step * InFlight + i));
+    f(units, step * InFlight, true);
+  }
+  for (int step = steps - 1; step >= 0; step--) {
+#pragma unroll
+    for (int i = 0; i < InFlight; i++) units[i] = share.load_whole(share.column_of(lane, step * InFlight + i));
+    f(units, step * InFlight, false);
+  }
 }
 
 // ---- reductions
@@ -184,7 +195,8 @@ struct TwoResult {
     const A p = exp_of_difference(log_p), q = exp_of_difference(y - (d.shift - gap));
     A result = here ? d.at_target : d.weight * p;
     if (!Plain && d.g_entropy != A(0) && !here) result -= d.g_entropy * (p * (above_nothing(log_p) + d.entropy));
-    result += g_divergence * divergence_slope(Kind, p, q, apart(z, y) - gap, own, beta);
+    // z - y without a product inside of it: with one of the two products rounded and the other not, equal logits would differ
+    result += g_divergence * divergence_slope(Kind, p, q, minus(z, y) - gap, own, beta);
     if (Plain) return result;
     return d.capped ? result * tanh_slope(of_z.share(raw_z, column)) : result;
   }
@@ -212,13 +224,13 @@ struct TwoRows {
     static_assert(sizeof(Sums) * kMostLanes / 32 <= scratch_of_two_tiles(sizeof(T)));
     constexpr int of_unit = kUnit<T>;
     Sums* scratch = reinterpret_cast<Sums*>(shared_memory());
-    for (int lane = int(threadIdx.x); lane < share.mine; lane += int(blockDim.x)) {
+    for (int lane = int(threadIdx.x); lane < share.lanes; lane += int(blockDim.x)) {
       Sums sums[1];
       read_steps_backward<at_once>(share, lane, [&](const TwoUnits<T>(&units)[at_once], int k, bool ragged) {
         A z[at_once * of_unit], y[at_once * of_unit];
 #pragma unroll
         for (int i = 0; i < at_once; i++) {
-          const int c = share.column(lane, k + i);
+          const int c = share.column_of(lane, k + i);
 #pragma unroll
           for (int j = 0; j < of_unit; j++) {
             // without `ragged` the compiler drops the comparison
@@ -264,7 +276,7 @@ struct TwoRows {
 #pragma unroll
       for (int j = 0; j < kUnit<T>; j++) {
         const A p = exp_of_difference(z[j] - lse), q = exp_of_difference(y[j] - (lse - gap));
-        add_jensen_shannon(p, q, apart(z[j], y[j]) - gap, beta, sums.own, sums.value);
+        add_jensen_shannon(p, q, minus(z[j], y[j]) - gap, beta, sums.own, sums.value);
       }
     };
     return summed<1>(Mixtures<A>(), -1, add);

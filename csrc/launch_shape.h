@@ -13,24 +13,20 @@ namespace grpo_kernels {
 namespace {
 
 constexpr int kUnitBytes = 16;
-constexpr int kFewestLanes = 256, kMostLanes = 4096;  // of a row: a warp for each block of the largest cluster; four for each thread
-constexpr int kFewestLanesOfRange = 32;               // of a range: a warp, for half of them have two columns
-constexpr int kFewestUnits = 6;                       // of a lane in a longer row, or merging costs more than folding
-constexpr int kLargestCluster = 8;                    // more need a permission of their own, and not every GPU has them
-constexpr int kPerMultiprocessor = 2;                 // blocks that a row's pieces leave room for: one computes while another loads
-constexpr int kScratchBytes = (kMostLanes / 32 + 1) * 4 * 8;  // statistics of 32 lanes each, and of the row
+constexpr int kPieceColumns = 1024;  // a warp folds so many; a whole fixed tile for each would leave a third of the warps idle
+constexpr int kPiecesOfTile = 4;
+constexpr int kMostPieces = 256;        // of a block, whose statistics are in its shared memory at once
+constexpr int kThreadsOfRange = 32;     // half of the ranges have two columns
+constexpr int kLargestCluster = 8;      // more need a permission of their own, and not every GPU has them
+constexpr int kPerMultiprocessor = 2;   // blocks that a row's pieces leave room for: one computes while another loads
+constexpr int kScratchBytes = (kMostPieces + 1) * 4 * 8;  // statistics of pieces, and of the row
+constexpr int kThreadsOfClose = 128;    // a warp for each row
+constexpr int kMostThreadsKept = 448;   // of a block that keeps its part of a row: 72 registers for each where there are two blocks
 
-// Lanes of a row of so many units.
-GRPO_SHAPE int lanes_of(int64_t units, int fewest = kFewestLanes) {
-  int lanes = fewest;
-  while (lanes < kMostLanes && int64_t(2 * kFewestUnits) * lanes <= units) lanes *= 2;
-  return lanes;
-}
-
-// How many of a row's first `units` are in a block's `mine` lanes from `first` on, of `lanes` in all.
-GRPO_SHAPE int share_of(int units, int lanes, int first, int mine) {
-  const int rest = units % lanes - first;
-  return units / lanes * mine + (rest < 0 ? 0 : rest < mine ? rest : mine);
+// Pieces of a row that each block of a cluster has; the last ones may have fewer.
+GRPO_SHAPE int64_t pieces_of_block(int64_t columns, int cluster) {
+  const int64_t pieces = (columns + kPieceColumns - 1) / kPieceColumns;
+  return (pieces + cluster - 1) / cluster;
 }
 
 inline int64_t units_of(int64_t columns, int element_size) { return (columns * element_size + kUnitBytes - 1) / kUnitBytes; }
@@ -62,8 +58,8 @@ inline int most_shared_memory(int capability) {
 inline int64_t block_memory(int64_t columns, int element_size, int cluster) {
   if (cluster == 0) return kScratchBytes;
   const int64_t units = units_of(columns, element_size);
-  const int lanes = lanes_of(units);
-  return kScratchBytes + kUnitBytes * int64_t(share_of(int(units), lanes, 0, lanes / cluster));
+  const int64_t most = pieces_of_block(columns, cluster) * kPieceColumns * element_size / kUnitBytes;
+  return kScratchBytes + kUnitBytes * (units < most ? units : most);
 }
 
 // Blocks of a cluster that keep a row in shared memory: 1, 2, 4 or 8; 0 where it does not fit or there are no clusters.
@@ -81,22 +77,41 @@ inline int cluster_size(int64_t columns, int element_size, int capability) {
 
 inline int most_threads(int element_size) { return element_size == 8 ? 512 : 1024; }
 
+// Threads of a block, `cluster` of which share a row; `visits` is how often a kernel walks over a tile in memory. A long row that
+// is read twice gets a whole multiprocessor, so that few rows are in flight and the second read finds its row in the L2 cache;
+// otherwise several blocks share one, and one's reductions hide behind another's loads. So many warps that all have as many pieces,
+// but for the last round. Reasoned, not measured.
+inline int threads_of(int64_t columns, int element_size, int visits, int cluster) {
+  const int64_t pieces = pieces_of_block(columns, cluster);
+  const int64_t most = (visits > 1 && columns >= 65536 ? most_threads(element_size) : kMostThreadsKept) / 32;
+  const int64_t rounds = (pieces + most - 1) / most;
+  return 32 * int((pieces + rounds - 1) / rounds);
+}
+
 // ---- the row kernels over two tiles
 
 constexpr int kMostThreadsOfTwoTiles = 512;
+constexpr int kFewestLanes = 256, kMostLanes = 4096;  // of a row
+constexpr int kFewestLanesOfRange = 32;               // of a range: a warp
+constexpr int kFewestUnits = 6;                       // of a lane in a longer row, or merging costs more than folding
+
+// Lanes of a row of so many units.
+GRPO_SHAPE int lanes_of(int64_t units, int fewest = kFewestLanes) {
+  int lanes = fewest;
+  while (lanes < kMostLanes && int64_t(2 * kFewestUnits) * lanes <= units) lanes *= 2;
+  return lanes;
+}
 
 // Statistics of 32 lanes each; the row's are needed by one thread alone.
 GRPO_SHAPE constexpr int scratch_of_two_tiles(int element_size) { return kMostLanes / 32 * 8 * (element_size == 8 ? 8 : 4); }
 
-// Threads of a block, `cluster` of which share a row; `visits` is how often a kernel walks over a tile in memory. A long row that is
-// read twice gets a whole multiprocessor, so that few rows are in flight and the second read finds its row in the L2 cache; otherwise
-// several blocks share one, and one's reductions hide behind another's loads. Reasoned, not measured.
-inline int threads_of(int64_t columns, int element_size, int visits, int cluster) {
+// Threads of a block, which has a row of both.
+inline int threads_of_two_tiles(int64_t columns, int element_size) {
   constexpr int in_flight = 4;  // units of a thread
   const int64_t units = units_of(columns, element_size);
-  const int most = visits > 1 && columns >= 65536 ? most_threads(element_size) : 512, mine = lanes_of(units) / cluster;
+  const int lanes = lanes_of(units);
   int threads = 32;
-  while (threads < most && threads < mine && int64_t(threads) * cluster * in_flight < units) threads *= 2;
+  while (threads < kMostThreadsOfTwoTiles && threads < lanes && int64_t(threads) * in_flight < units) threads *= 2;
   return threads;
 }
 

@@ -41,9 +41,9 @@ struct Shape {
   int cluster, threads, shared;
 };
 
-// Of a kernel: bytes of shared memory without a row, and threads of a block.
+// Of a kernel: bytes of shared memory without a row, threads of a block at most and, but for 0, as chosen.
 struct Limits {
-  int scratch, threads;
+  int scratch, threads, chosen;
 };
 
 // Fills in what the caller left open; returns what is wrong with the rest, or nullptr.
@@ -65,10 +65,11 @@ const char* shape_of(const Tile& tile, int element_size, const CudaLaunch& launc
   }
   shape.shared = int(shared);
   const int of_rows = threads_of(values.columns, element_size, shape.kept ? 1 : visits, shape.cluster);
-  const int chosen = tile.ranges ? kFewestLanesOfRange : of_rows;
+  const int chosen = tile.ranges ? kThreadsOfRange : limits.chosen ? limits.chosen : of_rows;
   shape.threads = launch.threads ? launch.threads : chosen;
-  if (shape.threads < 32 || shape.threads > limits.threads || shape.threads % 32) {
-    return failure("threads must be a multiple of 32 up to %d, got %d", limits.threads, shape.threads);
+  const int most = shape.kept ? kMostThreadsKept : limits.threads;
+  if (shape.threads < 32 || shape.threads > most || shape.threads % 32) {
+    return failure("threads must be a multiple of 32 up to %d, got %d", most, shape.threads);
   }
   return nullptr;
 }
@@ -196,7 +197,8 @@ const char* run(const char* name, const Params& p, const CudaLaunch& launch, int
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, launch.device);
   const int capability = 10 * major + minor;
   const int size = size_of(values.dtype);
-  const Limits of_two = {scratch_of_two_tiles(size), kMostThreadsOfTwoTiles}, of_one = {kScratchBytes, most_threads(size)};
+  const Limits of_two = {scratch_of_two_tiles(size), kMostThreadsOfTwoTiles, threads_of_two_tiles(values.columns, size)};
+  const Limits of_one = {kScratchBytes, most_threads(size), 0};
   const Limits& limits = of_two_tiles<Params> ? of_two : of_one;
   CudaLaunch wanted = launch;
   if (visits == 1) wanted.variant = 1;
@@ -272,6 +274,21 @@ extern "C" {
 
 const char* grpo_cuda_statistics(const StatisticsParams* params, const CudaLaunch* launch) {
   return run("statistics", *params, *launch, 1);
+}
+
+const char* grpo_cuda_close(const CloseParams* params, const CudaLaunch* launch) {
+  if (params->rows == 0) return nullptr;
+  const int64_t blocks = (params->rows + kThreadsOfClose / 32 - 1) / (kThreadsOfClose / 32);
+  if (blocks > INT32_MAX) return failure("close kernel: %lld rows are too many", (long long)params->rows);
+  const OnDevice device(launch->device);
+  if (device.error != cudaSuccess) {
+    return failure("close kernel: device %d: %s", launch->device, cudaGetErrorString(device.error));
+  }
+  const auto kernel = params->dtype == Dtype::float64 ? close_kernel<double> : close_kernel<float>;
+  const cudaError_t error = start(kernel, *params, blocks, {false, 1, kThreadsOfClose, 0}, 0, launch->stream);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or the next check of anybody would meet it again
+  return failure("close kernel: %s", cudaGetErrorString(error));
 }
 
 const char* grpo_cuda_gradient(const GradientParams* params, const CudaLaunch* launch) {

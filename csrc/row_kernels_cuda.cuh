@@ -7,11 +7,11 @@
 //               L2 cache where the rows in flight fit it, hence the first one goes right to left and the second one back; or
 //               one read and one write (Rows::kept), the row in the shared memory of a cluster's blocks meanwhile
 //
-// A row is cut into units of 16 bytes, and these are dealt out to L lanes: lane l has the units l, l + L, l + 2L, ... and folds them
-// from right to left; the lanes' sums are merged in one tree. L depends on the row's length alone. A block has a run of the lanes
-// and a thread one of them after the other, so that a result has the same bits at every launch shape and alignment. Per element:
-// 2 exp in policy, 1 elsewhere; 16 bytes are loaded at once wherever the pointers allow it. Results may lie on the tile, element on
-// element: the thread that has read a unit writes it.
+// A row is cut into fixed tiles, these into pieces and these into units of 16 bytes. A warp folds a piece: lane l has its units l,
+// l + 32, ... The lanes' sums are merged in one tree, the pieces of a tile from left to right, and so are the tiles. What is added
+// to what depends on a tile's columns alone, so that a result has the same bits at every launch shape and alignment, and wherever a
+// row is cut between two tiles. Per element: 2 exp in policy, 1 elsewhere; 16 bytes are loaded at once wherever the pointers allow
+// it. Results may lie on the tile, element on element: the thread that has read a unit writes it.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -40,20 +40,26 @@ constexpr bool kHasClusters = false;  // and kernels that need them are empty
 // Loads a thread has under way; fewer where the registers are needed for a bias, a softcap or the entropy.
 template <class T, bool Plain>
 constexpr int kInFlight = sizeof(T) == 8 ? 1 : (Plain ? 2 : 1) * (sizeof(T) == 2 ? 1 : 2);
+// Units that a lane folds at once, whatever is in flight: bits depend on it.
+template <class T>
+constexpr int kFoldedAtOnce = sizeof(T) == 4 ? 2 : 1;
+template <class T>
+constexpr int kUnitsOfPiece = kPieceColumns / kUnit<T>;
+constexpr int kTile = int(kTileColumns);
+static_assert(kPieceColumns * kPiecesOfTile == kTileColumns && kMostPieces % (32 * kPiecesOfTile) == 0);
 template <class T>
 constexpr int kMostThreads = sizeof(T) == 8 ? 512 : 1024;
 
-// The units of a row that one block has, in and out: numbered from left to right, unit i is in lane i % mine of them. `T` is what
-// the tile holds, `O` what is written.
+// The units of a row that one block has, in and out: a run of them, numbered from its first. `T` is what the tile holds, `O` what
+// is written.
 template <class T, class O, Rows Mode>
 struct Share {
   const T* in;  // the row
   O* out;
-  int columns;      // of the row
-  int lanes;        // of the row
-  int first, mine;  // lanes of this block
-  int units;        // of this block
-  int whole;        // its first units that can be moved at once
+  int columns;       // of the row
+  int mine, pieces;  // of each block at most, and of this one
+  int first, units;  // of this block
+  int whole;         // its first units that can be moved at once
   bool aligned;
 
   __device__ __forceinline__ Share(const Tile& tile, const Matrix& result, int64_t row, int rank, int blocks)
@@ -65,23 +71,18 @@ struct Share {
       columns = int(last_of_row - first_of_row);
     }
     aligned = is_aligned<InputUnit<T>>(in) && is_aligned<Unit<O, kUnit<T>>>(out);
-    const int of_row = (columns + kUnit<T> - 1) / kUnit<T>;
-    lanes = lanes_of(of_row, Mode == Rows::ranges ? kFewestLanesOfRange : kFewestLanes);
-    mine = lanes / blocks;
-    first = rank * mine;
-    units = share_of(of_row, lanes, first, mine);
-    whole = aligned ? share_of(columns / kUnit<T>, lanes, first, mine) : 0;
+    mine = int(pieces_of_block(columns, blocks));
+    pieces = run_of(int(pieces_of_block(columns, 1)), rank * mine, mine);
+    first = rank * mine * kUnitsOfPiece<T>;
+    units = run_of((columns + kUnit<T> - 1) / kUnit<T>, first, mine * kUnitsOfPiece<T>);
+    whole = aligned ? run_of(columns / kUnit<T>, first, mine * kUnitsOfPiece<T>) : 0;
   }
 
-  // First column of the k-th unit of this block's lane.
-  __device__ __forceinline__ int column(int lane, int k) const { return (first + lane + k * lanes) * kUnit<T>; }
+  // How many of `all` are among the `most` from `first` on.
+  __device__ __forceinline__ static int run_of(int all, int first, int most) { return min(max(all - first, 0), most); }
 
   // First column of this block's unit i.
-  __device__ __forceinline__ int column(int i) const {
-    if constexpr (Mode != Rows::kept) return i * kUnit<T>;
-    const int k = i >> (31 - __clz(mine));  // a power of two
-    return column(i - k * mine, k);
-  }
+  __device__ __forceinline__ int column(int i) const { return (Mode == Rows::kept ? first + i : i) * kUnit<T>; }
 
   __device__ __forceinline__ InputUnit<T> load_whole(int c) const { return whole_of(in, c); }
   __device__ __forceinline__ InputUnit<T> load_part(int c) const { return part_of(in, c); }
@@ -117,33 +118,27 @@ struct Share {
 
 // ---- the two visits
 
-// Calls f(units, k, ragged) for the units k, k + 1, .. of one lane, as many as are loaded at once, right to left; `ragged` units may
-// reach past the row's end, or lie behind it.
-template <int InFlight, class S, class F>
-__device__ __forceinline__ void read_steps_backward(const S& share, int lane, F f) {
-  using Input = decltype(share.load_whole(0));
-  const auto of_lane = [&](int units) { return (units - lane + share.mine - 1) >> (31 - __clz(share.mine)); };
-  const int steps = of_lane(share.whole) / InFlight;
-  Input units[InFlight];
-  for (int step = (of_lane(share.units) + InFlight - 1) / InFlight - 1; step >= steps; step--) {
+// Folds the columns of N units but the target's and, of `ragged` ones, those from `end` on.
+template <class T, int N, bool Plain, class A = acc_of<T>>
+__device__ __forceinline__ void fold_units(RowStatistics<A>& s, const InputUnit<T>* units, const int (&columns)[N], int end,
+                                           int target, const ElementTransform<A, Plain>& transform, bool ragged) {
+  constexpr int of_unit = kUnit<T>;
+  A z[N * of_unit];
 #pragma unroll
-    for (int i = 0; i < InFlight; i++) units[i] = share.load_part(share.column(lane, step * InFlight + i));
-    f(units, step * InFlight, true);
+  for (int i = 0; i < N; i++) {
+#pragma unroll
+    for (int j = 0; j < of_unit; j++) {
+      const int c = columns[i] + j;
+      z[i * of_unit + j] = !ragged || c < end ? transform(widened(units[i].at[j]), c) : -infinity<A>();
+    }
+    if (unsigned(target - columns[i]) < unsigned(of_unit)) {
+#pragma unroll
+      for (int j = 0; j < of_unit; j++) {
+        if (columns[i] + j == target) z[i * of_unit + j] = -infinity<A>();
+      }
+    }
   }
-  for (int step = steps - 1; step >= 0; step--) {
-#pragma unroll
-    for (int i = 0; i < InFlight; i++) units[i] = share.load_whole(share.column(lane, step * InFlight + i));
-    f(units, step * InFlight, false);
-  }
-}
-
-// Calls f(unit, k, ragged) for each of them.
-template <int InFlight, class S, class F>
-__device__ __forceinline__ void read_backward(const S& share, int lane, F f) {
-  read_steps_backward<InFlight>(share, lane, [&](const auto& units, int k, bool ragged) {
-#pragma unroll
-    for (int i = InFlight - 1; i >= 0; i--) f(units[i], k + i, ragged);
-  });
+  fold(s, z);
 }
 
 // Writes f(unit, column) of this thread's units, left to right.
@@ -176,59 +171,64 @@ __device__ __forceinline__ void write_zeros(const Share<T, O, Mode>& share) {
 
 // ---- reductions
 
-// Of all lanes of a warp, N from each. Without the target, which no lane has seen. The maximum first: it is the same in any order,
-// and one exponential then does for all exchanges.
-template <class A, int N>
-__device__ __forceinline__ RowStatistics<A> merged_over_warp(RowStatistics<A> (&parts)[N]) {
-  A max = parts[0].max;
-#pragma unroll
-  for (int i = 1; i < N; i++) max = std::fmax(max, parts[i].max);
+// Of all lanes of a warp, none of which has seen the target. The maximum first: it is the same in any order, and one exponential
+// then does for all exchanges.
+template <class A>
+__device__ __forceinline__ RowStatistics<A> merged_over_warp(RowStatistics<A> s) {
+  A max = s.max;
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) max = std::fmax(max, __shfl_xor_sync(kWholeWarp, max, distance));
-  RowStatistics<A> sum;
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    raise_max(parts[i], max);
-    sum.others += parts[i].others;
-    sum.moment += parts[i].moment;
-  }
+  restate(s, max);
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
-    sum.others += __shfl_xor_sync(kWholeWarp, sum.others, distance);
-    sum.moment += __shfl_xor_sync(kWholeWarp, sum.moment, distance);
+    s.others = plus(s.others, __shfl_xor_sync(kWholeWarp, s.others, distance));
+    s.moment = plus(s.moment, __shfl_xor_sync(kWholeWarp, s.moment, distance));
   }
-  sum.max = max;
-  return sum;
+  return s;
+}
+
+// What the first `count` lanes of a warp have, from left to right, merged into `left`, which is the same in all lanes. The maxima
+// and all exponentials side by side, for these do not depend on the order; only the sums one after another.
+template <class A>
+__device__ __forceinline__ RowStatistics<A> merged_in_order(RowStatistics<A> left, const RowStatistics<A>& s, int count) {
+  const int lane = int(threadIdx.x) % 32;
+  A max = std::fmax(left.max, s.max), target = s.target;  // of all up to this lane
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const A max_before = __shfl_sync(kWholeWarp, max, lane - min(lane, distance));
+    const A target_before = __shfl_sync(kWholeWarp, target, lane - min(lane, distance));
+    max = std::fmax(max, max_before);
+    if (target == -infinity<A>()) target = target_before;
+  }
+  const int before = lane - min(lane, 1);
+  A max_before = __shfl_sync(kWholeWarp, max, before), target_before = __shfl_sync(kWholeWarp, target, before);
+  if (lane == 0) max_before = left.max;
+  if (lane == 0 || target_before == -infinity<A>()) target_before = left.target;
+  const Merge<A> mine(max_before, target_before, s, max);
+  for (int i = 0; i < count; i++) {
+    Merge<A> m = mine;
+    m.drop = __shfl_sync(kWholeWarp, mine.drop, i);
+    m.factor = __shfl_sync(kWholeWarp, mine.factor, i);
+    m.seen = __shfl_sync(kWholeWarp, mine.seen, i);
+    m.others = __shfl_sync(kWholeWarp, mine.others, i);
+    m.moment = __shfl_sync(kWholeWarp, mine.moment, i);
+    add(left, m);
+  }
+  left.max = __shfl_sync(kWholeWarp, max, 31);
+  target = __shfl_sync(kWholeWarp, target, 31);
+  if (target != -infinity<A>()) left.target = target;
+  return left;
 }
 
 // In front of a block's shared memory.
 template <class A>
 struct Scratch {
-  RowStatistics<A> lanes[kMostLanes / 32];  // of 32 lanes each
+  RowStatistics<A> pieces[kMostPieces];
   RowStatistics<A> row;
 };
 static_assert(sizeof(Scratch<double>) <= kScratchBytes && kScratchBytes % kUnitBytes == 0);
 
 // ---- a row
-
-// Folds the columns of a unit but the target's, and those from `end` on.
-template <class T, bool Plain, class A = acc_of<T>>
-__device__ __forceinline__ void fold_unit(RowStatistics<A>& s, const InputUnit<T>& unit, int column, int end, int target,
-                                          const ElementTransform<A, Plain>& transform) {
-  A z[kUnit<T>];
-#pragma unroll
-  for (int j = 0; j < kUnit<T>; j++) {
-    const bool inside = column + j < end;
-    z[j] = inside ? transform(widened(unit.at[j]), column + j) : -infinity<A>();
-  }
-  if (unsigned(target - column) < unsigned(kUnit<T>)) {
-#pragma unroll
-    for (int j = 0; j < kUnit<T>; j++) {
-      if (column + j == target) z[j] = -infinity<A>();
-    }
-  }
-  fold(s, z);
-}
 
 // One block's work on one row. With `Mode` kept, a cluster's blocks share it, and the units stay in shared memory.
 template <class T, class O, bool Plain, Rows Mode>
@@ -246,25 +246,41 @@ struct Row {
     target = c >= 0 && c < share.columns ? int(c) : -1;
   }
 
-  // The statistics of the row, in every thread; once per kernel.
-  __device__ __forceinline__ RowStatistics<A> statistics() {
-    for (int lane = int(threadIdx.x); lane < share.mine; lane += int(blockDim.x)) {
-      RowStatistics<A> s[1];
-      read_backward<kInFlight<T, Plain>>(share, lane, [&](const InputUnit<T>& unit, int k, bool ragged) {
-        const int c = share.column(lane, k);
-        if (ragged && c >= share.columns) return;
-        if constexpr (Mode == Rows::kept) kept()[lane + k * share.mine] = unit;
-        // without `ragged` the compiler drops the comparisons
-        fold_unit<T, Plain>(s[0], unit, c, ragged ? share.columns : c + kUnit<T>, target, transform);
-      });
-      s[0] = merged_over_warp(s);
-      if (lane % 32 == 0) scratch()->lanes[lane / 32] = s[0];
-    }
-    // after the loop, where the row is in a cache: before it, every row would begin by waiting for this one
-    const A z = target < 0 ? -infinity<A>() : transform(widened(load(share.in + target)), target);
-    RowStatistics<A> s = merged_over_lanes();
-    add_target(s, z);
-    return s;
+  // Calls f(tile, first, count) in the first warp of each block, whose lane i < count has the statistics of the row's fixed tile
+  // `first` + i, from left to right; others have nothing. Once per kernel.
+  template <class F>
+  __device__ __forceinline__ void for_tiles(F f) const {
+    const int at_once = Mode == Rows::kept ? share.pieces : kMostPieces;
+    int from = 0;
+    do {  // blocks of a cluster meet each other, even if they have no piece
+      const int count = min(share.pieces - from, at_once);
+      fold_pieces(from, count);
+      // before the barrier, where the row is in a cache: before the loop, every row would begin by waiting for this one
+      const A z = target < 0 || threadIdx.x >= 32 ? -infinity<A>() : transform(widened(load(share.in + target)), target);
+      if constexpr (Mode == Rows::kept) ClusterOf<Mode>::type::sync();
+      else __syncthreads();
+      if (threadIdx.x < 32) {
+        const int until = Mode == Rows::kept ? share.columns : min(share.columns, (from + count) * kPieceColumns);
+        for (int tile = from / kPiecesOfTile; tile * kTile < until; tile += 32) {
+          const int mine = tile + int(threadIdx.x), tiles = (until - tile * kTile + kTile - 1) / kTile;
+          RowStatistics<A> s;
+          if (mine * kTile < until) s = of_tile(mine, from, z);
+          f(s, tile, min(tiles, 32));
+        }
+      }
+      from += count;
+      if (from < share.pieces) __syncthreads();
+    } while (from < share.pieces);
+  }
+
+  // The statistics of the row, in every thread.
+  __device__ __forceinline__ RowStatistics<A> statistics() const {
+    RowStatistics<A> row;
+    for_tiles([&](const RowStatistics<A>& tile, int, int count) { row = merged_in_order(row, tile, count); });
+    if (threadIdx.x == 0) scratch()->row = row;
+    if constexpr (Mode == Rows::kept) ClusterOf<Mode>::type::barrier_arrive();
+    __syncthreads();
+    return scratch()->row;
   }
 
   __device__ __forceinline__ void write(const RowGradient<A>& d) const {
@@ -305,23 +321,70 @@ struct Row {
     return reinterpret_cast<InputUnit<T>*>(shared_memory() + kScratchBytes);
   }
 
-  // What stands in the scratch of all blocks, in every thread. The first warp of each block reads it.
-  __device__ __forceinline__ RowStatistics<A> merged_over_lanes() const {
-    if constexpr (Mode == Rows::kept) ClusterOf<Mode>::type::sync();
-    else __syncthreads();
-    if (threadIdx.x < 32) {
-      RowStatistics<A> parts[kMostLanes / 32 / 32];
-#pragma unroll
-      for (int i = 0; i < kMostLanes / 32 / 32; i++) {
-        const int lane = (int(threadIdx.x) + 32 * i) * 32, block = lane / share.mine;
-        if (lane < share.lanes) parts[i] = *of_block(&scratch()->lanes[(lane - block * share.mine) / 32], block);
-      }
-      parts[0] = merged_over_warp(parts);
-      if (threadIdx.x == 0) scratch()->row = parts[0];
+  // Folds `count` of this block's pieces into the scratch, right to left; a warp has one at a time.
+  __device__ __forceinline__ void fold_pieces(int from, int count) const {
+    constexpr int units = kUnitsOfPiece<T> / 32, in_flight = kInFlight<T, Plain>;
+    static_assert(units % in_flight == 0 && in_flight % kFoldedAtOnce<T> == 0);
+    const int warps = int(blockDim.x) / 32, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+    const int whole = share.whole / kUnitsOfPiece<T> - from, begin = from * kUnitsOfPiece<T> + lane;
+    int piece = (count - 1 - warp + warps) / warps * warps + warp - warps;  // the last one of this warp
+    for (; piece >= max(whole, 0); piece -= warps) {
+      RowStatistics<A> s;
+      for (int k = 0; k < units; k += in_flight) read_and_fold(s, begin + piece * kUnitsOfPiece<T> + 32 * k, true);
+      s = merged_over_warp(s);
+      if (lane == 0) scratch()->pieces[piece] = s;
     }
-    if constexpr (Mode == Rows::kept) ClusterOf<Mode>::type::barrier_arrive();
-    __syncthreads();
-    return scratch()->row;
+    for (; piece >= 0; piece -= warps) {
+      RowStatistics<A> s;
+#pragma unroll
+      for (int k = 0; k < units; k += in_flight) read_and_fold(s, begin + piece * kUnitsOfPiece<T> + 32 * k, false);
+      s = merged_over_warp(s);
+      if (lane == 0) scratch()->pieces[piece] = s;
+    }
+  }
+
+  // Of as many units as are loaded at once; `ragged` ones may reach past the row's end, or lie behind it.
+  __device__ __forceinline__ void read_and_fold(RowStatistics<A>& s, int begin, bool ragged) const {
+    constexpr int in_flight = kInFlight<T, Plain>, folded = kFoldedAtOnce<T>;
+    InputUnit<T> units[in_flight];
+#pragma unroll
+    for (int i = 0; i < in_flight; i++) {
+      const int c = share.column(begin + 32 * i);
+      units[i] = ragged ? share.load_part(c) : share.load_whole(c);
+    }
+#pragma unroll
+    for (int i = 0; i < in_flight; i += folded) {
+      int columns[folded];
+#pragma unroll
+      for (int j = 0; j < folded; j++) {
+        columns[j] = share.column(begin + 32 * (i + j));
+        if constexpr (Mode == Rows::kept) {
+          if (!ragged || columns[j] < share.columns) kept()[begin + 32 * (i + j)] = units[i + j];
+        }
+      }
+      fold_units<T, folded, Plain>(s, units + i, columns, share.columns, target, transform, ragged);
+    }
+  }
+
+  // A fixed tile, of its pieces: the block's, whose scratch begins with `from`, or those of all blocks of the cluster.
+  __device__ __forceinline__ RowStatistics<A> of_tile(int tile, int from, A z) const {
+    RowStatistics<A> parts[kPiecesOfTile], s;
+#pragma unroll
+    for (int i = 0; i < kPiecesOfTile; i++) {
+      const int piece = tile * kPiecesOfTile + i;
+      if (piece * kPieceColumns >= share.columns) continue;
+      const int block = Mode == Rows::kept ? piece / share.mine : 0;
+      parts[i] = *of_block(&scratch()->pieces[Mode == Rows::kept ? piece - block * share.mine : piece - from], block);
+      s.max = std::fmax(s.max, parts[i].max);
+    }
+#pragma unroll
+    for (int i = 0; i < kPiecesOfTile; i++) {
+      restate(parts[i], s.max);
+      s.others = plus(s.others, parts[i].others);
+      s.moment = plus(s.moment, parts[i].moment);
+    }
+    if (target >= 0 && target / kTile == tile) meet_target(s, z);
+    return s;
   }
 
   // The same address in another block of the cluster.
@@ -338,9 +401,37 @@ template <class T, bool Plain, Rows Mode>
 __global__ void __launch_bounds__(kMostThreads<T>, 1) statistics_kernel(const StatisticsParams p) {
   using A = acc_of<T>;
   Row<T, T, Plain, Mode> row(p.tile, p.tile.values);
-  auto& stats = static_cast<RowStatistics<A>*>(p.stats)[row.row];
-  const RowStatistics<A> before = stats, s = row.statistics();
-  if (row.is_first_thread()) stats = merged(before, s);
+  auto* stats = static_cast<RowStatistics<A>*>(p.stats) + row.row * p.parts;
+  RowStatistics<A> all;
+  if (p.parts == 1) all = stats[0];
+  row.for_tiles([&](const RowStatistics<A>& tile, int first, int count) {
+    if (p.parts == 1) {
+      all = merged_in_order(all, tile, count);
+    } else if (int(threadIdx.x) < count) {
+      RowStatistics<A>& own = stats[first + int(threadIdx.x)];
+      const Merge<A> m(own.max, own.target, tile);
+      add(own, m);
+      own.max = m.max;
+      own.target = m.target;
+    }
+  });
+  if (p.parts == 1 && threadIdx.x == 0) stats[0] = all;
+}
+
+// A warp for each row.
+template <class A>
+__global__ void __launch_bounds__(kThreadsOfClose) close_kernel(const CloseParams p) {
+  const int64_t row = int64_t(blockIdx.x) * (kThreadsOfClose / 32) + threadIdx.x / 32;
+  if (row >= p.rows) return;
+  const auto* stats = static_cast<const RowStatistics<A>*>(p.stats) + row * p.parts;
+  const int lane = int(threadIdx.x) % 32;
+  RowStatistics<A> all;
+  for (int64_t first = 0; first < p.parts; first += 32) {
+    RowStatistics<A> s;
+    if (first + lane < p.parts) s = stats[first + lane];
+    all = merged_in_order(all, s, int(p.parts - first < 32 ? p.parts - first : 32));
+  }
+  if (lane == 0) write<A>(p.scored, row, closed(all));
 }
 
 template <class T, class O, bool Plain, Rows Mode>
@@ -353,12 +444,14 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1) gradient_kernel(const Grad
 }
 
 template <class T, class O, bool Plain, Rows Mode>
-__global__ void __launch_bounds__(kMostThreads<T>, 1) policy_kernel(const PolicyParams p) {
+__global__ void
+__launch_bounds__(Mode == Rows::kept ? kMostThreadsKept : kMostThreads<T>, Mode == Rows::kept && sizeof(T) < 8 ? 2 : 1)
+    policy_kernel(const PolicyParams p) {
   if constexpr (Mode != Rows::kept || kHasClusters) {
     using A = acc_of<T>;
     Row<T, O, Plain, Mode> row(p.tile, p.out);
     const RowStatistics<A> s = row.statistics();
-    const RowResult<A> result = close(s);
+    const RowResult<A> result = closed(s);
     const A g = policy_coefficient<A>(p, row.row, result.logps), g_entropy = Plain ? A(0) : value<A>(p.rows.w_entropy, row.row);
     row.write({row.transform, g, g_entropy, s.max, result.log_sum, result.logps, result.entropy});
     // at the end: sooner, the addresses cost more registers than 1024 threads have

@@ -25,6 +25,7 @@ struct CudaLaunch {
 
 extern "C" {
 GRPO_API const char* grpo_cuda_statistics(const StatisticsParams* params, const CudaLaunch* launch);
+GRPO_API const char* grpo_cuda_close(const CloseParams* params, const CudaLaunch* launch);
 GRPO_API const char* grpo_cuda_gradient(const GradientParams* params, const CudaLaunch* launch);
 GRPO_API const char* grpo_cuda_policy(const PolicyParams* params, const CudaLaunch* launch);
 GRPO_API const char* grpo_cuda_divergence_statistics(const ComparisonParams* params, const CudaLaunch* launch);

@@ -58,6 +58,10 @@ def block_memory(columns, element_size, cluster):
     return _function("block_memory", columns, element_size, cluster, result=ctypes.c_int64)
 
 
+def threads_of_two_tiles(columns, element_size):
+    return _function("threads_of_two_tiles", columns, element_size)
+
+
 def threads_of(columns, element_size, visits, cluster=1):
     return _function("threads_of", columns, element_size, visits, cluster)
 
@@ -74,7 +78,7 @@ def _on_the_host(name):
     return call
 
 
-statistics, gradient, policy = map(_on_the_host, ("statistics", "gradient", "policy"))
+statistics, close, gradient, policy = map(_on_the_host, ("statistics", "close", "gradient", "policy"))
 divergence_statistics, jensen_shannon, divergence_gradient = map(
     _on_the_host, ("divergence_statistics", "jensen_shannon", "divergence_gradient")
 )

@@ -194,7 +194,7 @@ found = compiled.row("statistics, odd stride", 90)
 assert found["load"] == 4 and "loads of 4 bytes in a loop" in occupancy.faults(found), found
 
 # four elements a thread: half of the bytes in flight
-compiled.backend.launch_shape = lambda *_: compiled.backend.LaunchShape(4096, 32)
+compiled.backend.policy_shape = lambda *_: compiled.backend.PolicyShape(4096, 32, 2)
 found = compiled.row("policy, clipped, KL, float32 out", 90)
 assert found["binds"] == "latency" and len(occupancy.faults(found)) == 1 and found["flight"] < 16_384, found
 """

@@ -163,7 +163,7 @@ def test_the_target_of_a_confident_row_keeps_its_digits(variant, cluster):
 def test_launch_shapes_agree(kernel, variant, cluster):
     p = problem(torch.float32)
     exact, by_torch = expected_of(kernel, p, torch.float64), expected_of(kernel, p, torch.float32)
-    for threads in (0, 32, 96, 256, 1024):
+    for threads in (0, 32, 96, 256, 448 if variant == KEPT else 1024):
         tile = p.logits.clone()
         written = call(kernel, p, tile, variant=variant, cluster=cluster, threads=threads)
         assert_no_worse_than_torch(f"{threads}", tile, by_torch, exact, 2.0, 4e-6)
@@ -307,11 +307,17 @@ def test_shared_memory_and_cluster_size():
 
 
 def test_threads():
-    for columns, element_size, visits in itertools.product((1, 37, 2048, 32_000, 65_536, 151_936), (2, 4, 8), (1, 2)):
-        threads = cuda_host.threads_of(columns, element_size, visits)
-        assert threads in (32, 64, 128, 256, 512, 1024) and threads <= (512 if element_size == 8 else 1024)
-    assert cuda_host.threads_of(151_936, 4, 2) == 1024, "one row per multiprocessor, so that the second read is cached"
-    assert cuda_host.threads_of(151_936, 4, 1, 8) == 512 and cuda_host.threads_of(1000, 4, 1, 8) == 32, "a lane for each"
+    """Warps that have as many pieces of 1024 columns each, but for the last round; in no block more than may be."""
+    for columns, element_size, visits, cluster in itertools.product((1, 37, 2048, 32_000, 65_536, 151_936, 10**7), (2, 4, 8), (1, 2), (1, 4, 8)):
+        threads, pieces = cuda_host.threads_of(columns, element_size, visits, cluster), -(-columns // 1024)
+        most = (512 if element_size == 8 else 1024) if visits == 2 and columns >= 65_536 else 448
+        of_block = -(-pieces // cluster)
+        rounds = -(-of_block // (threads // 32))
+        assert threads % 32 == 0 and 32 <= threads <= most and rounds == -(-of_block // (most // 32))
+        assert rounds * threads // 32 - of_block < rounds
+    assert cuda_host.threads_of(151_936, 4, 2) == 960, "one row per multiprocessor, so that the second read is cached"
+    for columns, element_size in itertools.product((1, 37, 2048, 32_000, 65_536, 151_936), (2, 4, 8)):
+        assert cuda_host.threads_of_two_tiles(columns, element_size) in (32, 64, 128, 256, 512)
 
 
 def test_block_memory():
@@ -319,16 +325,16 @@ def test_block_memory():
     for columns, element_size, cluster in itertools.product((1, 37, 4133, 32_000, 128_256, 151_936), (2, 4, 8), (1, 2, 4, 8)):
         bytes = cuda_host.block_memory(columns, element_size, cluster) - cuda_host.block_memory(columns, element_size, 0)
         row = -(-columns * element_size // 16) * 16
-        assert row <= bytes * cluster and bytes <= row / cluster + 65_536 / cluster and bytes % 16 == 0
-    assert cuda_host.block_memory(151_936, 4, 8) == 4128 + 512 * 16 * 10, "9.3 sweeps of 4096 lanes, each of 16 bytes"
+        assert row <= bytes * cluster and bytes <= row / cluster + 1024 * element_size and bytes % 16 == 0
+    assert cuda_host.block_memory(151_936, 4, 8) == 8224 + 19 * 4096, "149 pieces of 4 KB"
 
 
 @each_pair
 def test_every_launch_shape_gives_the_same_bits(dtype, narrow):
-    """The number of lanes comes of the row, so neither threads nor blocks change what is added to what."""
+    """Neither threads nor blocks change what is added to what."""
     for columns in (37, 700, 12_288 + 5, 27_001):
         p, expected, stats = problem(dtype, columns, 2), None, None
-        for (variant, cluster), threads in itertools.product([(TWICE, 0), *itertools.product([KEPT], [1, 2, 4, 8])], (0, 32, 96, 512)):
+        for (variant, cluster), threads in itertools.product([(TWICE, 0), *itertools.product([KEPT], [1, 2, 4, 8])], (0, 32, 96, 448)):
             result = torch.empty(p.logits.shape, dtype=narrow)
             written = call("policy", p, p.logits, result, variant=variant, cluster=cluster, threads=threads, yield_one_in=1000)
             expected = expected or (result, written)
@@ -338,11 +344,11 @@ def test_every_launch_shape_gives_the_same_bits(dtype, narrow):
             assert torch.equal(folded, stats), (columns, threads)
 
 
-@pytest.mark.parametrize("dtype, columns", [(torch.float32, 98_304 + 5), (torch.bfloat16, 196_608 + 3)])
-def test_the_longest_rows_have_most_lanes(dtype, columns):
-    """4096, as a row of 152k has: each lane of the merging warp takes four warps' sums."""
+@pytest.mark.parametrize("dtype, columns", [(torch.float32, 98_304 + 5), (torch.bfloat16, 270_336 + 3)])
+def test_the_longest_rows(dtype, columns):
+    """Of more tiles than lanes, and of more pieces than are in shared memory at once."""
     p, results = problem(dtype, columns, 1), []
-    p.logits[0, -4:] += 9.0  # so that what a lost lane held would show
+    p.logits[0, -4:] += 9.0  # so that what a lost piece held would show
     exact = expected_of("policy", p, torch.float64)
     for variant, cluster, threads in ((TWICE, 0, 0), (KEPT, 4, 0), (KEPT, 8, 0), (TWICE, 0, 256)):
         tile = p.logits.clone()
@@ -353,6 +359,13 @@ def test_the_longest_rows_have_most_lanes(dtype, columns):
     logps, entropy = log_probs(p.logits.double(), p.target)
     torch.testing.assert_close(results[0][1].double(), torch.stack([logps, p.logits.double().logsumexp(1), entropy]), rtol=1e-5, atol=1e-5)
     assert_no_worse_than_torch("dz", results[0][0], expected_of("policy", p, dtype), exact, 2.0, 4e-6)
+    stats, parts = (new_statistics(1, torch.float32, "cpu", n) for n in (1, -(-columns // 4096)))
+    statistics(p, p.logits, stats[:, 0], yield_one_in=10**6)
+    statistics(p, p.logits, parts, threads=96, yield_one_in=10**6)
+    for given in (stats, parts):
+        scored = scored_like(p.g)
+        cuda_host.close(given, scored)
+        assert torch.equal(torch.stack(scored), results[0][1])
 
 
 def test_a_device_without_room_for_the_cluster_reads_twice():
@@ -536,7 +549,8 @@ def test_the_longest_rows_of_two_tiles_have_most_lanes(kind):
     stats, sums = results[0]
     if kind == "jsd":
         lm = torch.logaddexp(lp + math.log(0.7), lq + math.log(0.3))
-        exact = torch.stack([(a.exp() * (a - lm)).sum(1) for a in (lp, lq)], 1)
+        of_p, of_q = ((a.exp() * (a - lm)).sum(1) for a in (lp, lq))
+        exact = torch.stack([of_p, 0.7 * of_p + 0.3 * of_q], 1)
         torch.testing.assert_close(sums.double(), exact, rtol=2e-6, atol=0)
     else:
         exact = ((lq.exp() * (lq - lp)) if kind == "forward_kl" else (lp.exp() * (lp - lq))).sum(1)
@@ -617,8 +631,8 @@ def test_what_is_wrong_is_said():
         ("does not fit the shared memory of a cluster of", dict(variant=KEPT, capability=80)),
         ("cluster of 3 blocks", dict(variant=KEPT, cluster=3)),
         ("cluster of 16 blocks", dict(variant=KEPT, cluster=16)),
-        ("multiple of 32 up to 1024, got 48", dict(threads=48)),
-        ("multiple of 32 up to 1024, got 2048", dict(threads=2048)),
+        ("multiple of 32 up to 448, got 48", dict(threads=48)),
+        ("multiple of 32 up to 448, got 2048", dict(threads=2048)),
         ("policy kernel: device 3: invalid device ordinal", dict(device=3)),
     ):
         with pytest.raises(RuntimeError, match=message):

@@ -15,7 +15,7 @@ from tolerance import assert_all_close
 
 from grpo_kernels import GRPOLossConfig, available_backends, backends, devices, fused_linear_grpo_loss
 from grpo_kernels.backends import triton
-from grpo_kernels.backends.statistics import Pairs, Scored, Tile, new_statistics
+from grpo_kernels.backends.statistics import TILE_COLUMNS, Pairs, Scored, Tile, new_statistics
 from grpo_kernels.engine import ops, products
 from grpo_kernels.losses.terms import PolicyRows
 
@@ -69,15 +69,43 @@ def test_float16_equals_the_other_backend(level, needs):
         assert_all_close(ours.flat(), truth.flat(), 4e-3)
 
 
-def test_the_launch_shape_is_a_pure_function():
+def test_the_launch_shapes_are_pure_functions():
     for columns in (1, 37, 1024, 2047, 2048, 8192, 16_383, 32_000, 65_536, 151_936, 262_144):
         for element_size in (2, 4, 8):
-            for reads in (1, 2):
-                shape = triton.launch_shape(columns, element_size, reads)
-                assert shape == triton.launch_shape(columns, element_size, reads)
-                assert shape.block & (shape.block - 1) == 0 and shape.block // (32 * shape.warps) in (4, 8)
-                assert shape.warps in (4, 8, 16, 32)
-    assert triton.launch_shape(151_936, 4, 2).warps == 32, "one row per multiprocessor, so that the second read is cached"
+            shape = triton.launch_shape(columns, element_size)
+            assert shape == triton.launch_shape(columns, element_size)
+            assert shape.block & (shape.block - 1) == 0 and shape.block // (32 * shape.warps) in (4, 8)
+            assert shape.warps in (4, 8, 16)
+            policy, step = triton.policy_shape(columns, element_size), triton.step(False, element_size)
+            assert policy == triton.policy_shape(columns, element_size) and policy.tiles in (1, 2, 4)
+            assert policy.block == policy.tiles * step and policy.warps == 4 * policy.tiles and TILE_COLUMNS % step == 0
+    assert triton.policy_shape(151_936, 4) == triton.PolicyShape(8192, 16, 4), "one row per multiprocessor, so that the second read is cached"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_how_a_row_is_dealt_out_changes_no_bit(monkeypatch, dtype):
+    """Fixed tiles side by side or one after another, the last ones of them missing or ragged; rows that start anywhere."""
+    torch.manual_seed(3)
+    for columns in (2 * TILE_COLUMNS, 5 * TILE_COLUMNS + 77):
+        memory, target = torch.randn(3 * columns + 5, device=DEVICE).to(dtype), torch.tensor([3, 4096 + 9, columns - 1], device=DEVICE)
+        memory[2 * columns + 700] = 30.0
+        one, found = torch.ones(3, device=DEVICE), []
+        for tiles, stride, start in ((1, columns, 0), (2, columns, 0), (4, columns, 0), (4, columns + 2, 1)):
+            monkeypatch.setattr(triton, "policy_shape", lambda *_, n=tiles: triton.PolicyShape(n * 2048, 4 * n, n))
+            frame = torch.zeros(3 * stride + start, dtype=dtype, device=DEVICE)
+            values = frame.as_strided((3, columns), (stride, 1), start)
+            values.copy_(memory[: 3 * columns].view(3, columns))
+            scored, out = Scored(*torch.full((3, 3), NAN, device=DEVICE)), torch.empty(3, columns, dtype=dtype, device=DEVICE)
+            tile = Tile(values, target, Transform(1.3, None, 0.7))
+            triton.policy(tile, out, PolicyRows(one, one), Terms(kind="linear"), scored)
+            stats = new_statistics(3, torch.float32, DEVICE)
+            triton.statistics(tile, stats)
+            closed = Scored(*torch.full((3, 3), NAN, device=DEVICE))
+            triton.close(stats, closed)
+            assert torch.equal(torch.stack(closed), torch.stack(scored))
+            found.append((torch.stack(scored), out))
+        for scores, out in found[1:]:
+            assert torch.equal(scores, found[0][0]) and torch.equal(out, found[0][1])
 
 
 def test_the_launch_shape_over_two_tiles_is_a_pure_function():

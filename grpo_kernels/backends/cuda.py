@@ -16,12 +16,12 @@ import torch
 from .. import build_cuda
 from . import params
 from .comparison import check_both
-from .statistics import check, check_pairs, require
+from .statistics import check, check_close, check_pairs, require
 
 LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 BUILD = "`grpo-kernels doctor --build-cuda` builds them where nvcc is installed"
 _TWO_TILES = ("divergence_statistics", "jensen_shannon", "divergence_gradient")
-_KERNELS = ("statistics", "gradient", "policy", *_TWO_TILES, "pair_logits", "pair_sums")
+_KERNELS = ("statistics", "close", "gradient", "policy", *_TWO_TILES, "pair_logits", "pair_sums")
 _RESULTS = {dtype: (dtype,) for dtype in (torch.bfloat16, torch.float16, torch.float64)}
 _RESULTS[torch.float32] = (torch.float32, torch.bfloat16, torch.float16)
 _Launch = params.struct("CudaLaunch", (params.INT, "device"), (params.POINTER, "stream"), (params.INT, "variant cluster threads"))
@@ -37,9 +37,14 @@ class Kernels:
         self.library, self.shape = loaded(str(path)), shape
 
     def statistics(self, tile, stats):
-        """Folds a tile into the running statistics [R, 4] of its rows."""
+        """Merges a tile into the statistics [R, 4] of its rows, or each fixed tile into its own, [R, parts, 4]."""
         check(tile, _RESULTS, stats=stats)
         self._launch("statistics", tile.values, params.statistics(tile, stats))
+
+    def close(self, stats, scored):
+        """What is known of rows whose statistics are complete, their parts merged in order."""
+        check_close(stats, scored)
+        self._launch("close", stats, params.close(stats, scored))
 
     def gradient(self, tile, out, scored, g, g_entropy=None):
         """Writes the gradient of the raw logits."""
@@ -135,6 +140,10 @@ def _kernels():
 
 def statistics(*args, **more):
     _kernels().statistics(*args, **more)
+
+
+def close(*args, **more):
+    _kernels().close(*args, **more)
 
 
 def gradient(*args, **more):

@@ -1,13 +1,18 @@
 """The row kernels in Triton: one program owns a row of logits, arithmetic in float32 (float64 for float64 tiles).
 
     statistics   one read of the tile
+    close        reads the statistics alone
     gradient     one read and one write
     policy       statistics, then the gradient: two reads and one write, the second read from the cache where the rows in
-                 flight fit it. The first walk goes right to left, so that the second one, left to right, meets the
-                 columns that were read last.
+                 flight fit it. The second walk goes right to left, so that it begins with the columns that were read last.
 
-Per element: two exp in `policy` (and a quarter for the running maximum, kept per GROUP of columns), one elsewhere. The target's
-column is left out of every sum, so that p near 1 loses no digits; only the block that holds it looks for it.
+Per element: two exp in `policy` (and an eighth for the running maximum, kept per GROUP of columns), one elsewhere. The target's
+column is left out of every sum, so that p near 1 loses no digits; only the step that holds it looks for it.
+
+The bits of a row's statistics depend on its columns alone. A fixed tile of TILE columns is folded in steps of as many of them as
+the dtype says; its groups are then added by pairs, two numbers at a time, so that it does not matter which thread holds them; and
+the tiles are merged from left to right. The kernels are launched without contraction of products and sums: two of them that inline
+one function could round it differently. What is fused is written so.
 """
 
 from typing import NamedTuple
@@ -16,8 +21,9 @@ import triton
 import triton.language as tl
 
 from ..losses.terms import KINDS
-from .statistics import Scored
+from .statistics import TILE_COLUMNS, Scored
 
+TILE = tl.constexpr(TILE_COLUMNS)
 GROUP = tl.constexpr(4)  # elements of one 16-byte load: their maximum needs no exchange between threads
 CLIPPED, CISPO, SAPO, LINEAR = (tl.constexpr(KINDS.index(kind)) for kind in ("clipped", "cispo", "sapo", "linear"))
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -164,6 +170,12 @@ def _transformed(x, columns, end, transform):
             y += tl.load(transform.bias + columns)
         else:
             y += tl.load(transform.bias + columns, mask=columns < end, other=0.0)
+    return _scaled(y, transform)
+
+
+@triton.jit
+def _scaled(y, transform):
+    """As `_transformed`, of logits that have their bias."""
     slope = 1.0
     if transform.softcap is not None:
         u = y * (transform.logit_scale / transform.softcap)
@@ -179,14 +191,14 @@ def _transformed(x, columns, end, transform):
 @triton.jit
 def _against(peak, others, moment, seen, new_peak):
     """(others, moment) of columns with this peak and sum of all exp, beside a maximum that is no less than theirs."""
-    shift = _finite(new_peak)
-    carry, drop = _exp(peak - shift), tl.where(peak == float("-inf"), 0.0, peak - shift)
-    return carry * others, carry * (moment + drop * seen)
+    drop = peak - _finite(new_peak)
+    carry = _exp(drop)
+    return carry * others, carry * tl.fma(tl.maximum(drop, _LOWEST), seen, moment)
 
 
 @triton.jit
 def _merged(a, b):
-    """The statistics of two sets of columns without a common one."""
+    """The statistics of two sets of columns without a common one. Nothing merged with another is the other, to the bit."""
     peak = tl.maximum(a.peak, b.peak)
     others_a, moment_a = _against(a.peak, a.others, a.moment, a.others + _exp(a.target - _finite(a.peak)), peak)
     others_b, moment_b = _against(b.peak, b.others, b.moment, b.others + _exp(b.target - _finite(b.peak)), peak)
@@ -194,45 +206,146 @@ def _merged(a, b):
 
 
 @triton.jit
-def _fold(x, start, end, target, peak, others, moment, transform, BLOCK: tl.constexpr):
-    """A block of logits folded into (peak, others, moment) without the target, one of each for every GROUP of lanes."""
-    columns = start + tl.arange(0, BLOCK)
-    z, _ = _transformed(x, columns, end, transform)
-    if end is not None:
-        z = tl.where(columns < end, z, float("-inf"))
-    if (target >= start) & (target < start + BLOCK):  # one block of a row: the others need not look for it
-        z = tl.where(columns == target, float("-inf"), z)
-    z = tl.reshape(z, (BLOCK // GROUP, GROUP))
-    new_peak = tl.maximum(peak, tl.max(z, 1))
-    others, moment = _against(peak, others, moment, others, new_peak)
-    d = z - tl.expand_dims(_finite(new_peak), 1)
-    e = _exp(d)
-    return new_peak, others + tl.sum(e, 1), moment + tl.sum(tl.maximum(d, _LOWEST) * e, 1)
+def _at_step(TILES: tl.constexpr, STEP: tl.constexpr):
+    """Columns [TILES, STEP] of the first step of adjacent tiles, from the first one's first."""
+    return tl.expand_dims(tl.arange(0, TILES) * TILE, 1) + tl.expand_dims(tl.arange(0, STEP), 0)
 
 
 @triton.jit
-def _row_statistics(row_ptr, columns, target, transform, BLOCK: tl.constexpr):
-    lanes = tl.arange(0, BLOCK)
-    nothing = tl.zeros((BLOCK // GROUP,), transform.temperature.dtype)
-    peak, others, moment = nothing + float("-inf"), nothing, nothing
-    full = columns // BLOCK
-    if full * BLOCK < columns:
-        x = tl.load(row_ptr + full * BLOCK + lanes, mask=full * BLOCK + lanes < columns, other=0.0)
-        peak, others, moment = _fold(x, full * BLOCK, columns, target, peak, others, moment, transform, BLOCK)
-    x = tl.load(row_ptr + (full - 1) * BLOCK + lanes, mask=lanes < full * BLOCK, other=0.0)
-    for k in range(full):
-        start = (full - 1 - k) * BLOCK
-        ahead = tl.load(row_ptr + start - BLOCK + lanes, mask=lanes < start, other=0.0)
-        peak, others, moment = _fold(x, start, None, target, peak, others, moment, transform, BLOCK)
-        x = ahead
-    row_peak = tl.max(peak, 0)
-    others, moment = _against(peak, others, moment, others, row_peak)
+def _sum_of_groups(x, TILES: tl.constexpr, STEP: tl.constexpr):
+    return tl.sum(tl.sum(tl.reshape(x, (TILES, STEP // GROUP, 2, 2)), 3), 2)
 
+
+@triton.jit
+def _fold(x, start, end, target, before, transform, TILES: tl.constexpr, STEP: tl.constexpr):
+    """A step of adjacent tiles folded into the statistics of groups [TILES, STEP / GROUP], without the target; None: of nothing."""
+    columns = start + _at_step(TILES, STEP)
+    z, _ = _transformed(x, columns, end, transform)
+    if end is not None:
+        z = tl.where(columns < end, z, float("-inf"))
+    if (target >= start) & (target < start + (TILES - 1) * TILE + STEP):  # one step of a row: the others need not look for it
+        z = tl.where(columns == target, float("-inf"), z)
+    z = tl.reshape(z, (TILES, STEP // GROUP, GROUP))
+    peak = tl.max(z, 2)
+    if before is not None:
+        peak = tl.maximum(before.peak, peak)
+    d = z - tl.expand_dims(_finite(peak), 2)
+    e = _exp(d)
+    others, moment = _sum_of_groups(e, TILES, STEP), _sum_of_groups(tl.maximum(d, _LOWEST) * e, TILES, STEP)
+    if before is not None:
+        others_before, moment_before = _against(before.peak, before.others, before.moment, before.others, peak)
+        others, moment = others_before + others, moment_before + moment
+    return Statistics(peak, others, moment, None)
+
+
+@triton.jit
+def _of_tiles(groups, at_target, start, target, transform, TILES: tl.constexpr, GROUPS: tl.constexpr):
+    """The statistics [TILES] of adjacent tiles, of those of their groups and the target's logit, if it is in one of them."""
+    peak = tl.max(groups.peak, 1)
+    x = tl.join(*_against(groups.peak, groups.others, groups.moment, groups.others, tl.expand_dims(peak, 1)))
+    # a thread has several groups: the pairs that are furthest apart need no exchange, and those of one warp none through memory
+    for i in tl.static_range(16):
+        if GROUPS >> i > 128:
+            x = tl.sum(tl.reshape(x, (TILES, 2, GROUPS >> (i + 1), 2)), 1)
+        elif GROUPS >> i > 1:
+            x = tl.sum(tl.reshape(x, (TILES, GROUPS >> (i + 1), 2, 2)), 2)
+    others, moment = tl.split(tl.reshape(x, (TILES, 2)))
+    found = Statistics(peak, others, moment, tl.full((TILES,), float("-inf"), peak.dtype))
+    if (target >= start) & (target < start + TILES * TILE):
+        z, _ = _scaled(at_target.to(peak.dtype), transform)
+        first = start + tl.arange(0, TILES) * TILE
+        z = tl.where((target >= first) & (target < first + TILE), z, float("-inf"))
+        found = _merged(found, Statistics(z, tl.zeros_like(z), tl.zeros_like(z), z))
+    return found
+
+
+@triton.jit
+def _in_order(s, tiles, TILES: tl.constexpr):
+    """Scalars merged with [TILES] statistics, one after another."""
+    if TILES == 1:
+        s = _merged(s, Statistics(tl.sum(tiles.peak, 0), tl.sum(tiles.others, 0), tl.sum(tiles.moment, 0), tl.sum(tiles.target, 0)))
+    else:
+        fields = tl.join(tl.join(tiles.peak, tiles.moment), tl.join(tiles.others, tiles.target))  # [TILES, 2, 2]
+        even, odd = tl.split(tl.reshape(tl.permute(fields, (1, 2, 0)), (2 * TILES, 2)))
+        if TILES == 2:
+            s = _merged(_merged(s, _scalars(even)), _scalars(odd))
+        else:
+            first, third = tl.split(tl.reshape(even, (4, 2)))
+            second, fourth = tl.split(tl.reshape(odd, (4, 2)))
+            s = _merged(_merged(s, _scalars(first)), _scalars(second))
+            s = _merged(_merged(s, _scalars(third)), _scalars(fourth))
+    return s
+
+
+@triton.jit
+def _scalars(fields):
+    """Statistics of [4], which are in the order of peak, others, moment, target."""
+    first, second = tl.split(tl.reshape(fields, (2, 2)))
+    peak, moment = tl.split(first)
+    others, target = tl.split(second)
+    return Statistics(peak, others, moment, target)
+
+
+@triton.jit
+def _statistics_at(pointer):
+    return Statistics(tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3))
+
+
+@triton.jit
+def _store_statistics(pointer, s):
+    tl.debug_barrier()  # every thread has read what the first ones overwrite now
+    tl.store(pointer, s.peak)
+    tl.store(pointer + 1, s.others)
+    tl.store(pointer + 2, s.moment)
+    tl.store(pointer + 3, s.target)
+
+
+@triton.jit
+def _merge_tiles(s, tiles, start, parts_ptr, TILES: tl.constexpr):
+    """The tiles merged into s; or, with a pointer, one tile into its part there."""
+    if parts_ptr is None:
+        s = _in_order(s, tiles, TILES)
+    else:
+        at = parts_ptr + start // TILE * 4
+        _store_statistics(at, _in_order(_statistics_at(at), tiles, TILES))
+    return s
+
+
+@triton.jit
+def _row_statistics(row_ptr, columns, target, before, parts_ptr, transform,
+                    SHORT: tl.constexpr, TILES: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+    """The statistics of a row merged into those before, TILES side by side; a SHORT row has hardly ever a whole tile."""
+    lanes, s = _at_step(TILES, STEP), before
     here = (target >= 0) & (target < columns)
-    at = tl.where(here, target, 0)
-    z, _ = _transformed(tl.load(row_ptr + at, mask=here, other=0.0), at, None, transform)
-    z, nowhere, zero = tl.where(here, z, float("-inf")), tl.full((), float("-inf"), z.dtype), tl.zeros((), z.dtype)
-    return _merged(Statistics(row_peak, tl.sum(others, 0), tl.sum(moment, 0), nowhere), Statistics(z, zero, zero, z))
+    full, own = 0, tl.where(here, target, 0)
+    target = tl.where(here, target, -1)  # a last tile may reach past the row's end to a target that is elsewhere
+    at_target = tl.load(row_ptr + own, mask=here, other=0.0)  # nothing waits for it before its tile
+    if transform.bias is not None:
+        at_target = at_target.to(transform.temperature.dtype) + tl.load(transform.bias + own, mask=here, other=0.0)
+    if not SHORT:
+        full = columns // (TILES * TILE) * (TILES * TILE)
+        x = tl.load(row_ptr + lanes, mask=lanes < full, other=0.0)
+        for start in range(0, full, TILES * TILE):
+            groups = None
+            for k in tl.static_range(TILE // STEP):
+                # of these tiles the next step, or of the next ones the first
+                ahead = start + ((k + 1) * STEP if (k + 1) * STEP < TILE else TILES * TILE)
+                following = tl.load(row_ptr + ahead + lanes, mask=ahead + lanes < full, other=0.0)
+                groups = _fold(x, start + k * STEP, None, target, groups, transform, TILES, STEP)
+                x = following
+            tiles = _of_tiles(groups, at_target, start, target, transform, TILES, STEP // GROUP)
+            s = _merge_tiles(s, tiles, start, parts_ptr, TILES)
+    nothing = tl.zeros((TILES, STEP // GROUP), transform.temperature.dtype)
+    for start in range(full, columns, TILES * TILE):
+        peak, others, moment = nothing + float("-inf"), nothing, nothing
+        for at in range(start, tl.minimum(start + TILE, columns), STEP):
+            x = tl.load(row_ptr + at + lanes, mask=at + lanes < columns, other=0.0)
+            groups = _fold(x, at, columns, target, Statistics(peak, others, moment, None), transform, TILES, STEP)
+            peak, others, moment = groups.peak, groups.others, groups.moment
+        groups = Statistics(peak, others, moment, None)
+        tiles = _of_tiles(groups, at_target, start, target, transform, TILES, STEP // GROUP)
+        s = _merge_tiles(s, tiles, start, parts_ptr, TILES)
+    return s
 
 
 @triton.jit
@@ -288,7 +401,7 @@ def _write_zeros(out_ptr, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def _write_row(row_ptr, out_ptr, columns, target, scored, g, g_entropy, transform, BLOCK: tl.constexpr):
-    """Writes dz, left to right; zeros where nothing flows back, whatever the row holds."""
+    """Writes dz, right to left; zeros where nothing flows back, whatever the row holds."""
     lanes = tl.arange(0, BLOCK)
     dtype = out_ptr.dtype.element_ty
     full = columns // BLOCK
@@ -303,24 +416,26 @@ def _write_row(row_ptr, out_ptr, columns, target, scored, g, g_entropy, transfor
         at_target = -_expm1(scored.logps) * g
         if g_entropy is not None:
             g_entropy *= factor
-        x = tl.load(row_ptr + lanes, mask=lanes < full * BLOCK, other=0.0)
-        for k in range(full):
-            start = k * BLOCK
-            ahead = tl.load(row_ptr + start + BLOCK + lanes, mask=lanes < (full - 1 - k) * BLOCK, other=0.0)
-            result = _result_block(x, start, None, target, at_target, scored, g, g_entropy, transform, BLOCK)
-            tl.store(out_ptr + start + lanes, result.to(dtype))
-            x = ahead
         if full * BLOCK < columns:
             start = full * BLOCK
             x = tl.load(row_ptr + start + lanes, mask=start + lanes < columns, other=0.0)
             result = _result_block(x, start, columns, target, at_target, scored, g, g_entropy, transform, BLOCK)
             tl.store(out_ptr + start + lanes, result.to(dtype), mask=start + lanes < columns)
+        x = tl.load(row_ptr + (full - 1) * BLOCK + lanes, mask=lanes < full * BLOCK, other=0.0)
+        for k in range(full):
+            start = (full - 1 - k) * BLOCK
+            ahead = tl.load(row_ptr + start - BLOCK + lanes, mask=lanes < start, other=0.0)
+            result = _result_block(x, start, None, target, at_target, scored, g, g_entropy, transform, BLOCK)
+            tl.store(out_ptr + start + lanes, result.to(dtype))
+            x = ahead
 
 
-@triton.jit(do_not_specialize_on_alignment=["stats_ptr", "target_ptr", "temperature_ptr", "ranges_ptr"])  # slices start anywhere
+@triton.jit(do_not_specialize=["parts"],
+            do_not_specialize_on_alignment=["stats_ptr", "target_ptr", "temperature_ptr", "ranges_ptr"])  # slices start anywhere
 def statistics_kernel(
     tile,  # Matrix of raw logits
-    stats_ptr,  # [R, 4] acc, the fields of Statistics
+    stats_ptr,  # [R, parts, 4] acc, the fields of Statistics
+    parts,  # 1 for all of a row's fixed tiles, or with PARTS one for each
     target_ptr,  # [R] int64, relative to the tile's first column
     bias_ptr,  # [C] acc or None
     temperature_ptr,  # [R] acc or None
@@ -328,24 +443,56 @@ def statistics_kernel(
     logit_scale: tl.float64,
     softcap: tl.float64,
     temperature: tl.float64,
+    PARTS: tl.constexpr,
+    STEP: tl.constexpr,  # columns of a fixed tile that are folded at once
     SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
     ranges_ptr=None,  # [R, 2] int64: where the rows are behind the tile's pointer
 ):
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 at 14k rows of 152k
-    stats_ptr += row * 4
+    stats_ptr += row * parts * 4
     scale, temperature = tl.full((), logit_scale, ACC), _row_temperature(temperature_ptr, row, temperature, ACC)
     transform = Transform(bias_ptr, scale, tl.full((), softcap, ACC) if SOFTCAP else None, temperature)
     target = tl.load(target_ptr + row).to(tl.int32)
-    before = Statistics(tl.load(stats_ptr), tl.load(stats_ptr + 1), tl.load(stats_ptr + 2), tl.load(stats_ptr + 3))
     row_ptr, columns = _row_at(tile, row, ranges_ptr, columns)
-    after = _merged(before, _row_statistics(row_ptr, columns, target, transform, BLOCK))
-    tl.debug_barrier()  # every thread has read what the first ones overwrite now
-    tl.store(stats_ptr, after.peak)
-    tl.store(stats_ptr + 1, after.others)
-    tl.store(stats_ptr + 2, after.moment)
-    tl.store(stats_ptr + 3, after.target)
+    parts_ptr = stats_ptr if PARTS else None
+    after = _row_statistics(
+        row_ptr, columns, target, _statistics_at(stats_ptr), parts_ptr, transform, ranges_ptr is not None, 1, STEP
+    )
+    if not PARTS:
+        _store_statistics(stats_ptr, after)
+
+
+@triton.jit
+def _part_at(stats_ptr, row, i, parts, known):
+    """A vector of parts, of rows that have ``known`` of them; behind the last one there is nothing."""
+    inside, at = i < known, stats_ptr + (row * parts + i) * 4
+    peak, target = tl.load(at, inside, other=float("-inf")), tl.load(at + 3, inside, other=float("-inf"))
+    return Statistics(peak, tl.load(at + 1, inside, other=0.0), tl.load(at + 2, inside, other=0.0), target)
+
+
+@triton.jit(do_not_specialize=["rows", "parts"], do_not_specialize_on_alignment=["stats_ptr", "scored"])
+def close_kernel(
+    stats_ptr,  # [R, parts, 4] acc
+    scored,  # Scored: [R] acc each, written
+    rows,
+    parts,
+    BLOCK: tl.constexpr,
+):
+    """The parts of a row merged in order, and what is known of it then; a thread has a row."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside, known = row < rows, tl.where(row < rows, parts, 0)
+    nothing = tl.zeros((BLOCK,), stats_ptr.dtype.element_ty)
+    peak, others, moment, target = nothing + float("-inf"), nothing, nothing, nothing + float("-inf")
+    for i in range(0, parts, 4):
+        a, b = _part_at(stats_ptr, row, i, parts, known), _part_at(stats_ptr, row, i + 1, parts, known)
+        c, d = _part_at(stats_ptr, row, i + 2, parts, known), _part_at(stats_ptr, row, i + 3, parts, known)
+        s = _merged(_merged(Statistics(peak, others, moment, target), a), b)
+        peak, others, moment, target = _merged(_merged(s, c), d)
+    scores = _finalized(Statistics(peak, others, moment, target))
+    tl.store(scored.logps + row, scores.logps, inside)
+    tl.store(scored.lse + row, scores.lse, inside)
+    tl.store(scored.entropy + row, scores.entropy, inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["scored", "g_ptr", "g_entropy_ptr", "target_ptr", "temperature_ptr", "ranges_ptr"])
@@ -400,8 +547,10 @@ def policy_kernel(
     sapo_temperature_neg: tl.float64,
     KIND: tl.constexpr,  # index into KINDS
     BIAS_CORRECTION: tl.constexpr,
+    TILES: tl.constexpr,  # fixed tiles of columns that are folded side by side
+    STEP: tl.constexpr,  # columns of each that are folded at once
     SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns that are written at once
 ):
     ACC: tl.constexpr = scored.lse.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -409,14 +558,15 @@ def policy_kernel(
     scale, temperature = tl.full((), logit_scale, ACC), _row_temperature(temperature_ptr, row, temperature, ACC)
     transform = Transform(bias_ptr, scale, tl.full((), softcap, ACC) if SOFTCAP else None, temperature)
     target = tl.load(target_ptr + row).to(tl.int32)
-    scores = _finalized(_row_statistics(row_ptr, columns, target, transform, BLOCK))
+    nowhere, zero = tl.full((), float("-inf"), ACC), tl.zeros((), ACC)
+    nothing = Statistics(nowhere, zero, zero, nowhere)
+    scores = _finalized(_row_statistics(row_ptr, columns, target, nothing, None, transform, False, TILES, STEP))
     tl.store(scored.logps + row, scores.logps)
     tl.store(scored.lse + row, scores.lse)
     tl.store(scored.entropy + row, scores.entropy)
 
     HAS_OLD: tl.constexpr = rows.old is not None
     HAS_REF: tl.constexpr = rows.ref is not None
-    zero = tl.zeros((), ACC)
     old, ref, w_kl, advantage, w_policy, g_entropy = zero, zero, zero, zero, zero, None
     if HAS_OLD:
         old = tl.load(rows.old + row)

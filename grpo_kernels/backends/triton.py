@@ -13,10 +13,11 @@ import torch
 
 from ..losses.terms import KINDS
 from . import comparison
-from .statistics import check, check_pairs, require
+from .statistics import check, check_close, check_pairs, require
 
 _REMEDY = "pip install triton (3.4 or newer)"
 _SCALE_BLOCK = 8192
+_CLOSE_BLOCK = 32
 _RESULTS = {dtype: (dtype,) for dtype in (torch.bfloat16, torch.float16, torch.float64)}  # of each dtype of a tile
 _RESULTS[torch.float32] = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,6 +66,11 @@ class LaunchShape:
 
 
 @dataclass(frozen=True)
+class PolicyShape(LaunchShape):
+    tiles: int  # fixed tiles of columns that a program folds side by side
+
+
+@dataclass(frozen=True)
 class PairShape:
     rows: int  # of a group
     programs: int  # that share a group's pairs, or its columns: grid y
@@ -72,24 +78,37 @@ class PairShape:
     block: int  # columns that it takes of them
 
 
-def launch_shape(columns: int | None, element_size: int, reads: int = 1, plain: bool = True) -> LaunchShape:
-    """A pure function of the width of a tile, of how often a kernel reads it, and of whether its arithmetic is plain.
+def step(ranges: bool, element_size: int) -> int:
+    """Columns of a fixed tile that are folded at once: what the bits of a row's statistics depend on."""
+    return 128 if ranges else 8192 // max(4, element_size)
+
+
+def launch_shape(columns: int | None, element_size: int, plain: bool = True) -> LaunchShape:
+    """Of `gradient`: a pure function of the width of a tile and of whether its arithmetic is plain.
 
     Ranges, ``columns`` None, are mostly of less than 20 columns: a warp and one step do.
 
-    Eight elements a thread: two 16-byte loads in flight and two ahead. A long row that is read twice gets all the threads of a
-    multiprocessor, so that few rows are in flight and the second read finds as much as can be of its row in the L2 cache. With
-    a softcap, a bias or a gradient of the entropy, 64 registers are too few for that, and arithmetic sets the pace anyway;
-    there, and where a row is read once, several programs share a multiprocessor, so that one's reductions hide behind
-    another's loads. Reasoned from the compiled code (``make kernels``), not measured yet: ``make gpu
-    STAGE=kernels`` holds each kernel against the bandwidth of a copy.
+    Eight elements a thread: two 16-byte loads in flight and two ahead. With a softcap, a bias or a gradient of the entropy,
+    arithmetic sets the pace; several programs share a multiprocessor. Reasoned from the compiled code (``make kernels``), not
+    measured yet: ``make gpu STAGE=kernels`` holds each kernel against the bandwidth of a copy.
     """
     if columns is None:
         return LaunchShape(128, 1)
-    for least, block, warps in ((65536, 8192, 32), (16384, 4096, 16), (2048, 2048, 8), (0, 1024, 4)):
-        if columns >= least and (warps < 32 or (reads > 1 and plain)) and (warps < 16 or plain):
+    for least, block, warps in ((16384, 4096, 16), (2048, 2048, 8), (0, 1024, 4)):
+        if columns >= least and (warps < 16 or plain):
             return LaunchShape(block // 2, warps) if element_size == 8 else LaunchShape(block, warps)
     raise AssertionError(columns)
+
+
+def policy_shape(columns: int, element_size: int, plain: bool = True) -> PolicyShape:
+    """A pure function as `launch_shape`: four warps for each fixed tile of those side by side, sixteen elements a thread.
+
+    A long row, which is read twice, has several, so that few rows are in flight and the second read finds as much as can be of its
+    row in the L2 cache: one row on each multiprocessor, or two. Every warp merges the statistics of every tile, some 30 instructions
+    for 32 elements of a thread, once for each tile; with more than four they would not hide behind the loads. Not measured yet.
+    """
+    tiles = 1 if columns < 16384 or not plain else 2 if columns < 65536 else 4
+    return PolicyShape(tiles * step(False, element_size), 4 * tiles, tiles)
 
 
 def logits_shape(rows: int, pairs: int, element_size: int) -> PairShape:
@@ -125,16 +144,29 @@ def divergence_shape(columns: int | None, element_size: int) -> LaunchShape:
 
 
 def statistics(tile, stats):
-    """Folds a tile into the running statistics [R, 4] of its rows."""
+    """Merges a tile into the statistics [R, 4] of its rows, or each fixed tile into its own, [R, parts, 4]."""
     check(tile, _RESULTS, stats=stats)
-    _launch(kernels.statistics_kernel, tile, None, stats, shape=_shape(tile), ranges_ptr=tile.ranges)
+    parts, of_ranges = stats.shape[1] if stats.dim() == 3 else 1, tile.ranges is not None
+    _launch(kernels.statistics_kernel, tile, None, stats, parts, warps=1 if of_ranges else 4, PARTS=parts > 1,
+            STEP=step(of_ranges, tile.values.element_size()), ranges_ptr=tile.ranges)  # fmt: skip
+
+
+def close(stats, scored):
+    """What is known of rows whose statistics are complete, their parts merged in order."""
+    check_close(stats, scored)
+    rows, parts = stats.shape[0], stats.shape[1] if stats.dim() == 3 else 1
+    if rows:
+        with _device(stats):
+            kernels.close_kernel[(-(-rows // _CLOSE_BLOCK),)](
+                stats, kernels.Scored(*scored), rows, parts, BLOCK=_CLOSE_BLOCK, num_warps=1, enable_fp_fusion=False
+            )
 
 
 def gradient(tile, out, scored, g, g_entropy=None):
     """Writes the gradient of the raw logits."""
     check(tile, _RESULTS, out, g=g, g_entropy=g_entropy, **scored._asdict())
-    _launch(kernels.gradient_kernel, tile, out, scored, g, g_entropy, shape=_shape(tile, plain=g_entropy is None),
-            ranges_ptr=tile.ranges)  # fmt: skip
+    shape = launch_shape(tile.values.shape[1] if tile.ranges is None else None, tile.values.element_size(), _plain(tile, g_entropy))
+    _launch(kernels.gradient_kernel, tile, out, scored, g, g_entropy, warps=shape.warps, BLOCK=shape.block, ranges_ptr=tile.ranges)
 
 
 def policy(tile, out, rows, terms, scored):
@@ -144,9 +176,11 @@ def policy(tile, out, rows, terms, scored):
     require(terms.kind == "linear" or rows.w_policy is None or rows.advantages is not None, "advantages are missing")
     require(rows.ref is None or rows.w_kl is not None, "w_kl is missing")
     numbers = terms.epsilon_low, terms.epsilon_high, terms.delta, terms.sapo_temperature_pos, terms.sapo_temperature_neg
-    _launch(kernels.policy_kernel, tile, out, scored, kernels.Rows(**vars(rows)), numbers=numbers,
-            shape=_shape(tile, reads=2, plain=rows.w_entropy is None),
-            KIND=KINDS.index(terms.kind), BIAS_CORRECTION=bool(terms.use_bias_correction_kl))  # fmt: skip
+    element_size = tile.values.element_size()
+    shape = policy_shape(tile.values.shape[1], element_size, _plain(tile, rows.w_entropy))
+    _launch(kernels.policy_kernel, tile, out, scored, kernels.Rows(**vars(rows)), numbers=numbers, warps=shape.warps,
+            TILES=shape.tiles, STEP=step(False, element_size), BLOCK=shape.block, KIND=KINDS.index(terms.kind),
+            BIAS_CORRECTION=bool(terms.use_bias_correction_kl))  # fmt: skip
 
 
 def divergence_statistics(student, teacher, stats, kind):
@@ -199,7 +233,7 @@ def scale_(tensor, scale):
             )
 
 
-def _launch(kernel, tile, out, *args, shape, numbers=(), **constants):
+def _launch(kernel, tile, out, *args, warps, numbers=(), **constants):
     ranges, transform = tile.ranges, tile.transform
     rows, columns = tile.values.shape if ranges is None else (ranges.shape[0], 0)
     if rows == 0:
@@ -209,7 +243,7 @@ def _launch(kernel, tile, out, *args, shape, numbers=(), **constants):
     with _device(tile.values):
         kernel[(rows,)](
             *matrices, *args, tile.target, tile.bias, tile.temperature, columns, *map(float, numbers), **constants,
-            SOFTCAP=transform.softcap is not None, BLOCK=shape.block, num_warps=shape.warps,
+            SOFTCAP=transform.softcap is not None, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -243,10 +277,8 @@ def _launch_pairs(kernel, pairs, per_row, per_id, *args, scale, add, shape, **co
         )  # fmt: skip
 
 
-def _shape(tile, reads=1, plain=True):
-    plain = plain and tile.bias is None and tile.transform.softcap is None
-    columns = tile.values.shape[1] if tile.ranges is None else None
-    return launch_shape(columns, tile.values.element_size(), reads, plain)
+def _plain(tile, g_entropy):
+    return g_entropy is None and tile.bias is None and tile.transform.softcap is None
 
 
 def _lanes(tile):

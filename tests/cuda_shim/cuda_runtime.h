@@ -104,6 +104,8 @@ inline unsigned __ballot_sync(unsigned mask, bool holds, int line = __builtin_LI
   return bits;
 }
 
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 

@@ -360,6 +360,7 @@ int64_t block_memory(int64_t columns, int size, int cluster) { return grpo_kerne
 int threads_of(int64_t columns, int size, int visits, int cluster) {
   return grpo_kernels::threads_of(columns, size, visits, cluster);
 }
+int threads_of_two_tiles(int64_t columns, int size) { return grpo_kernels::threads_of_two_tiles(columns, size); }
 int most_shared_memory(int capability) { return grpo_kernels::most_shared_memory(capability); }
 
 void shim_set(uint64_t seed, int capability, int yield_one_in, int largest_cluster) {
