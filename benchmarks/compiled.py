@@ -134,7 +134,8 @@ def launches(architecture: int, call) -> list:
     def compile_only(self, *args, warmup, **more):
         made.append((run(self, *args, warmup=True, **more), more.get("BLOCK") or more.get("BLOCK_N") or more["STEP"]))
 
-    with mock.patch.object(triton.JITFunction, "run", compile_only):
+    of_device = mock.patch.object(backend, "_capability", lambda device: architecture)
+    with mock.patch.object(triton.JITFunction, "run", compile_only), of_device:
         call()
     return made
 

@@ -180,7 +180,7 @@ from benchmarks import compiled, machine_code, occupancy
 
 found = compiled.row("policy, clipped, KL", 90)
 assert not occupancy.faults(found) and found["must_stream"] and found["binds"] == "memory", found
-assert (found["load"], found["store"]) == (16, 16) and 0 < found["registers"] <= 64 and found["flight"] > 30_000, found
+assert (found["load"], found["store"]) == (16, 16) and 0 < found["registers"] <= 128 and found["flight"] > 30_000, found
 
 # a load that few turns make counts as well
 way = ["LDG.E.128 R4, [R2]", "FADD R1, R1, R4"]
@@ -193,8 +193,8 @@ compiled.OPTIONS["odd stride"] = {"columns": 5001, "stride": 5001}
 found = compiled.row("statistics, odd stride", 90)
 assert found["load"] == 4 and "loads of 4 bytes in a loop" in occupancy.faults(found), found
 
-# four elements a thread: half of the bytes in flight
-compiled.backend.policy_shape = lambda *_: compiled.backend.PolicyShape(4096, 32, 2)
+# four elements of a thread are written at once: a third of the bytes in flight
+compiled.backend.policy_shape = lambda *_: compiled.backend.PolicyShape(512, 4, 1)
 found = compiled.row("policy, clipped, KL, float32 out", 90)
 assert found["binds"] == "latency" and len(occupancy.faults(found)) == 1 and found["flight"] < 16_384, found
 """

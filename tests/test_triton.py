@@ -78,6 +78,7 @@ def test_the_launch_shapes_are_pure_functions():
             assert shape.warps in (4, 8, 16)
             policy, step = triton.policy_shape(columns, element_size), triton.step(False, element_size)
             assert policy == triton.policy_shape(columns, element_size) and policy.tiles in (1, 2, 4)
+            assert triton.policy_shape(columns, element_size, capability=80).tiles == min(policy.tiles, 2)
             assert policy.block == policy.tiles * step and policy.warps == 4 * policy.tiles and TILE_COLUMNS % step == 0
     assert triton.policy_shape(151_936, 4) == triton.PolicyShape(8192, 16, 4), "one row per multiprocessor, so that the second read is cached"
 

@@ -335,16 +335,24 @@ def _row_statistics(row_ptr, columns, target, before, parts_ptr, transform,
                 x = following
             tiles = _of_tiles(groups, at_target, start, target, transform, TILES, STEP // GROUP)
             s = _merge_tiles(s, tiles, start, parts_ptr, TILES)
-    nothing = tl.zeros((TILES, STEP // GROUP), transform.temperature.dtype)
-    for start in range(full, columns, TILES * TILE):
-        peak, others, moment = nothing + float("-inf"), nothing, nothing
-        for at in range(start, tl.minimum(start + TILE, columns), STEP):
-            x = tl.load(row_ptr + at + lanes, mask=at + lanes < columns, other=0.0)
-            groups = _fold(x, at, columns, target, Statistics(peak, others, moment, None), transform, TILES, STEP)
-            peak, others, moment = groups.peak, groups.others, groups.moment
-        groups = Statistics(peak, others, moment, None)
-        tiles = _of_tiles(groups, at_target, start, target, transform, TILES, STEP // GROUP)
-        s = _merge_tiles(s, tiles, start, parts_ptr, TILES)
+        if full < columns:
+            groups = None
+            for k in tl.static_range(TILE // STEP):
+                at = full + k * STEP
+                x = tl.load(row_ptr + at + lanes, mask=at + lanes < columns, other=0.0)
+                groups = _fold(x, at, columns, target, groups, transform, TILES, STEP)
+            tiles = _of_tiles(groups, at_target, full, target, transform, TILES, STEP // GROUP)
+            s = _merge_tiles(s, tiles, full, parts_ptr, TILES)
+    else:
+        nothing = tl.zeros((1, STEP // GROUP), transform.temperature.dtype)
+        for start in range(0, columns, TILE):
+            peak, others, moment = nothing + float("-inf"), nothing, nothing
+            for at in range(start, tl.minimum(start + TILE, columns), STEP):
+                x = tl.load(row_ptr + at + lanes, mask=at + lanes < columns, other=0.0)
+                groups = _fold(x, at, columns, target, Statistics(peak, others, moment, None), transform, 1, STEP)
+                peak, others, moment = groups.peak, groups.others, groups.moment
+            tiles = _of_tiles(Statistics(peak, others, moment, None), at_target, start, target, transform, 1, STEP // GROUP)
+            s = _merge_tiles(s, tiles, start, parts_ptr, 1)
     return s
 
 

@@ -100,14 +100,15 @@ def launch_shape(columns: int | None, element_size: int, plain: bool = True) -> 
     raise AssertionError(columns)
 
 
-def policy_shape(columns: int, element_size: int, plain: bool = True) -> PolicyShape:
+def policy_shape(columns: int, element_size: int, plain: bool = True, capability: int = 90) -> PolicyShape:
     """A pure function as `launch_shape`: four warps for each fixed tile of those side by side, sixteen elements a thread.
 
     A long row, which is read twice, has several, so that few rows are in flight and the second read finds as much as can be of its
-    row in the L2 cache: one row on each multiprocessor, or two. Every warp merges the statistics of every tile, some 30 instructions
-    for 32 elements of a thread, once for each tile; with more than four they would not hide behind the loads. Not measured yet.
+    row in the L2 cache: one row on each multiprocessor, or two. Every warp merges the statistics of every tile in some 30
+    instructions; with more than four tiles these would not hide behind the loads. Before compute capability 9.0 four take more than
+    the 128 registers that they leave a thread. Reasoned from the compiled code, not measured yet.
     """
-    tiles = 1 if columns < 16384 or not plain else 2 if columns < 65536 else 4
+    tiles = 1 if columns < 16384 or not plain else 2 if columns < 65536 or capability < 90 else 4
     return PolicyShape(tiles * step(False, element_size), 4 * tiles, tiles)
 
 
@@ -177,7 +178,7 @@ def policy(tile, out, rows, terms, scored):
     require(rows.ref is None or rows.w_kl is not None, "w_kl is missing")
     numbers = terms.epsilon_low, terms.epsilon_high, terms.delta, terms.sapo_temperature_pos, terms.sapo_temperature_neg
     element_size = tile.values.element_size()
-    shape = policy_shape(tile.values.shape[1], element_size, _plain(tile, rows.w_entropy))
+    shape = policy_shape(tile.values.shape[1], element_size, _plain(tile, rows.w_entropy), _capability(tile.values.device))
     _launch(kernels.policy_kernel, tile, out, scored, kernels.Rows(**vars(rows)), numbers=numbers, warps=shape.warps,
             TILES=shape.tiles, STEP=step(False, element_size), BLOCK=shape.block, KIND=KINDS.index(terms.kind),
             BIAS_CORRECTION=bool(terms.use_bias_correction_kl))  # fmt: skip
@@ -275,6 +276,15 @@ def _launch_pairs(kernel, pairs, per_row, per_id, *args, scale, add, shape, **co
             pairs.ids, pairs.ranges, pairs.rows, *matrices, *args, count, rows, columns, float(scale), **constants,
             ADD=add, PAIRS=shape.pairs, BLOCK=shape.block, num_warps=1,
         )  # fmt: skip
+
+
+@functools.cache
+def _capability(device):
+    """90 is 9.0, and what the interpreter is taken for."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _plain(tile, g_entropy):
