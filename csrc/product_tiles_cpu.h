@@ -24,7 +24,7 @@ struct TileKernel {
   static constexpr int kRows = 32, kColumns = 32;
   // 32 KB of the panel that stays in a first-level cache of 48 KB. With 640 k, 1024 rows of the other do not stay in the second level.
   static constexpr int64_t kDepth = 512;
-  static constexpr int64_t kStep = 32, kShare = 32;
+  static constexpr int64_t kStep = 32;
   static constexpr bool kTiles = true;
   static constexpr int64_t kTile = 512;  // numbers
 

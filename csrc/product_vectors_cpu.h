@@ -28,7 +28,6 @@ struct VectorKernel {
   static constexpr int kColumns = 2 * L;
   static constexpr int64_t kDepth = 256;  // 32 KB of b with vectors of 64 bytes: two thirds of a first-level cache
   static constexpr int64_t kStep = 1;     // k that a panel is filled up to
-  static constexpr int64_t kShare = L;    // k that are packed at once
   static constexpr bool kTiles = false;
 
   struct Session {};
