@@ -1,7 +1,7 @@
 // The innermost part of a product with vector registers: a block of the result, its operands packed.
 //
-// An operand is packed in panels: `kRows` rows of a, or `kColumns` columns of b, the numbers of one k adjacent. The numbers that a ragged
-// end lacks are zeros: a row or a column that is none meets no number of another.
+// An operand is packed in panels: `kRows` rows of a, or `kColumns` columns of b, the numbers of one k adjacent. The numbers that a
+// ragged end lacks are zeros: a row or a column that is none meets no number of another.
 #pragma once
 
 #include <cstdint>

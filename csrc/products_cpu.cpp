@@ -1,11 +1,11 @@
 // out [M, N] = a [M, K] b [K, N] on the CPU, compiled once per instruction set under another GK_ISA.
 //
-// A number of out depends on its row of a, its column of b, alpha and what it was before, and on nothing else: not on M, N, strides or
-// threads. So each is a sum in one fixed order: chains of kChain products in ascending k, from nothing, are added one after another.
-// Whatever cuts of K there are beside (kDepth), a chain goes on where it stood.
+// A number of out depends on its row of a, its column of b, alpha and what it was before, and on nothing else: not on M, N, strides
+// or threads. So each is a sum in one fixed order: chains of kChain products in ascending k, from nothing, are added one after
+// another. Whatever cuts of K there are beside (kDepth), a chain goes on where it stood.
 //
-// One operand, x, is packed in panels before all else and read by every thread; of the other, y, a thread packs the panels of which it
-// makes its part of out. A panel of y at work stays in the first-level cache, a part of x and the unfinished sums in the second.
+// One operand, x, is packed in panels before all else and read by every thread; of the other, y, a thread packs the panels of which
+// it makes its part of out. A panel of y at work stays in the first-level cache, a part of x and the unfinished sums in the second.
 #include "products_cpu.h"
 
 #include <cstdlib>
@@ -28,11 +28,10 @@ namespace grpo_kernels {
 namespace {
 
 constexpr int64_t kChain = 1024;  // a multiple of every kStep
-// Bytes of x and of sums that are read again and again. Of a second-level cache of 2 MB a little over one is to be had where a core has
-// two threads: 1024 rows of 896 at 1.1 TFLOP/s with 1 MB of x, at 1.6 with half of it.
+// Bytes of x and of sums that are read again and again. Of a second-level cache of 2 MB a little over one is to be had where a core
+// has two threads: 1024 rows of 896 at 1.1 TFLOP/s with 1 MB of x, at 1.6 with half of it.
 constexpr int64_t kStreamed = 1 << 19, kUnfinished = 1 << 19;
-
-constexpr int64_t kAtOnce = 32;                                 // k, where a group is packed k after k
+constexpr int64_t kAtOnce = 32;  // k, where a group is packed k after k
 
 constexpr int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 constexpr int64_t filled(int64_t n, int64_t size) { return parts(n, size) * size; }
@@ -189,7 +188,7 @@ class Multiplication {
             int64_t x1) const {
     const int64_t high = y1 - y0, wide = x1 - x0, depth = filled(piece.end - piece.begin, Kernel::kStep);
     const bool leaves = piece.last && (straight || chain + 1 == chains);
-    Acc* const totals = sums + wide * high * kBlock;
+    Acc* const totals = summed() ? sums + wide * high * kBlock : sums;
     if (x0 == 0 && scattered()) pack_group(piece, y0, y1, all_y);
     for (int64_t yi = y0; yi < y1; yi++) {
       Packed* const own = kept() ? at(all_y, group, kY, piece, yi - y0) : all_y;
@@ -208,7 +207,8 @@ class Multiplication {
         if (!piece.last) continue;
         if (kTurned) turn(sum);
         if (!leaves) add_up(sum, totals + index * kBlock, chain);
-        // A row of out is written over all panels at hand: 64 bytes of each row at a time, 16 KB apart, took longer than the products.
+        // A row of out is written over all panels at hand: 64 bytes of each row at a time, 16 KB apart, took longer than the
+        // products.
         if (leaves && kRowsOfX && yi + 1 == y1) deliver(sums, totals, chain, xi, xi + 1, y0, y1, x0, x1);
       }
       if (leaves && !kRowsOfX) deliver(sums, totals, chain, yi, yi + 1, x0, x1, y0, y1);
@@ -300,19 +300,23 @@ void multiply_part(const ProductParams& p, int threads) {
   // few rows by a weight whose columns of k are adjacent: packed as rows it is copied, and its many products are turned instead
   if constexpr (Kernel::kTiles) {
     constexpr int64_t kFew = 128;
-    if (a.count <= kFew && b.count > a.count && b.along_k == 1) return Multiplication<Kernel, Out, false, true>(p, b, a, threads).run();
+    if (a.count <= kFew && b.count > a.count && b.along_k == 1) {
+      return Multiplication<Kernel, Out, false, true>(p, b, a, threads).run();
+    }
   }
   if (a.count <= b.count) return Multiplication<Kernel, Out, true, false>(p, a, b, threads).run();
   Multiplication<Kernel, Out, false, false>(p, a, b, threads).run();
 }
 
-// Where the sums are fewer than the numbers of x, K is cut and the sums are kept: x is then packed into memory that stays in the caches.
+// Where the sums are fewer than the numbers of x, K is cut and the sums are kept: x is then packed into memory that stays in the
+// caches.
 template <class Kernel, class Out>
 void multiply(const ProductParams& p, int threads) {
   using Acc = typename Kernel::Acc;
   using Element = typename Kernel::Element;
   constexpr int64_t kPackedAtOnce = 2 << 20;
-  const int64_t M = p.out.rows, N = p.out.columns, K = depth_of(p), packed = at_most(M, N) * K * int64_t(sizeof(typename Kernel::Packed));
+  const int64_t M = p.out.rows, N = p.out.columns, K = depth_of(p);
+  const int64_t packed = at_most(M, N) * K * int64_t(sizeof(typename Kernel::Packed));
   if (packed <= kPackedAtOnce || M * N * int64_t(sizeof(Acc)) >= packed) return multiply_part<Kernel, Out>(p, threads);
   const int64_t some = parts(K, parts(packed, kPackedAtOnce)), depth = filled(some, kChain);
   const bool straight = p.continued || (p.alpha == 1 && std::is_same_v<Out, Acc>);

@@ -1,4 +1,4 @@
-"""The row kernels and the product in C++, vectorised for the processor found at run time; and what a tile's memory needs on the CPU.
+"""The row kernels and the product in C++, vectorised for the processor found at run time; and what memory needs on the CPU.
 
 The contract is that of `pytorch.py`, on tiles of float32, bfloat16 or float64, for results of the same dtype. ``isa`` is one of
 `isas`, None means the best. Importing this module never fails: `why_unavailable` says what is missing.
@@ -142,9 +142,9 @@ def product_isas() -> list[str]:
 def product(a, b, out, add=False, alpha=1.0, continued=False, isa=None):
     """``out = alpha * a @ b``, plus what out holds with ``add``; its bits depend on nothing but the numbers.
 
-    Row i and column j alone decide out[i, j]: not M, N, i, j, strides or threads. It is rounded once, from a sum in this order: chains
-    of fused multiply-adds over 1024 ascending k, each from nothing, added one after another. "amx" sums 32 k at a time in an order of
-    its own.
+    Row i and column j alone decide out[i, j]: not M, N, i, j, strides or threads. It is rounded once, from a sum in this order:
+    chains of fused multiply-adds over 1024 ascending k, each from nothing, added one after another. "amx" sums 32 k at a time in
+    an order of its own. "baseline" has no fused multiply-add and rounds each product.
 
     Into an out of acc (float32 of bfloat16), with alpha 1, the chains are added straight to what out holds, so a cut of K at a
     multiple of 1024 changes no bit. With ``continued`` one chain starts from what out holds and runs over all of K: then no cut
