@@ -1,6 +1,6 @@
-// Python's view of the row kernels and of the product. Each takes a struct of params.h as bytes: grpo_kernels/backends/params.py has
-// filled it in and native.py has checked the tensors behind it. Neither includes nor links PyTorch, so one build serves every version
-// of it.
+// Python's view of the row kernels and of the product. Each takes a struct of params.h as bytes: grpo_kernels/backends/params.py
+// has filled it in and native.py has checked the tensors behind it. Neither includes nor links PyTorch, so one build serves every
+// version of it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -32,8 +32,8 @@ struct Tile {
   Transform transform;
   const void* bias;         // acc [C] or null; may hold -inf
   const void* temperature;  // acc [R] or null
-  // [R, 2] or null. Row r is then the elements [first, last) of the acc [M] behind values.data; `rows` is R, `columns` is M, there is no
-  // bias, target is relative to `first`, and a result lies on the tile.
+  // [R, 2] or null. Row r is then the elements [first, last) of the acc [M] behind values.data; `rows` is R, `columns` is M, there
+  // is no bias, target is relative to `first`, and a result lies on the tile.
   const int64_t* ranges;
 };
 

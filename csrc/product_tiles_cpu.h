@@ -1,9 +1,9 @@
 // The innermost part of a product of bfloat16 with the tile registers of AMX: 32 x 32 numbers of the result, its operands packed.
 //
-// A panel has 32 rows of a or 32 columns of b. A step of it has 32 k and is two tiles of 1 KB, the first of 16 rows or columns. A tile
-// of a is [16 rows, 32 k], of b [16 pairs of k, 16 columns, 2]. One instruction adds 32 k to 16 x 16 sums, in an order of its own that
-// is the same for each of them. It takes 16 cycles, 5.2 ns here; of the loads beside it those from the second-level cache count:
-// 2.7 of 3.2 TFLOP/s a core where one operand stays in the first-level cache, 1.7 where neither does.
+// A panel has 32 rows of a or 32 columns of b. A step of it has 32 k and is two tiles of 1 KB, the first of 16 rows or columns. A
+// tile of a is [16 rows, 32 k], of b [16 pairs of k, 16 columns, 2]. One instruction adds 32 k to 16 x 16 sums, in an order of its
+// own that is the same for each of them. It takes 16 cycles, 5.2 ns here; of the loads beside it those from the second-level cache
+// count: 2.7 of 3.2 TFLOP/s a core where one operand stays in the first-level cache, 1.7 where neither does.
 #pragma once
 
 #include <immintrin.h>
@@ -22,9 +22,10 @@ struct TileKernel {
   using Packed = uint16_t;
   using Acc = float;
   static constexpr int kRows = 32, kColumns = 32;
-  // 32 KB of the panel that stays in a first-level cache of 48 KB. With 640 k, 1024 rows of the other do not stay in the second level.
+  // 32 KB of the panel that stays in a first-level cache of 48 KB. With 640 k, 1024 rows of the other do not stay in the second
+  // level.
   static constexpr int64_t kDepth = 512;
-  static constexpr int64_t kStep = 32, kShare = 32;
+  static constexpr int64_t kStep = 32;
   static constexpr bool kTiles = true;
   static constexpr int64_t kTile = 512;  // numbers
 

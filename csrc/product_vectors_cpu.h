@@ -1,7 +1,7 @@
 // The innermost part of a product with vector registers: a block of the result, its operands packed.
 //
-// An operand is packed in panels: `kRows` rows of a, or `kColumns` columns of b, the numbers of one k adjacent. The numbers that a ragged
-// end lacks are zeros: a row or a column that is none meets no number of another.
+// An operand is packed in panels: `kRows` rows of a, or `kColumns` columns of b, the numbers of one k adjacent. The numbers that a
+// ragged end lacks are zeros: a row or a column that is none meets no number of another.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,6 @@ struct VectorKernel {
   static constexpr int kColumns = 2 * L;
   static constexpr int64_t kDepth = 256;  // 32 KB of b with vectors of 64 bytes: two thirds of a first-level cache
   static constexpr int64_t kStep = 1;     // k that a panel is filled up to
-  static constexpr int64_t kShare = L;    // k that are packed at once
   static constexpr bool kTiles = false;
 
   struct Session {};

@@ -1,5 +1,5 @@
-// Products of matrices on the CPU whose bits depend on nothing but the numbers. products_cpu.cpp defines one such function each time
-// it is compiled, named GK_ISA.
+// Products of matrices on the CPU whose bits depend on nothing but the numbers. products_cpu.cpp defines one such function each
+// time it is compiled, named GK_ISA.
 #pragma once
 
 #include "params.h"

@@ -81,6 +81,14 @@ def test_the_kernels_over_two_tiles_under_sanitizers(sanitized):
 
 
 @one_build
+def test_the_product_under_sanitizers(sanitized):
+    some = "33-47-65 or nan or nothing or stride"
+    out = run(*sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_products_cpu.py", "-k", some)
+    assert " passed" in out and "failed" not in out
+    assert int(out.rsplit(" passed", 1)[0].split()[-1]) > 40, out[-500:]
+
+
+@one_build
 def test_random_calls_under_sanitizers(sanitized):
     folder, environment = sanitized
     code = "import sys; sys.modules['atheris'] = None; sys.path.insert(0, 'tests'); import fuzz; fuzz.main(float(sys.argv[1]), [])"

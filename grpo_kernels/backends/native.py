@@ -158,7 +158,7 @@ def product(a, b, out, add=False, alpha=1.0, continued=False, isa=None):
 
     Row i and column j alone decide out[i, j]: not M, N, i, j, strides or threads. It is rounded once, from a sum in this order:
     chains of fused multiply-adds over 1024 ascending k, each from nothing, added one after another. "amx" sums 32 k at a time in an
-    order of its own.
+    order of its own. "baseline" has no fused multiply-add and rounds each product.
 
     Into an out of acc (float32 of bfloat16), with alpha 1, the chains are added straight to what out holds, so a cut of K at a
     multiple of 1024 changes no bit. With ``continued`` one chain runs over all of K, with ``add`` from what out holds: then no cut
