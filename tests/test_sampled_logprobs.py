@@ -27,9 +27,14 @@ from grpo_kernels.integrations.vllm import use_row_kernels
 from grpo_kernels.trainer.rollout import completion_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# torch.mm sums in an order that depends on the number of rows
-SAME_BITS_WHATEVER_THE_ROWS = native.why_unavailable() is None and hasattr(native, "product")
+SAME_BITS_WHATEVER_THE_ROWS = native.why_unavailable() is None
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+
+
+@pytest.fixture(autouse=True)
+def batch_invariant(monkeypatch):
+    """torch.mm sums in an order that depends on the number of rows."""
+    monkeypatch.setenv("GRPO_KERNELS_BATCH_INVARIANT", "1")
 
 
 def position_wise(model, dtype=torch.float32):

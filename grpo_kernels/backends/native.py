@@ -143,11 +143,6 @@ def pair_sums(pairs, g, source, out, scale=1.0, add=False, isa=None):
     _run("pair_sums", isa, pairs.ranges, params.pair_sums(pairs, g, source, out, scale, add))
 
 
-def products_are_free(dtype) -> bool:
-    """Whether `product` takes no longer than the library's."""
-    return dtype == torch.bfloat16 and product_isas()[-1] == "amx"
-
-
 def product_isas() -> list[str]:
     """As `isas`, of `product`: "amx" is one more, of bfloat16 tiles."""
     return _native.product_isas()

@@ -29,7 +29,19 @@ from .accumulate import Gradients
 from .diagnostics import Diagnostics
 from .operands import Head, Rows, Teacher, problem_of
 from .plan import plan
-from .products import accumulation_dtype, blocks, blocks_from, empty, fixed_products, multiply, tile_dtype, tile_memory
+from .products import (
+    accumulation_dtype,
+    adapted,
+    blocks,
+    blocks_from,
+    empty,
+    fixed_logits,
+    fixed_products,
+    multiply,
+    tile_dtype,
+    tile_memory,
+    write_logits,
+)
 
 _ROW_ALIGNMENT = 128
 
@@ -55,6 +67,7 @@ class Run:
         kernels = backends.kernels(self.work.backend)
         self.kernels = kernels if weight.shape[0] else _NoColumns(kernels)
         self.fixed = fixed_products(self.work.batch_invariant, hidden)
+        self.fixed_logits = fixed_logits(self.work.batch_invariant, hidden)
         self.tile_dtype = tile_dtype(weight, self.work.backend)
         self.wide = self.tile_dtype != hidden.dtype
         n = self.rows.index.shape[0]
@@ -74,7 +87,7 @@ class Run:
         """(h [R, D], t = h A^T or None, where in hidden they are): the rows [start, end) of the index."""
         where = slice(start, end) if self.in_order else self.rows.index[start:end]
         h = self.rows.hidden[where]
-        return h, None if self.head.lora_a is None else self.product(h, self.head.lora_a.T), where
+        return h, None if self.head.lora_a is None else adapted(h, self.head.lora_a, self.fixed_logits), where
 
     def tile(self, values, start, left=0):
         """`Tile` of raw logits whose first row is the index's ``start`` and whose first column the vocabulary's ``left``."""
@@ -107,9 +120,8 @@ class Run:
     def logits(self, h, t, values, left=0):
         """values [R, C] = the raw logits of C columns from ``left`` on, without the bias."""
         columns = slice(left, left + values.shape[1])
-        self.multiply(h, self.head.weight[columns].T, values)
-        if t is not None:
-            self.multiply(t, self.head.lora_b[columns].T, values, add=True, alpha=self.work.lora_scale)
+        b = None if t is None else self.head.lora_b[columns]
+        write_logits(h, self.head.weight[columns], values, t, b, self.work.lora_scale, self.fixed_logits)
 
     def teacher_logits(self, where, values, left=0):
         """values [R, C] = the teacher's raw logits of some rows and C columns, without the bias."""

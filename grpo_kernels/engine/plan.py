@@ -228,7 +228,7 @@ def _cpu_heights(p):
     """Blocks whose operands stay in the cache; everything was measured, nothing is left to the cost model."""
     e, z, accumulate = p.element_size, _logit_bytes(p), max(p.element_size, 4)
     columns = _block_columns(p)
-    least = TILE_COLUMNS if p.fixed else max(_MIN_COLUMNS, p.budget // (4 * z))
+    least = TILE_COLUMNS if p.fixed or e == 2 else max(_MIN_COLUMNS, p.budget // (4 * z))
     score_columns = p.vocab if p.mixes else min(p.vocab, TILE_COLUMNS, least)
     score_rows = min(_SCORE_ROWS, max(1, p.budget // (score_columns * z + _hidden_bytes(p))))
     fixed = _pass_bytes(p, 0, 0, 0)
