@@ -304,9 +304,11 @@ def test_products_have_the_layouts_of_the_engine(as_on_a_gpu, monkeypatch):
 
     def watched(a, b, out, add=False, alpha=1.0, **order):
         seen.add((*((tuple(x.shape), x.stride()) for x in (a, b, out)), out.dtype))
-        products.multiply(a, b, out, add, alpha, **order)
+        multiply(a, b, out, add, alpha, **order)
 
-    monkeypatch.setattr(chunks, "multiply", watched)
+    multiply = products.multiply
+    for module in (chunks, products):
+        monkeypatch.setattr(module, "multiply", watched)
     monkeypatch.setattr(chunks, "_stride", lambda columns, run: chunks.padded(columns, 2))  # which is another on a CPU,
     monkeypatch.setattr(native, "why_unavailable", lambda: "as on a GPU")  # where dz is transposed by a copy
     for name in decide.PATHS:

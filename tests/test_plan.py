@@ -29,7 +29,7 @@ from grpo_kernels import (
     linear_logprobs,
 )
 from grpo_kernels.backends import native, pytorch
-from grpo_kernels.engine import cost
+from grpo_kernels.engine import cost, products
 from grpo_kernels.engine.plan import (
     DEFAULT_GPU_WORKSPACE_BYTES,
     DEFAULT_WORKSPACE_BYTES,
@@ -42,7 +42,6 @@ from grpo_kernels.engine.plan import (
     predict,
     steps,
 )
-from grpo_kernels.engine.products import fixed_products
 
 MIB = 2**20
 V = 151_936
@@ -174,12 +173,12 @@ def test_steps_are_the_products_that_a_call_runs(needs, level, dtype):
     for budget in (9 * 10**6, 10**8):
         rows, e = p.kept, dtype.itemsize
         asked = Problem(rows * bool(needs), rows * (not needs), 5003, 64, e, e, "hidden" in needs, "weight" in needs, budget,
-                        level == "sequence", fixed=fixed_products(False, torch.empty(0, dtype=dtype)))  # fmt: skip
-        products, found = collections.Counter(), plan(asked)
+                        level == "sequence")  # fmt: skip
+        counted, found = collections.Counter(), plan(asked)
         for step in steps(asked, found):
             if step.k:
-                products[step.m, step.n, step.k] += step.count
-        assert recorded(lambda b=budget: run(fused_linear_grpo_loss, p, needs=needs, workspace_bytes=b, backend="cpu")) == products
+                counted[step.m, step.n, step.k] += step.count
+        assert recorded(lambda b=budget: run(fused_linear_grpo_loss, p, needs=needs, workspace_bytes=b, backend="cpu")) == counted
         seen.add((found.direct, found.stash_rows == rows))
     assert needs != ("hidden", "weight") or {direct for direct, _ in seen} == {False, True}
 
@@ -193,7 +192,9 @@ def recorded(function):
         return product(a, b, out, **options)
 
     product = native.product
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace, mock.patch.object(native, "product", counting):
+    # nor logits whose products come in pieces
+    library = mock.patch.object(products, "_are_free", lambda dtype: False)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace, mock.patch.object(native, "product", counting), library:
         function()
     for event in trace.profiler.kineto_results.events():
         if event.name() in PRODUCTS:
@@ -531,12 +532,11 @@ def test_steps_beside_a_teacher_are_the_products_that_a_call_runs(needs, kind):
     for per_token in (False, True):
         for budget in (10**6, 4 * 10**6, 2 * 10**7):
             asked = Problem(700 * bool(needs), 700 * (not needs), 2003, 24, 2, 2, "hidden" in needs, "weight" in needs, budget, per_token,
-                            teacher_depth=40, teacher_size=2, mixes=kind == "jsd",
-                            fixed=fixed_products(False, torch.empty(0, dtype=torch.bfloat16)))  # fmt: skip
-            products, found = collections.Counter(), plan(asked)
+                            teacher_depth=40, teacher_size=2, mixes=kind == "jsd")  # fmt: skip
+            counted, found = collections.Counter(), plan(asked)
             for step in steps(asked, found):
                 if step.k:
-                    products[step.m, step.n, step.k] += step.count
+                    counted[step.m, step.n, step.k] += step.count
 
             def call(per_token=per_token, budget=budget):
                 leaves = [x.clone().requires_grad_(name in needs) for name, x in (("hidden", hidden), ("weight", weight))]
@@ -545,7 +545,7 @@ def test_steps_beside_a_teacher_are_the_products_that_a_call_runs(needs, kind):
                 if needs:
                     out[0].sum().backward()
 
-            assert recorded(call) == products, (per_token, budget)
+            assert recorded(call) == counted, (per_token, budget)
             seen.add((found.chunk_rows < found.buffer_rows, found.direct, found.stash_rows))
     assert "weight" not in needs or len(seen) > 2
 

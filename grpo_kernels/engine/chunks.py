@@ -129,7 +129,7 @@ class Run:
         for start, end in blocks(len(weight), self.plan.columns):
             part = values[:, start:end]
             if h.dtype == values.dtype or tile_dtype(h, self.work.backend) == values.dtype:
-                multiply(h, weight[start:end].T, part, fixed=self.fixed and fixed_products(True, h))
+                write_logits(h, weight[start:end], part, fixed=fixed_logits(self.work.batch_invariant, h))
             else:
                 part.copy_(h @ weight[start:end].T)
 

@@ -124,6 +124,7 @@ def _logits_of_fixed_order(h, weight, out):
     if out.is_cuda or out.dtype != torch.bfloat16:
         multiply(h, weight.T, out, fixed=True, continued=not out.is_cuda)
         return
+    h, weight = _adjacent(h), _adjacent(weight)
     for start, end in blocks(len(h), _LIBRARY_ROWS):
         rows, part = h[start:end], out[start:end]
         if end - start == _LIBRARY_ROWS and _library_agrees(weight, part):
@@ -154,7 +155,7 @@ def multiply(a, b, out, add=False, alpha=1.0, fixed=False, continued=False):
         if out.is_cuda:
             triton.product_kernels.product(a, b, out, add=add, alpha=alpha)
         else:
-            native.product(a, b, out, add=add, alpha=alpha, continued=continued)
+            native.product(_adjacent(a), _adjacent(b), out, add=add, alpha=alpha, continued=continued)
     elif out.dtype == a.dtype:
         out.addmm_(a, b, alpha=alpha) if add else torch.mm(a, b, out=out)
     elif add and float32_sums(a.device, a.dtype):
@@ -167,6 +168,11 @@ def multiply(a, b, out, add=False, alpha=1.0, fixed=False, continued=False):
     else:  # Triton's interpreter on a CPU
         product = a.to(out.dtype) @ b.to(out.dtype)
         out.add_(product, alpha=alpha) if add else out.copy_(product)
+
+
+def _adjacent(matrix):
+    """With adjacent numbers in its rows or columns."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
 def blocks(total, step):
