@@ -378,7 +378,7 @@ def test_a_rank_that_raises_leaves_nobody_waiting(tmp_path):
     late = list(zip(first[5:-2], second[5:-2], strict=True))
     for ours, theirs in (late[0], late[1], late[6], late[7]):
         assert ours.startswith("RuntimeError: rank 1 of vocab_parallel_group refused") and "refused" not in theirs
-    for (ours, theirs), name in zip(late[2:6], ("length of kept_rows", "config", "which tensors are given", "shape of hidden"), strict=True):
+    for (ours, theirs), name in zip(late[2:6], ("length of kept_rows", "config and reference", "which tensors are given", "shape of hidden"), strict=True):
         assert ours == theirs and ours.startswith(f"ValueError: {name} must be the same"), (ours, theirs)
     assert "backend 'cuda'" in late[0][1] and "cu_seqlens" in late[1][1] and "GRPOLossConfig" in late[6][1] and "temperature" in late[7][1]
     assert len(late) == 8 + 6

@@ -18,9 +18,14 @@ KERNELS = ("statistics_kernel", "gradient_kernel", "policy_kernel")  # in the na
 
 def limited(command, seconds, log, **variables):
     """The exit status, None if its time was over; all that it started is ended then, what it printed is at the end of the log."""
+    told = []
+    handler = signal.signal(signal.SIGTERM, lambda *_: told.append(True))  # its exit would lose a process that is being started
     with Path(log).open("ab") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=file, stderr=file, start_new_session=True)
     try:
+        signal.signal(signal.SIGTERM, handler)
+        if told:
+            signal.raise_signal(signal.SIGTERM)
         return process.wait(max(0, seconds))
     except subprocess.TimeoutExpired:
         return None
