@@ -38,7 +38,7 @@ from .engine.operands import Head, Rows, Teacher, Work, can_sync
 from .engine.ops import row_divergences, row_logprobs
 from .engine.pairs import PairRows, RangeScores, range_logprobs, teacher_pair_logits, with_pair_logits
 from .engine.plan import default_budget
-from .engine.products import accumulation_dtype, wants_batch_invariance
+from .engine.products import accumulation_dtype, batch_invariance
 from .engine.temperature import with_temperature_gradient
 from .losses.config import GRPOLossConfig
 from .losses.objective import (
@@ -415,7 +415,7 @@ def _head_and_work(args, diagnostics):
         diagnostics=diagnostics,
         divergence=args.teacher and args.teacher.divergence,
         teacher_transform=args.teacher and args.teacher.transform,
-        batch_invariant=wants_batch_invariance() if args.batch_invariant is None else args.batch_invariant,
+        batch_invariant=batch_invariance(args.batch_invariant, weight),
     )
 
 

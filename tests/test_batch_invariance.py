@@ -210,6 +210,11 @@ def test_the_option_is_checked(monkeypatch):
     hidden, weight, ids = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(TypeError, match="batch_invariant must be None, True or False, got"):
         linear_logprobs(hidden, weight, ids, batch_invariant="yes")
+    with pytest.raises(RuntimeError, match="batch_invariant cannot be had, it needs compiled products: torch.float16 has none"):
+        linear_logprobs(hidden.half(), weight.half(), ids, batch_invariant=True)
+    monkeypatch.setattr(native, "why_unavailable", lambda: "there are none")
+    with pytest.raises(RuntimeError, match="it needs compiled products: there are none"):
+        linear_logprobs(hidden, weight, ids, backend="torch", batch_invariant=True)
     monkeypatch.setenv("GRPO_KERNELS_BATCH_INVARIANT", "on")
     with pytest.raises(ValueError, match="GRPO_KERNELS_BATCH_INVARIANT must be 0 or 1, got 'on'"):
         linear_logprobs(hidden, weight, ids)

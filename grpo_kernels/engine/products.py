@@ -63,9 +63,17 @@ def _accepted(product, device, dtype):
     return True
 
 
+def batch_invariance(wanted, like):
+    """What is wanted, None being GRPO_KERNELS_BATCH_INVARIANT (1, or 0 by default); RuntimeError where it cannot be had."""
+    wanted = _of_environment() if wanted is None else wanted
+    if wanted and not like.is_cuda and not _are_there(like.dtype):
+        why = native.why_unavailable() or f"{like.dtype} has none on a CPU"
+        raise RuntimeError(f"batch_invariant cannot be had, it needs compiled products: {why}")
+    return wanted
+
+
 @constant
-def wants_batch_invariance():
-    """GRPO_KERNELS_BATCH_INVARIANT: 1 or 0, which is the default."""
+def _of_environment():
     given = os.environ.get("GRPO_KERNELS_BATCH_INVARIANT", "0")
     if given not in ("0", "1"):
         raise ValueError(f"GRPO_KERNELS_BATCH_INVARIANT must be 0 or 1, got {given!r}")

@@ -23,7 +23,7 @@ import torch
 from .. import backends
 from ..backends.statistics import Scored, Tile, new_statistics
 from ..checks import check_head, check_options
-from ..engine.products import accumulation_dtype, adapted, fixed_logits, tile_dtype, wants_batch_invariance, write_logits
+from ..engine.products import accumulation_dtype, adapted, batch_invariance, fixed_logits, tile_dtype, write_logits
 from ..extras import needs
 from ..logprobs import linear_logprobs
 from ..losses.config import GRPOLossConfig, LogitTransform
@@ -53,7 +53,7 @@ def linear_logits(hidden, weight, bias=None, lora=None, *, backend="auto"):
     dtype = tile_dtype(rows, backends.resolve(backend, rows.device, rows.dtype, vocab))
     out = torch.empty(rows.shape[0], vocab, dtype=dtype, device=rows.device)
     with torch.autocast(rows.device.type, enabled=False):
-        fixed = fixed_logits(wants_batch_invariance(), rows)
+        fixed = fixed_logits(batch_invariance(None, rows), rows)
         a, b, scale = (None, None, 1.0) if lora is None else lora
         write_logits(rows, weight, out, None if a is None else adapted(rows, a, fixed), b, scale, fixed)
     if bias is not None:
