@@ -93,7 +93,8 @@ def linear_logprobs(
         support: `TokenSupport` of the flattened positions, the tokens that each could have been sampled as: logits outside of it
             count as -inf, and nothing of them is computed. M D multiplications for M pairs instead of N V D.
         batch_invariant: a token's bits depend on nothing else in the call, also where that has a price (docs/bits.md); and those of
-            a gradient of the head on the rows' order alone. None is GRPO_KERNELS_BATCH_INVARIANT, by default what is free.
+            a gradient of the head on the rows' order alone. False promises nothing; None what is free, or what the environment's
+            GRPO_KERNELS_BATCH_INVARIANT says, 1 or 0.
 
     Returns:
         `LogProbs` (logps, entropy), or `LogProbsAndLse` (logps, entropy, lse): [..] float32 (float64 for float64), 0 where masked,

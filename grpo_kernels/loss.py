@@ -104,7 +104,8 @@ def fused_linear_grpo_loss(
             of policy and reference over the vocabulary (over the support, where there is one) takes the place of k3, 2NVD' more.
             Logits of both have the config's logit_scale, softcap and temperature. Constants; any float dtype.
         batch_invariant: a token's bits depend on nothing else in the call, also where that has a price (docs/bits.md); and those of
-            a gradient of the head on the rows' order alone. None is GRPO_KERNELS_BATCH_INVARIANT, by default what is free.
+            a gradient of the head on the rows' order alone. False promises nothing; None what is free, or what the environment's
+            GRPO_KERNELS_BATCH_INVARIANT says, 1 or 0.
 
     Returns:
         `GRPOLossOutput`: loss 0-dim, differentiable once in hidden, weight, bias, lora and temperature; logps and entropy [B, T],

@@ -37,7 +37,7 @@ class Provider:
         return self.name.startswith(OURS)
 
 
-def ours(backend="auto"):
+def ours(backend="auto", batch_invariant=None):
     def make(p):
         try:
             resolved = backends.resolve(backend, p.hidden.device, p.hidden.dtype, p.shape.vocab)
@@ -50,14 +50,15 @@ def ours(backend="auto"):
 
         def logprobs():
             with torch.no_grad():
-                out = linear_logprobs(p.hidden, p.weight, p.ids, mask=p.mask, backend=resolved, support=fresh())
+                out = linear_logprobs(p.hidden, p.weight, p.ids, mask=p.mask, backend=resolved, support=fresh(),
+                                      batch_invariant=batch_invariant)  # fmt: skip
             return Result(logps=out.logps, entropy=out.entropy)
 
         def loss():
             hidden, weight = p.leaves()
             out = fused_linear_grpo_loss(
                 hidden, weight, p.ids, p.advantages, p.mask, old_logps=p.old_logps, ref_logps=p.ref_logps, config=p.config,
-                backend=resolved, support=fresh(),
+                backend=resolved, support=fresh(), batch_invariant=batch_invariant,
             )  # fmt: skip
             out.loss.backward()
             return Result(out.loss.detach(), out.logps, hidden.grad, weight.grad, out.entropy)
@@ -69,6 +70,8 @@ def ours(backend="auto"):
             return Result(out.loss.detach(), None, hidden.grad, weight.grad, out.entropy)
 
         if p.heads == 2:
+            if batch_invariant is not None:
+                raise Absent("batch_invariant is no option of a divergence")
             return divergence
         return loss if p.workload.gradients else logprobs
 
@@ -82,6 +85,8 @@ PROVIDERS = {
         Provider(PRODUCTS, lambda p: Floor(p, clocks.of(p.hidden.device.type)), quick=True),
         Provider(OURS, ours(), quick=True),
         *(Provider(f"{OURS}-{name}", ours(name)) for name in backends.available_backends()),
+        Provider(f"{OURS}-invariant", ours(batch_invariant=True), note="batch_invariant=True"),
+        Provider(f"{OURS}-any-order", ours(batch_invariant=False), note="batch_invariant=False: the libraries' products alone"),
         Provider(FULL, peers.full_logits, quick=True, logits=14),
         Provider("full_logits-compiled", lambda p: peers.full_logits(p, compiled=True), logits=14),
         Provider(TRL, peers.trl, quick=True, settings={"columns": peers.TRL_COLUMNS},

@@ -79,7 +79,7 @@ class Work:
     diagnostics: tuple[bool, ...] = (False,) * 4  # of `diagnostics.NAMES`, and the variance of log p
     divergence: DivergenceKind | None = None  # from a `Teacher`; one pass: its gradient is ``rows.policy.w_kl``
     teacher_transform: LogitTransform | None = None
-    batch_invariant: bool = False  # products in an order that no shape changes, also where that costs something
+    batch_invariant: bool | None = False  # products in an order that no shape changes; None: where that is free
 
     @property
     def needs_weight(self):

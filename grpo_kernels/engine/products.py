@@ -64,7 +64,9 @@ def _accepted(product, device, dtype):
 
 
 def batch_invariance(wanted, like):
-    """What is wanted, None being GRPO_KERNELS_BATCH_INVARIANT (1, or 0 by default); RuntimeError where it cannot be had."""
+    """What is wanted: True everything, None what is free, False nothing; None is GRPO_KERNELS_BATCH_INVARIANT where that is 1 or 0.
+    RuntimeError where it cannot be had.
+    """
     wanted = _of_environment() if wanted is None else wanted
     if wanted and not like.is_cuda and not _are_there(like.dtype):
         why = native.why_unavailable() or f"{like.dtype} has none on a CPU"
@@ -74,22 +76,22 @@ def batch_invariance(wanted, like):
 
 @constant
 def _of_environment():
-    given = os.environ.get("GRPO_KERNELS_BATCH_INVARIANT", "0")
-    if given not in ("0", "1"):
+    given, known = os.environ.get("GRPO_KERNELS_BATCH_INVARIANT"), {None: None, "0": False, "1": True}
+    if given not in known:
         raise ValueError(f"GRPO_KERNELS_BATCH_INVARIANT must be 0 or 1, got {given!r}")
-    return given == "1"
+    return known[given]
 
 
 def fixed_products(wanted, like):
     """Whether all products of matrices like this one are to add up in an order that depends on their depth alone: where it is
     ``wanted``, since a library's are faster, which choose it by their shape.
     """
-    return wanted and (like.is_cuda or _are_there(like.dtype))
+    return bool(wanted) and (like.is_cuda or _are_there(like.dtype))
 
 
 def fixed_logits(wanted, like):
     """Whether those of logits are, at least: also where that costs nothing, in bfloat16 on a CPU with AMX."""
-    return fixed_products(wanted, like) or (not like.is_cuda and _are_free(like.dtype))
+    return fixed_products(wanted, like) or (wanted is None and not like.is_cuda and _are_free(like.dtype))
 
 
 @constant
