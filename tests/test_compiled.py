@@ -162,7 +162,7 @@ def test_cuda_kernels_are_judged_at_their_launch(tmp_path, kernel):
     ])
     assert names[1] == "statistics<float, false, 0>"
     found = compiled_cuda.row(shape, "90a", "policy<float, __nv_bfloat16, true, 1>", kernel)
-    assert (found["threads"], found["cluster"], found["blocks"]) == (512, 8, 2) and found["must_stream"]
+    assert (found["threads"], found["cluster"], found["blocks"]) == (320, 8, 2) and found["must_stream"]
     assert compiled_cuda.row(shape, "80", "policy<float, __nv_bfloat16, true, 1>", kernel) is None
     found = compiled_cuda.row(shape, "80", "policy<float, __nv_bfloat16, true, 0>", kernel)
     assert (found["threads"], found["cluster"], found["blocks"]) == (1024, 1, 1)
