@@ -166,7 +166,7 @@ def test_cuda_kernels_are_judged_at_their_launch(tmp_path, kernel):
     assert compiled_cuda.row(shape, "80", "policy<float, __nv_bfloat16, true, 1>", kernel) is None
     found = compiled_cuda.row(shape, "80", "policy<float, __nv_bfloat16, true, 0>", kernel)
     assert (found["threads"], found["cluster"], found["blocks"]) == (960, 1, 1)
-    assert compiled_cuda.row(shape, "90a", "gradient<double, double, false, 0>", kernel)["threads"] == 512
+    assert compiled_cuda.row(shape, "90a", "gradient<double, double, false, 0>", kernel)["threads"] == 448
     names = ("divergence_statistics<float, true, 0>", "jensen_shannon<double, false, 2>", "divergence_gradient<float, __half, true, 0>")
     for name, threads in zip(names, (512, 32, 512), strict=True):
         found = compiled_cuda.row(shape, "90a", name, kernel)
