@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -160,6 +161,15 @@ def test_who_ends_the_command_ends_its_stages(tmp_path):
     process.terminate()
     assert process.wait(20) == 1
     assert not psutil.wait_procs(children, timeout=5)[1]
+
+
+def test_what_cannot_be_started_leaves_sigterm_as_it_was(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(FileNotFoundError):
+        programs.limited([tmp_path / "nothing"], 1, tmp_path / "log")
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert programs.limited([sys.executable, "-c", "pass"], 30, tmp_path / "log") == 0
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_one_library_alone(run, monkeypatch):

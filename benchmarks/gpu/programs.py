@@ -18,11 +18,12 @@ KERNELS = ("statistics_kernel", "gradient_kernel", "policy_kernel")  # in the na
 
 def limited(command, seconds, log, **variables):
     """The exit status, None if its time was over; all that it started is ended then, what it printed is at the end of the log."""
-    told = []
+    told, process = [], None
     handler = signal.signal(signal.SIGTERM, lambda *_: told.append(True))  # its exit would lose a process that is being started
-    with Path(log).open("ab") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=file, stderr=file, start_new_session=True)
     try:
+        with Path(log).open("ab") as file:
+            variables = os.environ | variables
+            process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=file, start_new_session=True)
         signal.signal(signal.SIGTERM, handler)
         if told:
             signal.raise_signal(signal.SIGTERM)
@@ -30,7 +31,8 @@ def limited(command, seconds, log, **variables):
     except subprocess.TimeoutExpired:
         return None
     finally:  # also where this process itself is told to end
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        signal.signal(signal.SIGTERM, handler)
+        for number in (signal.SIGTERM, signal.SIGKILL) if process else ():
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
                 process.wait(3)

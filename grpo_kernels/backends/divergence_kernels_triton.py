@@ -10,6 +10,8 @@ and a logarithm.
 
 The kernels are launched without contraction of products and sums. Where z and y are equal, z - y must be 0; it is not where one of
 two equal products is rounded and the other one goes into a fused operation. What is fused is written so.
+
+Each kernel makes the two `Transform`s itself: up to Triton 3.6 a function cannot return what holds None.
 """
 
 from typing import NamedTuple

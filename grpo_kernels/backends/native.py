@@ -110,7 +110,7 @@ def divergence_statistics(student, teacher, stats, kind, isa=None):
 
 
 def jensen_shannon(student, teacher, scored, gap, sums, beta, isa=None):
-    """Adds a tile's part of KL(p || m) and KL(q || m) to sums [R, 2]."""
+    """Adds a tile's part of KL(p || m) and of the divergence to sums [R, 2]."""
     _check_both(student, teacher, sums=sums, gap=gap, **scored._asdict())
     _run("jensen_shannon", isa, student.target, params.jensen_shannon(student, teacher, scored, gap, sums, beta))
 

@@ -192,7 +192,7 @@ def divergence_statistics(student, teacher, stats, kind):
 
 
 def jensen_shannon(student, teacher, scored, gap, sums, beta):
-    """Adds a tile's part of KL(p || m) and KL(q || m) to sums [R, 2]."""
+    """Adds a tile's part of KL(p || m) and of the divergence to sums [R, 2]."""
     comparison.check_both(student, teacher, _RESULTS, sums=sums, gap=gap, **scored._asdict())
     _launch_both(divergence_kernels.jensen_shannon_kernel, student, teacher, None, scored.lse, gap, sums, numbers=(beta,),
                  **_lanes(student))  # fmt: skip
