@@ -152,8 +152,9 @@ def test_equals_liger(loss_type, level):
         call = Call(seed, loss_type, level)
         ours, theirs = call.run(LigerFusedLinearGRPOLoss), call.run(Theirs)
         exact = call.run_reference()
-        assert_equal(tensors_of(ours), exact, f"seed {seed}, exact")
-        assert_equal(ours, theirs, f"seed {seed}", slack=2 * abs(theirs["loss"] - exact["loss"]).item())
+        slack = 2 * abs(theirs["loss"] - exact["loss"]).item()  # one rounding of a log-prob of -11 moves vespo's by 6e-5
+        assert_equal(tensors_of(ours), exact, f"seed {seed}, exact", slack=slack)
+        assert_equal(ours, theirs, f"seed {seed}", slack=slack)
         metrics = [value for name, value in theirs.items() if name.startswith("metric")]
         clipped, kl = clipped + bool(metrics[-1] > 0), kl + bool(len(metrics) == 2 and metrics[0] != 0)
     assert kl > DRAWS // 3 and (clipped > DRAWS // 3) == (loss_type not in ("sapo", "vespo")), "the metrics must show something"
