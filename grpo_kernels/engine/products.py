@@ -130,9 +130,9 @@ def write_logits(h, weight, out, t=None, lora_b=None, scale=1.0, fixed=False):
 def _logits_of_fixed_order(h, weight, out):
     """``out = h @ weight.T``, each row's bits the same whatever the others.
 
-    oneDNN's product of so many bfloat16 rows by some thousand columns is 15 % faster than ours, and mostly sums in the same order. So
-    pieces of 1024 or 512 rows are its, once it was seen to agree on random rows, and what is left is ours. By all columns of a
-    vocabulary it takes another order, and 10 % longer than ours.
+    oneDNN's product of 512 or 1024 bfloat16 rows by some thousand columns is 15 % faster than ours, and mostly sums in the same
+    order: such pieces are its, once it was seen to agree on random rows, and what is left is ours. By all columns of a vocabulary
+    it takes another order, and 10 % longer than ours.
     """
     if out.is_cuda or out.dtype != torch.bfloat16:
         multiply(h, weight.T, out, fixed=True, continued=not out.is_cuda)
