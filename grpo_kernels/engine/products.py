@@ -106,7 +106,7 @@ def _are_free(dtype):
 
 _LIBRARY_ROWS = (1024, 512)
 _OUR_ROWS = 512  # at once: 1024 of them took a quarter more than twice 512
-_CHECKED_COLUMNS = 4096
+_CHECKED_COLUMNS = 512  # at once, so that the check needs little memory
 _agreements = {}
 
 
@@ -153,7 +153,7 @@ def _library_agrees(weight, out):
     key = (len(out), *weight.shape, weight.stride(), out.stride(), torch.get_num_threads())
     if key not in _agreements:
         generator = torch.Generator().manual_seed(0)
-        random = torch.randn(len(out), weight.shape[1], generator=generator).to(weight.dtype)
+        random = torch.randn(len(out), weight.shape[1], generator=generator, dtype=weight.dtype)
         torch.mm(random, weight.T, out=out)
         _agreements[key] = all(_agree(random, weight[a:b], out[:, a:b]) for a, b in blocks(len(weight), _CHECKED_COLUMNS))
     return _agreements[key]
