@@ -405,7 +405,7 @@ def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -
 def _head_and_work(args, diagnostics):
     a, b, scale = (None, None, 1.0) if args.lora is None else args.lora
     head, weight = Head(args.weight, args.bias, a, b), args.weight
-    grad = torch.is_grad_enabled()
+    grad, invariant = torch.is_grad_enabled(), batch_invariance(args.batch_invariant, weight)
     return head, Work(
         transform=args.config.transform,
         backend=backends.resolve(args.backend, weight.device, weight.dtype, weight.shape[0]),
@@ -415,7 +415,8 @@ def _head_and_work(args, diagnostics):
         diagnostics=diagnostics,
         divergence=args.teacher and args.teacher.divergence,
         teacher_transform=args.teacher and args.teacher.transform,
-        batch_invariant=batch_invariance(args.batch_invariant, weight),
+        batch_invariant=invariant,
+        own_statistics=isinstance(args, LossArguments) and args.teacher is not None and invariant is not False,
     )
 
 

@@ -38,6 +38,7 @@ class Problem:
         self.bias, self.lora = draw(V) if biased else None, (draw(4, D), draw(V, 4), 0.7) if adapted else None
         self.options = {"backend": backend, "batch_invariant": True}
         self.softcap, self.g = softcap, torch.randn(N, generator=generator)
+        self.ref_hidden, self.ref_weight = draw(N, 5), draw(V, 5)
         self.whole = self.scored(range(N))
         self.gradients = self.trained(range(N))
 
@@ -56,14 +57,17 @@ class Problem:
         (found.logps * self.g[rows].to(found.logps.dtype)).sum().backward()
         return *(x.detach() for x in found), hidden.grad, weight.grad
 
-    def in_one_pass(self, rows, padding=0, workspace=None, packed=False):
-        """(logps, entropy, dH, dW): a sequence of some rows, padded or packed."""
+    def in_one_pass(self, rows, padding=0, workspace=None, packed=False, **compared):
+        """(logps, entropy, dH, dW): a sequence of some rows, padded or packed; ``compared``: with a reference too, by this config."""
         rows = list(rows)
         pad = lambda x: torch.cat([x, x[:1].expand(padding, *x.shape[1:])])  # noqa: E731
         hidden, weight = pad(self.hidden[rows]).requires_grad_(), self.weight.clone().requires_grad_()
         mask = torch.arange(len(rows) + padding) < len(rows)
         options = self.options | {"bias": self.bias, "lora": self.lora, "workspace_bytes": workspace,
-                                  "config": GRPOLossConfig(loss_type="dapo", softcap=self.softcap), "num_items": N}  # fmt: skip
+                                  "config": GRPOLossConfig(loss_type="dapo", softcap=self.softcap, **compared), "num_items": N}  # fmt: skip
+        if compared:
+            ref = pad(self.ref_hidden[rows])
+            options |= {"ref_hidden": ref if packed else ref[None], "ref_weight": self.ref_weight}
         ids, advantages = pad(self.ids[rows]), pad(self.g[rows])
         if packed:
             borders = torch.tensor([0, len(rows) // 2, len(rows) + padding], dtype=torch.int32)
@@ -148,6 +152,16 @@ def test_the_gradient_of_the_head_depends_on_the_order_of_rows_alone(dtype, back
         assert not torch.equal(p.trained(reversed(range(N)))[4], two_phases)  # or the comparison sees nothing
 
 
+@needs_product
+@each_dtype
+@each_backend
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_reference_beside_it_changes_no_bit(dtype, backend, level):
+    p, exact = problem(dtype, backend), dict(kl_estimator="exact", beta=0.1, importance_sampling_level=level)
+    for rows, workspace, packed in itertools.product((range(N), [69, 0, 7]), WORKSPACES, (False, True)):
+        assert_same(p.in_one_pass(rows, 3, workspace, packed, **exact), p.whole, rows, 2)
+
+
 PRINT_BITS = """
 import hashlib, torch
 from test_batch_invariance import Problem
@@ -178,11 +192,13 @@ def of_a_rank(world, rank, folder, port):
         p = Problem(dtype, backend, 5.0, True, True)
         first = sum(SHARDS[world][:rank])
         own = slice(first, first + SHARDS[world][rank])
-        p.weight, p.bias, (a, b, scale) = p.weight[own], p.bias[own], p.lora
+        p.weight, p.bias, (a, b, scale), p.ref_weight = p.weight[own], p.bias[own], p.lora, p.ref_weight[own]
         p.lora = a, b[own], scale
         p.options["vocab_parallel_group"] = dist.group.WORLD
         for workspace in (None, 1 << 17):
-            for ours in (p.scored(range(N), workspace), p.trained(range(N), workspace)[:3], p.in_one_pass(range(N), 3, workspace)[:2]):
+            exact = dict(kl_estimator="exact", beta=0.1)
+            one_pass = [p.in_one_pass(range(N), 3, workspace, **some)[:2] for some in ({}, exact)]
+            for ours in (p.scored(range(N), workspace), p.trained(range(N), workspace)[:3], *one_pass):
                 found.append(all(torch.equal(x, whole) for x, whole in zip(ours, p.whole, strict=False)))
     torch.save(found, Path(folder, str(rank)))
     leave()
@@ -193,7 +209,7 @@ def of_a_rank(world, rank, folder, port):
 def test_any_number_of_ranks_has_the_bits_of_one_process(world, tmp_path):
     launch(functools.partial(of_a_rank, world), str(tmp_path), world, 240)
     for rank in range(world):
-        assert torch.load(tmp_path / str(rank)) == [True] * 24
+        assert torch.load(tmp_path / str(rank)) == [True] * 32
 
 
 @pytest.mark.skipif(triton.why_unavailable() is not None or not triton.interpreted(), reason="Triton's interpreter is not there")

@@ -17,6 +17,7 @@ kernels over two tiles take the place of the others. The stash is then u = d div
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -44,6 +45,13 @@ from .products import (
 )
 
 _ROW_ALIGNMENT = 128
+
+
+class _Statistics(NamedTuple):
+    """Running ones of rows: of the student's columns (`statistics.new_statistics`), and of both heads' (`new_comparison`)."""
+
+    own: torch.Tensor | None
+    both: torch.Tensor | None
 
 
 class _NoColumns:
@@ -136,22 +144,27 @@ class Run:
     def new_statistics(self, rows):
         """Of all columns; in a shard of each fixed tile, so that the ranks' are merged as one process would."""
         dtype, device, shard = self.accumulate, self.rows.hidden.device, self.work.shard
+        own = both = None
+        if self.teacher is None or self.work.own_statistics:
+            own = new_statistics(rows, dtype, device, None if shard is None else max(1, tiles_of(shard.widest)))
         if self.teacher is not None:
-            return new_comparison(rows, dtype, device)
-        return new_statistics(rows, dtype, device, None if shard is None else max(1, tiles_of(shard.widest)))
+            both = new_comparison(rows, dtype, device)
+        return _Statistics(own, both)
 
     def fold(self, tile, teacher, stats, left=0):
         """The statistics of a tile whose first column is the vocabulary's ``left``, and of that beside it."""
-        if teacher is None:
-            if stats.dim() == 3:
-                first = left // TILE_COLUMNS
-                part = stats[:, first : first + tiles_of(tile.values.shape[1])].contiguous()
-                self.kernels.statistics(tile, part)
-                stats[:, first : first + part.shape[1]] = part
-            else:
-                self.kernels.statistics(tile, stats)
+        own, both = stats
+        if both is not None:
+            self.kernels.divergence_statistics(tile, teacher, both, self.work.divergence.kind)
+        if own is None:
+            return
+        if own.dim() == 3:
+            first = left // TILE_COLUMNS
+            part = own[:, first : first + tiles_of(tile.values.shape[1])].contiguous()
+            self.kernels.statistics(tile, part)
+            own[:, first : first + part.shape[1]] = part
         else:
-            self.kernels.divergence_statistics(tile, teacher, stats, self.work.divergence.kind)
+            self.kernels.statistics(tile, own)
 
     def score_tile(self, tile, s, teacher=None):
         """(`Scored`, `Compared` or None) of whole rows, over all ranks' columns."""
@@ -161,29 +174,32 @@ class Run:
 
     def close(self, stats, s, tile=None, teacher=None):
         """The rows' statistics as what is known of them, written down at ``s``; of jsd by another walk over the whole rows."""
-        shard, divergence = self.work.shard, self.work.divergence
-        if self.teacher is None:
-            found = self.some(self.scored, s.start, s.stop)
-            self.kernels.close(stats if shard is None else torch.cat(shard.gathered(stats), 1), found)
-            return found, None
+        shard, divergence, (own, both) = self.work.shard, self.work.divergence, stats
+        scored = self.some(self.scored, s.start, s.stop)
+        if own is not None:
+            self.kernels.close(own if shard is None else torch.cat(shard.gathered(own), 1), scored)
+        if both is None:
+            return scored, None
         if shard is not None:  # in rank order, so that all ranks have the same bits
-            stats = functools.reduce(functools.partial(merged_comparisons, kind=divergence.kind), shard.gathered(stats))
-        found, compared = compare(stats, divergence.kind)
+            both = functools.reduce(functools.partial(merged_comparisons, kind=divergence.kind), shard.gathered(both))
+        found, compared = compare(both, divergence.kind)
+        if own is None:
+            self._write_down(scored, found)
         if divergence.kind == "jsd":
-            sums = torch.zeros(len(stats), 2, dtype=stats.dtype, device=stats.device)
-            self.kernels.jensen_shannon(tile, teacher, found, compared.gap, sums, divergence.beta)
+            sums = torch.zeros(len(both), 2, dtype=both.dtype, device=both.device)
+            self.kernels.jensen_shannon(tile, teacher, scored, compared.gap, sums, divergence.beta)
             sums = sums if shard is None else functools.reduce(torch.add, shard.gathered(sums))
-            compared = mixed(stats, found, compared, sums, divergence.beta)
-        self._write_down(self.compared, compared, s)
-        self._write_down(self.scored, found, s)
-        return found, compared
+            compared = mixed(both, scored, compared, sums, divergence.beta)
+        self._write_down(self.some(self.compared, s.start, s.stop), compared)
+        return scored, compared
 
-    def _write_down(self, vectors, found, s):
+    def _write_down(self, vectors, found):
         for vector, value in zip(vectors, found, strict=True):
-            vector[s] = value
+            vector.copy_(value)
 
     def some(self, vectors, start, end):
-        return type(vectors)(*(x[start:end] for x in vectors))
+        """Their rows [start, end)."""
+        return type(vectors)(*(x if x is None else x[start:end] for x in vectors))
 
 
 def score(run, first, last):
@@ -215,7 +231,7 @@ def score(run, first, last):
                 if mixes:
                     run.score_tile(tile, slice(group + start, group + end), teacher)
                 else:
-                    run.fold(tile, teacher, stats[start:end], left)
+                    run.fold(tile, teacher, run.some(stats, start, end), left)
         if mixes:
             continue
         found, _ = run.close(stats, slice(group, end_of_group))
