@@ -16,6 +16,7 @@ from ranks import join, launch, leave
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs
 from grpo_kernels.backends import native, triton
+from grpo_kernels.engine import products
 
 needs_product = pytest.mark.skipif(native.why_unavailable() is not None, reason="the products of a fixed order are compiled")
 ROOT = Path(__file__).parents[1]
@@ -114,6 +115,23 @@ def test_a_token_has_the_same_bits_in_every_call(dtype, backend, options):
             torch.set_num_threads(before)
 
     check()
+
+
+@needs_product
+@pytest.mark.parametrize("vocab", [7, 8, 32, 127, 600])
+def test_a_weight_that_shows_no_order_does_not_speak_for_the_next(vocab):
+    """oneDNN sums 72 bfloat16 in another order than ours; zeros, or few random numbers, do not show it. Sums that cancel do."""
+    generator = torch.Generator().manual_seed(1)
+    half = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()  # noqa: E731
+    (h, weight), signs = (half(1024, 36), half(vocab, 36)), torch.tensor([1, -1]).repeat_interleave(36)
+    h, weight = h.repeat(1, 2) * signs, weight.repeat(1, 2)
+    products._agreements.clear()
+    whole, alone = torch.empty(2, 1024, vocab, dtype=torch.bfloat16)
+    products.write_logits(h, torch.zeros_like(weight), whole, fixed=True)
+    for rows, step in ((whole, 1024), (alone, 64)):
+        for i in range(0, 1024, step):
+            products.write_logits(h[i : i + step], weight, rows[i : i + step], fixed=True)
+    assert torch.equal(whole, alone)
 
 
 @needs_product
