@@ -226,8 +226,9 @@ def test_tritons_kernels_keep_the_promise(dtype=torch.float32):
 
 def test_the_option_is_checked(monkeypatch):
     hidden, weight, ids = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(TypeError, match="batch_invariant must be None, True or False, got"):
-        linear_logprobs(hidden, weight, ids, batch_invariant="yes")
+    for wrong in ("yes", 1, torch.tensor(True)):
+        with pytest.raises(TypeError, match="batch_invariant must be None, True or False, got"):
+            linear_logprobs(hidden, weight, ids, batch_invariant=wrong)
     with pytest.raises(RuntimeError, match="batch_invariant cannot be had, it needs compiled products: torch.float16 has none"):
         linear_logprobs(hidden.half(), weight.half(), ids, batch_invariant=True)
     monkeypatch.setattr(native, "why_unavailable", lambda: "there are none")
