@@ -134,6 +134,22 @@ def test_a_weight_that_shows_no_order_does_not_speak_for_the_next(vocab):
     assert torch.equal(whole, alone)
 
 
+@pytest.mark.skipif(native.why_unavailable() is not None or native.product_isas()[-1] != "amx", reason="it is free with AMX alone")
+@each_backend
+def test_by_default_bfloat16_has_it_too(backend):
+    """More rows than a piece of oneDNN's has, at a depth at which its order depends on their number."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()  # noqa: E731
+    hidden, weight, ids = draw(1100, D), draw(600, D) / 8, torch.randint(0, 600, (1100,), generator=generator)
+    scored = lambda s, **more: linear_logprobs(hidden[s], weight, ids[s], backend=backend, **more).logps  # noqa: E731
+    whole = scored(slice(None))
+    for s in (slice(0, 1), slice(7, 40), slice(300, 900)):
+        assert torch.equal(scored(s), whole[s]) and torch.equal(scored(s, workspace_bytes=1 << 16), whole[s])
+    hidden.requires_grad_()
+    assert torch.equal(scored(slice(None)), whole)
+    assert not torch.equal(scored(slice(None), batch_invariant=False), whole)  # or the comparison sees nothing
+
+
 @needs_product
 @each_dtype
 @each_backend
