@@ -128,7 +128,7 @@ class TokenArguments:
         if weight is not None:
             hidden, weight, bias, lora = check_head(hidden, weight, bias, lora, self.vocab_parallel_group)
         check_options(self.config, self.workspace_bytes, self.backend)
-        if self.batch_invariant not in (None, True, False):
+        if not isinstance(self.batch_invariant, bool | None):
             raise TypeError(f"batch_invariant must be None, True or False, got {kind(self.batch_invariant)}")
         if not isinstance(self.return_lse, bool):
             raise TypeError(f"return_lse must be True or False, got {kind(self.return_lse)}")

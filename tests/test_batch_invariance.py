@@ -16,6 +16,7 @@ from ranks import join, launch, leave
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs
 from grpo_kernels.backends import native, triton
+from grpo_kernels.engine import products
 
 needs_product = pytest.mark.skipif(native.why_unavailable() is not None, reason="the products of a fixed order are compiled")
 ROOT = Path(__file__).parents[1]
@@ -118,6 +119,39 @@ def test_a_token_has_the_same_bits_in_every_call(dtype, backend, options):
             torch.set_num_threads(before)
 
     check()
+
+
+@needs_product
+@pytest.mark.parametrize("vocab", [7, 8, 32, 127, 600])
+def test_a_weight_that_shows_no_order_does_not_speak_for_the_next(vocab):
+    """oneDNN sums 72 bfloat16 in another order than ours; zeros, or few random numbers, do not show it. Sums that cancel do."""
+    generator = torch.Generator().manual_seed(1)
+    half = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()  # noqa: E731
+    (h, weight), signs = (half(1024, 36), half(vocab, 36)), torch.tensor([1, -1]).repeat_interleave(36)
+    h, weight = h.repeat(1, 2) * signs, weight.repeat(1, 2)
+    products._agreements.clear()
+    whole, alone = torch.empty(2, 1024, vocab, dtype=torch.bfloat16)
+    products.write_logits(h, torch.zeros_like(weight), whole, fixed=True)
+    for rows, step in ((whole, 1024), (alone, 64)):
+        for i in range(0, 1024, step):
+            products.write_logits(h[i : i + step], weight, rows[i : i + step], fixed=True)
+    assert torch.equal(whole, alone)
+
+
+@pytest.mark.skipif(native.why_unavailable() is not None or native.product_isas()[-1] != "amx", reason="it is free with AMX alone")
+@each_backend
+def test_by_default_bfloat16_has_it_too(backend):
+    """More rows than a piece of oneDNN's has, at a depth at which its order depends on their number."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()  # noqa: E731
+    hidden, weight, ids = draw(1100, D), draw(600, D) / 8, torch.randint(0, 600, (1100,), generator=generator)
+    scored = lambda s, **more: linear_logprobs(hidden[s], weight, ids[s], backend=backend, **more).logps  # noqa: E731
+    whole = scored(slice(None))
+    for s in (slice(0, 1), slice(7, 40), slice(300, 900)):
+        assert torch.equal(scored(s), whole[s]) and torch.equal(scored(s, workspace_bytes=1 << 16), whole[s])
+    hidden.requires_grad_()
+    assert torch.equal(scored(slice(None)), whole)
+    assert not torch.equal(scored(slice(None), batch_invariant=False), whole)  # or the comparison sees nothing
 
 
 @needs_product
@@ -224,8 +258,9 @@ def test_tritons_kernels_keep_the_promise(dtype=torch.float32):
 
 def test_the_option_is_checked(monkeypatch):
     hidden, weight, ids = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(TypeError, match="batch_invariant must be None, True or False, got"):
-        linear_logprobs(hidden, weight, ids, batch_invariant="yes")
+    for wrong in ("yes", 1, torch.tensor(True)):
+        with pytest.raises(TypeError, match="batch_invariant must be None, True or False, got"):
+            linear_logprobs(hidden, weight, ids, batch_invariant=wrong)
     with pytest.raises(RuntimeError, match="batch_invariant cannot be had, it needs compiled products: torch.float16 has none"):
         linear_logprobs(hidden.half(), weight.half(), ids, batch_invariant=True)
     monkeypatch.setattr(native, "why_unavailable", lambda: "there are none")

@@ -208,6 +208,8 @@ def test_what_cannot_be_scored_is_refused():
         pass
     with pytest.raises(ValueError, match="temperature must be > 0"), sampled_logprobs(model, temperature=0.0):
         pass
+    with sampled_logprobs(model), pytest.raises(RuntimeError, match="inside of another block"), sampled_logprobs(model):
+        pass
     with sampled_logprobs(model) as sampler, pytest.raises(RuntimeError, match="no sampled token"):
         sampler.log_probs(torch.ones(1, 1))
     prompts = torch.full((2, 3), 9)

@@ -167,12 +167,15 @@ def sampled_logprobs(model, *, temperature=None, support=None, head_in_float32=F
 
     Raises:
         TypeError: it has no generate of transformers.
+        RuntimeError: the model is inside of such a block already.
         ValueError: an option is not legal; or, from generate: beam search, whose rows change places, assisted generation, guidance.
         NotImplementedError: from generate, this architecture makes its logits otherwise.
     """
     owner = causal_lm(model)
     if not hasattr(owner, "_get_stopping_criteria"):
         raise TypeError(f"model must be a causal LM of transformers with a method generate, got {type(model).__name__}")
+    if "_get_candidate_generator" in vars(owner):
+        raise RuntimeError("model must not be inside of another block of sampled_logprobs: a token is scored once")
     check_options(GRPOLossConfig() if temperature is None else GRPOLossConfig(temperature=temperature), None, backend)
     layer, criteria = owner.get_output_embeddings(), owner._get_stopping_criteria
     sampled = SampledLogProbs(support, backend)
