@@ -34,11 +34,12 @@ from .distributed import (
     top_tokens_over_ranks,
     validate_across_ranks,
 )
+from .engine.fixed_order import batch_invariance
 from .engine.operands import Head, Rows, Teacher, Work, can_sync
 from .engine.ops import row_divergences, row_logprobs
 from .engine.pairs import PairRows, RangeScores, range_logprobs, teacher_pair_logits, with_pair_logits
 from .engine.plan import default_budget
-from .engine.products import accumulation_dtype, batch_invariance
+from .engine.products import accumulation_dtype
 from .engine.temperature import with_temperature_gradient
 from .losses.config import GRPOLossConfig
 from .losses.objective import (

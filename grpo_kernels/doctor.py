@@ -110,4 +110,6 @@ def _extension():
         facts["build record"] = "none: the package was not installed by pip from source"
     if reason is None:
         facts["in use"] = native.isa()
+        best = native.product_isas()[-1]
+        facts["same bits"] = f"with batch_invariant{', and by default in bfloat16' if best == 'amx' else ''} (products: {best})"
     return facts

@@ -16,7 +16,7 @@ from ranks import join, launch, leave
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs
 from grpo_kernels.backends import native, triton
-from grpo_kernels.engine import products
+from grpo_kernels.engine import fixed_order, products
 
 needs_product = pytest.mark.skipif(native.why_unavailable() is not None, reason="the products of a fixed order are compiled")
 ROOT = Path(__file__).parents[1]
@@ -129,7 +129,7 @@ def test_a_weight_that_shows_no_order_does_not_speak_for_the_next(vocab):
     half = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()  # noqa: E731
     (h, weight), signs = (half(1024, 36), half(vocab, 36)), torch.tensor([1, -1]).repeat_interleave(36)
     h, weight = h.repeat(1, 2) * signs, weight.repeat(1, 2)
-    products._agreements.clear()
+    fixed_order._agreements.clear()
     whole, alone = torch.empty(2, 1024, vocab, dtype=torch.bfloat16)
     products.write_logits(h, torch.zeros_like(weight), whole, fixed=True)
     for rows, step in ((whole, 1024), (alone, 64)):

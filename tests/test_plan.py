@@ -29,7 +29,7 @@ from grpo_kernels import (
     linear_logprobs,
 )
 from grpo_kernels.backends import native, pytorch
-from grpo_kernels.engine import cost, products
+from grpo_kernels.engine import cost, fixed_order
 from grpo_kernels.engine.plan import (
     DEFAULT_GPU_WORKSPACE_BYTES,
     DEFAULT_WORKSPACE_BYTES,
@@ -193,7 +193,7 @@ def recorded(function):
 
     product = native.product
     # nor logits whose products come in pieces
-    library = mock.patch.object(products, "_are_free", lambda dtype: False)
+    library = mock.patch.object(fixed_order, "_is_free", lambda dtype: False)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace, mock.patch.object(native, "product", counting), library:
         function()
     for event in trace.profiler.kineto_results.events():

@@ -1,5 +1,7 @@
 """Before the first update a rollout's old log-probs are those of the training pass, bit by bit: every ratio is 1."""
 
+from unittest import mock
+
 import pytest
 import torch
 from test_documentation import table
@@ -10,7 +12,7 @@ from grpo_kernels.trainer import trainer as module
 from grpo_kernels.trainer.metrics import Recorded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# rows without an advantage are scored apart from the others
+# torch.mm sums in an order that depends on the number of rows, and rows without an advantage are scored apart from the others
 SAME_BITS_WHATEVER_THE_ROWS = native.why_unavailable() is None
 STEPS = dict(max_steps=4, gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2, max_completion_length=12)
 WAYS = {
@@ -31,21 +33,17 @@ WAYS = {
     "plain PyTorch": dict(backend="torch"),
     "truncated ones train nothing": dict(mask_truncated_completions=True),
 }
-@pytest.fixture(autouse=True)
-def batch_invariant(monkeypatch):
-    """torch.mm sums in an order that depends on the number of rows."""
-    monkeypatch.setenv("GRPO_KERNELS_BATCH_INVARIANT", "1")
-
-
 if SAME_BITS_WHATEVER_THE_ROWS:
     WAYS |= {"nothing skipped": dict(skip_untrained=False), "nothing skipped, packed": dict(skip_untrained=False, padding_free=True)}
 
 
 def watched(folder, monkeypatch, dtype=torch.float32, lora=False, **options):
     """(old and new log-probs of each micro-batch of a rollout's first step, the trainer) of a run."""
+    monkeypatch.delenv("GRPO_KERNELS_BATCH_INVARIANT", raising=False)
     found, loss = [], module.fused_linear_grpo_loss
 
     def spy(*args, old_logps=None, **keywords):
+        assert keywords["batch_invariant"] is (True if SAME_BITS_WHATEVER_THE_ROWS else None)  # of scoring and of training
         output = loss(*args, old_logps=old_logps, **keywords)
         if old_logps is not None and not t.state.global_step % t.args.steps_per_rollout:
             found.append((old_logps, output.logps, keywords["mask"]))
@@ -92,8 +90,11 @@ def test_the_metric_is_the_largest_of_all_micro_batches_and_processes():
     assert recorded.take(lambda x: torch.cat([x, x / 2])) == {"sampler_mismatch": 0.5}
 
 
-def test_one_step_a_rollout_has_no_old_log_probs_and_no_mismatch(tmp_path):
+def test_one_step_a_rollout_has_no_old_log_probs_and_no_mismatch(tmp_path, monkeypatch):
+    loss = mock.Mock(wraps=module.fused_linear_grpo_loss)
+    monkeypatch.setattr(module, "fused_linear_grpo_loss", loss)
     t = trainer(tmp_path, max_steps=1)
     t.train()
+    assert {call.kwargs["batch_invariant"] for call in loss.call_args_list} == {None}
     assert "sampler_mismatch" not in t.state.log_history[0]
     assert "sampler_mismatch" in {row[0] for row in table("metrics.md", "Of the trainer")}

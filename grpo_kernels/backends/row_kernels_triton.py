@@ -57,6 +57,14 @@ class Statistics(NamedTuple):
     target: object  # target's z; -inf: not in the set
 
 
+class Groups(NamedTuple):
+    """`Statistics` of groups of columns, none of them the target's."""
+
+    peak: object
+    others: object
+    moment: object
+
+
 class Transform(NamedTuple):
     """How raw logits become z; numbers in acc."""
 
@@ -218,7 +226,7 @@ def _sum_of_groups(x, TILES: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _fold(x, start, end, target, before, transform, TILES: tl.constexpr, STEP: tl.constexpr):
-    """A step of adjacent tiles folded into the statistics of groups [TILES, STEP / GROUP], without the target; None: of nothing."""
+    """A step of adjacent tiles folded into `Groups` [TILES, STEP / GROUP]; None: of nothing."""
     columns = start + _at_step(TILES, STEP)
     z, _ = _transformed(x, columns, end, transform)
     if end is not None:
@@ -235,7 +243,7 @@ def _fold(x, start, end, target, before, transform, TILES: tl.constexpr, STEP: t
     if before is not None:
         others_before, moment_before = _against(before.peak, before.others, before.moment, before.others, peak)
         others, moment = others_before + others, moment_before + moment
-    return Statistics(peak, others, moment, None)
+    return Groups(peak, others, moment)
 
 
 @triton.jit
@@ -349,9 +357,9 @@ def _row_statistics(row_ptr, columns, target, before, parts_ptr, transform,
             peak, others, moment = nothing + float("-inf"), nothing, nothing
             for at in range(start, tl.minimum(start + TILE, columns), STEP):
                 x = tl.load(row_ptr + at + lanes, mask=at + lanes < columns, other=0.0)
-                groups = _fold(x, at, columns, target, Statistics(peak, others, moment, None), transform, 1, STEP)
+                groups = _fold(x, at, columns, target, Groups(peak, others, moment), transform, 1, STEP)
                 peak, others, moment = groups.peak, groups.others, groups.moment
-            tiles = _of_tiles(Statistics(peak, others, moment, None), at_target, start, target, transform, 1, STEP // GROUP)
+            tiles = _of_tiles(Groups(peak, others, moment), at_target, start, target, transform, 1, STEP // GROUP)
             s = _merge_tiles(s, tiles, start, parts_ptr, 1)
     return s
 

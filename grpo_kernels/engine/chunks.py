@@ -28,6 +28,7 @@ from ..backends.statistics import TILE_COLUMNS, Scored, Tile, new_statistics, ti
 from ..losses.terms import PolicyRows, kernel_terms, row_coefficient
 from .accumulate import Gradients
 from .diagnostics import Diagnostics
+from .fixed_order import fixed_logits, fixed_products
 from .operands import Head, Rows, Teacher, problem_of
 from .plan import plan
 from .products import (
@@ -36,8 +37,6 @@ from .products import (
     blocks,
     blocks_from,
     empty,
-    fixed_logits,
-    fixed_products,
     multiply,
     tile_dtype,
     tile_memory,

@@ -11,8 +11,9 @@ from ..distributed import VocabShard
 from ..losses.config import GRPOLossConfig, LogitTransform
 from ..losses.terms import PolicyRows
 from ..tracing import constant
+from .fixed_order import fixed_products
 from .plan import Problem, device_of
-from .products import fixed_products, tile_dtype
+from .products import tile_dtype
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ transposed copy (2 cores, AMX, 1024 x 151,936: 270 ms against 130 ms + 20 ms for
 
 import functools
 import mmap
-import os
 import sys
 
 import torch
 
 from ..backends import FLOAT32_TILES, native, triton
 from ..tracing import constant
+from . import fixed_order
 
 _HUGE_PAGE_BYTES = 8 * 2**20
 
@@ -63,53 +63,6 @@ def _accepted(product, device, dtype):
     return True
 
 
-def batch_invariance(wanted, like):
-    """What is wanted: True everything, None what is free, False nothing; None is GRPO_KERNELS_BATCH_INVARIANT where that is 1 or 0.
-    RuntimeError where it cannot be had.
-    """
-    wanted = _of_environment() if wanted is None else wanted
-    if wanted and not like.is_cuda and not _are_there(like.dtype):
-        why = native.why_unavailable() or f"{like.dtype} has none on a CPU"
-        raise RuntimeError(f"batch_invariant cannot be had, it needs compiled products: {why}")
-    return wanted
-
-
-@constant
-def _of_environment():
-    given, known = os.environ.get("GRPO_KERNELS_BATCH_INVARIANT"), {None: None, "0": False, "1": True}
-    if given not in known:
-        raise ValueError(f"GRPO_KERNELS_BATCH_INVARIANT must be 0 or 1, got {given!r}")
-    return known[given]
-
-
-def fixed_products(wanted, like):
-    """Whether all products of matrices like this one are to add up in an order that depends on their depth alone: where it is
-    ``wanted``, since a library's are faster, which choose it by their shape.
-    """
-    return bool(wanted) and (like.is_cuda or _are_there(like.dtype))
-
-
-def fixed_logits(wanted, like):
-    """Whether those of logits are, at least: also where that costs nothing, in bfloat16 on a CPU with AMX."""
-    return fixed_products(wanted, like) or (wanted is None and not like.is_cuda and _are_free(like.dtype))
-
-
-@constant
-def _are_there(dtype):
-    return native.why_unavailable() is None and dtype in native.PRODUCT_DTYPES
-
-
-@constant
-def _are_free(dtype):
-    return _are_there(dtype) and dtype == torch.bfloat16 and native.product_isas()[-1] == "amx"
-
-
-_LIBRARY_ROWS = (1024, 512)
-_OUR_ROWS = 512  # at once: 1024 of them took a quarter more than twice 512
-_CHECKED_COLUMNS = 512  # at once, so that the check needs little memory
-_agreements = {}
-
-
 def adapted(h, lora_a, fixed=False):
     """t = h A^T in h's dtype."""
     t = h.new_empty(h.shape[0], lora_a.shape[0])
@@ -118,66 +71,19 @@ def adapted(h, lora_a, fixed=False):
 
 
 def write_logits(h, weight, out, t=None, lora_b=None, scale=1.0, fixed=False):
-    """``out = h @ weight.T``, with an adapter plus ``scale t @ lora_b.T``; ``fixed`` as of `fixed_logits`."""
-    if fixed:
-        _logits_of_fixed_order(h, weight, out)
+    """``out = h @ weight.T``, with an adapter plus ``scale t @ lora_b.T``; ``fixed`` as of `fixed_order.fixed_logits`."""
+    if fixed and not out.is_cuda and out.dtype == torch.bfloat16:
+        fixed_order.bfloat16_logits(_adjacent(h), _adjacent(weight), out)
     else:
-        multiply(h, weight.T, out)
+        multiply(h, weight.T, out, fixed=fixed, continued=fixed and not out.is_cuda)
     if t is not None:
         multiply(t, lora_b.T, out, add=True, alpha=scale, fixed=fixed)
-
-
-def _logits_of_fixed_order(h, weight, out):
-    """``out = h @ weight.T``, each row's bits the same whatever the others.
-
-    oneDNN's product of 512 or 1024 bfloat16 rows by some thousand columns is 15 % faster than ours, and mostly sums in the same
-    order: such pieces are its, once it was seen to agree on random rows, and what is left is ours. By all columns of a vocabulary
-    it takes another order, and 10 % longer than ours.
-    """
-    if out.is_cuda or out.dtype != torch.bfloat16:
-        multiply(h, weight.T, out, fixed=True, continued=not out.is_cuda)
-        return
-    h, weight = _adjacent(h), _adjacent(weight)
-    start = 0
-    for height in _LIBRARY_ROWS:
-        while len(h) - start >= height and _library_agrees(h[start : start + height], weight, out[start : start + height]):
-            torch.mm(h[start : start + height], weight.T, out=out[start : start + height])
-            start += height
-    for first, end in blocks_from(start, len(h), _OUR_ROWS):
-        native.product(h[first:end], weight.T, out[first:end], continued=True)
-
-
-def _library_agrees(h, weight, out):
-    """Whether torch.mm of matrices like these has our product's bits: it chooses its way by shape, strides and threads.
-
-    The check's own numbers are random in pairs that cancel, so that each sum is nothing but rounding. Another order then changes a
-    tenth of them and more; of sums that do not cancel one in 30,000, which a narrow piece does not show.
-    """
-    if h.stride(1) != 1 or weight.stride(1) != 1:
-        return False
-    key = (h.stride(), weight.shape, weight.stride(), out.shape, out.stride(), torch.get_num_threads(), torch.backends.mkldnn.enabled)
-    if key not in _agreements:
-        generator = torch.Generator().manual_seed(0)
-        h, weight = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).normal_(generator=generator) for x in (h, weight))
-        half, order = h.shape[1] // 2, torch.randperm(h.shape[1], generator=generator)
-        ones, others, last = order.split([half, half, len(order) % 2])
-        h[:, others], weight[:, others] = -h[:, ones], weight[:, ones]
-        h[:, last] *= 2**-18
-        torch.mm(h, weight.T, out=out)
-        _agreements[key] = all(_agree(h, weight[a:b], out[:, a:b]) for a, b in blocks(len(weight), _CHECKED_COLUMNS))
-    return _agreements[key]
-
-
-def _agree(rows, weight, product):
-    ours = torch.empty(product.shape, dtype=product.dtype)
-    native.product(rows, weight.T, ours, continued=True)
-    return torch.equal(product, ours)
 
 
 def multiply(a, b, out, add=False, alpha=1.0, fixed=False, continued=False):
     """``out = a @ b``, or ``out += alpha a @ b``; a wider ``out`` gets the product as it was summed, never rounded to a's dtype.
 
-    ``fixed``: as of `fixed_products`. ``continued``: then one sum over all of the depth, in which cuts of it change no bit.
+    ``fixed``: as of `fixed_order.fixed_products`. ``continued``: then one sum over all of the depth, whose cuts change no bit.
     """
     if fixed:
         if out.is_cuda:

@@ -22,8 +22,9 @@ import torch
 
 from .. import backends
 from ..backends.statistics import Scored, Tile, new_statistics
-from ..checks import check_head, check_options
-from ..engine.products import accumulation_dtype, adapted, batch_invariance, fixed_logits, tile_dtype, write_logits
+from ..checks import check_head, check_options, kind
+from ..engine.fixed_order import batch_invariance, fixed_logits
+from ..engine.products import accumulation_dtype, adapted, tile_dtype, write_logits
 from ..extras import needs
 from ..logprobs import linear_logprobs
 from ..losses.config import GRPOLossConfig, LogitTransform
@@ -141,9 +142,12 @@ class SampledLogProbs(StoppingCriteria):
         Raises:
             ValueError: the mask has other rows than were sampled, or is True where nothing was.
             RuntimeError: generate has not run inside of the block.
+        TypeError: the mask is no tensor [B, T].
         """
         if not self._steps:
             raise RuntimeError("sampled_logprobs has seen no sampled token: run generate (not generate_batch) inside of its block")
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            raise TypeError(f"mask must be a tensor [B, T], got {kind(mask)}")
         found, mask = torch.stack(self._steps, 1).to(mask.device), mask.bool()
         if len(found) != len(mask):
             raise ValueError(f"mask must have a row for each of {len(found)} sampled completions, got {len(mask)}")
@@ -176,6 +180,8 @@ def sampled_logprobs(model, *, temperature=None, support=None, head_in_float32=F
         raise TypeError(f"model must be a causal LM of transformers with a method generate, got {type(model).__name__}")
     if "_get_candidate_generator" in vars(owner):
         raise RuntimeError("model must not be inside of another block of sampled_logprobs: a token is scored once")
+    if support is not None and not hasattr(support, "last"):
+        raise TypeError(f"support must be the recorder of recorded_support, got {kind(support)}")
     check_options(GRPOLossConfig() if temperature is None else GRPOLossConfig(temperature=temperature), None, backend)
     layer, criteria = owner.get_output_embeddings(), owner._get_stopping_criteria
     sampled = SampledLogProbs(support, backend)

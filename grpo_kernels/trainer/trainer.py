@@ -46,6 +46,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .. import backends
+from ..engine.fixed_order import unless_told
 from ..integrations.sampling_mask import mask_metrics, recorded_support
 from ..integrations.transformers import fuse_lm_head, lm_head
 from ..logprobs import linear_logprobs
@@ -379,9 +380,10 @@ class GRPOTrainer(Trainer):
         if self.loss_config.exact_kl:
             reference = self._reference_head(given["ref_hidden"].dtype)
             given = given | {"ref_weight": reference.weight, "ref_bias": reference.bias}
+        several = self.args.steps_per_rollout > 1  # the first of which must find the very old log-probs
         output = fused_linear_grpo_loss(
             hidden, head.weight, **given, bias=head.bias, lora=head.lora, data_parallel_group=self._data_parallel_group,
-            config=self.loss_config, backend=self.args.backend,
+            config=self.loss_config, backend=self.args.backend, batch_invariant=unless_told(hidden) if several else None,
         )  # fmt: skip
         return output, reference
 
