@@ -16,7 +16,7 @@ _TURNS = 4  # of a loop until what is under way at its end no longer changes
 @dataclass(frozen=True)
 class Kernel:
     registers: int
-    spills: int  # bytes of the stack, and accesses to local memory
+    spills: int  # accesses to local memory in a loop; one outside, once for a row, costs nothing that shows
     loops: list[tuple[list[str], list[str]]]
 
 
@@ -26,8 +26,10 @@ def read(cubin: Path) -> dict[str, Kernel]:
     kernels = {}
     for part in re.split(r"\.section\s+\.text\.", run(_TOOLS / "nvdisasm", "-c", "-ndf", cubin))[1:]:
         name, text = part.split(",", 1)
-        used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", resources[name])}
-        kernels[name] = Kernel(used["REG"], used["STACK"] + len(re.findall(r"\b(?:LDL|STL)\b", text)), loops(text))
+        registers = int(re.search(r"\bREG:(\d+)", resources[name])[1])
+        code, found = _loops(text)
+        again = {at for first, last in found for at in range(first, last + 1)}
+        kernels[name] = Kernel(registers, sum(code[at].startswith(("LDL", "STL")) for at in again), loops(text))
     return kernels
 
 
@@ -44,6 +46,13 @@ def loops(text: str) -> list[tuple[list[str], list[str]]]:
 
     Most turns jump over the rest: the block that holds the row's target, a bias or a softcap that is not there.
     """
+    code, found = _loops(text)
+    inner = [(a, b) for a, b in found if not any(a <= c and d <= b for c, d in found if (c, d) != (a, b))]
+    return [(code[a : b + 1], [code[at] for at in found[a, b]]) for a, b in inner]
+
+
+def _loops(text):
+    """(all instructions, {(first, last) of each loop: the shortest way round})."""
     code, labels, jumps, ends = [], {}, {}, set()
     for line in text.splitlines():
         if match := re.match(r"\s*(\.L_\w+):", line):
@@ -55,9 +64,7 @@ def loops(text: str) -> list[tuple[list[str], list[str]]]:
                 jumps[len(code)] = target[1]
             code.append(match[2])
     jumps = {at: labels[label] for at, label in jumps.items()}
-    found = {(to, at): way for at, to in jumps.items() if to <= at and (way := _way(to, at, jumps, ends))}
-    inner = [(a, b) for a, b in found if not any(a <= c and d <= b for c, d in found if (c, d) != (a, b))]
-    return [(code[a : b + 1], [code[at] for at in found[a, b]]) for a, b in inner]
+    return code, {(to, at): way for at, to in jumps.items() if to <= at and (way := _way(to, at, jumps, ends))}
 
 
 def _way(first, last, jumps, ends):

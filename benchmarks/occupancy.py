@@ -67,7 +67,7 @@ def faults(found: dict) -> list[str]:
     Over ranges it may wait, too, and since they start anywhere, its accesses are of single elements.
     """
     wanted = found.get("aligned", 16)
-    problems = [f"{found['spills']} bytes or accesses are spilled"] * (found["spills"] > 0)
+    problems = [f"{found['spills']} spilled registers are moved in a loop"] * (found["spills"] > 0)
     problems += ["no multiprocessor takes a block"] * (found["blocks"] == 0)
     narrow = [key for key in ("load", "store") if 0 < found.get(key, wanted) < wanted]
     problems += [f"{key}s of {found[key]} bytes in a loop" for key in narrow]

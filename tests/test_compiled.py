@@ -45,16 +45,25 @@ WAY = [
 ]
 
 
+def read(monkeypatch, code):
+    with monkeypatch.context() as patch:
+        patch.setattr(machine_code, "run", lambda tool, *_: code if tool.name == "nvdisasm" else RESOURCES)
+        return machine_code.read(Path("cubin"))["copy_kernel"]
+
+
 @pytest.fixture
 def kernel(monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(machine_code, "run", lambda tool, *_: KERNEL if tool.name == "nvdisasm" else RESOURCES)
-        return machine_code.read(Path("cubin"))["copy_kernel"]
+    return read(monkeypatch, KERNEL)
+
+
+def test_what_a_loop_spills_is_counted(kernel, monkeypatch):
+    assert kernel.spills == 0 and "STL" in KERNEL  # outside of loops
+    assert read(monkeypatch, KERNEL.replace("FADD R12, R12, R8", "@P0 LDL R12, [R1]").replace("MUFU.EX2 R12, R4", "STL.64 [R1], R4")).spills == 2
 
 
 def test_a_kernel_is_read(kernel):
     """The block that a turn jumps over is in the loop but not on the way; a jump back from behind a loop into it makes none."""
-    assert kernel.registers == 40 and kernel.spills == 8 + 1
+    assert kernel.registers == 40
     (body, way), (zeros, _), (end, _) = kernel.loops
     assert way == WAY and len(body) == 9 and machine_code.accesses(body) == ([16, 16, 2], [8])
     assert machine_code.accesses(zeros) == ([], [16]) and machine_code.accesses(end) == ([], [])

@@ -24,7 +24,7 @@ from .statistics import described, require
 SEGMENT = tl.constexpr(1024)  # of K, divides a fixed tile of columns; what is summed in an accumulator of its own
 GROUP = tl.constexpr(8)
 # (BLOCK_M, BLOCK_N, columns of a step, warps, steps under way). A second accumulator of the tile's size takes 64 registers.
-_SHAPES = {torch.bfloat16: (128, 128, 64, 8, 3), torch.float16: (128, 128, 64, 8, 3), torch.float32: (64, 64, 32, 4, 2),
+_SHAPES = {torch.bfloat16: (128, 128, 32, 8, 4), torch.float16: (128, 128, 32, 8, 4), torch.float32: (64, 64, 32, 4, 2),
            torch.float64: (32, 32, 32, 4, 2)}  # fmt: skip
 
 
@@ -54,6 +54,8 @@ def product_kernel(
     b_n,
     out_m,
     out_n,
+    again_m,  # out's strides once more: one address for what is read and written would stay in registers all the while
+    again_n,
     alpha: tl.float64,
     ADD: tl.constexpr,
     ACC: tl.constexpr,
@@ -74,9 +76,11 @@ def product_kernel(
     out_ptr += first_row.to(tl.int64) * out_m + first_column.to(tl.int64) * out_n
     of_a, of_b = rows < M - first_row, columns < N - first_column
     a_at, b_at, out_at = rows * a_m + at[None, :] * a_k, at[:, None] * b_k + columns * b_n, rows * out_m + columns * out_n
-    total, alpha = tl.zeros((BLOCK_M, BLOCK_N), ACC), tl.full((BLOCK_M, BLOCK_N), alpha, ACC)
+    alpha = tl.full((BLOCK_M, BLOCK_N), alpha, ACC)
     if ADD:
-        total += tl.load(out_ptr + out_at, mask=of_a & of_b, other=0.0)
+        total = tl.load(out_ptr + out_at, mask=of_a & of_b, other=0.0).to(ACC)
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for start in range(0, K, SEGMENT):
         steps = tl.minimum(SEGMENT, K - start) // STEP
         sums = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -88,7 +92,7 @@ def product_kernel(
         if left > 0:
             sums = _add_step(sums, a_ptr, b_ptr, a_at, b_at, of_a, of_b, left, WIDEN, STEP)
         total = tl.fma(alpha, sums, total)
-    tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=of_a & of_b)
+    tl.store(out_ptr + (rows * again_m + columns * again_n), total.to(out_ptr.dtype.element_ty), mask=of_a & of_b)
 
 
 _INTERPRETED = not isinstance(product_kernel, triton.JITFunction)  # and there the dot of two bfloat16 is that of their bits
@@ -114,7 +118,7 @@ def product(a, b, out, add=False, alpha=1.0):
     device = torch.cuda.device(a.device) if a.is_cuda else contextlib.nullcontext()
     with device:
         product_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
-            a, b, out, M, N, K, *strides, float(alpha), ADD=bool(add),
+            a, b, out, M, N, K, *strides, *out.stride(), float(alpha), ADD=bool(add),
             ACC=tl.float64 if acc == torch.float64 else tl.float32, WIDEN=_INTERPRETED, BLOCK_M=block_m, BLOCK_N=block_n, STEP=step,
             num_warps=warps, num_stages=stages, enable_fp_fusion=False,
         )  # fmt: skip
