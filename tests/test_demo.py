@@ -1,14 +1,19 @@
 """The demo in small: its parts, and that rewards alone raise the accuracy; the whole one is `make demo`."""
 
 import functools
-import os
+import re
+import shutil
+import subprocess
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from grpo_kernels.trainer import GRPOConfig, demo, measure
+from grpo_kernels.trainer import GRPOConfig, demo, measure, report
 from grpo_kernels.trainer.plot import plot_run
 from grpo_kernels.trainer.rollout import tokenize
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def test_tokenizer_round_trip_and_problems():
@@ -40,11 +45,34 @@ def test_a_short_demo_tells_its_story_and_repeats_itself(tmp_path, capsys, monke
         before, after = demo.run(GRPOConfig(**{**demo.DEFAULTS, **changed}))
         out = capsys.readouterr().out
         assert out.splitlines()[-1] == f"accuracy {before:.2f} -> {after:.2f}"
-        assert "saved: time x" in out and os.path.isfile(tmp_path / name / "training.png")
+        page = (tmp_path / name / "report.html").read_text()
+        assert re.search(r"saved +x \d", out) and f'id="accuracy">{before:.2f} → {after:.2f}</p>' in page
+        assert f"report: {tmp_path / name / 'report.html'}" in out
+        assert len(re.findall(r"(?m)^ {6}4 +\d\.\d\d +\d\.\d{3}", out)) == 1  # the last step
         assert f"checkpoint: {tmp_path / name / 'checkpoint-4'}" in out and (tmp_path / name / "checkpoint-4").is_dir()
         stories.append((before, after, (tmp_path / name / "checkpoint-4" / "model.safetensors").read_bytes()))
     assert stories[0] == stories[1]
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no chromium")
+def test_a_browser_shows_the_report(tmp_path):
+    """It is read from the document that the browser made of the page, without a network."""
+    log = [{"step": 2 * i, "reward": i / 20, "entropy": 1.0 - i / 30, "kl": 1e-3 * i} for i in range(1, 20)]
+    answers = [report.Answer("1<2&", "<b>", "3", "3"), report.Answer("2+2=", "4", "5", "4")]
+    report.write(tmp_path / "report.html", "Sums & <others>", log, [(0, 0.27), (38, 0.914)], answers,
+                 [("", "time"), ("fused", "1 ms")], [("seed", 0), ("name", "<x>")])  # fmt: skip
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+               "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+               (tmp_path / "report.html").as_uri()]  # fmt: skip
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    page = ElementTree.fromstring(re.search(r"<body>.*</body>", shown, re.DOTALL)[0])
+    text = lambda node: "".join(node.itertext())  # noqa: E731
+    assert text(page.find(".//*[@id='accuracy']")) == "0.27 → 0.91" and text(page.find("h1")) == "Sums & <others>"
+    assert len(page.findall(".//polyline")) == 6 and len(page.findall(".//circle")) == 2 and "was not logged" in text(page)
+    (one, two), right = [[text(cell) for cell in row] for row in page.findall(".//table")[0].findall(".//tr")[1:]], page.findall(".//*[@class='right']")
+    assert one == ["1<2&", "<b> ✗", "3 ✓"] and two == ["2+2=", "4 ✓", "5 ✗"] and len(right) == 2
+    assert not re.search(r"https?:|<script|src=|href=", shown), "the page loads something"
 
 
 def test_measured_costs_are_real():

@@ -20,12 +20,11 @@ from tokenizers.models import WordLevel
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..extras import MissingExtra
 from ..integrations.transformers import fuse_lm_head
 from ..logprobs import linear_logprobs
+from . import report
 from .config import GRPOConfig
 from .measure import Shape, compare
-from .plot import plot_run
 from .rewards import exact_match
 from .rollout import sample, tokenize
 from .trainer import GRPOTrainer
@@ -50,6 +49,8 @@ DEFAULTS = dict(
     report_to="none",
     ddp_find_unused_parameters=False,
 )
+_SHOWN = ("seed", "max_steps", "learning_rate", "per_device_train_batch_size", "num_generations", "num_iterations",
+          "epsilon_high", "beta")  # fmt: skip
 PADDED_VOCABULARY = 4096
 HELD_OUT = 120
 MISCOUNTED = {"small": 0.3, "large": 0.75}  # share of the warm-up's answers that are one too low, by the second number
@@ -102,18 +103,20 @@ def _run(args, threads):
     for row, old, new in list(zip(held_out, before, after, strict=True))[:8]:
         print(f"   {row['prompt']:8} {old:>6} {_tick(old, row)} {new:>6} {_tick(new, row)}")
 
-    picture = os.path.join(args.output_dir, "training.png")
-    title = f"Learning to add from rewards: greedy accuracy on held-out prompts {accuracy:.2f} → {final:.2f}"
-    try:
-        plot_run(trainer.state.log_history, picture, title, story.greedy)
-    except MissingExtra as missing:
-        picture = f"none: {missing}"
     torch.set_num_threads(threads)
     shape = Shape(args.per_device_train_batch_size, args.max_completion_length, PADDED_VOCABULARY, model.config.hidden_size)
     print(f"\n4. The loss and its gradients on one batch of this run ({describe(shape)})")
-    _print_savings(compare(shape))
+    savings = _savings(compare(shape))
+    for name, *figures in savings[1:]:
+        print(f"   {name:12} " + "   ".join(figures))
+    page = os.path.join(args.output_dir, "report.html")
+    shown = [report.Answer(row["prompt"], *texts, row["answer"]) for row, *texts in zip(held_out, before, after, strict=True)]
+    options = [("model", f"a Llama of {model.num_parameters()} parameters"), *((name, getattr(args, name)) for name in _SHOWN)]
+    title = "A small model learns to add from rewards"
+    greedy = [*story.greedy, (trainer.state.global_step, final)]
+    report.write(page, title, trainer.state.log_history, greedy, shown[:16], savings, options)
     print(f"\ncheckpoint: {os.path.join(args.output_dir, f'checkpoint-{trainer.state.global_step}')}")
-    print(f"picture: {picture}")
+    print(f"report: {page}")
     print(f"time: {time.perf_counter() - start:.0f} s")
     print(f"accuracy {accuracy:.2f} -> {final:.2f}")
     return accuracy, final
@@ -214,7 +217,7 @@ class _Story(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         step = state.global_step
-        if "reward" not in logs or (step % (8 * args.logging_steps) and step != state.max_steps):
+        if "reward" not in logs or (step % (8 * args.logging_steps) and step + args.logging_steps <= state.max_steps):
             return
         accuracy = share(greedy_answers(self.model, self.tokenizer, self.held_out), self.held_out, "answer")
         self.greedy.append((step, accuracy))
@@ -230,13 +233,10 @@ def describe(shape):
     return f"{shape.B} completions x {shape.T} tokens, vocabulary {shape.V}, hidden size {shape.D}, float32"
 
 
-def _print_savings(costs):
-    for name, label in (("full", "full logits"), ("fused", "fused")):
-        cost = costs[name]
-        memory = "not measured here" if cost.extra_bytes is None else f"{cost.extra_bytes / 2**20:6.1f} MiB on top of the inputs"
-        print(f"   {label:12} {cost.seconds * 1e3:7.1f} ms   {memory}")
-    times = costs["full"].seconds / costs["fused"].seconds
-    print(f"   saved: time x {times:.2f}", end="")
-    if costs["full"].extra_bytes is not None:
-        print(f", memory {(costs['full'].extra_bytes - costs['fused'].extra_bytes) / 2**20:.1f} MiB", end="")
-    print()
+def _savings(costs):
+    """Rows of a table."""
+    rows, full, fused = [("loss and gradients", "time", "memory on top of the inputs")], costs["full"], costs["fused"]
+    memory = lambda n: "not measured here" if n is None else f"{n / 2**20:.1f} MiB"  # noqa: E731
+    rows += [(name, f"{x.seconds * 1e3:.1f} ms", memory(x.extra_bytes)) for name, x in (("full logits", full), ("fused", fused))]
+    saved = None if full.extra_bytes is None else full.extra_bytes - fused.extra_bytes
+    return [*rows, ("saved", f"x {full.seconds / fused.seconds:.2f}", memory(saved))]

@@ -6,7 +6,7 @@ from statistics import median
 
 from ..extras import needs
 
-_PANELS = (
+PANELS = (
     ("reward", "reward", "mean over the rollout"),
     ("entropy", "entropy", "nats per token"),
     ("kl", "KL to the reference", "nats per token"),
@@ -51,7 +51,7 @@ def plot_run(log_history, path, title="", greedy=None):
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     with matplotlib.rc_context({"font.size": 10.5, "axes.edgecolor": "#999999", "text.color": _INK}):
         axes = figure.subplots(2, 2, sharex=True)
-        for axis, (key, name, unit) in zip(axes.flat, _PANELS, strict=True):
+        for axis, (key, name, unit) in zip(axes.flat, PANELS, strict=True):
             points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
             axis.set_title(name, loc="left", fontweight="bold", color=_INK)
             axis.set_ylabel(unit, color=_INK)
@@ -60,7 +60,7 @@ def plot_run(log_history, path, title="", greedy=None):
             axis.spines[["top", "right"]].set_visible(False)
             if points:
                 steps, values = zip(*points, strict=True)
-                smooth = _moving_median(values, max(len(values) // 10, 1))
+                smooth = moving_median(values, max(len(values) // 10, 1))
                 axis.plot(steps, values, color=_RAW, linewidth=1.2, label="each log")
                 axis.plot(steps, smooth, color=_SMOOTH, linewidth=2, label="moving median")
                 _limit(axis, values)
@@ -75,14 +75,18 @@ def plot_run(log_history, path, title="", greedy=None):
 
 
 def _limit(axis, values):
-    """From 0 to the highest value, unless that is an outlier: k3 is an exponential, so one token
-    that the reference would have written can be all one sees of the KL."""
-    usual, highest = sorted(values)[int(0.97 * (len(values) - 1))], max(values)
-    axis.set_ylim(0, (1.5 * usual if highest > 4 * usual else 1.05 * highest) or 1.0)
-    if highest > 4 * usual:
+    axis.set_ylim(0, ceiling(values))
+    if (highest := max(values)) > ceiling(values):
         axis.text(0.99, 0.97, f"highest {highest:.3g}", transform=axis.transAxes, ha="right", va="top", color=_INK, fontsize=9)
 
 
-def _moving_median(values, width):
+def ceiling(values):
+    """The highest value with some air, unless that is an outlier: k3 is an exponential, so one token that the reference would have
+    written can be all one sees of the KL."""
+    usual, highest = sorted(values)[int(0.97 * (len(values) - 1))], max(values)
+    return (1.5 * usual if highest > 4 * usual else 1.05 * highest) or 1.0
+
+
+def moving_median(values, width):
     """Median of the last ``width`` values, fewer at the start."""
     return [median(values[max(i - width + 1, 0) : i + 1]) for i in range(len(values))]
