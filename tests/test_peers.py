@@ -156,7 +156,7 @@ def test_every_combination_of_ligers_switches(loss_type, level, odd_shape):
         ours, theirs, exact = call.run(LigerFusedLinearGRPOLoss), call.run(Theirs), call.run_reference()
         for name, truth in exact.items():
             # a loss near 0 is a mean of terms of size 1
-            floor = 5e-6 if name != "loss" else 1e-6 / truth.abs().clamp(min=1e-30).item()
+            floor = 5e-6 if name != "loss" else 2e-6 / truth.abs().clamp(min=1e-30).item()
             assert_no_worse_than_torch(f"{setting} {name}", ours[name], theirs[name], truth, floor=floor)
         metrics = [{n: x for n, x in found.items() if n.startswith("metric")} for found in (ours, theirs)]
         assert_equal(*metrics, f"{setting}", tolerance=1e-4)
