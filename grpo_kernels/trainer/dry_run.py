@@ -8,15 +8,17 @@ from dataclasses import replace
 
 import huggingface_hub
 import torch
+from transformers.trainer_utils import unwrap_peft_model
 
 from .. import backends
 from ..engine import plan
 from ..engine.products import tile_dtype
 from ..integrations.transformers import lm_head
 from ..losses.objective import depends_on_its_row_alone
+from .checks import named_datasets
+from .resume import state_of
 from .rewards import RESERVED, reward_names
 from .rollout import tokenize
-from .trainer import named_datasets, state_of
 
 _FIRST = 1000  # rows of data that are looked at; more would be waited for
 _SAMPLED = 8  # tokens of a completion
@@ -38,7 +40,7 @@ def check(trainer):
         Exception: whatever making a prompt's tokens, the optimiser or the schedule raises.
     """
     args = trainer.args
-    for data in (trainer.train_dataset, *_evaluated(trainer).values()):
+    for data in (trainer.train_dataset, *named_datasets(trainer.eval_dataset).values()):
         columns = [] if args.remove_unused_columns else _columns(data)
         for name, function in zip(reward_names(trainer.reward_funcs), trainer.reward_funcs, strict=True):
             _check_signature(name, function, columns)
@@ -59,7 +61,7 @@ def describe(trainer):
         Exception: whatever the run would end with in its first minute.
     """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = unwrap_peft_model(model)
     head, tokenizer = lm_head(causal_lm), trainer.processing_class
     V, D = head.weight.shape
     total = sum(p.numel() for p in model.parameters())
@@ -136,7 +138,7 @@ def describe(trainer):
     if trainer.state.global_step >= steps:
         yield f"rehearsed  nothing: {checkpoint} has taken all {steps} steps of the run"
         return
-    evaluated = _evaluated(trainer)
+    evaluated = named_datasets(trainer.eval_dataset)
     _rehearse(trainer, steps, checkpoint, evaluated)
     yield "rehearsed  a rollout of short completions, rewards, loss, gradients, optimiser" + (", evaluation" if evaluated else "")
 
@@ -167,11 +169,9 @@ def _rehearse(trainer, steps, checkpoint, evaluated):
 
 def _evaluate(trainer, part, data):
     """Names of the metrics that one round on an evaluation set reports."""
-    args = trainer.args
-    repeats = args.num_generations_eval or args.num_generations
     trainer.model.eval()
     try:
-        trainer._evaluate_round(data, 0, max(args.per_device_eval_batch_size // repeats, 1), repeats)
+        trainer._evaluate_round(data)
     finally:
         trainer.model.train()
     return [f"{part}_{name}".lstrip("_") for name in trainer._metrics["eval"].take(trainer.accelerator.gather)]
@@ -179,10 +179,6 @@ def _evaluate(trainer, part, data):
 
 def _positions(causal_lm):
     return getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _evaluated(trainer):
-    return {} if trainer.eval_dataset is None else named_datasets(trainer.eval_dataset)
 
 
 def _first_rows(data):
