@@ -65,7 +65,7 @@ def describe(trainer):
     head, tokenizer = lm_head(causal_lm), trainer.processing_class
     V, D = head.weight.shape
     total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = trainer.get_num_trainable_parameters()
     yield f"model      {type(causal_lm).__name__}, {_count(total)} parameters, {_count(trained)} trained, {_names(model)}"
     yield f"head       vocabulary {V}, hidden size {D}" + (", an adapter on it" if head.lora else "") + (
         "" if head.weight.requires_grad else ", frozen")  # fmt: skip
@@ -127,7 +127,8 @@ def describe(trainer):
     yield (f"operations {_flops(2 * body * tokens + 2 * V * D * kept)} to sample, {_flops(passes * body * tokens)} in the body and "
            f"{in_head} in the head, per step and process, at full length")  # fmt: skip
 
-    longest, positions = max(lengths) + args.max_completion_length, _positions(causal_lm)
+    longest = max(lengths) + args.max_completion_length
+    positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     if positions and longest > positions:
         yield f"note       up to {longest} tokens in a row, more than the {positions} positions of the model"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -177,10 +178,6 @@ def _evaluate(trainer, part, data):
     return [f"{part}_{name}".lstrip("_") for name in trainer._metrics["eval"].take(trainer.accelerator.gather)]
 
 
-def _positions(causal_lm):
-    return getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
-
-
 def _first_rows(data):
     return [data[i] for i in range(min(len(data), _FIRST))]
 
@@ -219,4 +216,3 @@ def _bytes(n):
 
 def _flops(n):
     return f"{n / 1e12:.3g} TFLOP"
-

@@ -31,9 +31,6 @@ class Recorded:
                 self._totals[name] = self._total(name)
                 waiting.clear()
 
-    def names(self) -> list[str]:
-        return sorted(self._waiting)
-
     def clear(self):
         self._waiting.clear()
         self._totals.clear()
@@ -43,7 +40,7 @@ class Recorded:
 
         One collective, ``gather`` of [1, metrics, 4], of the same size on every process. What had no weight anywhere has no entry.
         """
-        names = self.names()
+        names = sorted(self._waiting)
         if not names:
             return {}
         everywhere = gather(torch.stack([self._total(name) for name in names]).unsqueeze(0))

@@ -97,9 +97,12 @@ def joined(batches: list[dict], pad_token_id) -> dict:
     T = max(batch["mask"].shape[1] for batch in batches)
 
     def padded(name, batch, x):
-        left = P + batch["mask"].shape[1] - x.shape[1] if name in ("input_ids", "attention_mask") else 0
-        pads = (0, 0) * (x.dim() - 2) + (left, T - batch["mask"].shape[1])
-        return torch.nn.functional.pad(x, pads, value=(pad_token_id or 0) if name == "input_ids" else 0) if x.dim() > 1 else x
+        if x.dim() == 1:
+            return x
+        t = batch["mask"].shape[1]
+        left = P + t - x.shape[1] if name in ("input_ids", "attention_mask") else 0
+        fill = (pad_token_id or 0) if name == "input_ids" else 0
+        return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (left, T - t), value=fill)
 
     whole = {}
     for name in batches[0]:

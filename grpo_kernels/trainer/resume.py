@@ -135,9 +135,11 @@ class Resume:
                 f"num_iterations, steps_per_generation and gradient_accumulation_steps must be those of the checkpoint: it is amid "
                 f"rollout {first['index']}, with these step {self.state.global_step} is of rollout {index}"
             )
-        wanted = self._layout()[self.args.process_index]
-        own = self._saved_rollout(checkpoint, self.args.process_index) if first["processes"] == self.args.world_size else first
-        if first["processes"] != self.args.world_size or not torch.equal(own["rows"].cpu(), wanted):
+        wanted, rollout = self._layout()[self.args.process_index], None
+        if first["processes"] == self.args.world_size:
+            own = self._saved_rollout(checkpoint, self.args.process_index)
+            rollout = own["rollout"] if torch.equal(own["rows"].cpu(), wanted) else None
+        if rollout is None:
             parts = [first, *(self._saved_rollout(checkpoint, rank) for rank in range(1, first["processes"]))]
             rows = torch.cat([part["rows"] for part in parts])
             if len(rows) != self.args.generation_batch_size:
@@ -146,8 +148,8 @@ class Resume:
                     f"got {self.args.generation_batch_size}"
                 )
             whole = microbatch.joined([part["rollout"] for part in parts], self.processing_class.pad_token_id)
-            own = {"rollout": microbatch.take(whole, rows.argsort()[wanted])}
-        self._rollout, self._rollout_index = self._prepare_inputs(own["rollout"]), index
+            rollout = microbatch.take(whole, rows.argsort()[wanted])
+        self._rollout, self._rollout_index = self._prepare_inputs(rollout), index
 
     def _saved_rollout(self, checkpoint, rank):
         path = rollout_file(checkpoint, rank)

@@ -1,31 +1,22 @@
 """GRPO in one sitting: rollout, reward, advantage, loss, step.
 
-1. Rollout. For each prompt, sample G completions from the policy as it is now.
-2. Reward. Reward functions score every completion with a number.
+1. Rollout. For each prompt, sample G completions from the policy as it is now (`rollout`).
+2. Reward. Reward functions score every completion with a number (`rewards`).
 3. Advantage. A completion is good or bad only beside the others of its prompt: subtract the group's mean reward and divide
    by its standard deviation. No value network is needed.
 4. Loss. Raise the probability of each token of a completion with a positive advantage and lower it for a negative one, as
    long as the policy stays within the clip range of the one that sampled (and near a reference, if beta > 0). The logits this
    takes are never made: the model hands its last hidden states at the completion's positions, and its output layer, to
-   `fused_linear_grpo_loss`.
-5. Step. `transformers.Trainer` accumulates gradients, clips, steps, schedules, logs, saves and resumes. The same rollout may
-   serve several steps (`steps_per_generation`, `num_iterations`); its log-probs at sampling time are then kept as `old_logps`.
+   `fused_linear_grpo_loss`. Completions without a gradient do not run through the model (`microbatch`).
+5. Step. `transformers.Trainer` accumulates gradients, clips, steps, schedules, logs and saves. The same rollout may serve
+   several steps (`steps_per_generation`, `num_iterations`); its log-probs at sampling time are then kept (`scoring`).
 
 A run is a function of its arguments: the n-th rollout takes the n-th stretch of prompts and its own random numbers, both
-computed from seed and n. A checkpoint holds a rollout that is still being trained on, so a resumed run continues bit by bit.
+computed from seed and n. A checkpoint holds a rollout that is still being trained on: a resumed run (`resume`) goes on bit by bit.
 
 On several processes (DDP, FSDP2; examples/accelerate) each samples and trains on its share of a rollout. Which
 completions a step takes, their advantages, the loss and the logged metrics are those of one process with the whole batch;
 only the dice are rolled by each process for itself. Groups may straddle processes.
-
-Where sampling is truncated (top-p, top-k, min-p), a token is one of those that were left, its support. The rollout keeps these
-(`keep_sampling_mask`), and log-probs, entropy, ratio and KL are over them.
-
-The KL from the reference (beta > 0) is estimated from its log-probs of the sampled tokens, or summed over the vocabulary
-(`kl_estimator="exact"`). The rollout then keeps the reference's last hidden states in place of its log-probs.
-
-Completions without a gradient do not run through the model (`skip_untrained`): entropy and clip ratios are then those of the
-completions that train, `trained_token_share` says how many these are. Rewards and lengths are of all.
 """
 
 import inspect
@@ -122,36 +113,6 @@ class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
 
     # ---- 1. rollout ----
 
-    def get_train_dataloader(self):
-        """One item per micro-batch and device. It only counts: `get_batch_samples` makes the micro-batches from prompts."""
-        self._rollout = self._clock = None
-        self._tokens.zero_()
-        self._metrics["train"].clear()
-        rollouts = math.ceil(len(self.train_dataset) * self.args.num_generations / self.args.generation_batch_size)
-        micro_batches = rollouts * self.args.num_iterations * self.args.steps_per_generation
-        return DataLoader(range(micro_batches), collate_fn=list)
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of the next optimiser step, from the current rollout or a new one."""
-        for _ in range(num_batches):
-            next(epoch_iterator)
-        index, step = divmod(self.state.global_step, self.args.steps_per_rollout)
-        self._clock = self._clock or time.monotonic()
-        if self._rollout is None or self._rollout_index != index:
-            self._rollout, self._rollout_index = self._new_rollout(index), index
-        micro_batches = microbatch.split(self._rollout, self.args.per_device_train_batch_size)
-        first = step * num_batches % len(micro_batches)
-        micro_batches = micro_batches[first : first + num_batches]
-        # DDP and gradient accumulation both average, so this divisor is the mean over micro-batches and processes
-        kept = self._share_of_kept(*micro_batches)
-        self._tokens += sum(batch["attention_mask"].sum() for batch in micro_batches)
-        return [{**batch, "num_items": kept} for batch in micro_batches], None
-
-    def _share_of_kept(self, *micro_batches):
-        """Kept tokens of all processes, at least 1, per micro-batch and process. A number, since a tensor would be at least 1."""
-        kept = self.accelerator.reduce(sum(batch["mask"].sum() for batch in micro_batches), reduction="sum").item()
-        return max(kept, 1) / (len(micro_batches) * self.args.world_size)
-
     def _new_rollout(self, index):
         """Tensors of this process's share of rollout ``index``, one row per completion."""
         args, rank, layout = self.args, self.args.process_index, self._layout()
@@ -244,15 +205,12 @@ class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
 
     def _advantages(self, rewards, group_ids, mode):
         """[B, K] rewards of whole groups, the same on all processes -> [B] advantages."""
-        args, weights = self.args, None
-        if args.reward_weights is not None:
-            weights = torch.tensor(args.reward_weights, device=rewards.device)
+        args = self.args
+        weights = args.reward_weights and torch.tensor(args.reward_weights, device=rewards.device)
         found = reward_metrics(rewards, group_ids, weights, reward_names(self.reward_funcs))
         self._metrics[mode].record(found, len(rewards))
-        return group_advantages(
-            rewards, group_ids, scale_rewards=args.scale_rewards, weights=weights,
-            aggregation=args.multi_objective_aggregation,
-        )  # fmt: skip
+        how = {"scale_rewards": args.scale_rewards, "aggregation": args.multi_objective_aggregation}
+        return group_advantages(rewards, group_ids, weights=weights, **how)
 
     # ---- 4. loss ----
 
@@ -263,8 +221,7 @@ class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
         def loss(hidden, head):
             hidden = micro.predicting(hidden)
             output, reference = self._loss(hidden, head, micro.loss_inputs)
-            names, decode = diagnose.parameters(self.model), self.processing_class.decode
-            diagnose.check(output.loss.detach(), micro, hidden.detach(), head, inputs, names, decode, reference)
+            diagnose.check(output.loss.detach(), micro, hidden.detach(), head, inputs, self.model, self.processing_class, reference)
             made.append(output)
             return output.loss
 
@@ -283,10 +240,8 @@ class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
         return (loss, output) if return_outputs else loss
 
     def _micro_batch(self, inputs, skip):
-        return microbatch.make(
-            inputs, self.loss_config, positions=self._takes_position_ids, packed=self._packed, skip=skip,
-            group=self._data_parallel_group,
-        )  # fmt: skip
+        can = {"positions": self._takes_position_ids, "packed": self._packed}
+        return microbatch.make(inputs, self.loss_config, **can, skip=skip, group=self._data_parallel_group)
 
     def _loss(self, hidden, head, given):
         """(`GRPOLossOutput`, the reference's head or None) of a micro-batch."""
@@ -304,6 +259,38 @@ class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
     @property
     def _data_parallel_group(self):
         return torch.distributed.group.WORLD if self.args.world_size > 1 else None
+
+    # ---- 5. step: what transformers' Trainer accumulates ----
+
+    def get_train_dataloader(self):
+        """One item per micro-batch and device. It only counts: `get_batch_samples` makes the micro-batches from prompts."""
+        self._rollout = self._clock = None
+        self._tokens.zero_()
+        self._metrics["train"].clear()
+        rollouts = math.ceil(len(self.train_dataset) * self.args.num_generations / self.args.generation_batch_size)
+        micro_batches = rollouts * self.args.num_iterations * self.args.steps_per_generation
+        return DataLoader(range(micro_batches), collate_fn=list)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of the next optimiser step, from the current rollout or a new one."""
+        for _ in range(num_batches):
+            next(epoch_iterator)
+        index, step = divmod(self.state.global_step, self.args.steps_per_rollout)
+        self._clock = self._clock or time.monotonic()
+        if self._rollout is None or self._rollout_index != index:
+            self._rollout, self._rollout_index = self._new_rollout(index), index
+        micro_batches = microbatch.split(self._rollout, self.args.per_device_train_batch_size)
+        first = step * num_batches % len(micro_batches)
+        micro_batches = micro_batches[first : first + num_batches]
+        # DDP and gradient accumulation both average, so this divisor is the mean over micro-batches and processes
+        kept = self._share_of_kept(*micro_batches)
+        self._tokens += sum(batch["attention_mask"].sum() for batch in micro_batches)
+        return [{**batch, "num_items": kept} for batch in micro_batches], None
+
+    def _share_of_kept(self, *micro_batches):
+        """Kept tokens of all processes, at least 1, per micro-batch and process. A number, since a tensor would be at least 1."""
+        kept = self.accelerator.reduce(sum(batch["mask"].sum() for batch in micro_batches), reduction="sum").item()
+        return max(kept, 1) / (len(micro_batches) * self.args.world_size)
 
     def _prepare_input(self, data):
         return data.to(self.args.device) if isinstance(data, TokenSupport) else super()._prepare_input(data)
