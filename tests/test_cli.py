@@ -23,7 +23,7 @@ from transformers import (
 
 from grpo_kernels import __version__, backends, cli
 from grpo_kernels.losses.config import LOSS_FIELDS
-from grpo_kernels.trainer import GRPOConfig, dry_run, loading
+from grpo_kernels.trainer import GRPOConfig, dry_run, models
 from grpo_kernels.trainer.arguments import RunArguments, _Parser, parse, read_data, read_jsonl
 from grpo_kernels.trainer.demo import DEFAULTS, make_tokenizer
 
@@ -354,7 +354,7 @@ def test_a_name_of_the_hub_beside_a_folder_of_its_owners_name_is_asked_for(folde
         asked.append(path)
         raise OSError("we could not connect")
 
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
     refused(capsys, "model 'Qwen/Qwen2.5-0.5B' folder 'Qwen' has no 'Qwen2.5-0.5B' could not connect", *GOOD, "--model", "Qwen/Qwen2.5-0.5B")
     assert asked == ["Qwen/Qwen2.5-0.5B"]
 

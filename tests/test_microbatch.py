@@ -8,7 +8,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3Fo
 from grpo_kernels import GRPOLossConfig
 from grpo_kernels.integrations.transformers import fuse_lm_head
 from grpo_kernels.trainer import microbatch
-from grpo_kernels.trainer.trainer import _runs_packed
+from grpo_kernels.trainer.models import runs_packed
 
 LOSSES = ["dapo", "grpo", "bnpo", "dr_grpo", "luspo", "sapo", "cispo", "vespo"]
 
@@ -130,10 +130,10 @@ def test_who_cannot_be_packed_is_refused(tmp_path):
     assert not t._packed, "sdpa makes a mask of tokens x tokens"
     text = full.config.get_text_config()
     text.layer_types = ["full_attention", "conv"]
-    assert not _runs_packed(None, full, True)
+    assert not runs_packed(None, full, True)
     text.layer_types = ["full_attention", "sliding_attention"]
     full.config._attn_implementation_internal = "flash_attention_2"
-    assert microbatch.flash(full) and _runs_packed(None, full, True) and not _runs_packed(False, full, True)
+    assert microbatch.flash(full) and runs_packed(None, full, True) and not runs_packed(False, full, True)
 
 
 def test_a_mixture_of_experts_is_balanced(tmp_path):

@@ -16,7 +16,8 @@ from grpo_kernels import TokenSupport, linear_logprobs, objective
 from grpo_kernels.integrations.sampling_mask import filled_in, mask_metrics, recorded_support
 from grpo_kernels.integrations.transformers import lm_head
 from grpo_kernels.trainer import dry_run, microbatch
-from grpo_kernels.trainer.rollout import completion_mask, joined
+from grpo_kernels.trainer.microbatch import joined
+from grpo_kernels.trainer.rollout import completion_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EOS = [1, 3, 4, 5, 6]

@@ -13,11 +13,10 @@ from docs import kl_variance
 from grpo_kernels import GRPOLossConfig, objective
 from grpo_kernels.integrations.transformers import fuse_lm_head, lm_head
 from grpo_kernels.reference import divergence_from_logits, logps_from_logits, restricted
-from grpo_kernels.trainer import dry_run, microbatch
-from grpo_kernels.trainer import trainer as module
+from grpo_kernels.trainer import dry_run, microbatch, models, scoring
 from grpo_kernels.trainer.demo import make_tokenizer
 from grpo_kernels.trainer.diagnose import NotFinite
-from grpo_kernels.trainer.rollout import joined
+from grpo_kernels.trainer.microbatch import joined
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = dict(beta=0.1, kl_estimator="exact")
@@ -267,7 +266,7 @@ def test_an_evaluation_reports_it(tmp_path):
 
 
 def test_no_reference_logits_are_made_while_a_rollout_is_sampled(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "linear_logprobs", None)  # a call would be a TypeError
+    monkeypatch.setattr(scoring, "linear_logprobs", None)  # a call would be a TypeError
     t = trainer(tmp_path, max_steps=1, **EXACT)
     t.ref_model.lm_head.register_forward_hook(lambda layer, args, out: seen.append(out.shape[-1]))
     seen = []
@@ -288,7 +287,7 @@ def test_wrong_values_are_named(tmp_path, monkeypatch):
     (batch,) = next_micro_batches(t)
     with pytest.raises(ValueError, match="logit_scale 1.0 and softcap None, got 0.5 and None"):
         t.compute_loss(t.model, batch)
-    monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(models, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="kl_estimator must be 'k3' under ZeRO-3, unless an adapter is trained"):
         trainer(tmp_path, **EXACT)
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from test_trainer import DATA, config, digit_sum, next_micro_batches, tiny_model, trainer, weights
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification, Trainer
 
-from grpo_kernels.trainer import GRPOTrainer, checkpoints, dry_run, loading, rewards, watch
-from grpo_kernels.trainer import trainer as trainer_module
+from grpo_kernels.trainer import GRPOTrainer, checkpoints, completion_log, dry_run, models, rewards
+from grpo_kernels.trainer import resume as resume_module
 from grpo_kernels.trainer.demo import make_tokenizer
 from grpo_kernels.trainer.metrics import Recorded
 from grpo_kernels.trainer.plot import plot_folder
@@ -280,7 +280,7 @@ def test_completions_are_printed_and_kept(tmp_path, capsys):
     t.train()
     out = capsys.readouterr().out
     assert out.count("prompt ") == 2 and "digit_sum" in out and "advantage" in out
-    files = sorted((tmp_path / watch.FOLDER).iterdir())
+    files = sorted((tmp_path / completion_log.FOLDER).iterdir())
     assert [f.name for f in files] == ["completions_000000.parquet", "completions_000002.parquet"]
     rows = pq.read_table(files[1]).to_pylist()
     assert len(rows) == 8 and all(r["step"] == 2 and r["none_reward"] is None for r in rows)
@@ -294,9 +294,9 @@ def none_reward(completions, **_):
 
 def test_what_a_model_writes_cannot_move_the_cursor():
     row = {"step": 3, "prompt": "a\x1b[2Jb", "completion": "x\r\n" + "y" * 500, "r": None, "advantage": 0.5}
-    lines = list(watch.table([row], ["r"]))
+    lines = list(completion_log.table([row], ["r"]))
     assert all(line.isprintable() for line in lines) and "\\u001b" in lines[-1] and "..." in lines[-1]
-    assert list(watch.table([], ["r"])) == []
+    assert list(completion_log.table([], ["r"])) == []
 
 
 def test_tensorboard_gets_the_metrics(tmp_path):
@@ -381,18 +381,18 @@ def test_what_says_where_a_model_is_reaches_config_tokenizer_and_weights(tmp_pat
     where = {"trust_remote_code": True, "subfolder": "part", "revision": "main", "local_files_only": True, "code_revision": "v1", "token": "t"}
     asked = {}
     for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
-        real = getattr(loading, name).from_pretrained
+        real = getattr(models, name).from_pretrained
 
         def spy(path, name=name, real=real, **options):
             asked.setdefault(name, options)  # transformers asks for the configuration again
             return real(path, **options)
 
-        monkeypatch.setattr(getattr(loading, name), "from_pretrained", spy)
+        monkeypatch.setattr(getattr(models, name), "from_pretrained", spy)
     model = str(tmp_path / "model")
     GRPOTrainer(model, digit_sum, config(tmp_path / "run", model_init_kwargs=where), DATA)
     assert asked.pop("AutoModelForCausalLM") == {"dtype": "float32", **where}
     assert asked == {"AutoConfig": where, "AutoTokenizer": where}
-    given = loading.AutoConfig.from_pretrained(f"{model}/part", attention_dropout=0.25)
+    given = models.AutoConfig.from_pretrained(f"{model}/part", attention_dropout=0.25)
     args = config(tmp_path / "run", model_init_kwargs={"subfolder": "part", "config": given}, trust_remote_code=True)
     asked.clear()
     assert GRPOTrainer(model, digit_sum, args, DATA).model.config.attention_dropout == 0.25
@@ -404,7 +404,7 @@ def test_a_name_without_an_owner_is_for_the_hub_to_know(tmp_path, monkeypatch):
         raise OSError(f"{path} is not on the hub")
 
     for name in ("AutoConfig", "AutoModelForSequenceClassification"):
-        monkeypatch.setattr(getattr(loading if name == "AutoConfig" else rewards, name), "from_pretrained", unknown)
+        monkeypatch.setattr(getattr(models if name == "AutoConfig" else rewards, name), "from_pretrained", unknown)
     for model, judge in (("gpt2", digit_sum), (tiny_model(), "gpt2")):
         with pytest.raises(OSError, match="gpt2 is not on the hub"):
             GRPOTrainer(model, judge, config(tmp_path), DATA, processing_class=make_tokenizer())
@@ -488,7 +488,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_and_the_one_before_it_offered
 def test_the_newest_checkpoint_is_one_that_every_node_has(saved, monkeypatch):
     t = trainer(saved, max_steps=4, num_iterations=2)
     other = str(saved / "checkpoint-2")  # what the main process of another node found
-    monkeypatch.setattr(trainer_module, "gather_object", lambda own: own if own == [None] else [*own, other])
+    monkeypatch.setattr(resume_module, "gather_object", lambda own: own if own == [None] else [*own, other])
     assert t._newest_checkpoint(needed=True) == other
     (saved / "checkpoint-2" / checkpoints.SEAL).unlink()
     with pytest.raises(checkpoints.Unusable, match="checkpoint-2"):

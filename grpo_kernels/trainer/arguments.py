@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, HfArgumentParser
 
 from ..extras import needs
 from ..losses.config import LOSS_TYPES
-from .config import NOT_OURS, GRPOConfig
+from .config import NOT_OURS, GRPOConfig, option
 from .rewards import load_reward
 
 
@@ -26,27 +26,25 @@ from .rewards import load_reward
 class RunArguments:
     """What a run is made of, beside the options in `GRPOConfig`."""
 
-    config: str | None = field(default=None, metadata={"help": "YAML file that sets options by these names; flags win."})
-    model: str | None = field(default=None, metadata={"help": "Path or name of a causal LM with its tokenizer."})
-    data: str | None = field(
-        default=None,
-        metadata={"help": "Rows with a prompt, text or messages: a JSONL or parquet file, or a folder of datasets' save_to_disk."},
+    config: str | None = option(None, "YAML file that sets options by these names; flags win.")
+    model: str | None = option(None, "Path or name of a causal LM with its tokenizer.")
+    data: str | None = option(
+        None, "Rows with a prompt, text or messages: a JSONL or parquet file, or a folder of datasets' save_to_disk."
     )
-    eval_data: str | None = field(default=None, metadata={"help": "Likewise, to evaluate on."})
-    reward: list[str] | None = field(
-        default=None,
-        metadata={"help": "Each package.module:function, found from the working directory, or the folder of a reward model."},
+    eval_data: str | None = option(None, "Likewise, to evaluate on.")
+    reward: list[str] | None = option(
+        None, "Each package.module:function, found from the working directory, or the folder of a reward model."
     )
-    dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan of the run, train nothing."})
-    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of the model's weights."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapters' scale times their rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapters; 0 if the head has one."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers with an adapter, lm_head if named; None is PEFT's choice, all-linear all."}
+    dry_run: bool = option(False, "Check everything, print the plan of the run, train nothing.")
+    use_peft: bool = option(False, "Train LoRA adapters instead of the model's weights.")
+    lora_r: int = option(16, "Rank of the adapters.")
+    lora_alpha: int = option(32, "The adapters' scale times their rank.")
+    lora_dropout: float = option(0.0, "Dropout in front of the adapters; 0 if the head has one.")
+    lora_target_modules: list[str] | None = option(
+        None, "Layers with an adapter, lm_head if named; None is PEFT's choice, all-linear all."
     )
-    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the frozen weights in 4 bits (nf4); needs bitsandbytes."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "The frozen weights in 8 bits; needs bitsandbytes."})
+    load_in_4bit: bool = option(False, "QLoRA: the frozen weights in 4 bits (nf4); needs bitsandbytes.")
+    load_in_8bit: bool = option(False, "The frozen weights in 8 bits; needs bitsandbytes.")
 
     def peft_config(self):
         """Of the adapters, or None."""
@@ -117,7 +115,8 @@ def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
     parser.set_defaults(**settings)
     run, args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        raise ValueError(_unknown("option", unknown[0], [f"--{name}" for name in _dests(parser)]))
+        known = [f"--{action.dest}" for action in parser._actions if action.dest not in NOT_OURS]
+        raise ValueError(f"unknown option {unknown[0]!r}" + _suggested(unknown[0], known))
     for name in ("model", "data", "reward"):
         if not run.is_demo and not getattr(run, name):
             raise ValueError(f"--{name} is missing: a run needs --model, --data and --reward; the demo none of them")
@@ -193,7 +192,7 @@ def read_yaml(path) -> dict:
     known = {f.name for cls in (RunArguments, GRPOConfig) for f in dataclasses.fields(cls) if f.init} - {"config"}
     for key in settings:
         if key not in known:
-            raise ValueError(f"--config {path}: " + _unknown("key", str(key), sorted(known)))
+            raise ValueError(f"--config {path}: unknown key {str(key)!r}" + _suggested(str(key), sorted(known)))
     return settings
 
 
@@ -250,15 +249,6 @@ def _row(line, where):
     if not isinstance(row["prompt"], (str, list)) or not row["prompt"]:
         raise ValueError(f"{where}: 'prompt' must be text or a list of messages, got {row['prompt']!r}")
     return row
-
-
-def _dests(parser):
-    """Options by one of their spellings."""
-    return [action.dest for action in parser._actions if action.dest not in NOT_OURS]
-
-
-def _unknown(kind, name, known):
-    return f"unknown {kind} {name!r}" + _suggested(name, known)
 
 
 def _suggested(name, known):

@@ -10,10 +10,7 @@ import re
 import zlib
 from pathlib import Path
 
-import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
-
-from ..support import TokenSupport
 
 SEAL = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -102,21 +99,6 @@ def what_is_wrong(folder) -> str | None:
         if _checksum(file) != checksum:
             return f"{name!r} is not what was written"
     return None
-
-
-def rollout_file(folder, rank) -> str:
-    return os.path.join(folder, f"rollout_{rank}.pt")
-
-
-def load_rollout(folder, rank, step, steps_per_rollout) -> dict:
-    path = rollout_file(folder, rank)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{path}: step {step} is amid a rollout, without which the run cannot go on as it was; "
-            f"resume from a checkpoint that holds it, or from a step divisible by {steps_per_rollout}"
-        )
-    with torch.serialization.safe_globals([TokenSupport]):
-        return torch.load(path, map_location="cpu", weights_only=True)  # "cpu:0", a rank's device, is not known to it
 
 
 def _by_step(output_dir):

@@ -35,6 +35,23 @@ _JSON = ("model_init_kwargs", "chat_template_kwargs", "generation_kwargs", "tran
 # of TrainingArguments: without a meaning for rollouts
 NOT_OURS = ("auto_find_batch_size", "include_num_input_tokens_seen", "label_smoothing_factor")
 
+_WANTED = {
+    "top_p": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "min_p": (lambda x: x is None or 0 <= x <= 1, "None or in [0, 1]"),
+    "repetition_penalty": (lambda x: 0 < x < math.inf, "a number > 0"),
+    "ref_model_mixup_alpha": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "num_completions_to_print": (lambda x: x is None or x >= 0, "None or >= 0"),
+    "num_generations_eval": (lambda x: x is None or x >= 1, "None or >= 1"),
+    "keep_sampling_mask": (lambda x: x is None or isinstance(x, bool), "True, False or None"),
+    "scale_rewards": (lambda x: x in SCALE_REWARDS, f"one of {', '.join(SCALE_REWARDS)}"),
+    "multi_objective_aggregation": (lambda x: x in AGGREGATIONS, f"one of {', '.join(AGGREGATIONS)}"),
+}
+
+
+def option(default, text):
+    """A dataclass field with a help text for the command line."""
+    return field(default=default, metadata={"help": text})
+
 
 def _documented(cls):
     """What the section Args of a docstring says of each name, in one line."""
@@ -47,7 +64,7 @@ _HELP = _documented(GRPOLossConfig)
 _LossFields = dataclasses.make_dataclass(
     "_LossFields",
     [
-        (f.name, kind, field(default=f.default, metadata={"help": _HELP.get(f.name, "").replace("%", "%%")}))
+        (f.name, kind, option(f.default, _HELP.get(f.name, "").replace("%", "%%")))
         for f in dataclasses.fields(GRPOLossConfig)
         for kind in [str if "Literal" in str(f.type) else f.type]  # a Literal's flag would refuse the names of registered losses
     ],
@@ -67,90 +84,50 @@ class GRPOConfig(TrainingArguments, _LossFields):
         ValueError: naming the field, what was wanted and what came.
     """
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimiser steps."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Drop every column but the prompt; the reward functions then see none."}
+    learning_rate: float = option(1e-6, "Peak learning rate.")
+    logging_steps: float = option(10, "Log every so many optimiser steps.")
+    remove_unused_columns: bool = option(False, "Drop every column but the prompt; the reward functions then see none.")
+    max_completion_length: int = option(256, "Tokens sampled per completion at most; also the divisor of dr_grpo.")
+    num_generations: int = option(8, "Completions per prompt: the group.")
+    num_generations_eval: int | None = option(None, "Completions per prompt in evaluation; None means num_generations.")
+    generation_batch_size: int | None = option(None, "Completions per rollout over all devices; excludes steps_per_generation.")
+    steps_per_generation: int | None = option(None, "Micro-batches per device and rollout; None means gradient_accumulation_steps.")
+    num_iterations: int = option(1, "Passes over each rollout (mu).")
+    top_p: float = option(1.0, "Nucleus sampling; 1 keeps every token.")
+    top_k: int = option(0, "Sample among the k most probable tokens; 0 keeps every token.")
+    min_p: float | None = option(None, "Sample only tokens at least this share as probable as the best; None keeps every token.")
+    repetition_penalty: float = option(1.0, "Divides the positive logits of tokens already written; 1 is no penalty.")
+    keep_sampling_mask: bool | None = option(
+        None, "Take log-probs, entropy, ratio and KL over the tokens that truncated sampling left; None: where it truncates."
     )
-    max_completion_length: int = field(
-        default=256, metadata={"help": "Tokens sampled per completion at most; also the divisor of dr_grpo."}
+    generation_kwargs: dict | str | None = option(
+        None, "Further options of transformers' GenerationConfig (JSON); they win over those above."
     )
-    num_generations: int = field(default=8, metadata={"help": "Completions per prompt: the group."})
-    num_generations_eval: int | None = field(
-        default=None, metadata={"help": "Completions per prompt in evaluation; None means num_generations."}
+    use_transformers_continuous_batching: bool = option(
+        False, "Sample with transformers' generate_batch: finished completions make room for others."
     )
-    generation_batch_size: int | None = field(
-        default=None, metadata={"help": "Completions per rollout over all devices; excludes steps_per_generation."}
+    transformers_continuous_batching_config: dict | str | None = option(
+        None, "Options of transformers' ContinuousBatchingConfig (JSON): blocks of the cache and such."
     )
-    steps_per_generation: int | None = field(
-        default=None,
-        metadata={"help": "Micro-batches per device and rollout; None means gradient_accumulation_steps."},
+    mask_truncated_completions: bool = option(False, "Completions that hit max_completion_length without an EOS train nothing.")
+    reward_weights: list[float] | None = option(None, "One weight per reward function; None means 1 each.")
+    scale_rewards: str = option("group", "Advantages are divided by the std of the 'group', the 'batch', or 'none'.")
+    multi_objective_aggregation: str = option("sum_then_normalize", "'sum_then_normalize' or 'normalize_then_sum' (GDPO).")
+    shuffle_dataset: bool = option(True, "Draw the prompts of an epoch in random order.")
+    skip_untrained: bool = option(True, "Leave out of the model what cannot change a weight: the same gradients, sooner.")
+    padding_free: bool | None = option(None, "Run the model on one row without padding; None: where its attention is a flash one.")
+    sync_ref_model: bool = option(False, "Move the reference towards the policy now and then (beta > 0).")
+    ref_model_mixup_alpha: float = option(0.6, "reference = alpha x policy + (1 - alpha) x reference at each synchronisation.")
+    ref_model_sync_steps: int = option(512, "Optimiser steps between two synchronisations.")
+    log_completions: bool = option(False, "At every log: a table of completions on the terminal, all of them in a parquet file.")
+    num_completions_to_print: int | None = option(8, "Rows of that table; None is all of them.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with a model or tokenizer. It can do whatever you can.")
+    disable_dropout: bool = option(False, "Set every dropout probability of the model to 0.")
+    model_init_kwargs: dict | str | None = option(
+        None, "Keyword arguments of from_pretrained when the model is given by path (JSON)."
     )
-    num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout (mu)."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 keeps every token."})
-    top_k: int = field(default=0, metadata={"help": "Sample among the k most probable tokens; 0 keeps every token."})
-    min_p: float | None = field(
-        default=None, metadata={"help": "Sample only tokens at least this share as probable as the best; None keeps every token."}
-    )
-    repetition_penalty: float = field(
-        default=1.0, metadata={"help": "Divides the positive logits of tokens already written; 1 is no penalty."}
-    )
-    keep_sampling_mask: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Take log-probs, entropy, ratio and KL over the tokens that truncated sampling left; None: where it truncates."
-        },
-    )
-    generation_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Further options of transformers' GenerationConfig (JSON); they win over those above."}
-    )
-    use_transformers_continuous_batching: bool = field(
-        default=False, metadata={"help": "Sample with transformers' generate_batch: finished completions make room for others."}
-    )
-    transformers_continuous_batching_config: dict | str | None = field(
-        default=None, metadata={"help": "Options of transformers' ContinuousBatchingConfig (JSON): blocks of the cache and such."}
-    )
-    mask_truncated_completions: bool = field(
-        default=False, metadata={"help": "Completions that hit max_completion_length without an EOS train nothing."}
-    )
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight per reward function; None means 1 each."}
-    )
-    scale_rewards: str = field(
-        default="group", metadata={"help": "Advantages are divided by the std of the 'group', the 'batch', or 'none'."}
-    )
-    multi_objective_aggregation: str = field(
-        default="sum_then_normalize", metadata={"help": "'sum_then_normalize' or 'normalize_then_sum' (GDPO)."}
-    )
-    shuffle_dataset: bool = field(default=True, metadata={"help": "Draw the prompts of an epoch in random order."})
-    skip_untrained: bool = field(
-        default=True, metadata={"help": "Leave out of the model what cannot change a weight: the same gradients, sooner."}
-    )
-    padding_free: bool | None = field(
-        default=None, metadata={"help": "Run the model on one row without padding; None: where its attention is a flash one."}
-    )
-    sync_ref_model: bool = field(default=False, metadata={"help": "Move the reference towards the policy now and then (beta > 0)."})
-    ref_model_mixup_alpha: float = field(
-        default=0.6, metadata={"help": "reference = alpha x policy + (1 - alpha) x reference at each synchronisation."}
-    )
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "Optimiser steps between two synchronisations."})
-    log_completions: bool = field(
-        default=False, metadata={"help": "At every log: a table of completions on the terminal, all of them in a parquet file."}
-    )
-    num_completions_to_print: int | None = field(default=8, metadata={"help": "Rows of that table; None is all of them."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that comes with a model or tokenizer. It can do whatever you can."}
-    )
-    disable_dropout: bool = field(default=False, metadata={"help": "Set every dropout probability of the model to 0."})
-    model_init_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of from_pretrained when the model is given by path (JSON)."}
-    )
-    chat_template_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of the chat template (JSON)."}
-    )
-    backend: str = field(
-        default="auto", metadata={"help": "Of the loss: torch, cpu, triton, cuda; auto asks GRPO_KERNELS_BACKEND, then the device."}
-    )
+    chat_template_kwargs: dict | str | None = option(None, "Keyword arguments of the chat template (JSON).")
+    backend: str = option("auto", "Of the loss: torch, cpu, triton, cuda; auto asks GRPO_KERNELS_BACKEND, then the device.")
 
     _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, *_JSON]
 
@@ -177,35 +154,18 @@ class GRPOConfig(TrainingArguments, _LossFields):
             if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
             setattr(self, name, operator.index(value))  # numpy's could not be written to a checkpoint's JSON
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be None or in [0, 1], got {self.min_p!r}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be a number > 0, got {self.repetition_penalty!r}")
-        if not 0 <= self.ref_model_mixup_alpha <= 1:
-            raise ValueError(f"ref_model_mixup_alpha must be in [0, 1], got {self.ref_model_mixup_alpha!r}")
-        if self.num_completions_to_print is not None and self.num_completions_to_print < 0:
-            raise ValueError(f"num_completions_to_print must be None or >= 0, got {self.num_completions_to_print!r}")
+        for name, (holds, wanted) in _WANTED.items():
+            if not holds(getattr(self, name)):
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
         if self.use_transformers_continuous_batching and (self.min_p or self.repetition_penalty != 1):
             raise ValueError("use_transformers_continuous_batching has no min_p and no repetition_penalty: leave them alone, or it")
         if self.use_transformers_continuous_batching and self.generation_kwargs:
             raise ValueError("generation_kwargs must be None with use_transformers_continuous_batching, which lacks most of them")
-        if self.keep_sampling_mask is not None and not isinstance(self.keep_sampling_mask, bool):
-            raise ValueError(f"keep_sampling_mask must be True, False or None, got {self.keep_sampling_mask!r}")
         if self.use_transformers_continuous_batching and self.keep_sampling_mask:
             raise ValueError(
                 "keep_sampling_mask must be False or None with use_transformers_continuous_batching, whose engine does not tell "
                 "which completion a row of scores is of, got True"
             )
-        if self.scale_rewards not in SCALE_REWARDS:
-            raise ValueError(f"scale_rewards must be one of {', '.join(SCALE_REWARDS)}, got {self.scale_rewards!r}")
-        if self.multi_objective_aggregation not in AGGREGATIONS:
-            raise ValueError(
-                f"multi_objective_aggregation must be one of {', '.join(AGGREGATIONS)}, got {self.multi_objective_aggregation!r}"
-            )
-        if self.num_generations_eval is not None and self.num_generations_eval < 1:
-            raise ValueError(f"num_generations_eval must be None or >= 1, got {self.num_generations_eval!r}")
         for name in NOT_OURS:
             if getattr(self, name) not in (False, None, "no", 0.0):
                 raise ValueError(f"{name} must be left alone: it has no meaning for rollouts, got {getattr(self, name)!r}")

@@ -2,20 +2,20 @@
 
 import itertools
 
-import torch
+from torch.distributed.tensor import DTensor
 
 
 class NotFinite(FloatingPointError):
     """The loss is NaN or infinite; the message names the first tensor, sequence and token where that begins."""
 
 
-def check(loss, micro, hidden, head, batch, named_parameters, decode=None, reference=None):
+def check(loss, micro, hidden, head, batch, model, tokenizer, reference=None):
     """Raises `NotFinite` unless the loss is finite. Waits for the device.
 
     Args:
         loss: 0-dim. micro: the `MicroBatch` that went in; batch: the one it was made of.
         hidden: the predicting states; head: an `LMHead`; reference: that of the reference, if the loss reads it.
-        named_parameters: of the model, to tell whether training or the input broke it. decode: token ids -> text, or None.
+        model: whose parameters tell whether training or the input broke it. tokenizer: that decodes the token.
     """
     if bool(loss.isfinite()):
         return
@@ -28,7 +28,7 @@ def check(loss, micro, hidden, head, batch, named_parameters, decode=None, refer
             bad = bad.any(-1) if x.dim() > given["mask"].dim() else bad
             where = (bad & given["mask"].bool()).nonzero()
             if len(where):
-                found.append(f"{name} at {_place(where[0], micro, batch, decode)}{_and_more(len(where))}")
+                found.append(f"{name} at {_place(where[0], micro, batch, tokenizer)}{_and_more(len(where))}")
     heads = {"the head": head} | ({} if reference is None else {"the reference's head": reference})
     for (whose, of), name in itertools.product(heads.items(), ("weight", "bias")):
         x = getattr(of, name)
@@ -36,14 +36,15 @@ def check(loss, micro, hidden, head, batch, named_parameters, decode=None, refer
         if bad is not None and bad.any():
             rows = bad.flatten(1).any(1).nonzero() if bad.dim() > 1 else bad.nonzero()
             found.append(f"{whose}'s {name} in the row of token {rows[0].item()}{_and_more(len(rows))}")
-    broken = [name for name, p in named_parameters if not bool(p.detach().isfinite().all())]
+    own = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters())  # this process's parts
+    broken = [name for name, p in own if not bool(p.detach().isfinite().all())]
     if broken:
         found.append(f"the parameter {broken[0]}{_and_more(len(broken))}: an earlier step broke it")
     else_ = "nothing that went in, so a ratio or a product overflowed"
     raise NotFinite(f"the loss is {loss.item()}; not finite: {'; '.join(found) or else_}")
 
 
-def _place(where, micro, batch, decode):
+def _place(where, micro, batch, tokenizer):
     """In the whole batch: sequence, position in the completion, token."""
     if micro.at is not None:
         row, position = micro.kept.nonzero()[int(where[0])].tolist()
@@ -51,14 +52,8 @@ def _place(where, micro, batch, decode):
         row, position = where.tolist()
         row = row if micro.rows is None else int(micro.rows[row])
     token = int(batch["input_ids"][row, batch["input_ids"].shape[1] - batch["mask"].shape[1] + position])
-    text = "" if decode is None else f" ({decode([token])!r})"
-    return f"completion {row} of the micro-batch, position {position}, token {token}{text}"
+    return f"completion {row} of the micro-batch, position {position}, token {token} ({tokenizer.decode([token])!r})"
 
 
 def _and_more(count):
     return "" if count == 1 else f", and {count - 1} more"
-
-
-def parameters(model):
-    """Name and this process's part of each."""
-    return ((name, p.to_local() if isinstance(p, torch.distributed.tensor.DTensor) else p) for name, p in model.named_parameters())

@@ -8,15 +8,17 @@ from dataclasses import replace
 
 import huggingface_hub
 import torch
+from transformers.trainer_utils import unwrap_peft_model
 
 from .. import backends
 from ..engine import plan
 from ..engine.products import tile_dtype
 from ..integrations.transformers import lm_head
 from ..losses.objective import depends_on_its_row_alone
+from .checks import named_datasets
+from .resume import state_of
 from .rewards import RESERVED, reward_names
 from .rollout import tokenize
-from .trainer import named_datasets, state_of
 
 _FIRST = 1000  # rows of data that are looked at; more would be waited for
 _SAMPLED = 8  # tokens of a completion
@@ -38,7 +40,7 @@ def check(trainer):
         Exception: whatever making a prompt's tokens, the optimiser or the schedule raises.
     """
     args = trainer.args
-    for data in (trainer.train_dataset, *_evaluated(trainer).values()):
+    for data in (trainer.train_dataset, *named_datasets(trainer.eval_dataset).values()):
         columns = [] if args.remove_unused_columns else _columns(data)
         for name, function in zip(reward_names(trainer.reward_funcs), trainer.reward_funcs, strict=True):
             _check_signature(name, function, columns)
@@ -59,11 +61,11 @@ def describe(trainer):
         Exception: whatever the run would end with in its first minute.
     """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = unwrap_peft_model(model)
     head, tokenizer = lm_head(causal_lm), trainer.processing_class
     V, D = head.weight.shape
     total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = trainer.get_num_trainable_parameters()
     yield f"model      {type(causal_lm).__name__}, {_count(total)} parameters, {_count(trained)} trained, {_names(model)}"
     yield f"head       vocabulary {V}, hidden size {D}" + (", an adapter on it" if head.lora else "") + (
         "" if head.weight.requires_grad else ", frozen")  # fmt: skip
@@ -125,7 +127,8 @@ def describe(trainer):
     yield (f"operations {_flops(2 * body * tokens + 2 * V * D * kept)} to sample, {_flops(passes * body * tokens)} in the body and "
            f"{in_head} in the head, per step and process, at full length")  # fmt: skip
 
-    longest, positions = max(lengths) + args.max_completion_length, _positions(causal_lm)
+    longest = max(lengths) + args.max_completion_length
+    positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     if positions and longest > positions:
         yield f"note       up to {longest} tokens in a row, more than the {positions} positions of the model"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -136,7 +139,7 @@ def describe(trainer):
     if trainer.state.global_step >= steps:
         yield f"rehearsed  nothing: {checkpoint} has taken all {steps} steps of the run"
         return
-    evaluated = _evaluated(trainer)
+    evaluated = named_datasets(trainer.eval_dataset)
     _rehearse(trainer, steps, checkpoint, evaluated)
     yield "rehearsed  a rollout of short completions, rewards, loss, gradients, optimiser" + (", evaluation" if evaluated else "")
 
@@ -167,22 +170,12 @@ def _rehearse(trainer, steps, checkpoint, evaluated):
 
 def _evaluate(trainer, part, data):
     """Names of the metrics that one round on an evaluation set reports."""
-    args = trainer.args
-    repeats = args.num_generations_eval or args.num_generations
     trainer.model.eval()
     try:
-        trainer._evaluate_round(data, 0, max(args.per_device_eval_batch_size // repeats, 1), repeats)
+        trainer._evaluate_round(data)
     finally:
         trainer.model.train()
     return [f"{part}_{name}".lstrip("_") for name in trainer._metrics["eval"].take(trainer.accelerator.gather)]
-
-
-def _positions(causal_lm):
-    return getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _evaluated(trainer):
-    return {} if trainer.eval_dataset is None else named_datasets(trainer.eval_dataset)
 
 
 def _first_rows(data):
@@ -223,4 +216,3 @@ def _bytes(n):
 
 def _flops(n):
     return f"{n / 1e12:.3g} TFLOP"
-

@@ -1,9 +1,13 @@
 """Metrics between two logs: kept on their device as they come, reduced over time and processes when somebody asks."""
 
+import contextlib
 import math
+import time
 from collections import defaultdict
 
 import torch
+
+from ..losses.objective import OVER_SEQUENCES, metric_weight
 
 _LARGEST = ("sampler_mismatch",)  # whose highest value counts, though their names do not say so
 _LENGTH = 256  # values that wait one by one; a run that never logs keeps no more
@@ -27,9 +31,6 @@ class Recorded:
                 self._totals[name] = self._total(name)
                 waiting.clear()
 
-    def names(self) -> list[str]:
-        return sorted(self._waiting)
-
     def clear(self):
         self._waiting.clear()
         self._totals.clear()
@@ -39,7 +40,7 @@ class Recorded:
 
         One collective, ``gather`` of [1, metrics, 4], of the same size on every process. What had no weight anywhere has no entry.
         """
-        names = self.names()
+        names = sorted(self._waiting)
         if not names:
             return {}
         everywhere = gather(torch.stack([self._total(name) for name in names]).unsqueeze(0))
@@ -64,3 +65,59 @@ class Recorded:
             rows.append(torch.stack([(values * weights).sum(), weights.sum(), low, high]))
         rows = torch.stack(rows)
         return torch.cat([rows[:, :2].sum(0), rows[:, 2].amin(0, keepdim=True), rows[:, 3].amax(0, keepdim=True)])
+
+
+class Metrics:
+    """Of `GRPOTrainer`: what a micro-batch tells, what each of its metrics is a mean over, and the log."""
+
+    def _record_loss(self, loss, metrics, logps, inputs, micro, training):
+        """``loss``: of the micro-batch, detached; ``metrics``: of the loss's kernels; ``logps``: of ``micro``'s tokens."""
+        if not training:  # all processes' losses count alike here, those of sequences by how many there are
+            share = inputs.get("share_of_sequences", 1.0) if self.loss_config.aggregation in OVER_SEQUENCES else 1.0
+            policy_loss = metrics["policy_loss"] * share
+            metrics = metrics | {"policy_loss": policy_loss, "loss": loss - metrics["policy_loss"] + policy_loss}
+        recorded, kept = self._metrics["train" if training else "eval"], inputs["mask"].sum()
+        for name, value in metrics.items():
+            recorded.record({name: value}, self._weight(name, inputs, micro))
+        if training:
+            share = micro.loss_inputs["mask"].sum() * (not micro.idle) / kept
+            recorded.record({"trained_token_share": share}, kept)
+            old = micro.loss_inputs.get("old_logps")
+            if old is not None and not self.state.global_step % self.args.steps_per_rollout:  # before the first update
+                moved = torch.nn.functional.pad((logps - old).abs().flatten(), (0, 1))  # which may be of no token
+                recorded.record({"sampler_mismatch": moved.amax()}, kept)
+
+    def _weight(self, name, inputs, micro):
+        """What a metric of a micro-batch is a mean over: kept tokens, or sequences; of the loss, those that were skipped too."""
+        if name == "aux_loss":
+            return inputs.get("sequences", len(inputs["mask"]))
+        if name in ("loss", "policy_loss"):  # shares, of the round in an evaluation
+            return inputs.get("weight", 1)
+        if micro.idle:
+            return 0
+        sequences = inputs.get("sequences", len(micro.loss_inputs["advantages"]))
+        return metric_weight(name, self.loss_config, micro.loss_inputs["mask"].sum(), sequences)
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs |= self._metrics["train"].take(self.accelerator.gather) | self._speed()
+            logs |= {"num_tokens": self.state.num_input_tokens_seen}
+            if self._completions:
+                self._completions.show()
+        super().log(logs, start_time)
+
+    def _speed(self):
+        """Prompt and completion tokens of all processes that the steps since the last call trained on, by the time since then.
+
+        Sampling is in it, evaluation and saving are not.
+        """
+        tokens = self.accelerator.reduce(self._tokens, reduction="sum").item()
+        then, self._clock, self._tokens = self._clock, time.monotonic(), torch.zeros_like(self._tokens)
+        return {"tokens_per_second": tokens / max(self._clock - then, 1e-9)}
+
+    @contextlib.contextmanager
+    def _off_the_clock(self):
+        began = time.monotonic()
+        yield
+        if self._clock is not None:
+            self._clock += time.monotonic() - began

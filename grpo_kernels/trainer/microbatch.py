@@ -1,8 +1,9 @@
-"""A micro-batch as model and loss take it: without completions that train nothing, without padding where that can be had.
+"""Batches of a rollout, cut and joined, and a micro-batch as model and loss take it.
 
-Exact, all of it: a completion whose advantage is 0, or none of whose tokens is kept, has no gradient, unless the KL term or the
-entropy bonus gives it one; padding is neither attended to nor trained on. `scale` makes up for a loss that is a mean over what is
-there.
+It holds no completion that trains nothing, and no padding where that can be had. All of it is exact. A completion whose advantage
+is 0, or none of whose tokens is kept, has no gradient, unless the KL term or the entropy bonus gives it one; padding is neither
+attended to nor trained on. `scale` makes up for a loss that is a mean over what is there. A batch holds its tokens' supports as
+``support``, the `TokenSupport` of its mask [B, T]: a row's positions stand together.
 """
 
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..losses.objective import OVER_SEQUENCES
-from . import sampling_mask
+from ..support import TokenSupport
 
 PER_TOKEN = ("old_logps", "ref_logps", "ref_hidden", "support")
 _FLASH = ("flash_attention", "flex_attention", "kernels-community")
@@ -65,16 +66,53 @@ def split(batch, rows) -> list[dict]:
     tensors = {k: v for k, v in batch.items() if v is not None}
     parts = {k: v.split(rows) for k, v in tensors.items() if k != "support"}
     if "support" in tensors:
-        parts["support"] = sampling_mask.split(tensors["support"], rows * batch["mask"].shape[1])
+        parts["support"] = _split_support(tensors["support"], rows * batch["mask"].shape[1])
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
+def _split_support(support, positions):
+    """Stretches of so many positions, without a copy of the ids. Waits for the device once."""
+    starts = range(0, support.positions, positions)
+    bounds = [*support.offsets[:-1:positions].tolist(), len(support.ids)]
+    ends = zip(starts, bounds, bounds[1:], strict=False)
+    return [TokenSupport(support.ids[a:b], support.offsets[i : i + positions + 1] - a) for i, a, b in ends]
 
 
 def take(batch, rows) -> dict:
     """The batch of ``rows`` [n] int64, in their order."""
     taken = {name: x[rows] for name, x in batch.items() if name != "support"}
     if "support" in batch:
-        taken["support"] = batch["support"].take(sampling_mask.places(batch["mask"])[rows].flatten())
+        taken["support"] = batch["support"].take(_places(batch["mask"])[rows].flatten())
     return taken
+
+
+def _places(mask):
+    """[B, T] int64: of each position among the flattened ones, which `TokenSupport.take` takes when rows or columns were chosen."""
+    return torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+
+
+def joined(batches: list[dict], pad_token_id) -> dict:
+    """Batches of a rollout as one, their prompts padded on the left and what is per token of the completion on the right."""
+    P = max(batch["input_ids"].shape[1] - batch["mask"].shape[1] for batch in batches)
+    T = max(batch["mask"].shape[1] for batch in batches)
+
+    def padded(name, batch, x):
+        if x.dim() == 1:
+            return x
+        t = batch["mask"].shape[1]
+        left = P + t - x.shape[1] if name in ("input_ids", "attention_mask") else 0
+        fill = (pad_token_id or 0) if name == "input_ids" else 0
+        return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (left, T - t), value=fill)
+
+    whole = {}
+    for name in batches[0]:
+        if name != "support":
+            whole[name] = torch.cat([padded(name, batch, batch[name]) for batch in batches])
+            continue
+        lengths = [padded(name, batch, batch["support"].lengths().view_as(batch["mask"])) for batch in batches]
+        ids = torch.cat([batch["support"].ids for batch in batches])
+        whole[name] = TokenSupport.from_lengths(ids, torch.cat(lengths).flatten())
+    return whole
 
 
 def make(batch, config, *, positions=True, packed=False, skip=False, group=None) -> MicroBatch:
@@ -90,7 +128,7 @@ def make(batch, config, *, positions=True, packed=False, skip=False, group=None)
     shape, scale, rows, idle = tuple(mask.shape), 1.0, None, False
     support = batch.get("support")
     if support is not None:  # whose places go through what every other tensor goes through
-        batch = {**batch, "support": sampling_mask.places(mask)}
+        batch = {**batch, "support": _places(mask)}
     if skip:
         live = trained(mask, batch["advantages"])
         found = live.nonzero().squeeze(1)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from .loading import finding, load_tokenizer
+from .models import finding, load_tokenizer
 
 RESERVED = ("prompts", "completions", "completion_ids")
 

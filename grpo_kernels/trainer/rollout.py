@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, generation
-
-from . import sampling_mask
+from transformers import GenerationConfig, generation, set_seed
+from transformers.trainer_utils import unwrap_peft_model
 
 
 class Completions(NamedTuple):
@@ -30,9 +29,7 @@ def seeded(*key):
     python, numpy_state = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
+        set_seed(seed)
         try:
             yield
         finally:
@@ -93,7 +90,7 @@ def sample(model, prompt_ids: list[list[int]], config: GenerationConfig, synced_
     ids = torch.tensor([[config.pad_token_id] * n + row for n, row in zip(pads, prompt_ids, strict=True)])
     attention = torch.arange(width) >= torch.tensor(pads).unsqueeze(1)
     ids, attention = ids.to(model.device), attention.to(model.device).long()
-    training, causal_lm = model.training, model.get_base_model() if hasattr(model, "get_base_model") else model
+    training, causal_lm = model.training, unwrap_peft_model(model)
     own, causal_lm.generation_config = causal_lm.generation_config, GenerationConfig()  # would fill in what ``config`` leaves open
     model.eval()
     try:
@@ -133,27 +130,6 @@ def completion_mask(completion_ids, eos_ids) -> tuple[torch.Tensor, torch.Tensor
     """[B, T] ids -> (True up to and including the first EOS [B, T], whether there is one [B])."""
     is_eos = torch.isin(completion_ids, torch.tensor(eos_ids or [-1], device=completion_ids.device))
     return (is_eos.cumsum(1) - is_eos.long()) == 0, is_eos.any(1)
-
-
-def joined(batches: list[dict], pad_token_id) -> dict:
-    """Batches of a rollout as one, their prompts padded on the left and what is per token of the completion on the right."""
-    P = max(batch["input_ids"].shape[1] - batch["mask"].shape[1] for batch in batches)
-    T = max(batch["mask"].shape[1] for batch in batches)
-    whole = {}
-    for name in batches[0]:
-        if name == "support":
-            whole[name] = sampling_mask.joined(batches)
-            continue
-        fill = (pad_token_id or 0) if name == "input_ids" else 0
-        parts = []
-        for batch in batches:
-            x, t = batch[name], batch["mask"].shape[1]
-            if x.dim() > 1:
-                left = P + t - x.shape[1] if name in ("input_ids", "attention_mask") else 0
-                x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (left, T - t), value=fill)
-            parts.append(x)
-        whole[name] = torch.cat(parts)
-    return whole
 
 
 def length_metrics(drawn: Completions) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ FOLDER = "completions"
 _NARROWEST = 60
 
 
-class Samples:
+class CompletionLog:
     """The completions of the last rollout, of all processes. The main process prints and writes."""
 
     def __init__(self, args, names):
