@@ -1,20 +1,19 @@
 """What some trainers log of a token's distribution beside its entropy, from tiles of logits that are in memory anyway.
 
-    log_sum_sq_probs   log sum_v p_v^2 = log sum_v exp(2 z_v) - 2 lse
+    log_sum_sq_probs   log sum_v p_v^2, a fifth statistic of the row kernels: no read of its own
     mean_logits        mean_v z_v
     is_top1            whether the target is the first of the most likely tokens
     (variance)         sum_v p_v (log p_v + entropy)^2, from which `temperature.py` makes the gradient of an entropy
 
-Each costs one more read of the tile. None has a gradient.
+Each of the others costs one more read of the tile. None has a gradient.
 """
 
 import functools
-from dataclasses import replace
 
 import torch
 
 from ..backends.pytorch import slabs, transformed
-from ..backends.statistics import finalize, new_statistics
+from ..backends.statistics import log_sum_of_squares
 
 NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -25,7 +24,6 @@ class Diagnostics:
     def __init__(self, run, target):
         self.run, self.target, self.wanted = run, target, run.work.diagnostics
         rows, device = target.shape[0], target.device
-        self.doubled = new_statistics(rows, run.accumulate, device)
         self.sum = torch.zeros(rows, dtype=run.accumulate, device=device)
         self.best = torch.full_like(self.sum, -float("inf"))
         self.where = torch.full_like(target, -1)
@@ -33,14 +31,9 @@ class Diagnostics:
 
     def add(self, tile, rows, left):
         """Reads a tile of raw logits of some of the rows, whose first column is the vocabulary's ``left``."""
-        squares, mean, top, variance = self.wanted
+        _, mean, top, variance = self.wanted
         if variance:
             self.moments[rows] = with_tile(self.moments[rows], tile)
-        if squares:
-            halved = replace(tile.transform, temperature=tile.transform.temperature / 2)
-            half = None if tile.temperature is None else tile.temperature / 2
-            nowhere = torch.full_like(tile.target, -1)
-            self.run.kernels.statistics(replace(tile, target=nowhere, transform=halved, temperature=half), self.doubled[rows])
         if not (mean or top):
             return
         total, best, where = self.sum[rows], self.best[rows], self.where[rows]
@@ -54,16 +47,16 @@ class Diagnostics:
                 best[s] = torch.where(better, value, best[s])
                 where[s] = torch.where(better, column + left, where[s])
 
-    def finish(self, lse):
-        """[R, 4] in the order of NAMES, then the variance; 0 where not wanted."""
+    def finish(self, scored, s):
+        """[R, 4] in the order of NAMES, then the variance; 0 where not wanted. The rows are the run's ``s``."""
         squares, mean, top, variance = self.wanted
-        nothing = torch.zeros_like(lse)
-        log_squares = finalize(self.doubled).lse - 2 * lse if squares else nothing
+        nothing = torch.zeros_like(scored.lse)
+        log_squares = log_sum_of_squares(scored.logps, self.run.squared[s]) if squares else nothing
         is_top = (self.where == self.target) & ~self.best.isnan()
         means = self.sum / self.run.head.weight.shape[0] if mean else nothing
         if variance and self.run.work.shard is not None:
             self.moments = functools.reduce(merged, self.run.work.shard.gathered(self.moments))
-        return torch.stack([log_squares, means, is_top.to(lse.dtype) if top else nothing,
+        return torch.stack([log_squares, means, is_top.to(nothing.dtype) if top else nothing,
                             variance_of(self.moments) if variance else nothing], 1)  # fmt: skip
 
 
