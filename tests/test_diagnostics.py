@@ -1,9 +1,12 @@
 """log sum p^2, mean logit and top-1 beside the log-probs, against full logits; and that they cost nothing when not asked for."""
 
+import math
+
 import pytest
 import torch
 
-from grpo_kernels import linear_logprobs
+from grpo_kernels import backends, linear_logprobs
+from grpo_kernels.engine import diagnostics
 from grpo_kernels.engine.diagnostics import NAMES
 from grpo_kernels.logprobs import token_statistics
 
@@ -84,3 +87,57 @@ def test_what_is_not_finite_is_not_top():
     top = token_statistics(hidden, weight, torch.tensor([[0, 0]]), diagnostics=("is_top1",))[4]
     assert top.tolist() == [[False, True]]
     assert token_statistics(hidden, weight, torch.tensor([[0, 0]]))[2:] == [None, None, None]
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("workspace_bytes", [20_000, 10**7])
+def test_the_sum_of_squares_costs_no_read(monkeypatch, backend, trained, workspace_bytes):
+    """It is a statistic of the row kernels' one walk; the other diagnostics are what reads a tile again."""
+    hidden, weight, ids, mask = problem(torch.float32, 4201)
+    weight.requires_grad_(trained)
+    kernels, read = backends.kernels(backend), []
+    statistics = kernels.statistics
+
+    def counted(tile, stats, **options):
+        read.append(tile.values.numel())
+        statistics(tile, stats, **options)
+
+    def again(*args):
+        raise AssertionError("a tile is read again")
+
+    monkeypatch.setattr(kernels, "statistics", counted)
+    monkeypatch.setattr(diagnostics, "transformed", again)
+    def call(*names):
+        return token_statistics(hidden, weight, ids, mask=mask, backend=backend, workspace_bytes=workspace_bytes, diagnostics=names)
+
+    plain = call()
+    assert sum(read) == mask.sum() * 4201
+    reads, read[:] = read[:], []
+    found = call("log_sum_sq_probs")
+    assert read == reads
+    for a, b in zip(plain[:2], found[:2], strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(AssertionError, match="read again"):
+        call("is_top1")
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_of_squares_keeps_its_digits(backend, dtype):
+    """A confident row has log sum p^2 near 0, a flat one -log V: both to the digits of the log-probs."""
+    vocab = 5000
+    hidden, weight = torch.zeros(1, 3, 2, dtype=dtype), torch.zeros(vocab, 2, dtype=dtype)
+    weight[7, 0] = 1.0
+    hidden[0, 0, 0], hidden[0, 1, 0] = 24.0, 29.25
+    found = token_statistics(hidden, weight, torch.full((1, 3), 7), backend=backend, diagnostics=("log_sum_sq_probs",))[2]
+    others = (vocab - 1) * (-hidden[..., 0].double()).exp()  # relative to the target
+    exact = torch.log1p(others.square() / (vocab - 1)) - 2 * torch.log1p(others)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-15)
+    assert -4e-7 < found[0, 0] < 0 and -4e-9 < found[0, 1] < 0 and abs(found[0, 2] + math.log(vocab)) < 1e-5
+
+
+def test_is_top1_is_not_of_a_row_with_nan_in_an_earlier_block():
+    hidden, weight = torch.ones(1, 1, 1), torch.zeros(9000, 1)
+    weight[3], weight[8000] = float("nan"), 2.0
+    assert not token_statistics(hidden, weight, torch.tensor([[8000]]), diagnostics=("is_top1",), workspace_bytes=1)[4].item()

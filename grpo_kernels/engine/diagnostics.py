@@ -34,7 +34,7 @@ class Diagnostics:
         _, mean, top, variance = self.wanted
         if variance:
             self.moments[rows] = with_tile(self.moments[rows], tile)
-        if not (mean or top):
+        if not (mean or top) or not tile.values.shape[1]:
             return
         total, best, where = self.sum[rows], self.best[rows], self.where[rows]
         for s in slabs(tile):
@@ -43,7 +43,7 @@ class Diagnostics:
                 total[s] += z.sum(1)
             if top:
                 value, column = z.max(1)
-                better = ~(value <= best[s])  # a tie is won by the first; NaN wins
+                better = _better(value, best[s])
                 best[s] = torch.where(better, value, best[s])
                 where[s] = torch.where(better, column + left, where[s])
 
@@ -52,12 +52,34 @@ class Diagnostics:
         squares, mean, top, variance = self.wanted
         nothing = torch.zeros_like(scored.lse)
         log_squares = log_sum_of_squares(scored.logps, self.run.squared[s]) if squares else nothing
+        shard, vocab = self.run.work.shard, self.run.head.weight.shape[0]
+        if shard is not None:
+            vocab = shard.total
+            if mean or top:
+                self._of_all(shard)
+            if variance:
+                self.moments = functools.reduce(merged, shard.gathered(self.moments))
         is_top = (self.where == self.target) & ~self.best.isnan()
-        means = self.sum / self.run.head.weight.shape[0] if mean else nothing
-        if variance and self.run.work.shard is not None:
-            self.moments = functools.reduce(merged, self.run.work.shard.gathered(self.moments))
+        means = self.sum / vocab if mean else nothing
         return torch.stack([log_squares, means, is_top.to(nothing.dtype) if top else nothing,
                             variance_of(self.moments) if variance else nothing], 1)  # fmt: skip
+
+    def _of_all(self, shard):
+        """Sums and best tokens of all ranks' columns; the places are relative to this rank's first column, as its targets are."""
+        place = (self.where + shard.offset).to(self.sum.dtype)  # exact below 2**24
+        own = torch.stack([self.sum, self.best, place], 1)
+        first, *others = shard.gathered(own)
+        total, best, where = first.unbind(1)
+        for part in others:
+            total = total + part[:, 0]
+            better = _better(part[:, 1], best)
+            best, where = torch.where(better, part[:, 1], best), torch.where(better, part[:, 2], where)
+        self.sum, self.best, self.where = total, best, where.long() - shard.offset
+
+
+def _better(value, best):
+    """Whether the best so far is to be replaced: a tie is won by the first, NaN wins for ever."""
+    return ~(value <= best) & ~best.isnan()
 
 
 # The variance of log p, which is that of z: sums relative to the running maximum, so that an offset of all logits costs no digits
