@@ -1,11 +1,16 @@
 """log sum p^2, mean logit and top-1 beside the log-probs, against full logits; and that they cost nothing when not asked for."""
 
+import functools
+import itertools
 import math
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import join, launch, leave
 
 from grpo_kernels import backends, linear_logprobs
+from grpo_kernels.backends import native
 from grpo_kernels.engine import diagnostics
 from grpo_kernels.engine.diagnostics import NAMES
 from grpo_kernels.logprobs import token_statistics
@@ -141,3 +146,60 @@ def test_is_top1_is_not_of_a_row_with_nan_in_an_earlier_block():
     hidden, weight = torch.ones(1, 1, 1), torch.zeros(9000, 1)
     weight[3], weight[8000] = float("nan"), 2.0
     assert not token_statistics(hidden, weight, torch.tensor([[8000]]), diagnostics=("is_top1",), workspace_bytes=1)[4].item()
+
+
+# Whole fixed tiles of each rank, one of which may hold nothing; and, last, where no tile ends.
+SHARDS = {2: [(4096, 4905), (17, 8984)], 4: [(4096, 0, 4096, 809), (3, 5000, 3000, 998)]}
+
+
+def sharded_case(dtype):
+    """Most likely tokens on the first and the last rank, a tie over a border, a row with NaN, banned tokens; half of all ids best."""
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(2, 6, 8, dtype=dtype), torch.randn(9001, 8, dtype=dtype)
+    bias = torch.zeros(9001, dtype=dtype)
+    bias[torch.randperm(9001)[:300]] = -float("inf")
+    weight[[5, 8500]] = 3 * weight[7]
+    hidden[0, 0], hidden[0, 1], hidden[1, 5] = 9 * weight[5], 4 * weight[8999], float("nan")
+    bias[[5, 8500, 8999]] = 0
+    ids = (hidden @ weight.T + bias).argmax(-1)
+    ids[:, 3:] = torch.randint(0, 9001, (2, 3))
+    return hidden, weight, ids, bias
+
+
+def sharded(world, rank, folder, port):
+    join(rank, port, world, 240)
+    wrong = []
+    for dtype, backend, sizes in itertools.product((torch.float32, torch.bfloat16), ("torch", "cpu"), SHARDS[world]):
+        hidden, weight, ids, bias = sharded_case(dtype)
+        first = sum(sizes[:rank])
+        own = slice(first, first + sizes[rank])
+        for trained, workspace in itertools.product((False, True), (None, 1 << 17)):
+            options = dict(workspace_bytes=workspace, backend=backend, diagnostics=NAMES, batch_invariant=True, softcap=20.0)
+            whole, part = (x.clone().requires_grad_(trained) for x in (weight, weight[own]))
+            alone = token_statistics(hidden, whole, ids, bias=bias, **options)
+            ours = token_statistics(hidden, part, ids, bias=bias[own], vocab_parallel_group=dist.group.WORLD, **options)
+            tiles = sizes is SHARDS[world][0]
+            for name, a, b in zip(("logps", "entropy", *NAMES), ours, alone, strict=True):
+                exact = name == "is_top1" or (tiles and name != "mean_logits")
+                close = torch.equal(a.nan_to_num(7), b.nan_to_num(7)) if exact else torch.allclose(a, b, 1e-5, 1e-6, equal_nan=True)
+                if not close:
+                    wrong.append((dtype, backend, sizes, trained, workspace, name, a, b))
+    top = alone[4]
+    wrong += [] if top[0, 0] and top[0, 1] and not top[1, 5] else [top]
+    try:
+        names = NAMES if rank else NAMES[:1]
+        token_statistics(hidden, weight[own], ids, vocab_parallel_group=dist.group.WORLD, diagnostics=names)
+    except ValueError as error:
+        wrong += [] if "diagnostics must be the same on all ranks" in str(error) else [str(error)]
+    else:
+        wrong.append("no error")
+    torch.save(wrong, f"{folder}/{rank}")
+    leave()
+
+
+@pytest.mark.skipif(native.why_unavailable() is not None, reason="there are no compiled products")
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_sharded_vocabulary_has_those_of_one_process(world, tmp_path):
+    """To the bit where ranks meet between fixed tiles, but for the mean, a sum in the order of the ranks."""
+    launch(functools.partial(sharded, world), str(tmp_path), world, 240)
+    assert [torch.load(tmp_path / str(rank)) for rank in range(world)] == [[]] * world

@@ -234,9 +234,9 @@ def score(run, first, last):
                     run.score_tile(tile, slice(group + start, group + end), teacher)
                 else:
                     run.fold(tile, teacher, run.some(stats, start, end), left)
-        if mixes:
-            continue
-        found, _ = run.close(stats, slice(group, end_of_group))
+        found = run.some(run.scored, group, end_of_group)
+        if not mixes:
+            run.close(stats, slice(group, end_of_group))
         if wanted is not None:
             run.diagnostics[group:end_of_group] = wanted.finish(found, slice(group, end_of_group))
 
