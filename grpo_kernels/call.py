@@ -307,7 +307,7 @@ class Call:
     teacher: Teacher | None = None
 
     def scores(self, entropy_gradient=False, return_lse=False):
-        """(logps, entropy, lse or None) in two phases, of the shape of mask, all differentiable; diagnostics [N, 4] or [0, 4]."""
+        """(logps, entropy, lse or None) in two phases, of the shape of mask, all differentiable; diagnostics [N, 5] or [0, 5]."""
         over, call = self.over_supports()
         if self.only_pairs:
             nothing = over.logps.new_empty(0)
@@ -363,7 +363,7 @@ class Call:
         return full if self.correction is None else (full + self.correction).where(self.mask.bool(), 0.0)
 
 
-def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -> Call:
+def describe(args: TokenArguments, diagnostics=(False,) * 4, sums_hidden=True) -> Call:
     """Checks a call and describes it. Ranks that share a vocabulary or a mean hear of a refusal; a single process never asks."""
     refuse_transforms(vars(args))
     if args.teacher is not None:

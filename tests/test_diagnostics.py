@@ -56,7 +56,7 @@ def test_equal_full_logits(name, backend, trained, workspace_bytes):
     ids[:, ::2] = z.argmax(-1)[:, ::2]
     weight.requires_grad_(trained == "head")
     hidden.requires_grad_(trained != "nothing")
-    logps, entropy, squares, mean, top = token_statistics(
+    logps, entropy, squares, mean, top, norm = token_statistics(
         hidden, weight, ids, mask=mask, backend=backend, workspace_bytes=workspace_bytes, diagnostics=NAMES, **options
     )
     log_p = z.log_softmax(-1)
@@ -64,8 +64,11 @@ def test_equal_full_logits(name, backend, trained, workspace_bytes):
     torch.testing.assert_close(logps.detach(), zero(log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(squares, zero((2 * log_p).logsumexp(-1)), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(mean, zero(z.mean(-1)), rtol=1e-9, atol=1e-9)
+    p = log_p.exp()
+    score = torch.nn.functional.one_hot(ids, p.shape[-1]) - p
+    torch.testing.assert_close(norm, zero(score.square().sum(-1)), rtol=1e-9, atol=1e-9)
     assert torch.equal(top, (z.argmax(-1) == ids) & mask) and 0 < top.sum() < mask.sum()
-    assert not (squares.requires_grad or mean.requires_grad or top.requires_grad)
+    assert not any(x.requires_grad for x in (squares, mean, top, norm))
     assert logps.requires_grad == (trained != "nothing")
     if trained != "nothing":
         plain = linear_logprobs(hidden, weight, ids, mask=mask, backend=backend, workspace_bytes=workspace_bytes, **options)
@@ -91,7 +94,7 @@ def test_what_is_not_finite_is_not_top():
     hidden[0, 0] = float("nan")
     top = token_statistics(hidden, weight, torch.tensor([[0, 0]]), diagnostics=("is_top1",))[4]
     assert top.tolist() == [[False, True]]
-    assert token_statistics(hidden, weight, torch.tensor([[0, 0]]))[2:] == [None, None, None]
+    assert token_statistics(hidden, weight, torch.tensor([[0, 0]]))[2:] == [None] * 4
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -119,7 +122,7 @@ def test_the_sum_of_squares_costs_no_read(monkeypatch, backend, trained, workspa
     plain = call()
     assert sum(read) == mask.sum() * 4201
     reads, read[:] = read[:], []
-    found = call("log_sum_sq_probs")
+    found = call("log_sum_sq_probs", "score_sq_norm")
     assert read == reads
     for a, b in zip(plain[:2], found[:2], strict=True):
         assert torch.equal(a, b)
@@ -130,15 +133,17 @@ def test_the_sum_of_squares_costs_no_read(monkeypatch, backend, trained, workspa
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_sum_of_squares_keeps_its_digits(backend, dtype):
-    """A confident row has log sum p^2 near 0, a flat one -log V: both to the digits of the log-probs."""
+    """A confident row has log sum p^2 near 0, a flat one -log V: both to the digits of the log-probs, and so 1 - 2 p + sum p^2."""
     vocab = 5000
     hidden, weight = torch.zeros(1, 3, 2, dtype=dtype), torch.zeros(vocab, 2, dtype=dtype)
     weight[7, 0] = 1.0
     hidden[0, 0, 0], hidden[0, 1, 0] = 24.0, 29.25
-    found = token_statistics(hidden, weight, torch.full((1, 3), 7), backend=backend, diagnostics=("log_sum_sq_probs",))[2]
+    found, *_, norm = token_statistics(hidden, weight, torch.full((1, 3), 7), backend=backend, diagnostics=NAMES)[2:]
     others = (vocab - 1) * (-hidden[..., 0].double()).exp()  # relative to the target
     exact = torch.log1p(others.square() / (vocab - 1)) - 2 * torch.log1p(others)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-15)
+    rest = others / (1 + others)  # 1 - p
+    torch.testing.assert_close(norm.double(), rest.square() * (1 + 1 / (vocab - 1)), rtol=1e-5, atol=0)
     assert -4e-7 < found[0, 0] < 0 and -4e-9 < found[0, 1] < 0 and abs(found[0, 2] + math.log(vocab)) < 1e-5
 
 

@@ -89,7 +89,7 @@ class Run:
         self.compared = Compared(*(torch.empty(compared, dtype=self.accumulate, device=hidden.device) for _ in range(3)))
         self.scored = Scored(*(torch.empty(n, dtype=self.accumulate, device=hidden.device) for _ in range(3)))
         self.diagnostics = self.scored.logps.new_empty(n if any(self.work.diagnostics) else 0, len(self.work.diagnostics))
-        self.squared = self.scored.logps.new_empty(n) if self.work.diagnostics[0] else None
+        self.squared = self.scored.logps.new_empty(n) if self.work.needs_squares else None
 
     def gather(self, start, end):
         """(h [R, D], t = h A^T or None, where in hidden they are): the rows [start, end) of the index."""

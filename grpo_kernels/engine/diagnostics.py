@@ -1,11 +1,14 @@
 """What some trainers log of a token's distribution beside its entropy, from tiles of logits that are in memory anyway.
 
-    log_sum_sq_probs   log sum_v p_v^2, a fifth statistic of the row kernels: no read of its own
+    log_sum_sq_probs   log sum_v p_v^2
     mean_logits        mean_v z_v
     is_top1            whether the target is the first of the most likely tokens
+    score_sq_norm      sum_v (onehot_v - p_v)^2, the squared norm of d log p / d z: 1 - 2 p + sum_v p_v^2, which cancels near p = 1,
+                       as (1 - p)^2 + the others' p_v^2, which does not. The weight of an optimal token baseline
     (variance)         sum_v p_v (log p_v + entropy)^2, from which `temperature.py` makes the gradient of an entropy
 
-Each of the others costs one more read of the tile. None has a gradient.
+The two with squares come of a fifth statistic of the row kernels, without a read of their own. Each of the others costs one more
+read of the tile. None has a gradient.
 """
 
 import functools
@@ -15,7 +18,7 @@ import torch
 from ..backends.pytorch import slabs, transformed
 from ..backends.statistics import log_sum_of_squares
 
-NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1")
+NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1", "score_sq_norm")
 
 
 class Diagnostics:
@@ -31,7 +34,7 @@ class Diagnostics:
 
     def add(self, tile, rows, left):
         """Reads a tile of raw logits of some of the rows, whose first column is the vocabulary's ``left``."""
-        _, mean, top, variance = self.wanted
+        _, mean, top, _, variance = self.wanted
         if variance:
             self.moments[rows] = with_tile(self.moments[rows], tile)
         if not (mean or top) or not tile.values.shape[1]:
@@ -48,10 +51,11 @@ class Diagnostics:
                 where[s] = torch.where(better, column + left, where[s])
 
     def finish(self, scored, s):
-        """[R, 4] in the order of NAMES, then the variance; 0 where not wanted. The rows are the run's ``s``."""
-        squares, mean, top, variance = self.wanted
+        """[R, 5] in the order of NAMES, then the variance; 0 where not wanted. The rows are the run's ``s``."""
+        squares, mean, top, norm, variance = self.wanted
         nothing = torch.zeros_like(scored.lse)
         log_squares = log_sum_of_squares(scored.logps, self.run.squared[s]) if squares else nothing
+        norms = scored.logps.expm1().square() + self.run.squared[s] if norm else nothing
         shard, vocab = self.run.work.shard, self.run.head.weight.shape[0]
         if shard is not None:
             vocab = shard.total
@@ -61,7 +65,7 @@ class Diagnostics:
                 self.moments = functools.reduce(merged, shard.gathered(self.moments))
         is_top = (self.where == self.target) & ~self.best.isnan()
         means = self.sum / vocab if mean else nothing
-        return torch.stack([log_squares, means, is_top.to(nothing.dtype) if top else nothing,
+        return torch.stack([log_squares, means, is_top.to(nothing.dtype) if top else nothing, norms,
                             variance_of(self.moments) if variance else nothing], 1)  # fmt: skip
 
     def _of_all(self, shard):
