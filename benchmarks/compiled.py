@@ -157,7 +157,7 @@ def row(name: str, architecture: int) -> dict:
     load, store = (min((width(each[kind]) for each in moved if each[kind]), default=0) for kind in (0, 1))
     dtypes = {"tile": torch.bfloat16 if pairs else torch.float32, "out": torch.bfloat16} | options
     warps, shared, bias = compiled.metadata.num_warps, compiled.metadata.shared, "bias" in options and not pairs
-    sizes = dtypes["tile"].itemsize, dtypes["out"].itemsize
+    sizes = dtypes["tile"].itemsize, 0 if "parts" in options else dtypes["out"].itemsize
     judged = occupancy.judged(code, warps, shared, str(architecture), *sizes, bias, 2 if both else 1)
     of_stats = kernel == "close" or "parts" in options  # whose loops move single numbers
     must_stream = architecture != 100 if pairs else judged["must_stream"] and not ranges and kernel != "close"
