@@ -90,6 +90,10 @@ def test_cuts_and_parts_change_no_bit(kernels, dtype, transform, biased):
     tile = long_rows(dtype, transform, biased)
     rows, whole = len(tile.target), stats_of(kernels, tile)
     scored, squared = kernels.squared(whole)
+    for i in range(rows):
+        alone = stats_of(kernels, part(tile, [i], 0, COLUMNS))
+        torch.testing.assert_close(alone, whole[i : i + 1], rtol=0, atol=0)
+        assert torch.equal(kernels.squared(alone)[1], squared[i : i + 1])
     for cuts in CUTS[1::2]:
         bounds, stats, parts = [0, *(TILE_COLUMNS * i for i in cuts), COLUMNS], torch.empty_like(whole), []
         stats.copy_(new_statistics(rows, acc(dtype), "cpu", squares=True))
