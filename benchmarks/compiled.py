@@ -42,14 +42,15 @@ OPTIONS = {
     "bias": {"bias": True}, "temperature": {"temperature": True}, "entropy": {"entropy": True}, "KL": {"kl": True},
     "bf16 tile": {"tile": torch.bfloat16}, "float32 out": {"out": torch.float32}, "fp16 out": {"out": torch.float16},
     "ranges": {"ranges": True}, **{kind: {"kind": kind} for kind in KINDS},
-    "parts": {"parts": True},
+    "parts": {"parts": True}, "squares": {"squares": True},
     "float32": {"tile": torch.float32}, "to float32": {"out": torch.float32}, "add": {"add": True}, "K 896": {"columns": 896},
     **{kind: {"kind": kind} for kind in comparison.KINDS}, "logps": {"logps": True},
 }
 CASES = {
     "statistics": ("", "odd V", "column block", "column block, softcap", "bias, temperature", "column block, bf16 tile",
-                   "parts", "ranges", "ranges, softcap, temperature"),
-    "close": ("",),
+                   "parts", "ranges", "ranges, softcap, temperature", "squares", "column block, squares", "parts, squares",
+                   "column block, bf16 tile, squares", "ranges, squares"),
+    "close": ("", "squares"),
     "gradient": ("", "odd V", "column block", "softcap", "entropy", "entropy, softcap, bias", "float32 out", "bf16 tile",
                  "bf16 tile, entropy, softcap", "float32 out, ranges", "float32 out, ranges, entropy, softcap, temperature"),
     "policy": ("clipped, KL", "clipped, KL, odd V", "clipped, KL, V 32k", "clipped, KL, bias", "clipped, KL, bf16 tile",
@@ -69,7 +70,7 @@ OF_BOTH = "divergence_statistics", "jensen_shannon", "divergence_gradient"
 
 
 def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bfloat16, stride=None, bias=False, temperature=False,
-          entropy=False, kind="clipped", kl=False, ranges=False, parts=False):
+          entropy=False, kind="clipped", kl=False, ranges=False, parts=False, squares=False):
     """Calls the backend as the engine does: rows on 128 bytes unless a stride is given, results of the tile's dtype in place."""
 
     def matrix(dtype):
@@ -82,9 +83,9 @@ def start(kernel, columns=WIDE, softcap=None, tile=torch.float32, out=torch.bflo
         result = vector
         tile = replace(tile, values=vector, ranges=torch.zeros(2, 2, dtype=torch.long))
     if kernel == "statistics":
-        backend.statistics(tile, new_statistics(2, torch.float32, "cpu", tiles_of(columns) if parts else None))
+        backend.statistics(tile, new_statistics(2, torch.float32, "cpu", tiles_of(columns) if parts else None, squares))
     elif kernel == "close":
-        backend.close(new_statistics(2, torch.float32, "cpu", tiles_of(columns)), scored)
+        backend.close(new_statistics(2, torch.float32, "cpu", tiles_of(columns), squares), scored, vector if squares else None)
     elif kernel == "policy":
         inputs = [None if kind == "linear" else vector] * 2 + [vector if kl else None] * 2
         terms = PolicyTerms(kind, use_bias_correction_kl=kind != "linear")
@@ -156,7 +157,7 @@ def row(name: str, architecture: int) -> dict:
     load, store = (min((width(each[kind]) for each in moved if each[kind]), default=0) for kind in (0, 1))
     dtypes = {"tile": torch.bfloat16 if pairs else torch.float32, "out": torch.bfloat16} | options
     warps, shared, bias = compiled.metadata.num_warps, compiled.metadata.shared, "bias" in options and not pairs
-    sizes = dtypes["tile"].itemsize, dtypes["out"].itemsize
+    sizes = dtypes["tile"].itemsize, 0 if "parts" in options else dtypes["out"].itemsize
     judged = occupancy.judged(code, warps, shared, str(architecture), *sizes, bias, 2 if both else 1)
     of_stats = kernel == "close" or "parts" in options  # whose loops move single numbers
     must_stream = architecture != 100 if pairs else judged["must_stream"] and not ranges and kernel != "close"

@@ -29,6 +29,7 @@ int main(int, char** v) {
   using namespace grpo_kernels;
   std::printf("%d %d %d %d %d %d ", kThreadsOfRange, kScratchBytes, kLogitsThreads, 0, kSumsThreads, kSumsSharedBytes);
   std::printf("%d %d %d ", threads_of_two_tiles(columns, size), scratch_of_two_tiles(size), kThreadsOfClose);
+  std::printf("%d ", kScratchBytesOfSquares);
   std::printf("%d %d %lld", cluster, grpo_kernels::threads_of(columns, size, visits, cluster ? cluster : 1),
               (long long)grpo_kernels::block_memory(columns, size, cluster));
 }
@@ -52,7 +53,8 @@ def short(names: list[str]) -> list[str]:
 
 def row(shape: Path, architecture: str, name: str, code: machine_code.Kernel) -> dict | None:
     """A kernel at the launch that rows of COLUMNS get; None where they never get it: no cluster can keep one."""
-    kernel, dtype, out, _, mode = re.fullmatch(r"(\w+)<(\w+)(?:, (\w+))??(?:, (true|false))?(?:, (\d))?>", name).groups()
+    of_name = r"(\w+)<(\w+)(?:, (\w+))??(?:, (true|false))?(?:, (\d))?(?:, (true|false))?>"
+    kernel, dtype, out, _, mode, squares = re.fullmatch(of_name, name).groups()
     size, out_size = ({"double": 8, "float": 4}.get(each, 2) for each in (dtype, out or dtype))
     kept = kernel == "policy" and mode == "1"
     visits = 2 if kernel == "policy" and not kept else 1
@@ -64,6 +66,8 @@ def row(shape: Path, architecture: str, name: str, code: machine_code.Kernel) ->
         threads, shared = of_kernel.get(kernel, others[:2])
     if two_tiles:
         threads, shared = threads if mode == "2" else others[6], others[7]
+    if squares == "true":
+        shared = others[9]
     if kept and not cluster:
         return None
     judged = occupancy.judged(code, threads // 32, shared, architecture, size, out_size, tiles=1 + two_tiles)

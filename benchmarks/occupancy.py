@@ -32,7 +32,8 @@ def blocks_at_once(registers: int, warps: int, shared: int = 0, architecture: st
 
 
 def judged(code, warps: int, shared: int, architecture: str, size: int, out_size: int, bias: bool = False, tiles: int = 1) -> dict:
-    """What a kernel takes of a multiprocessor, and its clocks for 1000 logits of ``size`` bytes with results of ``out_size``.
+    """What a kernel takes of a multiprocessor, and its clocks for 1000 logits of ``size`` bytes with results of ``out_size``, 0 where
+    what a loop stores are no results.
 
     flight   bytes that the resident warps' loads have under way, on average over a turn: of the loop that has least
     memory   clocks for the bytes read and written at the whole bandwidth, as if no cache held anything
@@ -48,7 +49,8 @@ def judged(code, warps: int, shared: int, architecture: str, size: int, out_size
     for loop in machine_code.streaming(code):
         loads, stores = machine_code.accesses(loop)
         widest, turn = max(loads, default=0), machine_code.turn(loop, latency)
-        logits = 32 * (sum(stores) / out_size or widest * loads.count(widest) / (tiles * (size + 4 * bias)))  # of a warp's turn
+        results = sum(stores) / out_size if out_size else 0
+        logits = 32 * (results or widest * loads.count(widest) / (tiles * (size + 4 * bias)))  # of a warp's turn
         read, resident = tiles * size * bool(loads), max(blocks, 1) * warps
         clocks["memory"] += (read + out_size * bool(stores)) * gpu.multiprocessors * gpu.clock / gpu.bandwidth
         clocks["latency"] += turn / (logits * resident)

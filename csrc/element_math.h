@@ -2,6 +2,8 @@
 // of it. Beside row_math.h, for kernels whose lanes are scalars.
 #pragma once
 
+#include <type_traits>
+
 #include "row_math.h"
 
 namespace grpo_kernels {
@@ -101,9 +103,16 @@ GRPO_HD void restate(RowStatistics<S>& s, S max) {
   s.max = max;
 }
 
+template <class S>
+GRPO_HD void restate(RowSquares<S>& s, S max) {
+  const S factor = exp_of_difference(minus(s.max, finite(max)));
+  s.squares = times(times(factor, factor), s.squares);
+  restate(static_cast<RowStatistics<S>&>(s), max);
+}
+
 // N neighbours of z folded into the statistics of columns without the target; -inf counts nothing.
-template <class S, int N>
-GRPO_HD void fold(RowStatistics<S>& s, const S (&z)[N]) {
+template <class Statistics, class S, int N>
+GRPO_HD void fold(Statistics& s, const S (&z)[N]) {
   S top = z[0];
 #pragma unroll
   for (int j = 1; j < N; j++) top = std::fmax(top, z[j]);
@@ -114,12 +123,13 @@ GRPO_HD void fold(RowStatistics<S>& s, const S (&z)[N]) {
     const S x = minus(z[j], shift), e = exp_of_difference(x);
     s.others = plus(s.others, e);
     s.moment = fused(above_nothing(x), e, s.moment);
+    if constexpr (has_squares<Statistics>) s.squares = fused(e, e, s.squares);
   }
 }
 
 // Adds the target's z, -inf where it is not among the columns.
-template <class S>
-GRPO_HD void meet_target(RowStatistics<S>& s, S z) {
+template <class Statistics, class S>
+GRPO_HD void meet_target(Statistics& s, S z) {
   restate(s, std::fmax(s.max, z));
   const S x = minus(z, finite(s.max));
   s.moment = fused(above_nothing(x), exp_of_difference(x), s.moment);
@@ -155,6 +165,26 @@ GRPO_HD void add(RowStatistics<S>& left, const Merge<S>& m) {
   left.moment = fused(m.factor, fused(m.drop, plus(left.others, m.seen), left.moment), m.moment);
   left.others = fused(m.factor, left.others, m.others);
 }
+
+template <class S>
+struct MergeSquares : Merge<S> {
+  S squares;  // of the set, beside `max`
+
+  template <class... Max>
+  GRPO_HD MergeSquares(S left_max, S left_target, const RowSquares<S>& s, Max... max) : Merge<S>(left_max, left_target, s, max...) {
+    const S factor = exp_of_difference(minus(s.max, finite(this->max)));
+    squares = times(times(factor, factor), s.squares);
+  }
+};
+
+template <class S>
+GRPO_HD void add(RowSquares<S>& left, const MergeSquares<S>& m) {
+  left.squares = fused(times(m.factor, m.factor), left.squares, m.squares);
+  add(static_cast<RowStatistics<S>&>(left), static_cast<const Merge<S>&>(m));
+}
+
+template <class Statistics, class S = decltype(Statistics::max)>
+using MergeOf = std::conditional_t<has_squares<Statistics>, MergeSquares<S>, Merge<S>>;
 
 // `close` of row_math.h, the same bits in every kernel.
 template <class S>

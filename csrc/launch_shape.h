@@ -20,6 +20,7 @@ constexpr int kThreadsOfRange = 32;     // half of the ranges have two columns
 constexpr int kLargestCluster = 8;      // more need a permission of their own, and not every GPU has them
 constexpr int kPerMultiprocessor = 2;   // blocks that a row's pieces leave room for: one computes while another loads
 constexpr int kScratchBytes = (kMostPieces + 1) * 4 * 8;  // statistics of pieces, and of the row
+constexpr int kScratchBytesOfSquares = (kMostPieces + 1) * 5 * 8;
 constexpr int kThreadsOfClose = 128;    // a warp for each row
 constexpr int kMostThreadsKept = 448;   // of a block that keeps its part of a row: 72 registers for each where there are two blocks
 

@@ -50,17 +50,20 @@ constexpr int64_t kTileColumns = 4096;
 struct StatisticsParams {
   Tile tile;
   // acc [R, parts, 4]: the maximum up to rounding; sum of exp(z - max) without the target; sum of (z - max) exp(z - max);
-  // target's z. With one part all tiles are merged into it; with more, of which there is one for each tile, each into its own.
+  // target's z. With `squares` [R, parts, 5]: sum of exp(2 (z - max)) without the target. With one part all tiles are merged into
+  // it; with more, of which there is one for each tile, each into its own.
   void* stats;
   int64_t parts;
+  bool squares;
 };
 
 // What is known of rows whose columns were all seen: the parts merged from left to right.
 struct CloseParams {
-  const void* stats;  // acc [R, parts, 4]
+  const void* stats;  // acc [R, parts, 4], with `squared` 5
   int64_t rows, parts;
   Dtype dtype;  // acc
   Scored scored;
+  void* squared;  // acc [R], sum of p^2 over all columns but the target; or null
 };
 
 struct GradientParams {

@@ -1,6 +1,6 @@
 // The row kernels over one tile and the transpose on the CPU, compiled once per instruction set under another GK_ISA.
 //
-//   statistics  reads a tile once. Per element: 1 exp, 2 fused multiply-adds, 1 maximum.
+//   statistics  reads a tile once. Per element: 1 exp, 2 fused multiply-adds (3 with squares), 1 maximum.
 //   gradient    reads and writes it once. Per element: 1 exp, 1 multiplication.
 //   policy      both, the second visit of a row out of the second-level cache: a row of 151,936 bf16 logits is 304 KB.
 #include "row_kernels_cpu.h"
@@ -13,25 +13,26 @@
 namespace grpo_kernels {
 namespace {
 
-template <class T>
+template <template <class> class Statistics, class T>
 void statistics_rows(const StatisticsParams& p, int threads) {
   using A = acc_t<T>;
   const Matrix& tile = p.tile.values;
   for_each_row<T>(tile, threads, 0, [&](int64_t r, const Kept<A>*) {
     const Span<T> row(tile, p.tile.ranges, r);
-    auto* stats = static_cast<RowStatistics<A>*>(p.stats) + r * p.parts;
-    fold_row<T>(row.data, row.columns, p.tile.target[r], {p.tile, r}, nullptr, stats, p.parts);
+    auto* stats = static_cast<Statistics<A>*>(p.stats) + r * p.parts;
+    fold_row<Statistics, T>(row.data, row.columns, p.tile.target[r], {p.tile, r}, nullptr, stats, p.parts);
   });
 }
 
-template <class A>
+template <template <class> class Statistics, class A>
 void close_rows(const CloseParams& p, int threads) {
   (void)threads;
-  const auto* stats = static_cast<const RowStatistics<A>*>(p.stats);
+  const auto* stats = static_cast<const Statistics<A>*>(p.stats);
 #pragma omp parallel for num_threads(threads)
   for (int64_t r = 0; r < p.rows; r++) {
-    double max;
-    write<A>(p.scored, r, closed(stats + r * p.parts, p.parts, max));
+    const auto sum = of_parts<A, Statistics>(stats + r * p.parts, p.parts);
+    write<A>(p.scored, r, close(sum));
+    if constexpr (has_squares<Statistics<double>>) static_cast<A*>(p.squared)[r] = A(squared_probs(sum));
   }
 }
 
@@ -60,12 +61,12 @@ void policy_rows(const PolicyParams& p, int threads) {
     const VectorTransform<T> transform(p.tile, r);
     RowStatistics<A> s;
     fold_row(in, tile.columns, target, transform, kept, &s, 1);
-    double max;
-    const RowResult<double> result = closed(&s, 1, max);
+    const RowStatistics<double> sum = of_parts<A, RowStatistics>(&s, 1);
+    const RowResult<double> result = close(sum);
     write<A>(p.scored, r, result);
     // Rounded first: a row whose old log-prob is this very number has ratio 1 exactly.
     const double g = policy_coefficient<A>(p, r, double(A(result.logps)));
-    const RowGradient<double> d(transform, g, double(value<A>(p.rows.w_entropy, r)), max, result.log_sum, result.logps,
+    const RowGradient<double> d(transform, g, double(value<A>(p.rows.w_entropy, r)), sum.max, result.log_sum, result.logps,
                                 result.entropy);
     gradient_row<T>(in, row_of<T>(p.out, r), tile.columns, target, transform, d, kept);
   });
@@ -115,12 +116,17 @@ void by_dtype(const Matrix& tile, F f) {
 }
 
 void statistics(const StatisticsParams& p, int threads) {
-  by_dtype(p.tile.values, [&](auto element) { statistics_rows<decltype(element)>(p, threads); });
+  by_dtype(p.tile.values, [&](auto element) {
+    using T = decltype(element);
+    if (p.squares) return statistics_rows<RowSquares, T>(p, threads);
+    statistics_rows<RowStatistics, T>(p, threads);
+  });
 }
 
 void close_statistics(const CloseParams& p, int threads) {
-  if (p.dtype == Dtype::float64) return close_rows<double>(p, threads);
-  close_rows<float>(p, threads);
+  const bool wide = p.dtype == Dtype::float64;
+  if (p.squared) return wide ? close_rows<RowSquares, double>(p, threads) : close_rows<RowSquares, float>(p, threads);
+  return wide ? close_rows<RowStatistics, double>(p, threads) : close_rows<RowStatistics, float>(p, threads);
 }
 
 void gradient(const GradientParams& p, int threads) {

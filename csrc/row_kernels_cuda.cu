@@ -125,7 +125,9 @@ using Kernel = void (*)(Params);
 
 template <class T, class O, Rows Mode>
 Kernel<StatisticsParams> instantiation_of(const StatisticsParams& p) {
-  return has_plain_transform(p.tile) ? statistics_kernel<T, true, Mode> : statistics_kernel<T, false, Mode>;
+  const bool plain = has_plain_transform(p.tile);
+  if (p.squares) return plain ? statistics_kernel<T, true, Mode, true> : statistics_kernel<T, false, Mode, true>;
+  return plain ? statistics_kernel<T, true, Mode, false> : statistics_kernel<T, false, Mode, false>;
 }
 
 template <class T, class O, Rows Mode>
@@ -198,7 +200,9 @@ const char* run(const char* name, const Params& p, const CudaLaunch& launch, int
   const int capability = 10 * major + minor;
   const int size = size_of(values.dtype);
   const Limits of_two = {scratch_of_two_tiles(size), kMostThreadsOfTwoTiles, threads_of_two_tiles(values.columns, size)};
-  const Limits of_one = {kScratchBytes, most_threads(size), 0};
+  int scratch = kScratchBytes;
+  if constexpr (std::is_same_v<Params, StatisticsParams>) scratch = p.squares ? kScratchBytesOfSquares : scratch;
+  const Limits of_one = {scratch, most_threads(size), 0};
   const Limits& limits = of_two_tiles<Params> ? of_two : of_one;
   CudaLaunch wanted = launch;
   if (visits == 1) wanted.variant = 1;
@@ -284,7 +288,9 @@ const char* grpo_cuda_close(const CloseParams* params, const CudaLaunch* launch)
   if (device.error != cudaSuccess) {
     return failure("close kernel: device %d: %s", launch->device, cudaGetErrorString(device.error));
   }
-  const auto kernel = params->dtype == Dtype::float64 ? close_kernel<double> : close_kernel<float>;
+  const bool wide = params->dtype == Dtype::float64;
+  const auto kernel = params->squared ? (wide ? close_kernel<double, true> : close_kernel<float, true>)
+                                      : (wide ? close_kernel<double, false> : close_kernel<float, false>);
   const cudaError_t error = start(kernel, *params, blocks, {false, 1, kThreadsOfClose, 0}, 0, launch->stream);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // or the next check of anybody would meet it again

@@ -119,8 +119,8 @@ struct Share {
 // ---- the two visits
 
 // Folds the columns of N units but the target's and, of `ragged` ones, those from `end` on.
-template <class T, int N, bool Plain, class A = acc_of<T>>
-__device__ __forceinline__ void fold_units(RowStatistics<A>& s, const InputUnit<T>* units, const int (&columns)[N], int end,
+template <class T, int N, bool Plain, class Statistics, class A = acc_of<T>>
+__device__ __forceinline__ void fold_units(Statistics& s, const InputUnit<T>* units, const int (&columns)[N], int end,
                                            int target, const ElementTransform<A, Plain>& transform, bool ragged) {
   constexpr int of_unit = kUnit<T>;
   A z[N * of_unit];
@@ -173,9 +173,9 @@ __device__ __forceinline__ void write_zeros(const Share<T, O, Mode>& share) {
 
 // Of all lanes of a warp, none of which has seen the target. The maximum first: it is the same in any order, and one exponential
 // then does for all exchanges.
-template <class A>
-__device__ __forceinline__ RowStatistics<A> merged_over_warp(RowStatistics<A> s) {
-  A max = s.max;
+template <class Statistics>
+__device__ __forceinline__ Statistics merged_over_warp(Statistics s) {
+  auto max = s.max;
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) max = std::fmax(max, __shfl_xor_sync(kWholeWarp, max, distance));
   restate(s, max);
@@ -183,14 +183,15 @@ __device__ __forceinline__ RowStatistics<A> merged_over_warp(RowStatistics<A> s)
   for (int distance = 16; distance > 0; distance /= 2) {
     s.others = plus(s.others, __shfl_xor_sync(kWholeWarp, s.others, distance));
     s.moment = plus(s.moment, __shfl_xor_sync(kWholeWarp, s.moment, distance));
+    if constexpr (has_squares<Statistics>) s.squares = plus(s.squares, __shfl_xor_sync(kWholeWarp, s.squares, distance));
   }
   return s;
 }
 
 // What the first `count` lanes of a warp have, from left to right, merged into `left`, which is the same in all lanes. The maxima
 // and all exponentials side by side, for these do not depend on the order; only the sums one after another.
-template <class A>
-__device__ __forceinline__ RowStatistics<A> merged_in_order(RowStatistics<A> left, const RowStatistics<A>& s, int count) {
+template <class Statistics, class A = decltype(Statistics::max)>
+__device__ __forceinline__ Statistics merged_in_order(Statistics left, const Statistics& s, int count) {
   const int lane = int(threadIdx.x) % 32;
   A max = std::fmax(left.max, s.max), target = s.target;  // of all up to this lane
 #pragma unroll
@@ -204,14 +205,15 @@ __device__ __forceinline__ RowStatistics<A> merged_in_order(RowStatistics<A> lef
   A max_before = __shfl_sync(kWholeWarp, max, before), target_before = __shfl_sync(kWholeWarp, target, before);
   if (lane == 0) max_before = left.max;
   if (lane == 0 || target_before == -infinity<A>()) target_before = left.target;
-  const Merge<A> mine(max_before, target_before, s, max);
+  const MergeOf<Statistics> mine(max_before, target_before, s, max);
   for (int i = 0; i < count; i++) {
-    Merge<A> m = mine;
+    MergeOf<Statistics> m = mine;
     m.drop = __shfl_sync(kWholeWarp, mine.drop, i);
     m.factor = __shfl_sync(kWholeWarp, mine.factor, i);
     m.seen = __shfl_sync(kWholeWarp, mine.seen, i);
     m.others = __shfl_sync(kWholeWarp, mine.others, i);
     m.moment = __shfl_sync(kWholeWarp, mine.moment, i);
+    if constexpr (has_squares<Statistics>) m.squares = __shfl_sync(kWholeWarp, mine.squares, i);
     add(left, m);
   }
   left.max = __shfl_sync(kWholeWarp, max, 31);
@@ -221,19 +223,21 @@ __device__ __forceinline__ RowStatistics<A> merged_in_order(RowStatistics<A> lef
 }
 
 // In front of a block's shared memory.
-template <class A>
+template <class Statistics>
 struct Scratch {
-  RowStatistics<A> pieces[kMostPieces];
-  RowStatistics<A> row;
+  Statistics pieces[kMostPieces];
+  Statistics row;
 };
-static_assert(sizeof(Scratch<double>) <= kScratchBytes && kScratchBytes % kUnitBytes == 0);
+static_assert(sizeof(Scratch<RowStatistics<double>>) <= kScratchBytes && kScratchBytes % kUnitBytes == 0);
+static_assert(sizeof(Scratch<RowSquares<double>>) <= kScratchBytesOfSquares);
 
 // ---- a row
 
 // One block's work on one row. With `Mode` kept, a cluster's blocks share it, and the units stay in shared memory.
-template <class T, class O, bool Plain, Rows Mode>
+template <class T, class O, bool Plain, Rows Mode, template <class> class StatisticsOf = RowStatistics>
 struct Row {
   using A = acc_of<T>;
+  using Statistics = StatisticsOf<A>;
   int rank = 0, blocks = 1;  // of the cluster
   int64_t row;
   Share<T, O, Mode> share;
@@ -263,7 +267,7 @@ struct Row {
         const int until = Mode == Rows::kept ? share.columns : min(share.columns, (from + count) * kPieceColumns);
         for (int tile = from / kPiecesOfTile; tile * kTile < until; tile += 32) {
           const int mine = tile + int(threadIdx.x), tiles = (until - tile * kTile + kTile - 1) / kTile;
-          RowStatistics<A> s;
+          Statistics s;
           if (mine * kTile < until) s = of_tile(mine, from, z);
           f(s, tile, min(tiles, 32));
         }
@@ -274,9 +278,9 @@ struct Row {
   }
 
   // The statistics of the row, in every thread.
-  __device__ __forceinline__ RowStatistics<A> statistics() const {
-    RowStatistics<A> row;
-    for_tiles([&](const RowStatistics<A>& tile, int, int count) { row = merged_in_order(row, tile, count); });
+  __device__ __forceinline__ Statistics statistics() const {
+    Statistics row;
+    for_tiles([&](const Statistics& tile, int, int count) { row = merged_in_order(row, tile, count); });
     if (threadIdx.x == 0) scratch()->row = row;
     if constexpr (Mode == Rows::kept) ClusterOf<Mode>::type::barrier_arrive();
     __syncthreads();
@@ -315,7 +319,9 @@ struct Row {
     return int64_t(blockIdx.x) / blocks;
   }
 
-  __device__ __forceinline__ Scratch<A>* scratch() const { return reinterpret_cast<Scratch<A>*>(shared_memory()); }
+  __device__ __forceinline__ Scratch<Statistics>* scratch() const {
+    return reinterpret_cast<Scratch<Statistics>*>(shared_memory());
+  }
 
   __device__ __forceinline__ InputUnit<T>* kept() const {
     return reinterpret_cast<InputUnit<T>*>(shared_memory() + kScratchBytes);
@@ -329,13 +335,13 @@ struct Row {
     const int whole = share.whole / kUnitsOfPiece<T> - from, begin = from * kUnitsOfPiece<T> + lane;
     int piece = (count - 1 - warp + warps) / warps * warps + warp - warps;  // the last one of this warp
     for (; piece >= max(whole, 0); piece -= warps) {
-      RowStatistics<A> s;
+      Statistics s;
       for (int k = 0; k < units; k += in_flight) read_and_fold(s, begin + piece * kUnitsOfPiece<T> + 32 * k, true);
       s = merged_over_warp(s);
       if (lane == 0) scratch()->pieces[piece] = s;
     }
     for (; piece >= 0; piece -= warps) {
-      RowStatistics<A> s;
+      Statistics s;
 #pragma unroll
       for (int k = 0; k < units; k += in_flight) read_and_fold(s, begin + piece * kUnitsOfPiece<T> + 32 * k, false);
       s = merged_over_warp(s);
@@ -344,7 +350,7 @@ struct Row {
   }
 
   // Of as many units as are loaded at once; `ragged` ones may reach past the row's end, or lie behind it.
-  __device__ __forceinline__ void read_and_fold(RowStatistics<A>& s, int begin, bool ragged) const {
+  __device__ __forceinline__ void read_and_fold(Statistics& s, int begin, bool ragged) const {
     constexpr int in_flight = kInFlight<T, Plain>, folded = kFoldedAtOnce<T>;
     InputUnit<T> units[in_flight];
 #pragma unroll
@@ -367,8 +373,8 @@ struct Row {
   }
 
   // A fixed tile, of its pieces: the block's, whose scratch begins with `from`, or those of all blocks of the cluster.
-  __device__ __forceinline__ RowStatistics<A> of_tile(int tile, int from, A z) const {
-    RowStatistics<A> parts[kPiecesOfTile], s;
+  __device__ __forceinline__ Statistics of_tile(int tile, int from, A z) const {
+    Statistics parts[kPiecesOfTile], s;
 #pragma unroll
     for (int i = 0; i < kPiecesOfTile; i++) {
       const int piece = tile * kPiecesOfTile + i;
@@ -382,6 +388,7 @@ struct Row {
       restate(parts[i], s.max);
       s.others = plus(s.others, parts[i].others);
       s.moment = plus(s.moment, parts[i].moment);
+      if constexpr (has_squares<Statistics>) s.squares = plus(s.squares, parts[i].squares);
     }
     if (target >= 0 && target / kTile == tile) meet_target(s, z);
     return s;
@@ -397,19 +404,20 @@ struct Row {
 
 // ---- the kernels
 
-template <class T, bool Plain, Rows Mode>
+template <class T, bool Plain, Rows Mode, bool Squares>
 __global__ void __launch_bounds__(kMostThreads<T>, 1) statistics_kernel(const StatisticsParams p) {
-  using A = acc_of<T>;
-  Row<T, T, Plain, Mode> row(p.tile, p.tile.values);
-  auto* stats = static_cast<RowStatistics<A>*>(p.stats) + row.row * p.parts;
-  RowStatistics<A> all;
+  using Walk = std::conditional_t<Squares, Row<T, T, Plain, Mode, RowSquares>, Row<T, T, Plain, Mode>>;
+  using Statistics = typename Walk::Statistics;
+  const Walk row(p.tile, p.tile.values);
+  auto* stats = static_cast<Statistics*>(p.stats) + row.row * p.parts;
+  Statistics all;
   if (p.parts == 1) all = stats[0];
-  row.for_tiles([&](const RowStatistics<A>& tile, int first, int count) {
+  row.for_tiles([&](const Statistics& tile, int first, int count) {
     if (p.parts == 1) {
       all = merged_in_order(all, tile, count);
     } else if (int(threadIdx.x) < count) {
-      RowStatistics<A>& own = stats[first + int(threadIdx.x)];
-      const Merge<A> m(own.max, own.target, tile);
+      Statistics& own = stats[first + int(threadIdx.x)];
+      const MergeOf<Statistics> m(own.max, own.target, tile);
       add(own, m);
       own.max = m.max;
       own.target = m.target;
@@ -419,19 +427,22 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1) statistics_kernel(const St
 }
 
 // A warp for each row.
-template <class A>
+template <class A, bool Squares>
 __global__ void __launch_bounds__(kThreadsOfClose) close_kernel(const CloseParams p) {
   const int64_t row = int64_t(blockIdx.x) * (kThreadsOfClose / 32) + threadIdx.x / 32;
   if (row >= p.rows) return;
-  const auto* stats = static_cast<const RowStatistics<A>*>(p.stats) + row * p.parts;
+  using Statistics = std::conditional_t<Squares, RowSquares<A>, RowStatistics<A>>;
+  const auto* stats = static_cast<const Statistics*>(p.stats) + row * p.parts;
   const int lane = int(threadIdx.x) % 32;
-  RowStatistics<A> all;
+  Statistics all;
   for (int64_t first = 0; first < p.parts; first += 32) {
-    RowStatistics<A> s;
+    Statistics s;
     if (first + lane < p.parts) s = stats[first + lane];
     all = merged_in_order(all, s, int(p.parts - first < 32 ? p.parts - first : 32));
   }
-  if (lane == 0) write<A>(p.scored, row, closed(all));
+  if (lane != 0) return;
+  write<A>(p.scored, row, closed(all));
+  if constexpr (Squares) static_cast<A*>(p.squared)[row] = squared_probs(all);
 }
 
 template <class T, class O, bool Plain, Rows Mode>

@@ -57,6 +57,28 @@ struct RowStatistics {
   S target = -infinity<S>();  // the target's z; -inf while not met
 };
 
+// With one sum more, from which that of p^2 comes. Near p = 1 it leaves out the target for what the others add to it: 1 - 2 p + sum
+// of all p^2 is (1 - p)^2 + sum of the others' p^2, and beside p^2 these would have no digit left.
+template <class S>
+struct RowSquares : RowStatistics<S> {
+  S squares = 0;  // sum of exp(2 (z - max)) over all columns but the target
+};
+
+template <class Statistics>
+constexpr bool has_squares = false;
+template <class S>
+constexpr bool has_squares<RowSquares<S>> = true;
+
+// The same in another type.
+template <class S, class F>
+GRPO_HD RowStatistics<S> as(const RowStatistics<F>& s) {
+  return {S(s.max), S(s.others), S(s.moment), S(s.target)};
+}
+template <class S, class F>
+GRPO_HD RowSquares<S> as(const RowSquares<F>& s) {
+  return {as<S>(static_cast<const RowStatistics<F>&>(s)), S(s.squares)};
+}
+
 // Sum of exp(z - max) over all columns.
 template <class S>
 GRPO_HD S total(const RowStatistics<S>& s) {
@@ -75,6 +97,16 @@ GRPO_HD void raise_max(RowStatistics<S>& s, S max) {
   s.max = max;
 }
 
+template <class S>
+GRPO_HD void raise_max(RowSquares<S>& s, S max) {
+  const S before = s.max;
+  raise_max(static_cast<RowStatistics<S>&>(s), max);
+  if (s.max != before && before != -infinity<S>()) {
+    const S factor = std::exp(before - s.max);
+    s.squares *= factor * factor;
+  }
+}
+
 // 0 for the maximum of nothing: -inf - -inf is nan.
 template <class S>
 GRPO_HD S finite(S max) {
@@ -87,6 +119,13 @@ GRPO_HD RowStatistics<S> merged(RowStatistics<S> a, RowStatistics<S> b) {
   raise_max(a, b.max);
   raise_max(b, a.max);
   return {a.max, a.others + b.others, a.moment + b.moment, b.target == -infinity<S>() ? a.target : b.target};
+}
+
+template <class S>
+GRPO_HD RowSquares<S> merged(RowSquares<S> a, RowSquares<S> b) {
+  raise_max(a, b.max);
+  raise_max(b, a.max);
+  return {merged<S>(static_cast<RowStatistics<S>&>(a), static_cast<RowStatistics<S>&>(b)), a.squares + b.squares};
 }
 
 // Adds the target's z to statistics that have met every other column; -inf: it is not among them.
@@ -112,6 +151,13 @@ GRPO_HD RowResult<S> close(const RowStatistics<S>& s) {
   const S softplus = (x > S(0) ? x : S(0)) + std::log1p(std::exp(-std::fabs(x)));
   const S sum = total(s), log_sum = std::log(sum);
   return {s.max + log_sum, log_sum, -softplus, log_sum - s.moment / sum};
+}
+
+// Sum of p^2 over all columns but the target.
+template <class S>
+GRPO_HD S squared_probs(const RowSquares<S>& s) {
+  const S sum = total(s);
+  return s.squares / (sum * sum);
 }
 
 // Into vectors of `A`.

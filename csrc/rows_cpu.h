@@ -126,13 +126,14 @@ acc_t<E> maximum(const E* p, int64_t n) {
   return largest(vmax(m0, m1));
 }
 
-// Sums of exp(x) and x exp(x), x = slope * p[c] - shift, over n elements, n a multiple of two vectors; leaves exp(x) in `kept`, in
-// the order of load_pair, unless that is null. Returns the maximum of x.
-template <class E>
-GK_INLINE acc_t<E> sums(const E* p, int64_t n, acc_t<E> slope, acc_t<E> shift, double& others, double& moment, acc_t<E>* kept) {
+// Sums of exp(x), x exp(x) and, with `Squares`, exp(2 x), x = slope * p[c] - shift, over n elements, n a multiple of two vectors;
+// leaves exp(x) in `kept`, in the order of load_pair, unless that is null. Returns the maximum of x.
+template <bool Squares, class E>
+GK_INLINE acc_t<E> sums(const E* p, int64_t n, acc_t<E> slope, acc_t<E> shift, double& others, double& moment, double& squares,
+                        acc_t<E>* kept) {
   constexpr int L = kLanes<E>;
   using V = vec_t<E>;
-  V s0 = {}, s1 = {}, u0 = {}, u1 = {}, top = splat<V>(-acc_t<E>(INFINITY));
+  V s0 = {}, s1 = {}, u0 = {}, u1 = {}, q0 = {}, q1 = {}, top = splat<V>(-acc_t<E>(INFINITY));
   for (int64_t c = 0; c < n; c += 2 * L) {
     V a, b;
     fetch_ahead(p + c);
@@ -145,6 +146,10 @@ GK_INLINE acc_t<E> sums(const E* p, int64_t n, acc_t<E> slope, acc_t<E> shift, d
     s1 = s1 + eb;
     u0 = u0 + a * ea;
     u1 = u1 + b * eb;
+    if constexpr (Squares) {
+      q0 = q0 + ea * ea;
+      q1 = q1 + eb * eb;
+    }
     if (kept) {
       store(kept + c, ea);
       store(kept + c + L, eb);
@@ -152,6 +157,7 @@ GK_INLINE acc_t<E> sums(const E* p, int64_t n, acc_t<E> slope, acc_t<E> shift, d
   }
   add_lanes(s0 + s1, others);
   add_lanes(u0 + u1, moment);
+  if constexpr (Squares) add_lanes(q0 + q1, squares);
   return largest(top);
 }
 
@@ -169,32 +175,35 @@ bool is_plain(const VectorTransform<T>& transform, int64_t first, int64_t n, int
 }
 
 // The statistics of the columns of one fixed tile, from nothing; their `max` is the maximum up to rounding.
-template <class T>
-RowStatistics<double> of_tile(const T* row, int64_t begin, int64_t end, int64_t target, const VectorTransform<T>& transform,
-                              const Kept<acc_t<T>>* kept) {
+template <template <class> class Statistics, class T>
+Statistics<double> of_tile(const T* row, int64_t begin, int64_t end, int64_t target, const VectorTransform<T>& transform,
+                           const Kept<acc_t<T>>* kept) {
   using A = acc_t<T>;
+  constexpr bool squared = has_squares<Statistics<double>>;
   alignas(64) A z[kBlock<T> + 2 * kLanes<T>];
-  RowStatistics<double> stats;
+  Statistics<double> stats;
   for (int64_t first = begin; first < end; first += kBlock<T>) {
     const int64_t n = end - first < kBlock<T> ? end - first : kBlock<T>;
     A* values = kept ? kept->values + first : nullptr;
-    double others = 0, moment = 0, shift = stats.max;
+    double others = 0, moment = 0, squares = 0, shift = stats.max;
     if (is_plain(transform, first, n, target)) {
       // Sums relative to the maximum of the first columns. Where others exceed it by much, x exp(x) would lose digits.
       if (first == begin) shift = double(maximum(row + first, kFirstColumns) * transform.slope);
       A top = INFINITY;
       if (shift > -INFINITY) {
         raise_max(stats, shift);
-        top = sums(row + first, n, transform.slope, A(shift), others, moment, values);
+        top = sums<squared>(row + first, n, transform.slope, A(shift), others, moment, squares, values);
       }
       if (top > 4) {
-        others = moment = 0;
+        others = moment = squares = 0;
         raise_max(stats, double(maximum(row + first, n) * transform.slope));
         shift = stats.max;
-        sums(row + first, n, transform.slope, shift > -INFINITY ? A(shift) : A(0), others, moment, values);
+        const A finite_shift = shift > -INFINITY ? A(shift) : A(0);
+        sums<squared>(row + first, n, transform.slope, finite_shift, others, moment, squares, values);
       }
       stats.others += others;
       stats.moment += moment;
+      if constexpr (squared) stats.squares += squares;
       if (top <= 4) raise_max(stats, shift + double(top));
     } else {
       const int64_t padded = fill(row, first, n, transform, z);
@@ -207,43 +216,35 @@ RowStatistics<double> of_tile(const T* row, int64_t begin, int64_t end, int64_t 
         if (zt != -INFINITY) moment = x * std::exp(x);
         z[target - first] = -A(INFINITY);
       }
-      sums(z, padded, A(1), finite_shift, others, moment, values);
+      sums<squared>(z, padded, A(1), finite_shift, others, moment, squares, values);
       stats.others += others;
       stats.moment += moment;
+      if constexpr (squared) stats.squares += squares;
     }
     if (kept) kept->shifts[first / kBlock<T>] = shift;
   }
   return stats;
 }
 
-template <class A>
-RowStatistics<double> rounded(const RowStatistics<double>& s) {
-  return {double(A(s.max)), double(A(s.others)), double(A(s.moment)), double(A(s.target))};
-}
-
 // Merges the row's tiles into `parts` of them, of which there are one or as many as tiles.
-template <class T>
+template <template <class> class Statistics, class T>
 void fold_row(const T* row, int64_t columns, int64_t target, const VectorTransform<T>& transform, const Kept<acc_t<T>>* kept,
-              RowStatistics<acc_t<T>>* stats, int64_t parts) {
+              Statistics<acc_t<T>>* stats, int64_t parts) {
   using A = acc_t<T>;
   for (int64_t begin = 0; begin < columns; begin += kTileColumns) {
     const int64_t end = columns - begin < kTileColumns ? columns : begin + kTileColumns;
     auto& into = stats[parts == 1 ? 0 : begin / kTileColumns];
-    const RowStatistics<double> before = {into.max, into.others, into.moment, into.target};
-    const auto s = merged(before, rounded<A>(of_tile(row, begin, end, target, transform, kept)));
-    into = {A(s.max), A(s.others), A(s.moment), A(s.target)};
+    const auto tile = as<A>(of_tile<Statistics>(row, begin, end, target, transform, kept));
+    into = as<A>(merged(as<double>(into), as<double>(tile)));
   }
 }
 
-// The parts of a row merged, as what is known of it.
-template <class A>
-RowResult<double> closed(const RowStatistics<A>* stats, int64_t parts, double& max) {
-  RowStatistics<double> sum;
-  for (int64_t i = 0; i < parts; i++) {
-    sum = rounded<A>(merged(sum, {stats[i].max, stats[i].others, stats[i].moment, stats[i].target}));
-  }
-  max = sum.max;
-  return close(sum);
+// The parts of a row merged.
+template <class A, template <class> class Statistics>
+Statistics<double> of_parts(const Statistics<A>* stats, int64_t parts) {
+  Statistics<double> sum;
+  for (int64_t i = 0; i < parts; i++) sum = as<double>(as<A>(merged(sum, as<double>(stats[i]))));
+  return sum;
 }
 
 // out[c] = weight * exp(z - max), from what fold_row kept of a row

@@ -307,7 +307,7 @@ class Call:
     teacher: Teacher | None = None
 
     def scores(self, entropy_gradient=False, return_lse=False):
-        """(logps, entropy, lse or None) in two phases, of the shape of mask, all differentiable; diagnostics [N, 4] or [0, 4]."""
+        """(logps, entropy, lse or None) in two phases, of the shape of mask, all differentiable; diagnostics [N, 5] or [0, 5]."""
         over, call = self.over_supports()
         if self.only_pairs:
             nothing = over.logps.new_empty(0)
@@ -363,7 +363,7 @@ class Call:
         return full if self.correction is None else (full + self.correction).where(self.mask.bool(), 0.0)
 
 
-def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -> Call:
+def describe(args: TokenArguments, diagnostics=(False,) * 4, sums_hidden=True) -> Call:
     """Checks a call and describes it. Ranks that share a vocabulary or a mean hear of a refusal; a single process never asks."""
     refuse_transforms(vars(args))
     if args.teacher is not None:
@@ -384,9 +384,8 @@ def describe(args: TokenArguments, diagnostics=(False,) * 3, sums_hidden=True) -
                            teacher=teacher and teacher.of_rank(group)).checked()  # fmt: skip
             variance = args.temperature_has_gradient and args.entropy_has_gradient
             head, work = _head_and_work(args, (*map(bool, diagnostics), variance))
-            for name in ("vocab_parallel_group", "support"):
-                if any(diagnostics) and (group if name == "vocab_parallel_group" else args.support) is not None:
-                    raise ValueError(f"diagnostics must be empty with a {name}")
+            if any(diagnostics) and args.support is not None:
+                raise ValueError("diagnostics must be empty with a support")
             if group is not None:
                 _bring_facts(meeting, args, work)
             loss = TokenLoss(args, wait) if isinstance(args, LossArguments) else None
@@ -431,6 +430,7 @@ def _bring_facts(meeting, args, work):
         "rows of hidden": args.hidden.shape[:-1].numel(), "depth of hidden": args.hidden.shape[-1],
         "dtype and batch_invariant": repr((args.weight.dtype, work.batch_invariant)), "workspace_bytes": work.budget,
         "which tensors need a gradient": str([*work.needs, args.temperature_has_gradient]),
+        "diagnostics": str(work.diagnostics[:-1]),
         "temperature and factors": [work.lora_scale, t.logit_scale, t.softcap or 0.0, t.temperature],
         "rank of the adapter": 0 if args.lora is None else args.lora[0].shape[0], **args.facts(),
     }  # fmt: skip

@@ -96,7 +96,7 @@ def grpo_loss_from_logits(
         temperature = temperature.detach().to(accumulate)
         temperature = temperature.where(kept & (temperature > 0), 1.0)
     variance = args.temperature_has_gradient and args.entropy_has_gradient
-    work = Work(config.transform, backend, 0, (True, *(False,) * 4), diagnostics=(*(False,) * 3, variance))
+    work = Work(config.transform, backend, 0, (True, *(False,) * 4), diagnostics=(*(False,) * 4, variance))
     logps, entropy, found = _LogitsLogProbs.apply(logits, target, kept, temperature, work, inplace_backward and not overlaps)
     logps, entropy = logps.where(kept, 0.0), entropy.where(kept, 0.0)  # a GPU scores masked positions too
     if args.temperature_has_gradient:

@@ -207,8 +207,8 @@ def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, tempera
     ``sums_hidden`` False leaves the gradient of hidden this rank's part of a sum over the vocab_parallel_group.
 
     Returns:
-        [logps, entropy, log_sum_sq_probs, mean_logits, is_top1]: [..] each, the last bool, None for a diagnostic that was not
-        asked for. Only the first two have gradients.
+        [logps, entropy, log_sum_sq_probs, mean_logits, is_top1, score_sq_norm]: [..] each, is_top1 bool, None for a diagnostic
+        that was not asked for. Only the first two have gradients.
     """
     logps, entropy, _, *beside = _scored(
         hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
@@ -219,7 +219,7 @@ def token_statistics(hidden, weight, token_ids, *, mask=None, bias=None, tempera
 
 def _scored(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
             workspace_bytes, backend, diagnostics=(), sums_hidden=True, **more):  # fmt: skip
-    """[logps, entropy, lse or None, and the three diagnostics or None]."""
+    """[logps, entropy, lse or None, and the four diagnostics or None]."""
     wanted = [name in diagnostics for name in NAMES]
     call = _described(
         hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group, sequence_parallel,
@@ -232,7 +232,7 @@ def _scored(hidden, weight, token_ids, mask, bias, temperature, logit_scale, sof
 
 
 def _described(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lora, vocab_parallel_group,
-               sequence_parallel, workspace_bytes, backend, diagnostics=(False,) * 3, sums_hidden=True, **more):  # fmt: skip
+               sequence_parallel, workspace_bytes, backend, diagnostics=(False,) * 4, sums_hidden=True, **more):  # fmt: skip
     refuse_transforms({"temperature": temperature})
     per_token = isinstance(temperature, torch.Tensor)
     if per_token and temperature.dim() == 0 and not (temperature.requires_grad and torch.is_grad_enabled()):

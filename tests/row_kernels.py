@@ -62,6 +62,12 @@ class Kernels:
         self.module.close(self._moved(stats), scored, **self.options)
         return statistics.Scored(*(x.cpu() for x in scored))
 
+    def squared(self, stats):
+        """(Scored, sum of p^2 over all but the target) of statistics with squares."""
+        *scored, squared = torch.full((4, len(stats)), NAN, dtype=stats.dtype, device=self.device)
+        self.module.close(self._moved(stats), statistics.Scored(*scored), squared, **self.options)
+        return statistics.Scored(*(x.cpu() for x in scored)), squared.cpu()
+
     def gradient(self, tile, scored, g, g_entropy=None):
         return self._written(self.module.gradient, tile, self._all_moved(scored), self._moved(g), self._moved(g_entropy))
 

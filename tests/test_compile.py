@@ -215,7 +215,7 @@ def test_opcheck(adapter):
         vectors = [x[:3] for x in (w, advantages, old, ref, w)]
         call = (hidden, head, [], [rows, target, None, *vectors, None], 3, *loss)
         torch.library.opcheck(registered.one_pass.default, call, test_utils=checks)
-        for stash_rows, wanted in ((0, (False,) * 4), (3, (False,) * 4), (3, (True, False, True, True))):
+        for stash_rows, wanted in ((0, (False,) * 5), (3, (False,) * 5), (3, (True, False, True, True, True))):
             two_phases = encoded(replace(work, diagnostics=wanted))
             score = (hidden, head, [], [rows, target, w + 0.5], 4, stash_rows, *two_phases)
             torch.library.opcheck(registered.score.default, score, test_utils=checks)

@@ -74,12 +74,14 @@ def statistics(logits, target, temperature=1.0):
     z = logits.float() / (temperature.unsqueeze(-1) if isinstance(temperature, torch.Tensor) else temperature)
     mask = target != -100
     log_p = z.log_softmax(-1)
+    chosen = log_p.gather(-1, target.where(mask, 0).unsqueeze(-1)).squeeze(-1)
     found = {
-        "log_probs": log_p.gather(-1, target.where(mask, 0).unsqueeze(-1)).squeeze(-1),
+        "log_probs": chosen,
         "entropy": -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1),
         "log_sum_sq_probs": (2 * log_p).logsumexp(-1).detach(),
         "mean_logits": z.mean(-1).detach(),
         "is_top1": z.argmax(-1) == target,
+        "score_sq_norm": (1 - 2 * chosen.exp() + (2 * log_p).exp().sum(-1)).detach(),
     }
     return {name: x.where(mask, 0) if x.dtype.is_floating_point else x & mask for name, x in found.items()} | {"label_mask": mask}
 

@@ -13,7 +13,12 @@ from problems import DEVICE
 from tolerance import assert_close, assert_no_worse_than_torch
 
 from grpo_kernels import logprobs, topk_divergence
-from grpo_kernels.integrations.verl import install_verl_backend, linear_cross_entropy, uninstall_verl_backend
+from grpo_kernels.integrations.verl import (
+    install_sum_pi_squared,
+    install_verl_backend,
+    linear_cross_entropy,
+    uninstall_verl_backend,
+)
 
 V, D = 37, 16
 # hidden and labels as verl's callers shape them: the FSDP engine's, flat, Megatron's (sequence first), one row
@@ -405,3 +410,66 @@ def test_a_worker_installs_it_while_it_imports_verl(verl_kernel, tmp_path):
     environment["VERL_USE_EXTERNAL_MODULES"] = "my_plugin"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert out.stdout.strip().splitlines()[-1] == "True"
+
+
+@pytest.fixture
+def fsdp_engine(verl_kernel):
+    """verl's FSDP engine without its process groups and its GPU: the two methods around a forward need its model alone."""
+    module = pytest.importorskip("verl.workers.engine.fsdp.transformer_impl")
+    engine = object.__new__(module.FSDPEngineWithLMHead)
+    engine.pad_to_length, engine.use_ulysses_sp = False, False
+    engine.engine_config = types.SimpleNamespace(entropy_checkpointing=False, entropy_from_logits_with_chunking=False)
+    engine.compute_entropy_from_logits = module.verl_F.entropy_from_logits
+    engine._get_packed_pad_size = lambda length: 3
+    return engine
+
+
+def micro_batch(fused):
+    """Two sequences of 5 and 4 tokens, packed; the static pad adds 3."""
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils
+
+    g = torch.Generator().manual_seed(5)
+    ids = torch.nested.nested_tensor_from_jagged(torch.randint(0, V, (9,), generator=g), torch.tensor([0, 5, 9]))
+    positions = torch.nested.nested_tensor_from_jagged(torch.tensor([*range(5), *range(4)]), torch.tensor([0, 5, 9]))
+    batch = TensorDict({"input_ids": ids, "position_ids": positions}, batch_size=[2])
+    tensordict_utils.assign_non_tensor(batch, temperature=0.7, use_fused_kernels=fused, calculate_entropy=True,
+                                       calculate_sum_pi_squared=True)  # fmt: skip
+    return batch
+
+
+def step(engine, model, fused):
+    """As the engine's `forward_step` goes, without its autocast."""
+    batch = micro_batch(fused)
+    inputs, beside = engine.prepare_model_inputs(batch)
+    with torch.no_grad():
+        return engine.prepare_model_outputs(model(**inputs, use_cache=False), beside, batch, None)
+
+
+def test_verls_fsdp_engine_gets_the_sum_of_squares_beside_a_fused_kernel(fsdp_engine):
+    """Against the same engine on full logits; verl alone refuses it."""
+    model = tiny_model("Llama", torch.float32, False).eval()
+    methods = type(fsdp_engine).prepare_model_inputs, type(fsdp_engine).prepare_model_outputs
+    wanted = step(fsdp_engine, model, fused=False)
+    install_verl_backend()
+    with patched(model, "triton"):
+        with pytest.raises(NotImplementedError, match="calculate_sum_pi_squared"):
+            step(fsdp_engine, model, fused=True)
+        install_sum_pi_squared()
+        install_sum_pi_squared()
+        found = step(fsdp_engine, model, fused=True)
+    for name in ("log_probs", "entropy", "sum_pi_squared"):
+        assert torch.equal(found[name].offsets(), wanted[name].offsets())
+        torch.testing.assert_close(found[name].values(), wanted[name].values(), rtol=2e-5, atol=2e-6)
+    with patched(model, "torch"), pytest.raises(RuntimeError, match="impl_backend=triton"):
+        step(fsdp_engine, model, fused=True)
+    plain = step(fsdp_engine, model, fused=False)
+    assert torch.equal(plain["sum_pi_squared"].values(), wanted["sum_pi_squared"].values())
+    uninstall_verl_backend()
+    assert (type(fsdp_engine).prepare_model_inputs, type(fsdp_engine).prepare_model_outputs) == methods
+
+
+def test_an_unknown_engine_is_refused(fsdp_engine, monkeypatch):
+    monkeypatch.setattr(type(fsdp_engine), "prepare_model_outputs", lambda self, output: None)
+    with pytest.raises(RuntimeError, match=r"prepare_model_outputs takes \['self', 'output'\]"):
+        install_sum_pi_squared()

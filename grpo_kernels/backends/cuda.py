@@ -37,14 +37,14 @@ class Kernels:
         self.library, self.shape = loaded(str(path)), shape
 
     def statistics(self, tile, stats):
-        """Merges a tile into the statistics [R, 4] of its rows, or each fixed tile into its own, [R, parts, 4]."""
+        """Merges a tile into the statistics [R, 4] of its rows, or each fixed tile into its own, [R, parts, 4]; with squares 5."""
         check(tile, _RESULTS, stats=stats)
         self._launch("statistics", tile.values, params.statistics(tile, stats))
 
-    def close(self, stats, scored):
+    def close(self, stats, scored, squared=None):
         """What is known of rows whose statistics are complete, their parts merged in order."""
-        check_close(stats, scored)
-        self._launch("close", stats, params.close(stats, scored))
+        check_close(stats, scored, squared)
+        self._launch("close", stats, params.close(stats, scored, squared))
 
     def gradient(self, tile, out, scored, g, g_entropy=None):
         """Writes the gradient of the raw logits."""

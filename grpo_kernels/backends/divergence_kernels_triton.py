@@ -33,6 +33,7 @@ from .row_kernels_triton import (
     _row_at,
     _row_temperature,
     _score_slope,
+    _statistics_at,
     _transformed,
     _write_zeros,
 )
@@ -181,7 +182,8 @@ def _row_comparison(row_ptr, teacher_ptr, columns, target, transform, teacher_tr
     row_peak, teacher_peak = tl.max(peak, 0), tl.max(c.peak, 0)
     c = _beside(peak, others, c, row_peak, teacher_peak, FORWARD)
     others, moment = _against(peak, others, moment, others, row_peak)
-    s = Statistics(row_peak, tl.sum(others, 0), tl.sum(moment, 0), tl.full((), float("-inf"), row_peak.dtype))
+    row_others = tl.sum(others, 0)
+    s = Statistics(row_peak, row_others, tl.sum(moment, 0), tl.full((), float("-inf"), row_peak.dtype), row_others)
     c = Comparison(teacher_peak, tl.sum(c.sum, 0), tl.sum(c.tilt, 0), tl.sum(c.bent, 0))
 
     here = (target >= 0) & (target < columns)
@@ -195,7 +197,7 @@ def _row_comparison(row_ptr, teacher_ptr, columns, target, transform, teacher_tr
     else:
         weight, other = some, teacher_some
     bent = tl.where(weight == 0.0, other, tl.where(other == 0.0, float("inf"), zero))  # of one column, x is 0 or infinite
-    return _merged_comparisons(s, c, Statistics(z, zero, zero, z), Comparison(y, teacher_some, zero, bent), FORWARD)
+    return _merged_comparisons(s, c, Statistics(z, zero, zero, z, zero), Comparison(y, teacher_some, zero, bent), FORWARD)
 
 
 @triton.jit
@@ -293,7 +295,7 @@ def divergence_statistics_kernel(
     teacher_cap = tl.full((), teacher_softcap, ACC) if TEACHER_SOFTCAP else None
     teacher_transform = Transform(biases.teacher, teacher_scale, teacher_cap, temperature)
     target = tl.load(target_ptr + row).to(tl.int32)
-    before = Statistics(tl.load(stats_ptr), tl.load(stats_ptr + 1), tl.load(stats_ptr + 2), tl.load(stats_ptr + 3))
+    before = _statistics_at(stats_ptr, False)
     of_before = Comparison(tl.load(stats_ptr + 4), tl.load(stats_ptr + 5), tl.load(stats_ptr + 6), tl.load(stats_ptr + 7))
     teacher_ptr, _ = _row_at(teacher, row, ranges_ptr, columns)
     row_ptr, columns = _row_at(student, row, ranges_ptr, columns)

@@ -80,15 +80,15 @@ def isa() -> str:
 
 
 def statistics(tile, stats, isa=None):
-    """Merges a tile into the statistics [R, 4] of its rows, or each fixed tile into its own, [R, parts, 4]."""
+    """Merges a tile into the statistics [R, 4] of its rows, or each fixed tile into its own, [R, parts, 4]; with squares 5."""
     _check(tile, stats=stats)
     _run("statistics", isa, tile.values, params.statistics(tile, stats))
 
 
-def close(stats, scored, isa=None):
+def close(stats, scored, squared=None, isa=None):
     """What is known of rows whose statistics are complete."""
-    check_close(stats, scored)
-    _run("close", isa, stats, params.close(stats, scored))
+    check_close(stats, scored, squared)
+    _run("close", isa, stats, params.close(stats, scored, squared))
 
 
 def gradient(tile, out, scored, g, g_entropy=None, isa=None):

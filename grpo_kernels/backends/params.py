@@ -6,7 +6,7 @@ import torch
 
 from ..losses.terms import KINDS
 from . import comparison
-from .statistics import require
+from .statistics import has_squares, require
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 
@@ -26,8 +26,9 @@ _Scored = struct("Scored", (POINTER, "logps lse entropy"))
 _Rows = struct("PolicyRows", (POINTER, "w_policy advantages old ref w_kl w_entropy"))
 _Terms = struct("PolicyTerms", (INT, "kind"), (_DOUBLE, "epsilon_low epsilon_high delta sapo_temperature_pos sapo_temperature_neg"),
                 (_BOOL, "use_bias_correction_kl"))  # fmt: skip
-_Statistics = struct("StatisticsParams", (_Tile, "tile"), (POINTER, "stats"), (_INT64, "parts"))
-_Close = struct("CloseParams", (POINTER, "stats"), (_INT64, "rows parts"), (INT, "dtype"), (_Scored, "scored"))
+_Statistics = struct("StatisticsParams", (_Tile, "tile"), (POINTER, "stats"), (_INT64, "parts"), (_BOOL, "squares"))
+_Close = struct("CloseParams", (POINTER, "stats"), (_INT64, "rows parts"), (INT, "dtype"), (_Scored, "scored"),
+                (POINTER, "squared"))  # fmt: skip
 _Gradient = struct("GradientParams", (_Tile, "tile"), (_Matrix, "out"), (_Scored, "scored"), (POINTER, "g g_entropy"))
 _Policy = struct("PolicyParams", (_Tile, "tile"), (_Matrix, "out"), (_Rows, "rows"), (_Terms, "terms"), (_Scored, "scored"))
 _Pairs = struct("Pairs", (POINTER, "ids ranges rows"), (_INT64, "count"))
@@ -49,12 +50,12 @@ _Transpose = struct("TransposeParams", (_Matrix, "matrix"), (POINTER, "out"))
 
 
 def statistics(tile, stats):
-    return _Statistics(_tile(tile), _at(stats), 1 if stats.dim() == 2 else stats.shape[1])
+    return _Statistics(_tile(tile), _at(stats), 1 if stats.dim() == 2 else stats.shape[1], has_squares(stats))
 
 
-def close(stats, scored):
+def close(stats, scored, squared=None):
     parts = 1 if stats.dim() == 2 else stats.shape[1]
-    return _Close(_at(stats), stats.shape[0], parts, _DTYPES.index(stats.dtype), _scored(scored))
+    return _Close(_at(stats), stats.shape[0], parts, _DTYPES.index(stats.dtype), _scored(scored), _at(squared))
 
 
 def gradient(tile, out, scored, g, g_entropy=None):

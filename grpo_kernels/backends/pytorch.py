@@ -1,7 +1,7 @@
 """The row kernels in plain PyTorch: any device, any float dtype, the readable ones. They state the contract of every backend:
 
     statistics(tile, stats)                    merges a tile into the statistics of its rows; writes nothing else
-    close(stats, scored)                       what is known of rows whose statistics are complete
+    close(stats, scored, squared)              what is known of rows whose statistics are complete
     gradient(tile, out, scored, g, g_entropy)  d loss / d raw logits
     policy(tile, out, rows, terms, scored)     statistics, coefficient and gradient of whole rows at once, the fused GRPO kernel;
                                                not here: the engine then takes statistics, autograd of the term, gradient
@@ -28,7 +28,18 @@ from dataclasses import replace
 import torch
 
 from .comparison import NEAR, bend, merged_comparisons
-from .statistics import TILE_COLUMNS, Pairs, Tile, check_close, check_pairs, finalize, fold, merged
+from .statistics import (
+    TILE_COLUMNS,
+    Pairs,
+    Tile,
+    check_close,
+    check_pairs,
+    finalize,
+    fold,
+    has_squares,
+    merged,
+    squared_probs,
+)
 
 _SLAB_ELEMENTS = 1 << 20
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -43,19 +54,26 @@ def statistics(tile, stats):
     them into its own, [R, parts, 4].
 
     stats columns: max, up to rounding; sum of exp(z - max) without the target's column; sum of (z - max) exp(z - max); target's z.
+    A fifth, where there is one: sum of exp(2 (z - max)) without the target's column. It changes no bit of the others.
     """
     for s in slabs(tile):
         z, _ = transformed(tile, s, stats.dtype)
         for i, part in enumerate(z.split(TILE_COLUMNS, 1)):
             into = stats[s] if stats.dim() == 2 else stats[s, i]
-            into.copy_(merged(into, _of_columns(part, tile.target[s] - i * TILE_COLUMNS, *_relative(part))))
+            into.copy_(merged(into, _of_columns(part, tile.target[s] - i * TILE_COLUMNS, *_relative(part), has_squares(stats))))
 
 
-def close(stats, scored):
-    """What is known of rows whose statistics are complete, their parts merged from the left."""
-    check_close(stats, scored)
-    for vector, value in zip(scored, finalize(fold(stats)), strict=True):
+def close(stats, scored, squared=None):
+    """What is known of rows whose statistics are complete, their parts merged from the left.
+
+    ``squared`` [R], wanted where there is a fifth statistic: sum of p^2 over all columns but the target.
+    """
+    check_close(stats, scored, squared)
+    stats = fold(stats)
+    for vector, value in zip(scored, finalize(stats), strict=True):
         vector.copy_(value)
+    if squared is not None:
+        squared.copy_(squared_probs(stats))
 
 
 def _relative(z):
@@ -66,13 +84,14 @@ def _relative(z):
     return peak, shifted, shifted.exp()
 
 
-def _of_columns(z, target, peak, shifted, e):
-    """[R, 4] statistics of some columns."""
+def _of_columns(z, target, peak, shifted, e, squares=False):
+    """[R, 4] statistics of some columns; with ``squares`` 5."""
     column, here = _target_column(target, z.shape[1])
-    others = e.scatter(1, column, torch.where(here, 0.0, e.gather(1, column))).sum(1)
+    others = e.scatter(1, column, torch.where(here, 0.0, e.gather(1, column)))
     moment = (shifted * e).where(e != 0, 0.0).sum(1)
     target = torch.where(here, z.gather(1, column), -float("inf"))
-    return torch.stack([peak.squeeze(1), others, moment, target.squeeze(1)], 1)
+    more = [others.square().sum(1)] if squares else []
+    return torch.stack([peak.squeeze(1), others.sum(1), moment, target.squeeze(1), *more], 1)
 
 
 def gradient(tile, out, scored, g, g_entropy=None):

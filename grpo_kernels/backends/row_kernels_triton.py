@@ -55,6 +55,7 @@ class Statistics(NamedTuple):
     others: object  # sum of exp(z - max) without the target's column
     moment: object  # sum of (z - max) exp(z - max)
     target: object  # target's z; -inf: not in the set
+    squares: object  # sum of exp(2 (z - max)) without the target's column; where it is not wanted, another name of `others`
 
 
 class Groups(NamedTuple):
@@ -63,6 +64,7 @@ class Groups(NamedTuple):
     peak: object
     others: object
     moment: object
+    squares: object
 
 
 class Transform(NamedTuple):
@@ -205,12 +207,23 @@ def _against(peak, others, moment, seen, new_peak):
 
 
 @triton.jit
-def _merged(a, b):
+def _squares_against(peak, squares, new_peak):
+    """As `_against`."""
+    carry = _exp(peak - _finite(new_peak))
+    return carry * carry * squares
+
+
+@triton.jit
+def _merged(a, b, SQUARES: tl.constexpr = False):
     """The statistics of two sets of columns without a common one. Nothing merged with another is the other, to the bit."""
     peak = tl.maximum(a.peak, b.peak)
     others_a, moment_a = _against(a.peak, a.others, a.moment, a.others + _exp(a.target - _finite(a.peak)), peak)
     others_b, moment_b = _against(b.peak, b.others, b.moment, b.others + _exp(b.target - _finite(b.peak)), peak)
-    return Statistics(peak, others_a + others_b, moment_a + moment_b, tl.where(b.target == float("-inf"), a.target, b.target))
+    others = others_a + others_b
+    squares = others
+    if SQUARES:
+        squares = _squares_against(a.peak, a.squares, peak) + _squares_against(b.peak, b.squares, peak)
+    return Statistics(peak, others, moment_a + moment_b, tl.where(b.target == float("-inf"), a.target, b.target), squares)
 
 
 @triton.jit
@@ -225,7 +238,7 @@ def _sum_of_groups(x, TILES: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _fold(x, start, end, target, before, transform, TILES: tl.constexpr, STEP: tl.constexpr):
+def _fold(x, start, end, target, before, transform, TILES: tl.constexpr, STEP: tl.constexpr, SQUARES: tl.constexpr):
     """A step of adjacent tiles folded into `Groups` [TILES, STEP / GROUP]; None: of nothing."""
     columns = start + _at_step(TILES, STEP)
     z, _ = _transformed(x, columns, end, transform)
@@ -243,11 +256,16 @@ def _fold(x, start, end, target, before, transform, TILES: tl.constexpr, STEP: t
     if before is not None:
         others_before, moment_before = _against(before.peak, before.others, before.moment, before.others, peak)
         others, moment = others_before + others, moment_before + moment
-    return Groups(peak, others, moment)
+    squares = others
+    if SQUARES:
+        squares = _sum_of_groups(e * e, TILES, STEP)
+        if before is not None:
+            squares = _squares_against(before.peak, before.squares, peak) + squares
+    return Groups(peak, others, moment, squares)
 
 
 @triton.jit
-def _of_tiles(groups, at_target, start, target, transform, TILES: tl.constexpr, GROUPS: tl.constexpr):
+def _of_tiles(groups, at_target, start, target, transform, TILES: tl.constexpr, GROUPS: tl.constexpr, SQUARES: tl.constexpr):
     """The statistics [TILES] of adjacent tiles, of those of their groups and the target's logit, if it is in one of them."""
     peak = tl.max(groups.peak, 1)
     x = tl.join(*_against(groups.peak, groups.others, groups.moment, groups.others, tl.expand_dims(peak, 1)))
@@ -258,21 +276,35 @@ def _of_tiles(groups, at_target, start, target, transform, TILES: tl.constexpr, 
         elif GROUPS >> i > 1:
             x = tl.sum(tl.reshape(x, (TILES, GROUPS >> (i + 1), 2, 2)), 2)
     others, moment = tl.split(tl.reshape(x, (TILES, 2)))
-    found = Statistics(peak, others, moment, tl.full((TILES,), float("-inf"), peak.dtype))
+    squares = others
+    if SQUARES:
+        y = _squares_against(groups.peak, groups.squares, tl.expand_dims(peak, 1))
+        for i in tl.static_range(16):
+            if GROUPS >> i > 128:
+                y = tl.sum(tl.reshape(y, (TILES, 2, GROUPS >> (i + 1))), 1)
+            elif GROUPS >> i > 1:
+                y = tl.sum(tl.reshape(y, (TILES, GROUPS >> (i + 1), 2)), 2)
+        squares = tl.reshape(y, (TILES,))
+    found = Statistics(peak, others, moment, tl.full((TILES,), float("-inf"), peak.dtype), squares)
     if (target >= start) & (target < start + TILES * TILE):
         z, _ = _scaled(at_target.to(peak.dtype), transform)
         first = start + tl.arange(0, TILES) * TILE
         z = tl.where((target >= first) & (target < first + TILE), z, float("-inf"))
-        found = _merged(found, Statistics(z, tl.zeros_like(z), tl.zeros_like(z), z))
+        found = _merged(found, Statistics(z, tl.zeros_like(z), tl.zeros_like(z), z, tl.zeros_like(z)), SQUARES)
     return found
 
 
 @triton.jit
-def _in_order(s, tiles, TILES: tl.constexpr):
-    """Scalars merged with [TILES] statistics, one after another."""
+def _in_order(s, tiles, TILES: tl.constexpr, SQUARES: tl.constexpr):
+    """Scalars merged with [TILES] statistics, one after another; several have no squares."""
     if TILES == 1:
-        s = _merged(s, Statistics(tl.sum(tiles.peak, 0), tl.sum(tiles.others, 0), tl.sum(tiles.moment, 0), tl.sum(tiles.target, 0)))
+        others, target = tl.sum(tiles.others, 0), tl.sum(tiles.target, 0)
+        squares = others
+        if SQUARES:
+            squares = tl.sum(tiles.squares, 0)
+        s = _merged(s, Statistics(tl.sum(tiles.peak, 0), others, tl.sum(tiles.moment, 0), target, squares), SQUARES)
     else:
+        tl.static_assert(not SQUARES)
         fields = tl.join(tl.join(tiles.peak, tiles.moment), tl.join(tiles.others, tiles.target))  # [TILES, 2, 2]
         even, odd = tl.split(tl.reshape(tl.permute(fields, (1, 2, 0)), (2 * TILES, 2)))
         if TILES == 2:
@@ -291,37 +323,43 @@ def _scalars(fields):
     first, second = tl.split(tl.reshape(fields, (2, 2)))
     peak, moment = tl.split(first)
     others, target = tl.split(second)
-    return Statistics(peak, others, moment, target)
+    return Statistics(peak, others, moment, target, others)
 
 
 @triton.jit
-def _statistics_at(pointer):
-    return Statistics(tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3))
+def _statistics_at(pointer, SQUARES: tl.constexpr):
+    others = tl.load(pointer + 1)
+    squares = others
+    if SQUARES:
+        squares = tl.load(pointer + 4)
+    return Statistics(tl.load(pointer), others, tl.load(pointer + 2), tl.load(pointer + 3), squares)
 
 
 @triton.jit
-def _store_statistics(pointer, s):
+def _store_statistics(pointer, s, SQUARES: tl.constexpr):
     tl.debug_barrier()  # every thread has read what the first ones overwrite now
     tl.store(pointer, s.peak)
     tl.store(pointer + 1, s.others)
     tl.store(pointer + 2, s.moment)
     tl.store(pointer + 3, s.target)
+    if SQUARES:
+        tl.store(pointer + 4, s.squares)
 
 
 @triton.jit
-def _merge_tiles(s, tiles, start, parts_ptr, TILES: tl.constexpr):
+def _merge_tiles(s, tiles, start, parts_ptr, TILES: tl.constexpr, SQUARES: tl.constexpr):
     """The tiles merged into s; or, with a pointer, one tile into its part there."""
     if parts_ptr is None:
-        s = _in_order(s, tiles, TILES)
+        s = _in_order(s, tiles, TILES, SQUARES)
     else:
-        at = parts_ptr + start // TILE * 4
-        _store_statistics(at, _in_order(_statistics_at(at), tiles, TILES))
+        at = parts_ptr + start // TILE * (5 if SQUARES else 4)
+        _store_statistics(at, _in_order(_statistics_at(at, SQUARES), tiles, TILES, SQUARES), SQUARES)
     return s
 
 
 @triton.jit
 def _row_statistics(row_ptr, columns, target, before, parts_ptr, transform,
-                    SHORT: tl.constexpr, TILES: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+                    SHORT: tl.constexpr, TILES: tl.constexpr, STEP: tl.constexpr, SQUARES: tl.constexpr):  # fmt: skip
     """The statistics of a row merged into those before, TILES side by side; a SHORT row has hardly ever a whole tile."""
     lanes, s = _at_step(TILES, STEP), before
     here = (target >= 0) & (target < columns)
@@ -339,28 +377,29 @@ def _row_statistics(row_ptr, columns, target, before, parts_ptr, transform,
                 # of these tiles the next step, or of the next ones the first
                 ahead = start + ((k + 1) * STEP if (k + 1) * STEP < TILE else TILES * TILE)
                 following = tl.load(row_ptr + ahead + lanes, mask=ahead + lanes < full, other=0.0)
-                groups = _fold(x, start + k * STEP, None, target, groups, transform, TILES, STEP)
+                groups = _fold(x, start + k * STEP, None, target, groups, transform, TILES, STEP, SQUARES)
                 x = following
-            tiles = _of_tiles(groups, at_target, start, target, transform, TILES, STEP // GROUP)
-            s = _merge_tiles(s, tiles, start, parts_ptr, TILES)
+            tiles = _of_tiles(groups, at_target, start, target, transform, TILES, STEP // GROUP, SQUARES)
+            s = _merge_tiles(s, tiles, start, parts_ptr, TILES, SQUARES)
         if full < columns:
             groups = None
             for k in tl.static_range(TILE // STEP):
                 at = full + k * STEP
                 x = tl.load(row_ptr + at + lanes, mask=at + lanes < columns, other=0.0)
-                groups = _fold(x, at, columns, target, groups, transform, TILES, STEP)
-            tiles = _of_tiles(groups, at_target, full, target, transform, TILES, STEP // GROUP)
-            s = _merge_tiles(s, tiles, full, parts_ptr, TILES)
+                groups = _fold(x, at, columns, target, groups, transform, TILES, STEP, SQUARES)
+            tiles = _of_tiles(groups, at_target, full, target, transform, TILES, STEP // GROUP, SQUARES)
+            s = _merge_tiles(s, tiles, full, parts_ptr, TILES, SQUARES)
     else:
         nothing = tl.zeros((1, STEP // GROUP), transform.temperature.dtype)
         for start in range(0, columns, TILE):
-            peak, others, moment = nothing + float("-inf"), nothing, nothing
+            peak, others, moment, squares = nothing + float("-inf"), nothing, nothing, nothing
             for at in range(start, tl.minimum(start + TILE, columns), STEP):
                 x = tl.load(row_ptr + at + lanes, mask=at + lanes < columns, other=0.0)
-                groups = _fold(x, at, columns, target, Groups(peak, others, moment), transform, 1, STEP)
-                peak, others, moment = groups.peak, groups.others, groups.moment
-            tiles = _of_tiles(Groups(peak, others, moment), at_target, start, target, transform, 1, STEP // GROUP)
-            s = _merge_tiles(s, tiles, start, parts_ptr, 1)
+                groups = _fold(x, at, columns, target, Groups(peak, others, moment, squares), transform, 1, STEP, SQUARES)
+                peak, others, moment, squares = groups.peak, groups.others, groups.moment, groups.squares
+            groups = Groups(peak, others, moment, squares)
+            tiles = _of_tiles(groups, at_target, start, target, transform, 1, STEP // GROUP, SQUARES)
+            s = _merge_tiles(s, tiles, start, parts_ptr, 1, SQUARES)
     return s
 
 
@@ -450,7 +489,7 @@ def _write_row(row_ptr, out_ptr, columns, target, scored, g, g_entropy, transfor
             do_not_specialize_on_alignment=["stats_ptr", "target_ptr", "temperature_ptr", "ranges_ptr"])  # slices start anywhere
 def statistics_kernel(
     tile,  # Matrix of raw logits
-    stats_ptr,  # [R, parts, 4] acc, the fields of Statistics
+    stats_ptr,  # [R, parts, 4] acc, the fields of Statistics; with SQUARES 5
     parts,  # 1 for all of a row's fixed tiles, or with PARTS one for each
     target_ptr,  # [R] int64, relative to the tile's first column
     bias_ptr,  # [C] acc or None
@@ -461,36 +500,43 @@ def statistics_kernel(
     temperature: tl.float64,
     PARTS: tl.constexpr,
     STEP: tl.constexpr,  # columns of a fixed tile that are folded at once
+    SQUARES: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ranges_ptr=None,  # [R, 2] int64: where the rows are behind the tile's pointer
 ):
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 at 14k rows of 152k
-    stats_ptr += row * parts * 4
+    stats_ptr += row * parts * (5 if SQUARES else 4)
     scale, temperature = tl.full((), logit_scale, ACC), _row_temperature(temperature_ptr, row, temperature, ACC)
     transform = Transform(bias_ptr, scale, tl.full((), softcap, ACC) if SOFTCAP else None, temperature)
     target = tl.load(target_ptr + row).to(tl.int32)
     row_ptr, columns = _row_at(tile, row, ranges_ptr, columns)
     parts_ptr = stats_ptr if PARTS else None
+    before = _statistics_at(stats_ptr, SQUARES)
     after = _row_statistics(
-        row_ptr, columns, target, _statistics_at(stats_ptr), parts_ptr, transform, ranges_ptr is not None, 1, STEP
+        row_ptr, columns, target, before, parts_ptr, transform, ranges_ptr is not None, 1, STEP, SQUARES
     )
     if not PARTS:
-        _store_statistics(stats_ptr, after)
+        _store_statistics(stats_ptr, after, SQUARES)
 
 
 @triton.jit
-def _part_at(stats_ptr, row, i, parts, known):
+def _part_at(stats_ptr, row, i, parts, known, SQUARES: tl.constexpr):
     """A vector of parts, of rows that have ``known`` of them; behind the last one there is nothing."""
-    inside, at = i < known, stats_ptr + (row * parts + i) * 4
+    inside, at = i < known, stats_ptr + (row * parts + i) * (5 if SQUARES else 4)
     peak, target = tl.load(at, inside, other=float("-inf")), tl.load(at + 3, inside, other=float("-inf"))
-    return Statistics(peak, tl.load(at + 1, inside, other=0.0), tl.load(at + 2, inside, other=0.0), target)
+    others = tl.load(at + 1, inside, other=0.0)
+    squares = others
+    if SQUARES:
+        squares = tl.load(at + 4, inside, other=0.0)
+    return Statistics(peak, others, tl.load(at + 2, inside, other=0.0), target, squares)
 
 
-@triton.jit(do_not_specialize=["rows", "parts"], do_not_specialize_on_alignment=["stats_ptr", "scored"])
+@triton.jit(do_not_specialize=["rows", "parts"], do_not_specialize_on_alignment=["stats_ptr", "scored", "squared_ptr"])
 def close_kernel(
-    stats_ptr,  # [R, parts, 4] acc
+    stats_ptr,  # [R, parts, 4] acc, with squared 5
     scored,  # Scored: [R] acc each, written
+    squared_ptr,  # [R] acc, written: sum of p^2 over all columns but the target; or None
     rows,
     parts,
     BLOCK: tl.constexpr,
@@ -499,16 +545,21 @@ def close_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside, known = row < rows, tl.where(row < rows, parts, 0)
     nothing = tl.zeros((BLOCK,), stats_ptr.dtype.element_ty)
-    peak, others, moment, target = nothing + float("-inf"), nothing, nothing, nothing + float("-inf")
+    SQUARES: tl.constexpr = squared_ptr is not None
+    peak, others, moment, target, squares = nothing + float("-inf"), nothing, nothing, nothing + float("-inf"), nothing
     for i in range(0, parts, 4):
-        a, b = _part_at(stats_ptr, row, i, parts, known), _part_at(stats_ptr, row, i + 1, parts, known)
-        c, d = _part_at(stats_ptr, row, i + 2, parts, known), _part_at(stats_ptr, row, i + 3, parts, known)
-        s = _merged(_merged(Statistics(peak, others, moment, target), a), b)
-        peak, others, moment, target = _merged(_merged(s, c), d)
-    scores = _finalized(Statistics(peak, others, moment, target))
+        a, b = _part_at(stats_ptr, row, i, parts, known, SQUARES), _part_at(stats_ptr, row, i + 1, parts, known, SQUARES)
+        c, d = _part_at(stats_ptr, row, i + 2, parts, known, SQUARES), _part_at(stats_ptr, row, i + 3, parts, known, SQUARES)
+        s = _merged(_merged(Statistics(peak, others, moment, target, squares), a, SQUARES), b, SQUARES)
+        peak, others, moment, target, squares = _merged(_merged(s, c, SQUARES), d, SQUARES)
+    s = Statistics(peak, others, moment, target, squares)
+    scores = _finalized(s)
     tl.store(scored.logps + row, scores.logps, inside)
     tl.store(scored.lse + row, scores.lse, inside)
     tl.store(scored.entropy + row, scores.entropy, inside)
+    if SQUARES:
+        total = s.others + tl.exp(s.target - s.peak)
+        tl.store(squared_ptr + row, s.squares / (total * total), inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["scored", "g_ptr", "g_entropy_ptr", "target_ptr", "temperature_ptr", "ranges_ptr"])
@@ -575,8 +626,8 @@ def policy_kernel(
     transform = Transform(bias_ptr, scale, tl.full((), softcap, ACC) if SOFTCAP else None, temperature)
     target = tl.load(target_ptr + row).to(tl.int32)
     nowhere, zero = tl.full((), float("-inf"), ACC), tl.zeros((), ACC)
-    nothing = Statistics(nowhere, zero, zero, nowhere)
-    scores = _finalized(_row_statistics(row_ptr, columns, target, nothing, None, transform, False, TILES, STEP))
+    nothing = Statistics(nowhere, zero, zero, nowhere, zero)
+    scores = _finalized(_row_statistics(row_ptr, columns, target, nothing, None, transform, False, TILES, STEP, False))
     tl.store(scored.logps + row, scores.logps)
     tl.store(scored.lse + row, scores.lse)
     tl.store(scored.entropy + row, scores.entropy)

@@ -51,26 +51,32 @@ def tiles_of(columns: int) -> int:
     return -(-columns // TILE_COLUMNS)
 
 
-def new_statistics(rows, dtype, device, parts=None):
-    """[R, 4] statistics of nothing, or [R, parts, 4]."""
-    stats = torch.zeros((rows, 4) if parts is None else (rows, parts, 4), dtype=dtype, device=device)
-    stats[..., ::3] = -float("inf")
+def new_statistics(rows, dtype, device, parts=None, squares=False):
+    """[R, 4] statistics of nothing, or [R, parts, 4]; with ``squares`` 5."""
+    shape = (rows, 4 + squares) if parts is None else (rows, parts, 4 + squares)
+    stats = torch.zeros(shape, dtype=dtype, device=device)
+    stats[..., :4:3] = -float("inf")
     return stats
 
 
+def has_squares(stats: torch.Tensor) -> bool:
+    return stats.shape[-1] == 5
+
+
 def fold(stats: torch.Tensor) -> torch.Tensor:
-    """[R, parts, 4] statistics merged from left to right; [R, 4] as they are."""
+    """[R, parts, 4] statistics merged from left to right; [R, 4] as they are. With squares 5."""
     if stats.dim() == 2:
         return stats
-    return functools.reduce(merged, stats.unbind(1), new_statistics(len(stats), stats.dtype, stats.device))
+    nothing = new_statistics(len(stats), stats.dtype, stats.device, squares=has_squares(stats))
+    return functools.reduce(merged, stats.unbind(1), nothing)
 
 
 def finalize(stats: torch.Tensor) -> Scored:
-    """[R, 4] statistics -> (logps, lse, entropy), [R] each.
+    """[R, 4] statistics, or 5 -> (logps, lse, entropy), [R] each.
 
     logps = -softplus(log(sum of the others) + max - target's logit): near p = 1 the difference target - lse would cancel.
     """
-    peak, others, weighted, target = stats.unbind(1)
+    peak, others, weighted, target = stats[:, :4].unbind(1)
     margin = peak + others.log() - target
     logps = -(margin.clamp(min=0) + torch.log1p(torch.exp(-margin.abs())))
     total = others + torch.exp(target - peak)
@@ -78,20 +84,39 @@ def finalize(stats: torch.Tensor) -> Scored:
     return Scored(logps, lse, total.log() - weighted / total)
 
 
+def squared_probs(stats: torch.Tensor) -> torch.Tensor:
+    """[R, 5] statistics -> the sum of p^2 over all columns but the target, [R].
+
+    Near p = 1 it leaves out the target for what the others add to it: 1 - 2 p + sum of all p^2 is (1 - p)^2 + this, and beside p^2
+    this would have no digit left.
+    """
+    peak, others, _, target, squares = stats.unbind(1)
+    return squares / (others + torch.exp(target - peak)).square()
+
+
+def log_sum_of_squares(logps: torch.Tensor, squared: torch.Tensor) -> torch.Tensor:
+    """log sum p^2 of the target's log p and what `squared_probs` found."""
+    own, others = 2 * logps, squared.log()
+    # torch.logaddexp has other bits at the end of a tensor
+    return torch.maximum(own, others) + torch.log1p(torch.exp(-(own - others).abs()))
+
+
 def merged(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """[R, 4] statistics of two sets of columns without a common one -> those of both."""
+    """[R, 4] statistics of two sets of columns without a common one -> those of both; with squares 5."""
     peak = torch.maximum(a[:, 0], b[:, 0])
     # nothing but -inf so far must not become inf - inf
     shift = peak.where(peak != -float("inf"), 0.0)
     others, moment = torch.zeros_like(peak), torch.zeros_like(peak)
-    for own_peak, own_others, own_moment, target in (a.unbind(1), b.unbind(1)):
+    squares = [torch.zeros_like(peak)] if has_squares(a) else []
+    for own_peak, own_others, own_moment, target, *own_squares in (a.unbind(1), b.unbind(1)):
         drop = own_peak - shift
         factor, drop = drop.exp(), drop.where(own_peak != -float("inf"), 0.0)
         total = own_others + (target - own_peak.where(own_peak != -float("inf"), 0.0)).exp()
         others = others + own_others * factor
         moment = moment + ((own_moment + drop * total) * factor).where(factor != 0, 0.0)
+        squares = [x + y * factor.square() for x, y in zip(squares, own_squares, strict=True)]
     target = torch.where(b[:, 3] == -float("inf"), a[:, 3], b[:, 3])
-    return torch.stack([peak, others, moment, target], 1)
+    return torch.stack([peak, others, moment, target, *squares], 1)
 
 
 _REQUIRED = ("target", "stats", "logps", "lse", "entropy", "g")
@@ -100,7 +125,8 @@ _REQUIRED = ("target", "stats", "logps", "lse", "entropy", "g")
 def check(tile: Tile, results: dict, out: torch.Tensor | None = None, **tensors):
     """Raises AssertionError before a kernel reads or writes past an end: names the tensor, what was wanted and what came.
 
-    ``results``: {dtype of a tile: dtypes that may be written}. ``tensors`` are [R] acc, stats [R, 4]; None where it may be absent.
+    ``results``: {dtype of a tile: dtypes that may be written}. ``tensors`` are [R] acc, stats [R, 4], with squares 5; None where it
+    may be absent.
     """
     # `if` and `raise`: an assert would be gone under `python -O`, and text built for nothing costs more than the checks
     values, ranges = tile.values, tile.ranges
@@ -113,10 +139,9 @@ def check(tile: Tile, results: dict, out: torch.Tensor | None = None, **tensors)
         raise AssertionError(f"a tile with ranges must be contiguous [M] float32 or float64 without bias, got {described(values)}")
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     tensors |= {"target": tile.target, "bias": tile.bias, "temperature": tile.temperature, "ranges": ranges}
-    shapes = {"stats": (rows, 4), "bias": (columns,), "ranges": (rows, 2)}
-    stats = tensors.get("stats")
-    if stats is not None and stats.dim() == 3 and ranges is None:
-        shapes["stats"] = (rows, tiles_of(columns), 4)
+    shapes, stats = {"bias": (columns,), "ranges": (rows, 2)}, tensors.get("stats")
+    if stats is not None:
+        shapes["stats"] = (rows, *((tiles_of(columns),) if stats.dim() == 3 and ranges is None else ()), _fields_of(stats))
     for name, x in tensors.items():
         if x is None and name not in _REQUIRED:
             continue
@@ -136,12 +161,13 @@ def check(tile: Tile, results: dict, out: torch.Tensor | None = None, **tensors)
         raise AssertionError("out must be the tile's own memory in its own dtype, or other memory")
 
 
-def check_close(stats: torch.Tensor, scored: Scored):
-    """Raises AssertionError as `check` does: ``stats`` [R, 4] or [R, parts, 4] acc, ``scored`` [R] acc each."""
+def check_close(stats: torch.Tensor, scored: Scored, squared: torch.Tensor | None = None):
+    """Raises AssertionError as `check` does: ``stats`` [R, 4] or [R, parts, 4] acc, with ``squared`` 5; the others [R] acc each."""
     require(stats.dtype in (torch.float32, torch.float64), f"stats must be float32 or float64, got {described(stats)}")
-    rows = stats.shape[0]
-    check_vector("stats", stats, (rows, *stats.shape[1:2], 4) if stats.dim() == 3 else (rows, 4), stats.dtype, stats.device)
-    for name, x in scored._asdict().items():
+    rows, fields = stats.shape[0], 4 if squared is None else 5
+    shape = (rows, *stats.shape[1:2], fields) if stats.dim() == 3 else (rows, fields)
+    check_vector("stats", stats, shape, stats.dtype, stats.device)
+    for name, x in (scored._asdict() | ({} if squared is None else {"squared": squared})).items():
         check_vector(name, x, (rows,), stats.dtype, stats.device)
 
 
@@ -165,6 +191,10 @@ def check_pairs(pairs: Pairs, dtypes, per_pair: torch.Tensor, per_row: torch.Ten
             raise AssertionError(f"{name} must be [.., {per_id.shape[1]}] {dtype} on {device}, got {described(x)}")
     if pairs.rows is None and per_row.shape[0] < count:
         raise AssertionError(f"per_row must have {count} rows, got {described(per_row)}")
+
+
+def _fields_of(stats):
+    return 5 if has_squares(stats) else 4
 
 
 def _shape_of(tile):

@@ -13,7 +13,7 @@ import torch
 
 from ..losses.terms import KINDS
 from . import comparison
-from .statistics import check, check_close, check_pairs, require
+from .statistics import check, check_close, check_pairs, has_squares, require
 
 _REMEDY = "pip install triton (3.4 or newer)"
 _SCALE_BLOCK = 8192
@@ -146,21 +146,21 @@ def divergence_shape(columns: int | None, element_size: int) -> LaunchShape:
 
 
 def statistics(tile, stats):
-    """Merges a tile into the statistics [R, 4] of its rows, or each fixed tile into its own, [R, parts, 4]."""
+    """Merges a tile into the statistics [R, 4] of its rows, or each fixed tile into its own, [R, parts, 4]; with squares 5."""
     check(tile, _RESULTS, stats=stats)
     parts, of_ranges = stats.shape[1] if stats.dim() == 3 else 1, tile.ranges is not None
     _launch(kernels.statistics_kernel, tile, None, stats, parts, warps=1 if of_ranges else 4, PARTS=parts > 1,
-            STEP=step(of_ranges, tile.values.element_size()), ranges_ptr=tile.ranges)  # fmt: skip
+            STEP=step(of_ranges, tile.values.element_size()), SQUARES=has_squares(stats), ranges_ptr=tile.ranges)  # fmt: skip
 
 
-def close(stats, scored):
+def close(stats, scored, squared=None):
     """What is known of rows whose statistics are complete, their parts merged in order."""
-    check_close(stats, scored)
+    check_close(stats, scored, squared)
     rows, parts = stats.shape[0], stats.shape[1] if stats.dim() == 3 else 1
     if rows:
         with _device(stats):
             kernels.close_kernel[(-(-rows // _CLOSE_BLOCK),)](
-                stats, kernels.Scored(*scored), rows, parts, BLOCK=_CLOSE_BLOCK, num_warps=1, enable_fp_fusion=False
+                stats, kernels.Scored(*scored), squared, rows, parts, BLOCK=_CLOSE_BLOCK, num_warps=1, enable_fp_fusion=False
             )
 
 

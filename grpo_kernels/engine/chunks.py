@@ -89,6 +89,7 @@ class Run:
         self.compared = Compared(*(torch.empty(compared, dtype=self.accumulate, device=hidden.device) for _ in range(3)))
         self.scored = Scored(*(torch.empty(n, dtype=self.accumulate, device=hidden.device) for _ in range(3)))
         self.diagnostics = self.scored.logps.new_empty(n if any(self.work.diagnostics) else 0, len(self.work.diagnostics))
+        self.squared = self.scored.logps.new_empty(n) if self.work.needs_squares else None
 
     def gather(self, start, end):
         """(h [R, D], t = h A^T or None, where in hidden they are): the rows [start, end) of the index."""
@@ -144,8 +145,9 @@ class Run:
         """Of all columns; in a shard of each fixed tile, so that the ranks' are merged as one process would."""
         dtype, device, shard = self.accumulate, self.rows.hidden.device, self.work.shard
         own = both = None
-        if self.teacher is None or self.work.own_statistics:
-            own = new_statistics(rows, dtype, device, None if shard is None else max(1, tiles_of(shard.widest)))
+        if self.teacher is None or self.work.own_statistics or self.squared is not None:
+            parts = None if shard is None else max(1, tiles_of(shard.widest))
+            own = new_statistics(rows, dtype, device, parts, self.squared is not None)
         if self.teacher is not None:
             both = new_comparison(rows, dtype, device)
         return _Statistics(own, both)
@@ -176,7 +178,8 @@ class Run:
         shard, divergence, (own, both) = self.work.shard, self.work.divergence, stats
         scored = self.some(self.scored, s.start, s.stop)
         if own is not None:
-            self.kernels.close(own if shard is None else torch.cat(shard.gathered(own), 1), scored)
+            own = own if shard is None else torch.cat(shard.gathered(own), 1)
+            self.kernels.close(own, scored, None if self.squared is None else self.squared[s])
         if both is None:
             return scored, None
         if shard is not None:  # in rank order, so that all ranks have the same bits
@@ -231,11 +234,11 @@ def score(run, first, last):
                     run.score_tile(tile, slice(group + start, group + end), teacher)
                 else:
                     run.fold(tile, teacher, run.some(stats, start, end), left)
-        if mixes:
-            continue
-        found, _ = run.close(stats, slice(group, end_of_group))
+        found = run.some(run.scored, group, end_of_group)
+        if not mixes:
+            run.close(stats, slice(group, end_of_group))
         if wanted is not None:
-            run.diagnostics[group:end_of_group] = wanted.finish(found.lse)
+            run.diagnostics[group:end_of_group] = wanted.finish(found, slice(group, end_of_group))
 
 
 def one_pass(run):
@@ -336,7 +339,7 @@ def _leave_stash(run, tile, teacher, out, s):
         wanted.add(tile, slice(None), 0)
     found, _ = run.score_tile(tile, s)
     if any(run.work.diagnostics):
-        run.diagnostics[s] = wanted.finish(found.lse)
+        run.diagnostics[s] = wanted.finish(found, s)
     if run.wide:
         run.kernels.gradient(tile, out, found, torch.ones_like(found.lse) / run.slope(s))  # a slope in it would round even the 1
 

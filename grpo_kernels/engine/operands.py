@@ -77,7 +77,7 @@ class Work:
     shard: VocabShard | None = None
     config: GRPOLossConfig | None = None  # one pass: the loss; None: the gradient of the log-prob itself
     linear: bool = False  # the coefficients are given, see `losses.objective.linear_coefficients`
-    diagnostics: tuple[bool, ...] = (False,) * 4  # of `diagnostics.NAMES`, and the variance of log p
+    diagnostics: tuple[bool, ...] = (False,) * 5  # of `diagnostics.NAMES`, and the variance of log p
     divergence: DivergenceKind | None = None  # from a `Teacher`; one pass: its gradient is ``rows.policy.w_kl``
     teacher_transform: LogitTransform | None = None
     batch_invariant: bool | None = False  # products in an order that no shape changes; None: where that is free
@@ -86,6 +86,10 @@ class Work:
     @property
     def needs_weight(self):
         return self.needs[1] or self.needs[2] or self.needs[4]
+
+    @property
+    def needs_squares(self):
+        return self.diagnostics[0] or self.diagnostics[3]
 
 
 def encoded(work: Work) -> tuple[list[float], str]:

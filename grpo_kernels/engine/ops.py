@@ -183,7 +183,7 @@ class _WithGradients(torch.autograd.Function):
 
 
 def row_logprobs(head: Head, rows: Rows, work: Work, entropy_gradient=False, return_lse=False):
-    """(logps [N], entropy [N], diagnostics [N, 4] or [0, 4], lse [N] or None) of the rows.
+    """(logps [N], entropy [N], diagnostics [N, 5] or [0, 5], lse [N] or None) of the rows.
 
     Differentiable where ``work.needs`` anything. ``entropy_gradient`` says that a gradient of the entropy will come.
     """

@@ -63,6 +63,7 @@ class FusedCausalLMOutput(ModelOutput):
         entropy: float32, differentiable.
         log_sum_sq_probs, mean_logits: float32, log sum_v p_v^2 and the mean of the logits, without gradient.
         is_top1: bool, whether the label is the most likely token.
+        score_sq_norm: float32, 1 - 2 p + sum_v p_v^2 of the label's p, without gradient: the weight of an optimal token baseline.
         label_mask: bool, where the label is not -100.
         aux_loss: 0-dim, the load-balancing loss of a mixture of experts, where router logits are requested.
     """
@@ -73,6 +74,7 @@ class FusedCausalLMOutput(ModelOutput):
     log_sum_sq_probs: torch.Tensor | None = None
     mean_logits: torch.Tensor | None = None
     is_top1: torch.Tensor | None = None
+    score_sq_norm: torch.Tensor | None = None
     label_mask: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
 

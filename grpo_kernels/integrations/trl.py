@@ -116,7 +116,7 @@ class FusedLogProbFunction:
             hidden, weight, targets, bias=bias, temperature=float(temperature), logit_scale=float(logit_scale),
             softcap=final_logit_softcapping, diagnostics=outputs,
         )  # fmt: skip
-        return logps, entropy if "entropy" in outputs else None, *diagnostics
+        return logps, entropy if "entropy" in outputs else None, *diagnostics[:3]
 
 
 class FusedDivergenceFunction:

@@ -13,10 +13,17 @@ environment variable VERL_USE_EXTERNAL_MODULES) names a module that each of them
 
     from grpo_kernels.integrations.verl import install_verl_backend
     install_verl_backend()
+
+verl's optimal token baseline (``algorithm.adv_estimator=optimal_token_baseline``) wants the sum of p^2 beside the log-probs,
+``actor_rollout_ref.actor.calculate_sum_pi_squared=True``, and verl's engines refuse that with a fused kernel. With
+``install_sum_pi_squared()`` in place of ``install_verl_backend()`` the FSDP engine has both, and each row of logits is still read
+once. ``external_lib`` it must be then: while verl is being imported its engine cannot be.
 """
 
+import functools
 import inspect
 import sys
+from types import SimpleNamespace
 
 import torch
 
@@ -24,6 +31,8 @@ from ..checks import kind
 from ..logprobs import token_statistics
 
 _theirs = None  # verl's own function while ours stands in its place
+_engine = None  # verl's FSDP engine and its own two methods while ours stand in their place
+_sums = None  # where `linear_cross_entropy` leaves the sums of p^2 while an engine's step wants them
 
 
 def linear_cross_entropy(
@@ -60,9 +69,12 @@ def linear_cross_entropy(
     """
     reduction = _checked_reduction(reduction)
     hidden, labels = _rows(hidden, labels)
-    logps, entropy, *_ = token_statistics(
-        hidden, weight, labels, temperature=temperature, vocab_parallel_group=dist_process_group, sums_hidden=False
-    )
+    logps, entropy, log_sum_sq_probs, *_ = token_statistics(
+        hidden, weight, labels, temperature=temperature, vocab_parallel_group=dist_process_group, sums_hidden=False,
+        diagnostics=() if _sums is None else ("log_sum_sq_probs",),
+    )  # fmt: skip
+    if _sums is not None:
+        _sums.append(log_sum_sq_probs.exp())
     if reduction == "none":
         return logps, entropy
     total = logps.sum()
@@ -85,12 +97,72 @@ def install_verl_backend() -> None:
         _replace(_theirs, linear_cross_entropy)
 
 
+def install_sum_pi_squared() -> None:
+    """`install_verl_backend`, and ``calculate_sum_pi_squared`` beside ``use_fused_kernels`` in verl's FSDP engine.
+
+    Its ``sum_pi_squared`` equals ``z.softmax(-1).square().sum(-1)``, without the logits, and verl packs, gathers and nests it as it
+    does log-probs. A second call changes nothing; `uninstall_verl_backend` takes all of it back.
+
+    Raises:
+        RuntimeError: as `install_verl_backend`; the engine is not the one known here; or, in a step, the fused kernel that ran was
+            not this one.
+
+    Source: verl 0.9.1, ``verl/workers/engine/fsdp/transformer_impl.py``; ``verl/trainer/ppo/core_algos.py``,
+    ``compute_optimal_token_baseline_advantage``.
+    """
+    global _engine
+    install_verl_backend()
+    if _engine is not None:
+        return
+    engine, tensordicts = _known_engine()
+    inputs, outputs = engine.prepare_model_inputs, engine.prepare_model_outputs
+
+    def wants_sums(micro_batch):
+        names = ("calculate_sum_pi_squared", "use_fused_kernels")
+        return all(tensordicts.get_non_tensor_data(data=micro_batch, key=name, default=False) for name in names)
+
+    def without(micro_batch, *names):
+        copy = micro_batch.copy()
+        tensordicts.assign_non_tensor(copy, **dict.fromkeys(names, False))
+        return copy
+
+    @functools.wraps(inputs)
+    def prepare_model_inputs(self, micro_batch):
+        global _sums
+        _sums = [] if wants_sums(micro_batch) else None
+        return inputs(self, micro_batch)
+
+    @functools.wraps(outputs)
+    def prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func):
+        global _sums
+        if not wants_sums(micro_batch):
+            return outputs(self, output, output_args, micro_batch, logits_processor_func)
+        found, _sums = _sums or (), None
+        if len(found) != 1 or found[0].numel() != output.log_probs.numel():
+            raise RuntimeError("calculate_sum_pi_squared wants one call of grpo_kernels' linear_cross_entropy in each forward, got "
+                               f"{len(found)}: set fused_kernel_options.impl_backend=triton")  # fmt: skip
+        refused = "calculate_sum_pi_squared"
+        done = outputs(self, output, output_args, without(micro_batch, refused), logits_processor_func)
+        # on their way they are what verl takes for log-probs
+        alone = without(micro_batch, refused, "calculate_entropy", "distillation_use_topk", "distillation_only")
+        sums = SimpleNamespace(log_probs=found[0].view_as(output.log_probs))
+        done["sum_pi_squared"] = outputs(self, sums, output_args, alone, None)["log_probs"]
+        return done
+
+    engine.prepare_model_inputs, engine.prepare_model_outputs = prepare_model_inputs, prepare_model_outputs
+    _engine = engine, inputs, outputs
+
+
 def uninstall_verl_backend() -> None:
-    """Give verl its own function back, in every module of verl that holds ours; nothing if none was installed."""
-    global _theirs
+    """Give verl its own functions back, in every module of verl that holds ours; nothing if none was installed."""
+    global _theirs, _engine, _sums
     if _theirs is not None:
         _replace(linear_cross_entropy, _theirs)
         _theirs = None
+    if _engine is not None:
+        engine, *methods = _engine
+        engine.prepare_model_inputs, engine.prepare_model_outputs = methods
+        _engine = _sums = None
 
 
 def _checked_reduction(reduction):
@@ -132,6 +204,23 @@ def _known_verl():
     if "linear_cross_entropy" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         raise _unknown(verl, "dense_common.forward_with_triton_backend does not call linear_cross_entropy")
     return kernel
+
+
+def _known_engine():
+    """(verl's FSDP engine, its module of functions on tensordicts), once its two methods have been looked at."""
+    try:
+        import verl
+        from verl.utils import tensordict_utils
+        from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead as engine
+    except ImportError as error:
+        raise RuntimeError(f"verl's FSDP engine cannot be imported ({error}); pip install verl==0.9.1") from error
+    wanted = {"prepare_model_inputs": ["self", "micro_batch"],
+              "prepare_model_outputs": ["self", "output", "output_args", "micro_batch", "logits_processor_func"]}  # fmt: skip
+    for name, parameters in wanted.items():
+        found = _parameters(getattr(engine, name, None))
+        if found != parameters:
+            raise _unknown(verl, f"FSDPEngineWithLMHead.{name} takes {found}, wanted {parameters}")
+    return engine, tensordict_utils
 
 
 def _parameters(function):
