@@ -1,4 +1,4 @@
-# make demo | test | test-peers | sanitize | soak | bench | kernels | gpu | lint | clean
+# make demo | test | test-peers | test-ray | sanitize | soak | bench | kernels | gpu | lint | clean
 #
 # A virtual environment is made in .venv on first use; VENV=path takes another one.
 PYTHON ?= python3
@@ -10,7 +10,7 @@ PEERS ?= trl==1.16.0 liger-kernel==0.8.5
 
 # What of verl's own forwards runs on a CPU needs these, 300 MB; without them tests/test_verl.py leaves ten cases out.
 VERL ?= verl==0.9.1 ray==2.60.0 tensordict==0.10.0 omegaconf==2.4.0 pyvers==0.1.0 msgpack protobuf requests urllib3 certifi \
-	jsonschema jsonschema-specifications referencing rpds-py attrs cloudpickle codetiming==1.4.0 orjson==3.13.0
+	jsonschema jsonschema-specifications referencing rpds-py attrs cloudpickle codetiming==1.4.0 orjson==3.13.0 click filelock
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.grpo-kernels
@@ -26,7 +26,7 @@ OTHER_TRITON ?= 3.6.0
 STAGE ?=
 GPU_ARGS ?=
 
-.PHONY: demo test test-peers sanitize soak bench kernels gpu lint clean
+.PHONY: demo test test-peers test-ray sanitize soak bench kernels gpu lint clean
 
 demo: $(STAMP)
 	$(BIN)/grpo-kernels train
@@ -41,6 +41,10 @@ sanitize: $(STAMP)
 # What other projects' own tests go over, on our adapters. verl's packages stay beside the environment, which they would disturb.
 test-peers: $(STAMP) $(VENV)/peers/verl
 	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest -q -n auto tests/test_peers.py tests/test_verl.py $(TEST_ARGS)
+
+# The trainer's run under Ray Train with a worker that is killed, and verl's plugin in a Ray worker; minutes, so not part of the others.
+test-ray: $(STAMP) $(VENV)/peers/verl
+	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest -q tests/test_ray.py $(TEST_ARGS)
 
 $(VENV)/peers/verl: | $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) $(VERL)

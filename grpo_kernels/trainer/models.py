@@ -9,6 +9,7 @@ import re
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import unwrap_peft_model
 
 from ..integrations.transformers import fuse_lm_head
@@ -68,7 +69,22 @@ def load(path, args, tokenizer=None):
         config = options.get("config")
         refuse_encoder(config if isinstance(config, PreTrainedConfig) else AutoConfig.from_pretrained(config or path, **where))
     tokenizer = tokenizer or load_tokenizer(path, **where)
-    return AutoModelForCausalLM.from_pretrained(path, **options), tokenizer
+    with whole_under_zero3(args):
+        return AutoModelForCausalLM.from_pretrained(path, **options), tokenizer
+
+
+@contextlib.contextmanager
+def whole_under_zero3(args):
+    """transformers shards what it loads under ZeRO-3 whatever accelerate's zero3_init_flag says; here False is False."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is None or plugin.zero3_init_flag or not is_deepspeed_zero3_enabled():
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(plugin.dschf)
 
 
 def load_tokenizer(path, **where):
