@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 pytest.importorskip("ray", reason="needs ray, see make test-ray")
 pytest.importorskip("ray.train.torch", reason="needs ray[train], see make test-ray")
 
-from test_trainer import tiny_model  # noqa: E402
+from test_trainer import tiny_model
 
-from grpo_kernels.trainer.demo import make_tokenizer  # noqa: E402
+from grpo_kernels.trainer.demo import make_tokenizer
 
 TESTS = Path(__file__).parent
 EXAMPLE = TESTS.parent / "examples" / "ray_train.py"
