@@ -89,6 +89,9 @@ def describe(trainer):
         over = "tokens that this leaves" if keeps else "whole vocabulary (keep_sampling_mask is off)"
         named = ", ".join(f"{name} {value}" for name, value in cuts.items()) or "no truncation"
         yield f"sampling   {named}; the loss is over the {over}"
+    if args.rollout_server:
+        at_once = args.rollout_server_requests
+        yield f"sampler    {args.rollout_server}; new weights by {args.rollout_server_reload}, {at_once} requests at once"
     rows_of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     tokens = rows_of_step * (max(lengths) + args.max_completion_length)
     kept = rows_of_step * args.max_completion_length

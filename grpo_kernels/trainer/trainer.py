@@ -60,6 +60,7 @@ from .loading import load, refuse_encoder
 from .metrics import Recorded
 from .rewards import ModelReward, noted, reward_metrics, reward_names, score
 from .rollout import joined, length_metrics, sample, sampling_config, seeded, tokenize
+from .rollout_server import RolloutServer
 from .watch import Samples
 
 
@@ -161,6 +162,7 @@ class GRPOTrainer(Trainer):
         self._skips = args.skip_untrained and self._router_coef is None and microbatch.can_skip(self.loss_config)
         self._samples = Samples(args, reward_names(self.reward_funcs)) if args.log_completions else None
         self._rollout, self._rollout_index, self._order = None, None, None
+        self._server = RolloutServer(args) if args.rollout_server else None
         self._metrics = {"train": Recorded(), "eval": Recorded()}
         self._clock, self._tokens = None, torch.zeros((), dtype=torch.long, device=args.device)
         super().__init__(
@@ -227,13 +229,15 @@ class GRPOTrainer(Trainer):
         batch["advantages"] = advantages[layout[rank]]
         if self._samples:
             self._samples.keep(self.state.global_step, layout.flatten().argsort().tolist(), rewards, advantages)
-        if args.steps_per_rollout > 1:
+        if args.steps_per_rollout > 1 or args.corrects_sampler:
             # by the loss's own kernels and in training mode, so that the first step finds these bits again; draws of dropout are
             # others, and must not depend on what a checkpoint forgets
             self.model.train()
             logps = lambda hidden, head, given: self._loss(hidden, head, given)[0].logps  # noqa: E731
             with seeded(args.seed, "old_logps", index, rank):
                 batch["old_logps"] = self._of_tokens(logps, self.model, batch, skip=self._skips)
+        if args.corrects_sampler:
+            batch = self._server.corrected(batch, self._metrics["train"], self._skips)
         self.state.num_input_tokens_seen += self.accelerator.reduce(batch["attention_mask"].sum(), "sum").item()
         return batch
 
@@ -271,7 +275,10 @@ class GRPOTrainer(Trainer):
         noting = recorded_support(causal_lm) if self.args.keeps_sampling_mask else contextlib.nullcontext()
         # accelerate puts autocast on the model's forward; an adapted model's generate goes past it
         with self.accelerator.autocast(), noting as recorder:
-            drawn = sample(causal_lm, prompt_ids, config, synced_gpus=sharded, continuous=options)
+            if self._server:
+                drawn = self._server.sample(self, prompt_ids, config)
+            else:
+                drawn = sample(causal_lm, prompt_ids, config, synced_gpus=sharded, continuous=options)
         completion_ids = [
             ids[kept].tolist() for ids, kept in zip(drawn.input_ids[:, -drawn.mask.shape[1] :], drawn.mask, strict=True)
         ]
@@ -292,6 +299,8 @@ class GRPOTrainer(Trainer):
             self._samples.gather(self.accelerator, prompts, completions)
         mask = drawn.mask & drawn.terminated.unsqueeze(1) if self.args.mask_truncated_completions else drawn.mask
         batch = {"input_ids": drawn.input_ids, "attention_mask": drawn.attention_mask, "mask": mask}
+        if drawn.logps is not None:
+            batch["sampling_logps"] = drawn.logps
         if recorder is not None:
             batch["support"] = recorder.support(mask)
             found = mask_metrics(batch["support"], mask, recorder.vocab)
