@@ -5,6 +5,7 @@ The server is `rollout_server_stub`. vLLM and SGLang themselves are not run.
 """
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ import pytest
 import torch
 from ranks import join, launch, leave
 from rollout_server_stub import Server
+from test_documentation import table
 from test_trainer import DATA, config, tiny_model, trainer, weights
 from test_trainer_ranks import use_fsdp
 from torch.distributed.tensor import DTensor
@@ -187,10 +189,12 @@ def test_the_server_has_the_weights_of_each_rollout_and_gets_them_once(tmp_path,
 
 def test_the_weights_go_through_the_folder_that_is_named(tmp_path, server):
     s = server(api="own")
-    (tmp_path / "shared").mkdir()
+    weights = tmp_path / "shared" / f"weights-127.0.0.1-{s._http.server_port}"
+    weights.mkdir(parents=True)
+    (weights / "model-00001-of-00002.safetensors").write_text("of a run that was killed")
     t = served(tmp_path / "out", s, rollout_server_folder=str(tmp_path / "shared"), rollout_server_reload="/load")
     t._new_rollout(0)
-    assert s.asked("/load") == [{"model_path": str(tmp_path / "shared" / "weights")}]
+    assert s.asked("/load") == [{"model_path": str(weights)}]
     assert (tmp_path / "shared").exists() and not any((tmp_path / "shared").iterdir())
 
 
@@ -370,18 +374,11 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path, server, change, said):
 
 def test_an_aborted_completion_is_asked_for_again(tmp_path, server):
     plain, trained, *_ = undisturbed()
-    s, aborted = server(), []
-
-    def change(answer):
-        if len(s.answered) == 3 and not aborted:
-            aborted.append(answer)
-            return of_choice(finish_reason=lambda c: "abort")(answer)
-        return answer
-
-    s.change = change
+    s, calls = server(), itertools.count(1)
+    s.change = lambda answer: of_choice(finish_reason=lambda c: "abort")(answer) if next(calls) == 11 else answer
     t = served(tmp_path, s, max_steps=4, num_iterations=2)
     t.train()
-    assert aborted and t.trained == trained and torch.equal(weights(t.model), plain)
+    assert next(calls) > 17 and t.trained == trained and torch.equal(weights(t.model), plain)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +406,7 @@ def test_bad_options_are_named(tmp_path, options, said):
 
 @pytest.mark.parametrize("url", ["http://host:8000", "http://host:8000/", "http://host:8000/v1", "https://host/proxy/v1/"])
 def test_a_url_may_end_in_v1(tmp_path, url):
-    assert split(url) == (url.startswith("https"), "host", 8000 if "8000" in url else None, "/proxy" if "proxy" in url else "")
+    assert split(url) == (url.startswith("https"), "host", 8000 if "8000" in url else 443, "/proxy" if "proxy" in url else "")
     assert config(tmp_path, rollout_server=url, top_p=0.5).keeps_sampling_mask is False
 
 
@@ -436,6 +433,7 @@ def test_the_loss_is_weighted_by_the_capped_ratio_of_trainer_to_sampler(tmp_path
     found = t._metrics["train"].take(lambda x: x)
     assert found["sampler/ratio_max"] == pytest.approx(1.3) and found["sampler/ratio_min"] == pytest.approx(ratio[live].min().item(), rel=1e-4)
     assert found["sampler/ratio_mean"] == pytest.approx(ratio[live].clamp(max=1.3).mean().item(), rel=1e-4)
+    assert {row[0] for row in table("metrics.md", "Of the rollout server")[1:]} == {name for name in found if name.startswith("sampler/")}
     apart = (ours - theirs)[live].abs()
     assert found["sampler/logp_difference_mean"] == pytest.approx(apart.mean().item(), rel=1e-4)
     assert found["sampler/logp_difference_max"] == pytest.approx(apart.max().item(), rel=1e-4)

@@ -125,7 +125,8 @@ def describe(trainer):
     passes = 8 if args.gradient_checkpointing else 6
     products = (3 if needs_weight else 2) + exact  # the reference's logits
     in_head = f"{'at most ' * keeps}{_flops(2 * products * V * D * kept)}"
-    yield (f"operations {_flops(2 * body * tokens + 2 * V * D * kept)} to sample, {_flops(passes * body * tokens)} in the body and "
+    sampling = "" if args.rollout_server else f"{_flops(2 * body * tokens + 2 * V * D * kept)} to sample, "
+    yield (f"operations {sampling}{_flops(passes * body * tokens)} in the body and "
            f"{in_head} in the head, per step and process, at full length")  # fmt: skip
 
     longest, positions = max(lengths) + args.max_completion_length, _positions(causal_lm)

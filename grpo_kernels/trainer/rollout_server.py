@@ -232,9 +232,10 @@ class RolloutServer:
         folder = self._args.rollout_server_folder or os.path.join(self._args.output_dir, "rollout_server")
         folder = os.path.abspath(folder)
         new = [path for path in (folder, os.path.dirname(folder)) if not os.path.exists(path)]
-        weights = os.path.join(folder, "weights")
+        weights = os.path.join(folder, f"weights-{self._client.place}")  # one server's alone, where several runs have one folder
         if hasattr(model, "get_base_model"):
             model, state = model.get_base_model(), merged(model, state)
+        shutil.rmtree(weights, ignore_errors=True)  # of a run that was killed
         try:
             with _without_bars():
                 model.save_pretrained(weights, state_dict=state)
@@ -356,7 +357,7 @@ class Client:
     def __init__(self, args):
         self._args = args
         self._secure, self._host, self._port, self._prefix = _split(args.rollout_server)
-        self.name = f"rollout_server {args.rollout_server}"
+        self.name, self.place = f"rollout_server {args.rollout_server}", f"{self._host}-{self._port}"
         self.last = None  # why it was away
         self._model, self._how = None, None
         self._open, self._lock = set(), threading.Lock()
@@ -518,7 +519,7 @@ def _pauses(retries=None):
 
 
 def _split(url):
-    """(is it https, host, port, path before /v1)."""
+    """(whether by https, host, port, path in front of /v1)."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -526,4 +527,5 @@ def _split(url):
         host = None
     if not host or parts.scheme not in ("http", "https") or parts.query or parts.fragment or parts.username:
         raise ValueError(f"rollout_server must be a URL such as http://localhost:8000, got {url!r}")
-    return parts.scheme == "https", host, port, parts.path.rstrip("/").removesuffix("/v1")
+    secure = parts.scheme == "https"
+    return secure, host, port or (443 if secure else 80), parts.path.rstrip("/").removesuffix("/v1")
