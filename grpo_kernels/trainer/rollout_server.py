@@ -439,7 +439,9 @@ class Client:
         if self._args.rollout_server_reload != "auto":
             return self._args.rollout_server_reload
         if self._how is None:
-            paths = (self.call("GET", "/openapi.json") or {}).get("paths", {})
+            paths = {}
+            with contextlib.suppress(RolloutServerError):  # 404 of a server that hides it
+                paths = (self.call("GET", "/openapi.json") or {}).get("paths", {})
             endpoints = {"/update_weights_from_disk": "sglang", "/collective_rpc": "vllm"}
             self._how = next((how for path, how in endpoints.items() if path in paths), None)
         if self._how is None:
