@@ -29,8 +29,8 @@ from grpo_kernels import GRPOLossConfig, objective
 from grpo_kernels.trainer import dry_run
 from grpo_kernels.trainer.metrics import Recorded
 from grpo_kernels.trainer.rollout import Completions, sample, sampling_config
-from grpo_kernels.trainer.rollout_server import KEY, RolloutServerError, ServerOptions, merged
-from grpo_kernels.trainer.rollout_server import _split as split
+from grpo_kernels.trainer.rollout_client import KEY, RolloutServerError, split_url
+from grpo_kernels.trainer.rollout_server import ServerOptions, merged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -408,7 +408,7 @@ def test_bad_options_are_named(tmp_path, options, said):
 
 @pytest.mark.parametrize("url", ["http://host:8000", "http://host:8000/", "http://host:8000/v1", "https://host/proxy/v1/"])
 def test_a_url_may_end_in_v1(tmp_path, url):
-    assert split(url) == (url.startswith("https"), "host", 8000 if "8000" in url else 443, "/proxy" if "proxy" in url else "")
+    assert split_url(url) == (url.startswith("https"), "host", 8000 if "8000" in url else 443, "/proxy" if "proxy" in url else "")
     assert config(tmp_path, rollout_server=url, top_p=0.5).keeps_sampling_mask is False
 
 
