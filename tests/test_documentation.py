@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grpo_kernels import GRPOLossConfig, fused_linear_distillation_loss, fused_linear_grpo_loss, linear_divergence, reference
 from grpo_kernels.bench import peers
 from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEVICES, Problem, predict
-from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES
+from grpo_kernels.losses.config import LOSS_FIELDS, TRL_LOSS_TYPES
 from grpo_kernels.trainer.demo import make_tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -73,10 +73,10 @@ def cell(loss_type, name):
     return "yes" if uses[0] else "KL" if uses[1] else ""
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
 def test_what_a_loss_ignores_is_what_the_table_leaves_empty(loss_type):
     head, *rows = table("metrics.md", "What a loss ignores")
-    assert tuple(head[1:]) == LOSS_TYPES
+    assert tuple(head[1:]) == TRL_LOSS_TYPES
     written = {row[0]: row[head.index(loss_type)] for row in rows}
     assert set(written) == {*LOSS_FIELDS, *TENSORS} - {"loss_type"}
     assert written == {name: cell(loss_type, name) for name in written}
@@ -89,7 +89,7 @@ def there(condition, loss_type, beta):
     return {"every loss_type": True, "beta != 0": beta != 0}.get(condition, loss_type in condition.split(", "))
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
 def test_a_loss_returns_the_metrics_of_the_table(loss_type):
     _, *rows = table("metrics.md", "Of the loss")
     for beta in (0.0, 0.3):
@@ -102,7 +102,7 @@ def test_the_policy_loss_holds_the_kl():
     torch.testing.assert_close(with_kl["policy_loss"], without["policy_loss"] + 0.3 * with_kl["kl"], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
 def test_a_run_logs_the_metrics_of_the_tables(tmp_path, loss_type):
     t = trainer(tmp_path, model=tiny_model(), loss_type=loss_type, beta=0.3, max_steps=1, eval_dataset=DATA[:2], eval_strategy="steps", eval_steps=1)
     t.train()
