@@ -100,7 +100,7 @@ def test_loss_and_gradients_are_verls(loss_type, monkeypatch, data):
     theirs = call_verl(logps, inputs, config)
     tolerance = {"gspo": 3e-8, "sapo": 3e-8, "geo_mean": 5e-7}.get(loss_type, 1e-12)  # verl adds 1e-8 to a sequence's tokens
     for name, value in theirs.items():
-        assert_close(f"{name} of {config}", ours[name], value, tolerance)
+        assert_close(f"{name} of {config}", ours[name], value, tolerance, floor=10 * tolerance)  # of a loss that cancels, too
 
 
 def marking(logps, inputs, config):
