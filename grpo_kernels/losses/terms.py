@@ -113,7 +113,7 @@ TERMS |= {
     "geo_mean": PolicyTerm(lambda w, logps, old_logps, A, config: -A * w, "grpo", scope="sequence"),
     "dppo_tv": PolicyTerm(_dppo, "dapo"),
     "dppo_kl": PolicyTerm(_dppo, "dapo"),
-    "gpg": PolicyTerm(lambda w, logps, old_logps, A, config: -A * logps, "dapo"),
+    "gpg": PolicyTerm(lambda w, logps, old_logps, A, config: -A * logps + 0 * w, "dapo"),  # what is not finite shows
     "dro": PolicyTerm(_dro, "dapo", trains_at_zero=True),
     "clip_cov": PolicyTerm(_clipped, "dapo", scope="call"),
     "kl_cov": PolicyTerm(lambda w, logps, old_logps, A, config: -A * w, "dapo", scope="call", trains_at_zero=True),
