@@ -2,10 +2,12 @@
 
 import ast
 import dataclasses
+import importlib.util
 import inspect
 import math
 import random
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -207,6 +209,18 @@ def test_one_loss_a_token_adds_up_to_the_loss():
         m = p.mask.double()
         weights = m / m.sum(1, keepdim=True).clamp(min=1) / 4 if loss_type in ("gspo", "geo_mean") else m / m.sum()
         assert_close(loss_type, (weights * each).sum(), whole, 1e-12)
+
+
+def test_the_pictures_are_drawn_by_the_script_as_it_is():
+    spec = importlib.util.spec_from_file_location("loss_pictures", Path(__file__).parent.parent / "docs" / "loss_pictures.py")
+    spec.loader.exec_module(drawing := importlib.util.module_from_spec(spec))
+    drawn, text = drawing.pictures(), (drawing.FOLDER.parent / "losses.md").read_text()
+    assert {path.stem for path in drawing.FOLDER.iterdir()} == set(drawn)
+    for name, picture in drawn.items():
+        assert (drawing.FOLDER / f"{name}.svg").read_text() == picture, f"{name}: run docs/loss_pictures.py"
+        assert f"losses/{name}.svg" in text
+    for loss_type in LOSS_TYPES:
+        assert f"| `{loss_type}` | " in text
 
 
 # What is another loss under another name
