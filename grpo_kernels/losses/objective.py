@@ -275,7 +275,7 @@ def known_zero(t: TokenInputs, config: GRPOLossConfig) -> torch.Tensor:
     zero = weight == 0
     if t.old is not None:
         zero = zero & ~t.old.isnan()
-    if config.loss_type == "geo_mean" or (config.sequence_level and config.loss_type not in ("cispo", "vespo")):
+    if config.sequence_level and config.loss_type not in ("cispo", "vespo"):
         zero = zero.all(1, keepdim=True).expand_as(zero)
     return zero
 
