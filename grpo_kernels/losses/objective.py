@@ -169,25 +169,20 @@ def evaluate(t: TokenInputs, logps, entropy, config, top=None, reduction="loss_t
     term = TERMS[config.loss_type]
 
     d = logps - old
-    log_w, moved = d, logps
+    log_w = d
     if config.sequence_level:
         log_w = sum_per_sequence(d * m / sum_per_sequence(m).clamp(min=1))
-        moved = old + log_w if term.registered else logps
     elif config.loss_type == "gspo":
         log_w = d - d.detach() + mean_per_sequence(d.detach(), m)  # the sequence's in value, the token's own in gradient
     w = clamped_exp(log_w)
     rho = t.rho
     if rho is None and config.importance_sampling_mode is not None:
         rho = sampler_correction(logps.detach(), t.sampling, m, config)
-    if config.loss_type == "geo_mean":
-        geometric_mean = clamped_exp(mean_per_sequence(clipped_log_ratio(d, A, config), m))
-        s = term.function(geometric_mean, moved, old, mean_per_sequence(A, m), config)
-        rho = None if rho is None else mean_per_sequence((rho + _SMALLEST_WEIGHT).log(), m).exp()
-    else:
-        s = term.function(w, moved, old, A, config)
-    if term.scope == "call":
-        marked = marked_tokens(logps.detach(), t, config) if marked is None else marked
-        s = s * ~marked if config.loss_type == "clip_cov" else s + config.ppo_kl_coef * d.abs() * marked
+    if config.loss_type == "geo_mean" and rho is not None:
+        rho = mean_per_sequence((rho + _SMALLEST_WEIGHT).log(), m).exp()
+    if term.scope == "call" and marked is None:
+        marked = marked_tokens(logps.detach(), t, config)
+    s = _policy_term(logps, old, log_w, w, marked, t, config)
 
     phi = gamma_weights(d.detach(), A, m, rho, config) if config.loss_type == "vespo" else None
     if phi is not None:
@@ -231,6 +226,18 @@ def evaluate(t: TokenInputs, logps, entropy, config, top=None, reduction="loss_t
         if config.importance_sampling_mode is not None:
             metrics[SAMPLING_METRIC] = _token_mean(rho.expand_as(m), m)
     return loss, metrics
+
+
+def _policy_term(logps, old, log_w, w, marked, t, config):
+    """s [B, T], or [B, 1] of a sequence, without the weights that stand before it."""
+    term, A = TERMS[config.loss_type], t.advantages
+    if config.loss_type == "geo_mean":
+        w, A = clamped_exp(mean_per_sequence(clipped_log_ratio(log_w, A, config), t.mask)), mean_per_sequence(A, t.mask)
+    moved = old + log_w if config.sequence_level and term.registered else logps
+    s = term.function(w, moved, old, A, config)
+    if config.loss_type == "clip_cov":
+        return s * ~marked
+    return s + config.ppo_kl_coef * log_w.abs() * marked if config.loss_type == "kl_cov" else s
 
 
 def clipped_log_ratio(d, A, config):
