@@ -113,9 +113,10 @@ def test_the_policy_loss_holds_the_kl():
     torch.testing.assert_close(with_kl["policy_loss"], without["policy_loss"] + 0.3 * with_kl["kl"], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_run_logs_the_metrics_of_the_tables(tmp_path, loss_type):
-    t = trainer(tmp_path, model=tiny_model(), loss_type=loss_type, beta=0.3, max_steps=1, eval_dataset=DATA[:2], eval_strategy="steps", eval_steps=1)
+    options = dict(beta=0.3, dro_beta=0.5, max_steps=1, eval_dataset=DATA[:2], eval_strategy="steps", eval_steps=1)
+    t = trainer(tmp_path, model=tiny_model(), loss_type=loss_type, **options)
     t.train()
     of_loss = {row[0] for row in table("metrics.md", "Of the loss")[1:] if there(row[3], loss_type, 0.3)}
     of_trainer = {row[0].replace("NAME", "digit_sum"): row[3].split(", ") for row in table("metrics.md", "Of the trainer")[1:]}
