@@ -57,7 +57,8 @@ def line(values, colour, top, bottom):
     y = [(top - value) * HEIGHT / (top - bottom) for value in values]
     parts, current = [], []
     for i, (value, place) in enumerate(zip(values, y, strict=True)):
-        jumped = current and abs(place - y[i - 1]) > HEIGHT / 16
+        step = abs(place - y[i - 1]) if current else 0.0
+        jumped = step > HEIGHT / 16 and len(current) > 1 and step > 4 * abs(y[i - 1] - y[i - 2])
         if jumped or not bottom <= value <= top:
             parts.append(current)
             current = []
