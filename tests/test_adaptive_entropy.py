@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer import DATA, config, digit_sum, make_tokenizer, tiny_model, weights
+from test_trainer import DATA, digit_sum, make_tokenizer, tiny_model, trainer, weights
 
-from grpo_kernels.trainer.entropy import AdaptiveEntropyConfig, AdaptiveEntropyTrainer
+from grpo_kernels.trainer import GRPOConfig, GRPOTrainer
+from grpo_kernels.trainer.entropy import AdaptiveEntropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,10 +21,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def adaptive(folder, **options):
     defaults = dict(
         output_dir=str(folder), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=2, logging_steps=1,
-        per_device_train_batch_size=8, num_generations=4, max_completion_length=5, learning_rate=1e-2, max_grad_norm=0.0,
+        use_adaptive_entropy=True, per_device_train_batch_size=8, num_generations=4, max_completion_length=5, learning_rate=1e-2, max_grad_norm=0.0,
     )  # fmt: skip
-    args = AdaptiveEntropyConfig(**{**defaults, **options})
-    return AdaptiveEntropyTrainer(tiny_model(), digit_sum, args, DATA, processing_class=make_tokenizer())
+    args = GRPOConfig(**{**defaults, **options})
+    return GRPOTrainer(tiny_model(), digit_sum, args, DATA, processing_class=make_tokenizer())
 
 
 def their_statement():
@@ -53,10 +54,10 @@ def test_the_rule_is_trls(seed, parts, target, delta):
     for i in range(4 * parts):
         accelerator.sync_gradients = i % parts == parts - 1
         entropy, mask = torch.rand(3, 4, generator=g, dtype=torch.float64), torch.rand(3, 4, generator=g) < 0.6
-        sums = AdaptiveEntropyTrainer._entropy_and_tokens(ours, entropy, mask)
+        sums = AdaptiveEntropy._entropy_and_tokens(ours, entropy, mask)
         ours._window = sums if ours._window is None else ours._window + sums
         if accelerator.sync_gradients:
-            AdaptiveEntropyTrainer._move(ours)
+            AdaptiveEntropy._move(ours)
         exec(statement, dict(self=theirs, mode="train", torch=torch, entropies=entropy, effective_mask=mask.double()))
         assert ours._coefficient == theirs.entropy_coef and math.isclose(ours._last_entropy, theirs._last_world_entropy, rel_tol=1e-12)
     assert len(recorded) == 4
@@ -100,6 +101,7 @@ def test_wrong_options_are_named(tmp_path, options, named):
         adaptive(tmp_path, **options)
 
 
-def test_it_wants_its_own_config(tmp_path):
-    with pytest.raises(TypeError, match="args must be an AdaptiveEntropyConfig, got GRPOConfig"):
-        AdaptiveEntropyTrainer(tiny_model(), digit_sum, config(tmp_path), DATA, processing_class=make_tokenizer())
+def test_it_is_off_by_default(tmp_path):
+    t = trainer(tmp_path, max_steps=2, logging_steps=1, entropy_coef=0.25)
+    t.train()
+    assert t.loss_config.entropy_coef == 0.25 and not any("entropy_coef" in log for log in t.state.log_history)

@@ -23,6 +23,7 @@ from ..checks import check_options
 from ..integrations.sampling_mask import filled_in, truncations
 from ..losses.advantages import AGGREGATIONS, SCALE_REWARDS
 from ..losses.config import GRPOLossConfig
+from .entropy import EntropyOptions, check_entropy_options
 from .server_options import ServerOptions, check_server_options
 
 # of GenerationConfig: what else has an option of its own, or would change what a rollout is
@@ -76,8 +77,9 @@ _LossFields = dataclasses.make_dataclass(
 
 
 @dataclass
-class GRPOConfig(TrainingArguments, _LossFields, ServerOptions):
-    """Options of `GRPOTrainer`: transformers' `TrainingArguments`, those of `GRPOLossConfig` and `ServerOptions`, and these fields.
+class GRPOConfig(TrainingArguments, _LossFields, ServerOptions, EntropyOptions):
+    """Options of `GRPOTrainer`: transformers' `TrainingArguments`, those of `GRPOLossConfig`, `ServerOptions` and `EntropyOptions`,
+    and these fields.
 
     ``per_device_train_batch_size`` counts completions. A rollout of ``generation_batch_size`` completions is sampled at
     once, split into ``steps_per_generation`` micro-batches per device, and trained on ``num_iterations`` times; every
@@ -171,6 +173,7 @@ class GRPOConfig(TrainingArguments, _LossFields, ServerOptions):
                 "which completion a row of scores is of, got True"
             )
         check_server_options(self)
+        check_entropy_options(self)
         for name in NOT_OURS:
             if getattr(self, name) not in (False, None, "no", 0.0):
                 raise ValueError(f"{name} must be left alone: it has no meaning for rollouts, got {getattr(self, name)!r}")

@@ -1,4 +1,4 @@
-"""An entropy bonus whose coefficient follows the entropy: `AdaptiveEntropyTrainer`, by the rule of TRL 1.16's GRPO trainer.
+"""An entropy bonus whose coefficient follows the entropy (`use_adaptive_entropy`), by the rule of TRL 1.16's GRPO trainer.
 
 After every optimiser step the coefficient rises by a step where the mean entropy of the trained tokens, over micro-batches and
 processes, is at most the target, and falls by one where it is above. It is applied only after a step at or below the target: a
@@ -14,59 +14,53 @@ import torch
 
 from ..distributed import top_tokens_over_ranks
 from ..losses.objective import entropy_threshold, top_tokens
-from .config import GRPOConfig
-from .trainer import GRPOTrainer
 
 _FILE = "entropy_ctrl_state.json"  # TRL's name and keys
 
 
 @dataclass
-class AdaptiveEntropyConfig(GRPOConfig):
-    """`GRPOConfig`, and TRL's options of the controller; ``entropy_coef`` is the coefficient that it begins with.
+class EntropyOptions:
+    """TRL's options of the controller; ``entropy_coef`` is the coefficient that it begins with."""
 
-    Raises:
-        ValueError: naming the field, what was wanted and what came.
-    """
-
+    use_adaptive_entropy: bool = field(default=False, metadata={"help": "Move entropy_coef so that the entropy holds the target."})
     entropy_coef_min: float = field(default=0.0, metadata={"help": "Lowest coefficient."})
     entropy_coef_max: float = field(default=1.0, metadata={"help": "Highest coefficient."})
     entropy_coef_delta: float = field(default=0.005, metadata={"help": "By how much it moves in an optimiser step."})
     entropy_target: float = field(default=0.2, metadata={"help": "Mean entropy of a token, in nats, to hold the policy above."})
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
-        if self.entropy_coef_delta < 0:
-            raise ValueError(f"entropy_coef_delta must be >= 0, got {self.entropy_coef_delta!r}")
-        if not self.entropy_coef_min <= self.entropy_coef_max:
-            limit = f"entropy_coef_max, {self.entropy_coef_max!r}"
-            raise ValueError(f"entropy_coef_min must be at most {limit}, got {self.entropy_coef_min!r}")
+
+def check_entropy_options(args):
+    """Raises ValueError naming the option, what was wanted and what came."""
+    for name in ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"):
+        value = getattr(args, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if args.entropy_coef_delta < 0:
+        raise ValueError(f"entropy_coef_delta must be >= 0, got {args.entropy_coef_delta!r}")
+    if not args.entropy_coef_min <= args.entropy_coef_max:
+        limit = f"entropy_coef_max, {args.entropy_coef_max!r}"
+        raise ValueError(f"entropy_coef_min must be at most {limit}, got {args.entropy_coef_min!r}")
 
 
-class AdaptiveEntropyTrainer(GRPOTrainer):
-    """`GRPOTrainer` with the controller; ``args`` is an `AdaptiveEntropyConfig`. Its metric is ``entropy_coef``."""
+class AdaptiveEntropy:
+    """Of `GRPOTrainer`: the controller. Its metric is ``entropy_coef``."""
 
-    def __init__(self, *args, **keywords):
-        super().__init__(*args, **keywords)
-        if not isinstance(self.args, AdaptiveEntropyConfig):
-            raise TypeError(f"args must be an AdaptiveEntropyConfig, got {type(self.args).__name__}")
-        self._skips = False  # an entropy is that of all tokens, and the bonus trains those without advantage, too
-        self._coefficient, self._last_entropy, self._window = self.args.entropy_coef, math.inf, None
+    _coefficient, _last_entropy, _window = None, math.inf, None
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        applied = self._coefficient if self._last_entropy <= self.args.entropy_target else 0.0
-        self.loss_config = replace(self.loss_config, entropy_coef=applied)
-        loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
-        sums = self._entropy_and_tokens(output.entropy, inputs["mask"])
-        self._window = sums if self._window is None else self._window + sums
-        if self.accelerator.sync_gradients:
-            self._move()
-        return (loss, output) if return_outputs else loss
+    def training_step(self, *args, **keywords):
+        if self.args.use_adaptive_entropy:
+            begun = self.args.entropy_coef if self._coefficient is None else self._coefficient
+            applied = begun if self._last_entropy <= self.args.entropy_target else 0.0
+            self._coefficient, self.loss_config = begun, replace(self.loss_config, entropy_coef=applied)
+        return super().training_step(*args, **keywords)
+
+    def _record_loss(self, loss, metrics, output, inputs, micro, training):
+        super()._record_loss(loss, metrics, output, inputs, micro, training)
+        if training and self.args.use_adaptive_entropy:
+            sums = self._entropy_and_tokens(micro.spread(output.entropy), inputs["mask"])
+            self._window = sums if self._window is None else self._window + sums
+            if self.accelerator.sync_gradients:
+                self._move()
 
     def _entropy_and_tokens(self, entropy, mask):
         """[2]: the sum of the entropies that the bonus is of, and of how many tokens."""
@@ -90,14 +84,15 @@ class AdaptiveEntropyTrainer(GRPOTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
+        if self.args.should_save and self.args.use_adaptive_entropy:
             os.makedirs(output_dir, exist_ok=True)
             with open(os.path.join(output_dir, _FILE), "w") as file:
                 json.dump({"entropy_coef": self._coefficient, "last_world_entropy": self._last_entropy}, file)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and os.path.exists(path := os.path.join(checkpoint, _FILE)):
+        path = os.path.join(checkpoint or "", _FILE)
+        if checkpoint is not None and self.args.use_adaptive_entropy and os.path.exists(path):
             with open(path) as file:
                 state = json.load(file)
             self._coefficient, self._last_entropy = state["entropy_coef"], state["last_world_entropy"]

@@ -41,6 +41,7 @@ from . import diagnose, microbatch
 from .checks import check_datasets, check_process, raising_together, reward_functions
 from .completion_log import CompletionLog
 from .config import GRPOConfig
+from .entropy import AdaptiveEntropy
 from .evaluation import Evaluation
 from .metrics import Metrics, Recorded
 from .models import policy_and_reference, router_coefficient, runs_packed, with_head_factors
@@ -51,7 +52,7 @@ from .rollout_server import RolloutServer
 from .scoring import Scoring
 
 
-class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
+class GRPOTrainer(AdaptiveEntropy, Resume, Evaluation, Scoring, Metrics, Trainer):
     """`transformers.Trainer` that learns from rewards.
 
     Args:
@@ -99,7 +100,8 @@ class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
         self._takes_position_ids = "position_ids" in inspect.signature(causal_lm.base_model.forward).parameters
         self._packed = runs_packed(args.padding_free, causal_lm, self._takes_position_ids)
         self._router_coef = router_coefficient(causal_lm)
-        self._skips = args.skip_untrained and self._router_coef is None and microbatch.can_skip(self.loss_config)
+        needed = self._router_coef is not None or args.use_adaptive_entropy  # all completions
+        self._skips = args.skip_untrained and not needed and microbatch.can_skip(self.loss_config)
         self._completions = CompletionLog(args, reward_names(self.reward_funcs)) if args.log_completions else None
         self._rollout, self._rollout_index, self._order = None, None, None
         self._server = RolloutServer(args) if args.rollout_server else None
@@ -231,14 +233,13 @@ class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
         routed = {} if self._router_coef is None else {"output_router_logits": True}
         found = model(**micro.model_inputs, **routed, use_cache=False, fused_lm_head=loss)
         loss, aux_loss = found if routed else (found, None)
-        (output,) = made
-        # FSDP2 under bf16 rounds what a forward returns, log-probs too
+        (output,) = made  # FSDP2 under bf16 rounds what a forward returns, log-probs too
         loss = (loss + (output.loss.detach() - loss.detach())) * micro.scale
         metrics = output.metrics | {"policy_loss": output.metrics["policy_loss"] * micro.scale}
         if aux_loss is not None:
             loss = loss + self._router_coef * aux_loss
             metrics["aux_loss"] = aux_loss.detach()
-        self._record_loss(loss.detach(), metrics, output.logps, inputs, micro, model.training)
+        self._record_loss(loss.detach(), metrics, output, inputs, micro, model.training)
         output = output._replace(loss=loss.detach(), logps=micro.spread(output.logps), entropy=micro.spread(output.entropy))
         return (loss, output) if return_outputs else loss
 
