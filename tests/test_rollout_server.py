@@ -390,6 +390,7 @@ def test_an_aborted_completion_is_asked_for_again(tmp_path, server):
         (dict(rollout_server="localhost:8000"), "rollout_server must be a URL such as http://localhost:8000, got 'localhost:8000'"),
         (dict(rollout_server="http://"), "rollout_server must be a URL"),
         (dict(rollout_server=None, rollout_server_timeout=3.0), "rollout_server_timeout needs rollout_server, got 3.0"),
+        (dict(rollout_server=None, importance_sampling_mode="icepop"), "importance_sampling_mode must be None without rollout_server"),
         (dict(rollout_server_reload="restart"), "rollout_server_reload must be auto, vllm, sglang, none or a path .*, got 'restart'"),
         (dict(rollout_server_requests=0), "rollout_server_requests must be an integer >= 1, got 0"),
         (dict(rollout_server_retries=-1), "rollout_server_retries must be an integer >= 0, got -1"),
@@ -449,6 +450,22 @@ def test_the_loss_is_weighted_by_the_capped_ratio_of_trainer_to_sampler(tmp_path
     assert loss == pytest.approx(reference(**given, config=masked)[0].item(), rel=1e-4)
     others = [reference(**given, config=plain), reference(**given | {"importance_sampling_ratio": None}, config=masked)]
     assert all(abs(loss - other[0].item()) > 1e-3 * abs(loss) for other in others), "an input that changes nothing"
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_mode_of_the_loss_replaces_the_cap(tmp_path, server, steps):
+    """With its bound the same run, but for rounding; with another mode another one."""
+    found = {}
+    for name, options in {
+        "cap": dict(rollout_server_clip_max=1.1), "mode": dict(importance_sampling_mode="token_truncate", importance_sampling_clip_max=1.1),
+        "other": dict(importance_sampling_mode="sequence_mask", importance_sampling_clip_max=1.1),
+    }.items():  # fmt: skip
+        t = served(tmp_path / name, server(api="own"), rollout_server_reload="none", num_iterations=steps, max_steps=steps, **options)
+        assert t.args.corrects_sampler == (name == "cap")
+        t.train()
+        found[name] = weights(t.model)
+    rounding, moved = (found["mode"] - found["cap"]).norm(), (found["other"] - found["cap"]).norm()
+    assert rounding < 1e-3 * moved and moved > 1e-3 * found["cap"].norm()
 
 
 def test_without_a_cap_the_log_probs_alone_are_passed_on(tmp_path, server):

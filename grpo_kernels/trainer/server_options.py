@@ -37,13 +37,14 @@ class ServerOptions:
     )
     rollout_server_clip_max: float | None = field(
         default=2.0,
-        metadata={"help": "Highest weight of a token, the trainer's probability by the sampler's; None: no such weights."},
+        metadata={"help": "Highest weight of a token, trainer's probability by sampler's; None: none. A mode replaces it."},
     )
 
     @property
     def corrects_sampler(self) -> bool:
-        """Whether the loss is weighted by the ratio of trainer to sampler."""
-        return self.rollout_server is not None and self.rollout_server_clip_max is not None
+        """Whether a rollout brings the ratio of trainer to sampler; with ``importance_sampling_mode`` the loss makes it."""
+        asked = self.rollout_server is not None and self.rollout_server_clip_max is not None
+        return asked and self.importance_sampling_mode is None
 
 
 def check_server_options(args):
@@ -52,6 +53,9 @@ def check_server_options(args):
         for f in fields(ServerOptions):
             if getattr(args, f.name) != f.default:
                 raise ValueError(f"{f.name} needs rollout_server, got {getattr(args, f.name)!r}")
+        if args.importance_sampling_mode is not None:
+            raise ValueError("importance_sampling_mode must be None without rollout_server, whose log-probs it corrects, got "
+                             f"{args.importance_sampling_mode!r}")  # fmt: skip
         return
     split_url(args.rollout_server)
     how = args.rollout_server_reload
