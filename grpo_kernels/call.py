@@ -35,7 +35,7 @@ from .distributed import (
     top_tokens_over_ranks,
     validate_across_ranks,
 )
-from .engine.fixed_order import batch_invariance
+from .engine.fixed_order import batch_invariance, fixed_logits
 from .engine.operands import Head, Rows, Teacher, Work, can_sync
 from .engine.ops import row_divergences, row_logprobs
 from .engine.pairs import PairRows, RangeScores, range_logprobs, teacher_pair_logits, with_pair_logits
@@ -419,7 +419,7 @@ def _head_and_work(args, diagnostics):
         divergence=args.teacher and args.teacher.divergence,
         teacher_transform=args.teacher and args.teacher.transform,
         batch_invariant=invariant,
-        own_statistics=isinstance(args, LossArguments) and args.teacher is not None and invariant is not False,
+        own_statistics=isinstance(args, LossArguments) and args.teacher is not None and fixed_logits(invariant, weight),
     )
 
 
