@@ -40,7 +40,7 @@ sanitize: $(STAMP)
 
 # What other projects' own tests go over, on our adapters. verl's packages stay beside the environment, which they would disturb.
 test-peers: $(STAMP) $(VENV)/peers/verl
-	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest -q -n auto tests/test_peers.py tests/test_verl.py $(TEST_ARGS)
+	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest -q -n auto tests/test_peers.py tests/test_verl.py tests/test_verl_losses.py $(TEST_ARGS)
 
 # The trainer's run under Ray Train with a worker that is killed, and verl's plugin in a Ray worker; minutes, so not part of the others.
 test-ray: $(STAMP) $(VENV)/peers/verl

@@ -32,8 +32,9 @@ def blocks_at_once(registers: int, warps: int, shared: int = 0, architecture: st
 
 
 def judged(code, warps: int, shared: int, architecture: str, size: int, out_size: int, bias: bool = False, tiles: int = 1) -> dict:
-    """What a kernel takes of a multiprocessor, and its clocks for 1000 logits of ``size`` bytes with results of ``out_size``, 0 where
-    what a loop stores are no results.
+    """What a kernel takes of a multiprocessor, and its clocks for 1000 logits of ``size`` bytes with results of ``out_size``.
+
+    ``out_size`` is 0 where what a loop stores are no results.
 
     flight   bytes that the resident warps' loads have under way, on average over a turn: of the loop that has least
     memory   clocks for the bytes read and written at the whole bandwidth, as if no cache held anything

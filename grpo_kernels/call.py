@@ -29,12 +29,13 @@ from .distributed import (
     gathered_sequence,
     group_in_use,
     group_of,
+    marked_tokens_over_ranks,
     of_dtensors,
     token_count,
     top_tokens_over_ranks,
     validate_across_ranks,
 )
-from .engine.fixed_order import batch_invariance
+from .engine.fixed_order import batch_invariance, fixed_logits
 from .engine.operands import Head, Rows, Teacher, Work, can_sync
 from .engine.ops import row_divergences, row_logprobs
 from .engine.pairs import PairRows, RangeScores, range_logprobs, teacher_pair_logits, with_pair_logits
@@ -42,6 +43,7 @@ from .engine.plan import default_budget
 from .engine.products import accumulation_dtype
 from .engine.temperature import with_temperature_gradient
 from .losses.config import GRPOLossConfig
+from .losses.correction import check_correction
 from .losses.objective import (
     depends_on_its_row_alone,
     evaluate,
@@ -248,6 +250,7 @@ class LossArguments(TokenArguments):
             raise ValueError("kl_estimator must be 'k3' for a loss from logits, got 'exact': see fused_linear_grpo_loss")
         if self.config.beta != 0 and not self.config.exact_kl and self.ref_logps is None:
             raise ValueError(f"ref_logps must be given when beta != 0 (beta = {self.config.beta}), got None")
+        check_correction(self.config, self.importance_sampling_ratio, self.sampling_logps)
         check_num_items(self.num_items, self.config)
         constants = "advantages", "old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps", "num_items"
         refuse_lost_gradients(self.config, **{name: getattr(self, name) for name in constants})
@@ -416,7 +419,7 @@ def _head_and_work(args, diagnostics):
         divergence=args.teacher and args.teacher.divergence,
         teacher_transform=args.teacher and args.teacher.transform,
         batch_invariant=invariant,
-        own_statistics=isinstance(args, LossArguments) and args.teacher is not None and invariant is not False,
+        own_statistics=isinstance(args, LossArguments) and args.teacher is not None and fixed_logits(invariant, weight),
     )
 
 
@@ -548,7 +551,8 @@ class TokenLoss:
         """(loss, metrics) of log-probs and entropies, and where it is exact the KL, in the layout of the caller."""
         logps, entropy, kl = map(self.layout.pad, (logps, entropy, kl))
         top = top_tokens_over_ranks(entropy.detach().where(self.inputs.mask > 0, 0.0), self.inputs.mask, self.config, self.group)
-        loss, metrics = evaluate(self.inputs, logps, entropy, self.config, top, self.reduction, kl)
+        marked = marked_tokens_over_ranks(logps.detach(), self.inputs, self.config, self.group)
+        loss, metrics = evaluate(self.inputs, logps, entropy, self.config, top, self.reduction, kl, marked)
         return (self.layout.unpad(loss) if self.reduction == "none" else loss), metrics
 
     def coefficients(self, index):

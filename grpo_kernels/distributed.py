@@ -25,7 +25,9 @@ import torch
 import torch.distributed as dist
 
 from .losses.config import GRPOLossConfig
+from .losses.covariance import call_sums, lowest, marked_count, marking_order
 from .losses.objective import entropy_threshold, masked_last, metric_weight, top_tokens
+from .losses.terms import TERMS
 
 _OF_THE_KEEPING = ("_min", "_max", "phi_seq_mean")  # metrics of ranks that keep a token
 _NUMBERS = 16  # in an exchange before the first tile
@@ -293,7 +295,8 @@ def group_in_use(config, data_parallel_group):
     """The group where the loss has collectives over it, else None."""
     if data_parallel_group is None or not isinstance(config, GRPOLossConfig):
         return None
-    if config.top_entropy_quantile == 1 and not _means_over(config, data_parallel_group):
+    means = _means_over(config, data_parallel_group) or _marks_over(config, data_parallel_group)
+    if config.top_entropy_quantile == 1 and not means:
         return None
     return data_parallel_group.group if isinstance(data_parallel_group, QuantileOnly) else data_parallel_group
 
@@ -302,6 +305,12 @@ def _means_over(config, data_parallel_group):
     """Whether bnpo or the entropy bonus is a mean over the ranks' tokens."""
     means = config.aggregation == "bnpo" or config.entropy_coef != 0
     return means and not (data_parallel_group is None or isinstance(data_parallel_group, QuantileOnly))
+
+
+def _marks_over(config, data_parallel_group):
+    """Whether clip_cov or kl_cov chooses among the ranks' tokens."""
+    marks = TERMS[config.loss_type].scope == "call"
+    return marks and not (data_parallel_group is None or isinstance(data_parallel_group, QuantileOnly))
 
 
 def token_count(m, config, data_parallel_group):
@@ -327,6 +336,22 @@ def top_tokens_over_ranks(entropy, m, config, data_parallel_group):
     own = top.sum().clamp(min=1)
     share = token_count(top, config, data_parallel_group) if config.entropy_coef != 0 else None
     return top, own if share is None else share
+
+
+@torch.no_grad()
+def marked_tokens_over_ranks(logps, t, config, data_parallel_group):
+    """[B, T] bool: this rank's of the tokens that clip_cov or kl_cov marks among all; None without a group or such a loss."""
+    if not _marks_over(config, data_parallel_group):
+        return None
+    m, rank = t.mask, dist.get_rank(data_parallel_group)
+    logps = logps.where(m > 0, 0.0)
+    sums = call_sums(logps, t)
+    count("marks", sums)
+    dist.all_reduce(sums, group=data_parallel_group)
+    order = marking_order(logps, t, sums, config, rank)
+    ranks = _gathered_ragged(order.flatten(), data_parallel_group)
+    chosen = lowest(ranks, marked_count(sums[2], config)).view(dist.get_world_size(data_parallel_group), -1)
+    return chosen[rank, : m.numel()].view_as(m)
 
 
 def _gathered_ragged(values, group):

@@ -67,10 +67,12 @@ def fused_linear_grpo_loss(
         bias: [V], differentiable; may hold -inf.
         old_logps: [B, T] log-probs of the policy that sampled; None = on-policy.
         ref_logps: [B, T] log-probs of the reference; needed when ``config.beta != 0``, unless ``config.kl_estimator`` is ``exact``.
-        importance_sampling_ratio: [B, T] or [B, 1], trainer over sampler.
-        sampling_logps: [B, T], may hold nan; for the off-policy mask, falls back to ``old_logps``.
-        num_items: the exact divisor of dapo, cispo and vespo: a number > 0, or a 0-dim tensor (clamped to >= 1, not
-            synchronised); None = the kept tokens. Under DDP's mean of gradients pass the global count / world size.
+        importance_sampling_ratio: [B, T] or [B, 1], trainer over sampler; ``config.importance_sampling_mode`` makes it instead.
+        sampling_logps: [B, T], may hold nan; for that mode, which needs them, and for the off-policy mask, which falls back to
+            ``old_logps``.
+        num_items: the exact divisor of dapo, cispo, vespo and of verl's losses but gspo and geo_mean: a number > 0, or a 0-dim
+            tensor (clamped to >= 1, not synchronised); None = the kept tokens. Under DDP's mean of gradients pass the global
+            count / world size.
         config: `GRPOLossConfig`; options and tensors that its loss_type does not use are ignored.
         temperature: [B, T] or a 0-dim tensor, overrides ``config.temperature``; differentiable, in two phases, but for an exact KL.
             A number goes into the config.
@@ -81,8 +83,9 @@ def fused_linear_grpo_loss(
             is a DTensor in Shard(0) brings its own group, and nothing of it is gathered.
         sequence_parallel: hidden is sharded over that group along its first dimension, in rank order: it is gathered here, and
             its gradient reduce-scattered.
-        data_parallel_group: torch.distributed group over which the entropy quantile is taken, and bnpo and the entropy bonus
-            are means: the mean of the ranks' losses is then that of all their tokens. All ranks of it must call.
+        data_parallel_group: torch.distributed group over which the entropy quantile is taken, clip_cov and kl_cov choose their
+            tokens, and bnpo and the entropy bonus are means: the mean of the ranks' losses is then that of all their tokens. All
+            ranks of it must call.
         cu_seqlens: [B + 1] int32, packed layout: hidden [N, D], every per-token tensor [N], advantages [B] or [N],
             importance_sampling_ratio [B, 1] or [N].
         kept_rows: [N] int64, ascending indices into the flattened tokens, equal to mask's nonzero. With it the forward does
@@ -116,7 +119,7 @@ def fused_linear_grpo_loss(
         TypeError, ValueError: naming the argument, what was wanted and what came.
         RuntimeError: a named backend cannot be used.
 
-    Source: ratio, clipping, k3: Shao et al. 2024; the other losses as named in README.md.
+    Source: ratio, clipping, k3: Shao et al. 2024; the other losses as named in docs/losses.md.
     """
     args = LossArguments(
         hidden, weight, completion_ids, mask, config, bias, temperature, lora, vocab_parallel_group, sequence_parallel,

@@ -15,7 +15,7 @@ import torch
 
 from grpo_kernels import GRPOLossConfig
 from grpo_kernels.engine import operands, plan, products
-from grpo_kernels.losses.config import LOSS_TYPES
+from grpo_kernels.losses.config import TRL_LOSS_TYPES
 
 # ratios: below, inside and above every clip range drawn here, and beyond every delta
 BANDS = ((0.35, 0.7), (0.87, 1.13), (1.35, 1.8), (2.6, 4.5))
@@ -304,7 +304,7 @@ def draw_config(rng: random.Random, tokens=0, **fixed) -> GRPOLossConfig:
         if quantile > 0 and not 0.02 < rank % 1 < 0.98:
             quantile = 1.0
     options = dict(
-        loss_type=rng.choice(LOSS_TYPES),
+        loss_type=rng.choice(TRL_LOSS_TYPES),
         importance_sampling_level=rng.choice(["token", "token", "sequence"]),
         epsilon=rng.choice([0.2, 0.25]),
         epsilon_high=rng.choice([None, 0.28, 0.2, 2.1, 5.5]),

@@ -16,7 +16,15 @@ import grpo_kernels
 from grpo_kernels import GRPOLossConfig, reference
 from grpo_kernels.checks import BACKENDS, Backend
 from grpo_kernels.logprobs import LogProbsOptions
-from grpo_kernels.losses.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_FIELDS, LOSS_TYPES, LossOptions, LossType, _warn_of_low_cap
+from grpo_kernels.losses.config import (
+    IMPORTANCE_SAMPLING_LEVELS,
+    LOSS_FIELDS,
+    LOSS_TYPES,
+    TRL_LOSS_TYPES,
+    LossOptions,
+    LossType,
+    _warn_of_low_cap,
+)
 
 B, T, D, V = 3, 4, 8, 11
 LONG_IDS = torch.zeros(B, T, dtype=torch.long)
@@ -209,7 +217,7 @@ def test_what_is_bad_under_the_mask_only_is_no_error(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
 def test_unused_options_and_tensors_are_ignored_never_refused(loss, loss_type):
     config = GRPOLossConfig(loss_type=loss_type, max_completion_length=9, delta=1e-3, epsilon_high=7.0, epsilon=3.0,
                             vespo_lambda_neg=-3.0, sapo_temperature_neg=0.01)  # fmt: skip
@@ -224,7 +232,7 @@ def test_unused_options_and_tensors_are_ignored_never_refused(loss, loss_type):
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("poisoned", ["hidden", "weight", "bias", "old_logps", "ref_logps"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
 def test_poison_at_kept_positions_is_a_nan_loss(loss, poisoned, poison, loss_type):
     """In a sequence that trains and in one whose advantage is 0."""
     p = make_problem(B=B, T=T, D=D, V=V, dtype=torch.float32, bias=True, all_masked_sequence=False)
@@ -253,7 +261,9 @@ def test_poison_at_kept_positions_is_a_nan_loss(loss, poisoned, poison, loss_typ
      ("entropy_coef", math.inf), ("top_entropy_quantile", -0.01), ("top_entropy_quantile", 1.01),
      ("off_policy_mask_threshold", math.nan), ("max_completion_length", 0), ("max_completion_length", 2.5),
      ("sapo_temperature_pos", 0), ("sapo_temperature_neg", -1), ("vespo_k_pos", math.nan), ("vespo_lambda_pos", None),
-     ("vespo_k_neg", [1]), ("vespo_lambda_neg", math.inf)],
+     ("vespo_k_neg", [1]), ("vespo_lambda_neg", math.inf), ("dro_beta", 0), ("dro_beta", "1"), ("clip_cov_ratio", 0), ("kl_cov_ratio", 1.5),
+     ("clip_cov_lb", None), ("clip_cov_ub", math.nan), ("ppo_kl_coef", None), ("importance_sampling_mode", "token"),
+     ("importance_sampling_mode", 1), ("importance_sampling_clip_min", -0.5), ("importance_sampling_clip_max", math.nan)],
 )  # fmt: skip
 def test_wrong_options(field, value):
     with pytest.raises(ValueError) as caught:
@@ -276,7 +286,8 @@ def test_options_are_frozen_complete_and_named_as_documented():
         use_bias_correction_kl=True, temperature=1.0, logit_scale=1.0, softcap=None, entropy_coef=0.0,
         top_entropy_quantile=1.0, off_policy_mask_threshold=None, max_completion_length=None, sapo_temperature_pos=1.0,
         sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
-        kl_estimator="k3",
+        kl_estimator="k3", dro_beta=None, clip_cov_ratio=0.0002, clip_cov_lb=1.0, clip_cov_ub=5.0, kl_cov_ratio=0.0002, ppo_kl_coef=0.1,
+        importance_sampling_mode=None, importance_sampling_clip_min=None, importance_sampling_clip_max=3.0,
     )  # fmt: skip
     assert dataclasses.asdict(config) == documented and tuple(documented) == LOSS_FIELDS
     assert set(IMPORTANCE_SAMPLING_LEVELS) == {"token", "sequence"}
@@ -295,8 +306,6 @@ def test_what_belongs_to_the_call_is_not_an_option_of_the_module():
         grpo_kernels.FusedLinearGRPOLoss(loss_type="grpo", backend="torch", workspace_bytes=1)
     with pytest.raises(TypeError, match="config must not be given to the call"):
         grpo_kernels.FusedLinearGRPOLoss()(*make_problem(B=2, T=3, V=9).arguments()[0], config=GRPOLossConfig())
-    with pytest.raises(ValueError, match="got 'gspo'; GSPO is importance_sampling_level='sequence'"):
-        grpo_kernels.FusedLinearGRPOLoss(loss_type="gspo")
 
 
 def test_half_of_a_shift_is_named():

@@ -18,7 +18,7 @@ from grpo_kernels import (
     objective,
     reference,
 )
-from grpo_kernels.losses.config import LOSS_TYPES
+from grpo_kernels.losses.config import TRL_LOSS_TYPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -378,7 +378,7 @@ def test_lse_of_a_frozen_head_and_without_gradients(needs):
 
 
 PER_TOKEN = [GRPOLossConfig(loss_type=name, importance_sampling_level=level, beta=0.1, delta=2.2, epsilon_high=0.28, max_completion_length=7)
-             for name in LOSS_TYPES for level in ("token", "sequence")]  # fmt: skip
+             for name in TRL_LOSS_TYPES for level in ("token", "sequence")]  # fmt: skip
 PER_TOKEN += [GRPOLossConfig(entropy_coef=0.3, top_entropy_quantile=0.6), GRPOLossConfig(loss_type="grpo", off_policy_mask_threshold=0.1)]
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grpo_kernels import GRPOLossConfig, fused_linear_distillation_loss, fused_linear_grpo_loss, linear_divergence, reference
 from grpo_kernels.bench import peers
 from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEVICES, Problem, predict
-from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES
+from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES, TRL_LOSS_TYPES
 from grpo_kernels.trainer.demo import make_tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -37,27 +37,36 @@ def table(file, heading):
 
 # what is changed, beside which an option that is used shows
 BASE = dict(epsilon=0.2, epsilon_high=1.0, delta=2.5, entropy_coef=0.1, top_entropy_quantile=0.6, off_policy_mask_threshold=0.1,
-            max_completion_length=9)  # fmt: skip
+            max_completion_length=9, dro_beta=0.7, clip_cov_ratio=0.3, clip_cov_lb=-1.0, kl_cov_ratio=0.3)  # fmt: skip
+# dppo's bounds are of probabilities, which are small here; gspo's ratios, which are means, seldom leave the range
+OWN = {"dppo_tv": dict(epsilon=0.001, epsilon_high=0.001), "dppo_kl": dict(epsilon=1e-4, epsilon_high=1e-4), "gspo": dict(epsilon=0.9)}
 CHANGED = {
     "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.4, "delta": 2.2, "beta": 0.4, "use_bias_correction_kl": False,
     "temperature": 1.3, "logit_scale": 1.5, "softcap": 2.0, "entropy_coef": 0.5, "top_entropy_quantile": 0.2, "off_policy_mask_threshold": -2.0,
     "max_completion_length": 20, "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 2.0, "vespo_k_pos": 1.0, "vespo_lambda_pos": 1.0,
-    "vespo_k_neg": 1.0, "vespo_lambda_neg": 1.0, "kl_estimator": "exact",
+    "vespo_k_neg": 1.0, "vespo_lambda_neg": 1.0, "kl_estimator": "exact", "dro_beta": 2.0,
+    "clip_cov_ratio": 0.8, "clip_cov_lb": 0.1, "clip_cov_ub": 0.2, "kl_cov_ratio": 0.8, "ppo_kl_coef": 2.0,
+    "importance_sampling_mode": "token_truncate", "importance_sampling_clip_min": 0.9, "importance_sampling_clip_max": 1.2,
 }  # fmt: skip
+# options of the correction, which makes the ratio that the others are given
+CORRECTION = {"importance_sampling_mode": None, "importance_sampling_clip_min": "token_mask", "importance_sampling_clip_max": "token_mask"}
 TENSORS = ("old_logps", "ref_logps", "importance_sampling_ratio", "sampling_logps", "num_items")
 
 
 def made(loss_type, **changed):
-    config = GRPOLossConfig(**{**BASE, "loss_type": loss_type, **changed})
+    config = GRPOLossConfig(**{**BASE, **OWN.get(loss_type, {}), "loss_type": loss_type, **changed})
     # drawn by the same config, so that two calls differ by the option alone
     drawn = GRPOLossConfig(**{**BASE, "loss_type": loss_type})
     return dataclasses.replace(make_problem(B=9, config=drawn, confident=False, sampling=True, ratio="token", num_items=11.0), config=config)
 
 
 @functools.cache
-def result(loss_type, beta, name=None):
-    """Loss and gradients, with one option or tensor changed."""
-    problem = made(loss_type, **{"beta": beta, **({name: CHANGED[name]} if name in CHANGED else {})})
+def result(loss_type, beta, name=None, mode=False):
+    """Loss and gradients, with one option or tensor changed; ``mode``: of a correction, in place of a ratio."""
+    changed = {"beta": beta} if mode is False else {"beta": beta, "importance_sampling_mode": mode}
+    problem = made(loss_type, **{**changed, **({name: CHANGED[name]} if name in CHANGED else {})})
+    if mode is not False:
+        problem = dataclasses.replace(problem, importance_sampling_ratio=None)
     if name in TENSORS:
         value = getattr(problem, name)
         problem = dataclasses.replace(problem, **{name: value + 1.0 if name == "sampling_logps" else value * 2})
@@ -69,14 +78,16 @@ def result(loss_type, beta, name=None):
 
 
 def cell(loss_type, name):
-    uses = [not torch.equal(result(loss_type, beta), result(loss_type, beta, name)) for beta in (0.0, 0.3)]
+    mode = CORRECTION.get(name, False)
+    uses = [not torch.equal(result(loss_type, beta, None, mode), result(loss_type, beta, name, mode)) for beta in (0.0, 0.3)]
     return "yes" if uses[0] else "KL" if uses[1] else ""
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_what_a_loss_ignores_is_what_the_table_leaves_empty(loss_type):
-    head, *rows = table("metrics.md", "What a loss ignores")
-    assert tuple(head[1:]) == LOSS_TYPES
+    of_trl = loss_type in TRL_LOSS_TYPES
+    head, *rows = table("metrics.md", "What a loss ignores" if of_trl else "What verl's losses ignore")
+    assert tuple(head[1:]) == (TRL_LOSS_TYPES if of_trl else LOSS_TYPES[len(TRL_LOSS_TYPES) :])
     written = {row[0]: row[head.index(loss_type)] for row in rows}
     assert set(written) == {*LOSS_FIELDS, *TENSORS} - {"loss_type"}
     assert written == {name: cell(loss_type, name) for name in written}
@@ -104,7 +115,8 @@ def test_the_policy_loss_holds_the_kl():
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_run_logs_the_metrics_of_the_tables(tmp_path, loss_type):
-    t = trainer(tmp_path, model=tiny_model(), loss_type=loss_type, beta=0.3, max_steps=1, eval_dataset=DATA[:2], eval_strategy="steps", eval_steps=1)
+    options = dict(beta=0.3, dro_beta=0.5, max_steps=1, eval_dataset=DATA[:2], eval_strategy="steps", eval_steps=1)
+    t = trainer(tmp_path, model=tiny_model(), loss_type=loss_type, **options)
     t.train()
     of_loss = {row[0] for row in table("metrics.md", "Of the loss")[1:] if there(row[3], loss_type, 0.3)}
     of_trainer = {row[0].replace("NAME", "digit_sum"): row[3].split(", ") for row in table("metrics.md", "Of the trainer")[1:]}

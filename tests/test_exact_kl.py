@@ -14,7 +14,7 @@ from test_work import operations
 from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
 from grpo_kernels import FusedLinearGRPOLoss, GRPOLossConfig, fused_linear_grpo_loss, objective, reference
-from grpo_kernels.losses.config import LOSS_TYPES
+from grpo_kernels.losses.config import TRL_LOSS_TYPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAN, INF = math.nan, math.inf
@@ -90,7 +90,7 @@ def weights_by_hand(p, loss_type):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
 def test_the_reference_is_the_sentence(loss_type, level):
     for seed in range(6):
         config = GRPOLossConfig(loss_type=loss_type, importance_sampling_level=level, beta=-0.4 if seed == 3 else 0.3,
@@ -154,7 +154,7 @@ def test_float64_equals_the_reference(block, backend):  # noqa: F811
 
 @pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
 def test_every_loss_and_level(loss_type, level, on_policy, backend):  # noqa: F811
     variants = [{}, {"entropy_coef": 0.2}, {"top_entropy_quantile": 0.57}, {"off_policy_mask_threshold": 0.1}]
     for i, changes in enumerate(variants[: 1 if slow(backend) else 4]):

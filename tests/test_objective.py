@@ -13,11 +13,11 @@ from problems import BANDS, draw_config
 from tolerance import assert_all_close, assert_close
 
 from grpo_kernels import GRPOLossConfig, objective
-from grpo_kernels.losses.config import LOSS_TYPES
+from grpo_kernels.losses.config import TRL_LOSS_TYPES
 from grpo_kernels.losses.objective import known_zero, linear_coefficients, prepare
 from grpo_kernels.losses.terms import TERMS, PolicyRows, row_coefficient
 
-CLIPPED = tuple(name for name, term in TERMS.items() if term.kind == "clipped")
+CLIPPED = tuple(name for name in TRL_LOSS_TYPES if TERMS[name].kind == "clipped")
 
 
 def draw_tokens(rng, g, config, T=None):
@@ -122,7 +122,7 @@ def test_loss_gradients_and_metrics_equal_trl(block):
         float32_numbers = dict(sapo_temperature_neg=1.25, sapo_temperature_pos=rng.choice([1.0, 0.75]),
                                vespo_k_pos=1.5, vespo_k_neg=0.5, vespo_lambda_pos=rng.choice([3.0, 2**-13]),
                                vespo_lambda_neg=0.875)  # fmt: skip
-        config = draw_config(rng, **float32_numbers, loss_type=LOSS_TYPES[seed % len(LOSS_TYPES)])
+        config = draw_config(rng, **float32_numbers, loss_type=TRL_LOSS_TYPES[seed % len(TRL_LOSS_TYPES)])
         logps, entropy, inputs = draw_tokens(rng, g, config)
         ours, theirs = call_objective(logps, entropy, inputs, config), call_trl(logps, entropy, inputs, config)
         counts = {n for n in theirs if n.startswith(("clip_ratio", "cispo"))}  # TRL adds these in float32
@@ -146,7 +146,7 @@ def objective_tokens(B=3, T=4, **more):
 
 CONFIGS = [
     GRPOLossConfig(loss_type=loss, importance_sampling_level=level, beta=beta, max_completion_length=5, entropy_coef=0.1 * beta)
-    for loss in LOSS_TYPES
+    for loss in TRL_LOSS_TYPES
     for level in ("token", "sequence")
     for beta in (0.0, 0.5)
 ]
@@ -353,7 +353,7 @@ rows = st.fixed_dictionaries(
 
 
 @settings(max_examples=400, deadline=None)
-@given(row=rows, options=clip_options, loss_type=st.sampled_from([x for x in LOSS_TYPES if x != "vespo"]))
+@given(row=rows, options=clip_options, loss_type=st.sampled_from([x for x in TRL_LOSS_TYPES if x != "vespo"]))
 def test_coefficient_is_the_derivative_of_the_objective(row, options, loss_type):
     config = GRPOLossConfig(**{**options, "loss_type": loss_type}, beta=row["beta"], max_completion_length=3,
                             use_bias_correction_kl=row["corrected"])  # fmt: skip
@@ -428,7 +428,7 @@ def test_a_nan_is_never_called_zero():
         logps, _, inputs = objective_tokens(importance_sampling_ratio=torch.ones(3, 4, dtype=torch.float64))
         inputs["advantages"][:] = 0
         inputs[poisoned][1, 2] = math.nan
-        for loss_type in LOSS_TYPES:
+        for loss_type in TRL_LOSS_TYPES:
             if loss_type == "vespo" and poisoned != "old_logps":
                 continue
             config = GRPOLossConfig(loss_type=loss_type, max_completion_length=4)
@@ -436,7 +436,7 @@ def test_a_nan_is_never_called_zero():
             assert not zero[1, 2] and zero.sum() == 11, loss_type
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_gradcheck(loss_type, level):
     """Against finite differences, where no stop-gradient stands in between."""

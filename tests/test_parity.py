@@ -22,7 +22,7 @@ from grpo_kernels import (
 )
 from grpo_kernels.backends import triton
 from grpo_kernels.engine import products
-from grpo_kernels.losses.config import LOSS_TYPES
+from grpo_kernels.losses.config import TRL_LOSS_TYPES
 
 NAMES = ("torch", "cpu", "triton") if DEVICE == "cpu" else ("torch", "triton", "cuda")
 BACKENDS = [name for name, reason in available_backends().items() if reason is None and name in NAMES]
@@ -787,7 +787,7 @@ def test_a_backend_that_is_asked_for_and_absent_is_an_error_with_the_remedy():
 
 
 @on_the_cpu
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
 def test_auto_is_one_of_the_named_backends(loss_type):
     p = make_problem(config=GRPOLossConfig(loss_type=loss_type, max_completion_length=9), dtype=torch.float32)
     auto = run(fused_linear_grpo_loss, p).flat()

@@ -7,7 +7,7 @@ import torch
 from problems import BANDS, draw_config, draw_problem, make_problem, packed, policy_logps
 
 from grpo_kernels import GRPOLossConfig, reference
-from grpo_kernels.losses.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES
+from grpo_kernels.losses.config import IMPORTANCE_SAMPLING_LEVELS, TRL_LOSS_TYPES
 
 
 def test_every_branch_of_the_clipped_loss_is_planted():
@@ -40,9 +40,9 @@ def test_ratios_stay_clear_of_the_bounds(level):
 
 def test_random_problems_draw_every_option():
     configs = [draw_config(random.Random(seed), tokens=20) for seed in range(300)]
-    assert {c.loss_type for c in configs} == set(LOSS_TYPES)
+    assert {c.loss_type for c in configs} == set(TRL_LOSS_TYPES)
     both = {(c.loss_type, c.importance_sampling_level) for c in configs}
-    assert len(both) == 2 * len(LOSS_TYPES)
+    assert len(both) == 2 * len(TRL_LOSS_TYPES)
     drawn = [draw_problem(seed) for seed in range(200)]
     for name in ("bias", "lora_a", "temperature", "old_logps", "importance_sampling_ratio", "sampling_logps",
                  "num_items", "cu_seqlens"):  # fmt: skip

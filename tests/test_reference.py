@@ -9,7 +9,7 @@ from problems import draw_problem, make_problem, packed, run
 from tolerance import assert_all_close, assert_close
 
 from grpo_kernels import GRPOLossConfig, objective, reference
-from grpo_kernels.losses.config import LOSS_TYPES
+from grpo_kernels.losses.config import TRL_LOSS_TYPES
 
 
 def plain_log_probs(p):
@@ -116,7 +116,7 @@ def test_dtypes(dtype, result):
     assert_close("loss", out.loss, exact.loss, {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.1))
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
 def test_a_gradient_of_gradients_and_a_second_backward(loss_type):
     p = make_problem(B=3, T=4, V=21, config=GRPOLossConfig(loss_type=loss_type, max_completion_length=4))
     positional, keywords, leaves = p.arguments()

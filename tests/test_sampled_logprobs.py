@@ -210,8 +210,15 @@ def test_what_cannot_be_scored_is_refused():
         pass
     with sampled_logprobs(model), pytest.raises(RuntimeError, match="inside of another block"), sampled_logprobs(model):
         pass
+    with pytest.raises(TypeError, match="support must be the recorder of recorded_support, got bool"), sampled_logprobs(model, support=True):
+        pass
     with sampled_logprobs(model) as sampler, pytest.raises(RuntimeError, match="no sampled token"):
         sampler.log_probs(torch.ones(1, 1))
+    with sampled_logprobs(model) as sampler:
+        model.generate(torch.full((1, 3), 9), max_new_tokens=1, do_sample=False, eos_token_id=None, pad_token_id=0)
+        for wrong, named in ((None, "NoneType"), (torch.ones(1), "torch.float32")):
+            with pytest.raises(TypeError, match=rf"mask must be a tensor \[B, T\], got {named}"):
+                sampler.log_probs(wrong)
     prompts = torch.full((2, 3), 9)
     with sampled_logprobs(model) as sampler:
         out = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -31,7 +31,7 @@ from grpo_kernels import (
 from grpo_kernels import support as support_module
 from grpo_kernels.backends import pytorch
 from grpo_kernels.engine import ops
-from grpo_kernels.losses.config import LOSS_TYPES
+from grpo_kernels.losses.config import TRL_LOSS_TYPES
 from grpo_kernels.support import Facts
 
 
@@ -107,7 +107,7 @@ def test_no_worse_than_full_logits_in_their_dtype(block, dtype, backend):
 
 @every_backend
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_every_loss(loss_type, level, layout, backend):
     config = GRPOLossConfig(loss_type=loss_type, importance_sampling_level=level, beta=0.04, entropy_coef=0.01, max_completion_length=9,

@@ -339,4 +339,4 @@ def test_the_demo_under_torchrun_speaks_once(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[-1].startswith("accuracy ") and lines[0].startswith("A Llama of")
     assert [sum(line.startswith(word) for line in lines) for word in ("1. ", "2. ", "3. ", "4. ", "time: ")] == [1] * 5
-    assert (tmp_path / "out" / "training.png").exists() and (tmp_path / "out" / "checkpoint-2").is_dir()
+    assert (tmp_path / "out" / "report.html").exists() and (tmp_path / "out" / "checkpoint-2").is_dir()

@@ -36,6 +36,9 @@ def problems():
     yield "stash", make_problem(B=6, V=V, lora=True, config=GRPOLossConfig(loss_type="vespo", softcap=6.0)), 2**20
     yield "recomputed", make_problem(B=6, V=V, lora=True, config=GRPOLossConfig(loss_type="vespo", entropy_coef=0.1, softcap=6.0)), small
     yield "quantile", make_problem(V=V, config=GRPOLossConfig(top_entropy_quantile=0.4)), 2**20
+    for loss in ("gspo", "geo_mean", "dppo_kl", "clip_cov", "kl_cov"):  # which tokens are marked is the same on all ranks
+        options = dict(clip_cov_ratio=0.1, clip_cov_lb=-1.0, kl_cov_ratio=0.3, importance_sampling_mode="token_mask")
+        yield loss, make_problem(V=V, sampling=True, on_policy=loss == "kl_cov", config=GRPOLossConfig(loss_type=loss, **options)), 2**20
     nothing = make_problem(V=V, bias=True)
     nothing.mask[:] = False
     yield "all masked", nothing, 2**20

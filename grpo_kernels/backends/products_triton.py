@@ -54,8 +54,6 @@ def product_kernel(
     b_n,
     out_m,
     out_n,
-    again_m,  # out's strides once more: one address for what is read and written would stay in registers all the while
-    again_n,
     alpha: tl.float64,
     ADD: tl.constexpr,
     ACC: tl.constexpr,
@@ -92,7 +90,7 @@ def product_kernel(
         if left > 0:
             sums = _add_step(sums, a_ptr, b_ptr, a_at, b_at, of_a, of_b, left, WIDEN, STEP)
         total = tl.fma(alpha, sums, total)
-    tl.store(out_ptr + (rows * again_m + columns * again_n), total.to(out_ptr.dtype.element_ty), mask=of_a & of_b)
+    tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=of_a & of_b)
 
 
 _INTERPRETED = not isinstance(product_kernel, triton.JITFunction)  # and there the dot of two bfloat16 is that of their bits
@@ -118,7 +116,7 @@ def product(a, b, out, add=False, alpha=1.0):
     device = torch.cuda.device(a.device) if a.is_cuda else contextlib.nullcontext()
     with device:
         product_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
-            a, b, out, M, N, K, *strides, *out.stride(), float(alpha), ADD=bool(add),
+            a, b, out, M, N, K, *strides, float(alpha), ADD=bool(add),
             ACC=tl.float64 if acc == torch.float64 else tl.float32, WIDEN=_INTERPRETED, BLOCK_M=block_m, BLOCK_N=block_n, STEP=step,
             num_warps=warps, num_stages=stages, enable_fp_fusion=False,
         )  # fmt: skip

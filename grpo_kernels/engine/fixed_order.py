@@ -2,7 +2,6 @@
 library's product has their bits.
 """
 
-import itertools
 import os
 
 import torch
@@ -98,7 +97,8 @@ def _library_agrees(h, weight, out):
         h[:, others], weight[:, others] = -h[:, ones], weight[:, ones]
         h[:, last] *= 2**-18
         torch.mm(h, weight.T, out=out)
-        _agreements[key] = all(map(_agree, itertools.repeat(h), weight.split(_CHECKED_COLUMNS), out.split(_CHECKED_COLUMNS, 1)))
+        blocks = zip(weight.split(_CHECKED_COLUMNS), out.split(_CHECKED_COLUMNS, 1), strict=True)
+        _agreements[key] = all(_agree(h, columns, product) for columns, product in blocks)
     return _agreements[key]
 
 

@@ -81,7 +81,7 @@ class Work:
     divergence: DivergenceKind | None = None  # from a `Teacher`; one pass: its gradient is ``rows.policy.w_kl``
     teacher_transform: LogitTransform | None = None
     batch_invariant: bool | None = False  # products in an order that no shape changes; None: where that is free
-    own_statistics: bool = False  # beside a teacher: what is known of a row has the bits that it has without one
+    own_statistics: bool = False  # beside a teacher: a row is scored as without one, by one more read of its tile
 
     @property
     def needs_weight(self):

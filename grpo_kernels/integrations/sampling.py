@@ -142,7 +142,7 @@ class SampledLogProbs(StoppingCriteria):
         Raises:
             ValueError: the mask has other rows than were sampled, or is True where nothing was.
             RuntimeError: generate has not run inside of the block.
-        TypeError: the mask is no tensor [B, T].
+            TypeError: the mask is no tensor [B, T].
         """
         if not self._steps:
             raise RuntimeError("sampled_logprobs has seen no sampled token: run generate (not generate_batch) inside of its block")
@@ -170,7 +170,7 @@ def sampled_logprobs(model, *, temperature=None, support=None, head_in_float32=F
         backend: as in `linear_logprobs`.
 
     Raises:
-        TypeError: it has no generate of transformers.
+        TypeError: it has no generate of transformers, or ``support`` is no recorder.
         RuntimeError: the model is inside of such a block already.
         ValueError: an option is not legal; or, from generate: beam search, whose rows change places, assisted generation, guidance.
         NotImplementedError: from generate, this architecture makes its logits otherwise.

@@ -10,16 +10,26 @@ from typing import Literal, TypedDict, get_args
 
 import torch
 
-from .terms import BUILT_IN, TERMS
+from .terms import AGGREGATIONS, BUILT_IN, TERMS
 
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+LossType = Literal[
+    "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo",
+    "vanilla", "gspo", "geo_mean", "dppo_tv", "dppo_kl", "gpg", "dro", "clip_cov", "kl_cov",
+]  # fmt: skip
 Level = Literal["token", "sequence"]
 KLEstimator = Literal["k3", "exact"]
+SamplingMode = Literal[
+    "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask", "icepop",
+]  # fmt: skip
 
 LOSS_TYPES = BUILT_IN
-DIVIDED_BY_ITEMS = ("dapo", "cispo", "vespo")  # whose normaliser is num_items
+TRL_LOSS_TYPES = AGGREGATIONS
+IMPORTANCE_SAMPLING_MODES = get_args(SamplingMode)
+DIVIDED_BY_ITEMS = ("dapo", "cispo", "vespo")  # aggregations whose divisor is num_items
 IMPORTANCE_SAMPLING_LEVELS = get_args(Level)
 _FLOAT32_MAX = 3.4e38  # options are float32 numbers in the kernels
+_DELTAS = {"vanilla": 3.0, "dppo_tv": 20.0, "dppo_kl": 20.0}  # where delta is None: verl's clip_ratio_c of these losses
+_ICEPOP_MINIMUM = 0.5
 _SMALLEST = 1e-30  # a divisor below would overflow finite logits
 
 
@@ -29,11 +39,13 @@ class GRPOLossConfig:
 
     Args:
         loss_type: which policy term and reduction; one of ``LOSS_TYPES``, or a name given to `register_policy_term`.
-        importance_sampling_level: ratio per ``"token"``, or one per ``"sequence"`` (GSPO).
-        epsilon: lower clip range; the ratio is clipped at ``1 - epsilon``. >= 0.
+        importance_sampling_level: ratio per ``"token"``, or one per ``"sequence"`` (GSPO). Of verl's losses none reads it.
+        epsilon: lower clip range; the ratio is clipped at ``1 - epsilon``, for geo_mean the log-ratio at ``-epsilon``. For dppo_tv
+            and dppo_kl how far the probability of a token with a negative advantage may have moved. >= 0.
         epsilon_high: upper clip range, ``1 + epsilon_high``; None means ``epsilon``. For cispo it is the cap itself
             (5.0 in the ScaleRL paper); a cap below 1 is warned of, once. >= 0.
-        delta: upper bound of the unclipped ratio (two-sided clipping); None means no bound. > 0.
+        delta: upper bound of the unclipped ratio (two-sided clipping); None means no bound. For vanilla, dppo_tv and dppo_kl it is
+            verl's ``clip_ratio_c``, and None means 3, 20 and 20. > 0.
         beta: weight of the KL of the policy from the reference policy; 0 needs no reference.
         kl_estimator: ``"k3"`` estimates that KL from the sampled token's ``ref_logps``; ``"exact"`` sums it over the vocabulary,
             from ``ref_hidden`` and ``ref_weight``: a product more, and no sampling noise.
@@ -47,6 +59,16 @@ class GRPOLossConfig:
         max_completion_length: the constant divisor of dr_grpo, in tokens. > 0.
         sapo_temperature_pos, sapo_temperature_neg: gate temperatures of sapo. > 0.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: gamma weights of vespo.
+        dro_beta: weight of dro's squared log-ratio; dro needs it. > 0.
+        clip_cov_ratio: share of a call's tokens whose gradient clip_cov cuts, one token at least. In (0, 1].
+        clip_cov_lb, clip_cov_ub: it cuts among tokens whose covariance of log-prob and advantage lies between these.
+        kl_cov_ratio: share of a call's tokens, those of highest covariance, that kl_cov penalises, one token at least. In (0, 1].
+        ppo_kl_coef: weight of that penalty, the absolute log-ratio.
+        importance_sampling_mode: the correction for a sampler with other log-probs than the trainer's: a weight of the policy term,
+            ``exp(old_logps - sampling_logps)`` per ``token``, its product over a ``sequence`` or its ``geometric`` mean. It is
+            ``truncate``d to the range below, or ``mask``ed: 0 outside of it. ``"icepop"`` is ``"token_mask"`` with a minimum of
+            0.5 where none is set. None: no correction but a given ``importance_sampling_ratio``.
+        importance_sampling_clip_min, importance_sampling_clip_max: the range of that ratio; None means no bound. >= 0.
 
     Raises:
         ValueError: naming the field, what was wanted and what came.
@@ -73,6 +95,15 @@ class GRPOLossConfig:
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
     kl_estimator: KLEstimator = "k3"
+    dro_beta: float | None = None
+    clip_cov_ratio: float = 0.0002
+    clip_cov_lb: float = 1.0
+    clip_cov_ub: float = 5.0
+    kl_cov_ratio: float = 0.0002
+    ppo_kl_coef: float = 0.1
+    importance_sampling_mode: SamplingMode | None = None
+    importance_sampling_clip_min: float | None = None
+    importance_sampling_clip_max: float | None = 3.0
 
     def __post_init__(self):
         self._one_of("loss_type", tuple(TERMS))
@@ -93,17 +124,36 @@ class GRPOLossConfig:
             self._number(name, lambda x: x > 0, "> 0")
         for name in ("beta", "entropy_coef", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
             self._number(name, lambda x: True, "a finite number")
+        self._number("dro_beta", lambda x: x > 0, "> 0 or None", optional=True)
+        for name in ("clip_cov_ratio", "kl_cov_ratio"):
+            self._number(name, lambda x: 0 < x <= 1, "in (0, 1]")
+        for name in ("clip_cov_lb", "clip_cov_ub", "ppo_kl_coef"):
+            self._number(name, lambda x: True, "a finite number")
+        self._check_correction()
+        if self.loss_type == "dro" and self.dro_beta is None:
+            raise ValueError("dro_beta must be > 0 for loss_type='dro', got None")
         if self.aggregation == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(f"max_completion_length must be an integer > 0 for loss_type={self.loss_type!r}, got None")
         cap = self.epsilon if self.epsilon_high is None else self.epsilon_high
         if self.loss_type == "cispo" and cap < 1 and not torch.compiler.is_compiling():
             _warn_of_low_cap()
 
-    def _one_of(self, name, allowed):
+    def _check_correction(self):
+        if self.importance_sampling_mode is not None:
+            self._one_of("importance_sampling_mode", IMPORTANCE_SAMPLING_MODES, "None or ")
+        for name in ("importance_sampling_clip_min", "importance_sampling_clip_max"):
+            self._number(name, lambda x: x >= 0, ">= 0 or None", optional=True)
+        low, high = self.importance_sampling_range
+        if self.importance_sampling_mode is not None and low is not None and high is not None and low >= high:
+            raise ValueError(f"importance_sampling_clip_min must be below importance_sampling_clip_max, {high!r}, got {low!r}")
+        if self.importance_sampling_mode is not None and low is None and high is None:
+            raise ValueError("importance_sampling_clip_max must be a number without importance_sampling_clip_min, got None for "
+                             f"importance_sampling_mode={self.importance_sampling_mode!r}")  # fmt: skip
+
+    def _one_of(self, name, allowed, also=""):
         value = getattr(self, name)
         if not isinstance(value, str) or value not in allowed:
-            hint = "; GSPO is importance_sampling_level='sequence'" if value == "gspo" else ""
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint}")
+            raise ValueError(f"{name} must be {also}one of {', '.join(allowed)}, got {value!r}")
 
     def _number(self, name, holds, wanted, optional=False):
         value = getattr(self, name)
@@ -121,14 +171,29 @@ class GRPOLossConfig:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
+    def ratio_bound(self) -> float | None:
+        """``delta`` as the loss_type takes it: its own default where that is None, and None where it has no such bound."""
+        if self.loss_type in ("gspo", "clip_cov"):
+            return None
+        return _DELTAS.get(self.loss_type) if self.delta is None else self.delta
+
+    @property
+    def importance_sampling_range(self) -> tuple[float | None, float | None]:
+        """Lowest and highest ratio of trainer to sampler, of `importance_sampling_mode`."""
+        low = self.importance_sampling_clip_min
+        low = _ICEPOP_MINIMUM if low is None and self.importance_sampling_mode == "icepop" else low
+        return low, self.importance_sampling_clip_max
+
+    @property
     def aggregation(self) -> str:
         """The built-in loss_type whose normaliser the loss uses: its own, or that of a registered term."""
         return TERMS[self.loss_type].aggregation
 
     @property
     def trains_without_advantage(self) -> bool:
-        """Whether a token whose advantage is 0 may have a gradient: a KL, an entropy bonus, a registered term."""
-        return self.beta != 0 or self.entropy_coef != 0 or TERMS[self.loss_type].registered
+        """Whether a token whose advantage is 0 may have a gradient, or a say in another's: by KL, entropy bonus or policy term."""
+        term = TERMS[self.loss_type]
+        return self.beta != 0 or self.entropy_coef != 0 or term.trains_at_zero or term.scope == "call"
 
     @property
     def exact_kl(self) -> bool:
@@ -137,7 +202,8 @@ class GRPOLossConfig:
 
     @property
     def sequence_level(self) -> bool:
-        return self.importance_sampling_level == "sequence"
+        """Whether the ratio is one per sequence by `importance_sampling_level`, which verl's losses do not read."""
+        return self.importance_sampling_level == "sequence" and TERMS[self.loss_type].has_levels
 
     @property
     def transform(self) -> "LogitTransform":
@@ -181,6 +247,15 @@ class LossOptions(TypedDict, total=False):
     vespo_k_neg: float
     vespo_lambda_neg: float
     kl_estimator: KLEstimator
+    dro_beta: float | None
+    clip_cov_ratio: float
+    clip_cov_lb: float
+    clip_cov_ub: float
+    kl_cov_ratio: float
+    ppo_kl_coef: float
+    importance_sampling_mode: SamplingMode | None
+    importance_sampling_clip_min: float | None
+    importance_sampling_clip_max: float | None
 
 
 LOSS_FIELDS = tuple(field.name for field in dataclasses.fields(GRPOLossConfig))

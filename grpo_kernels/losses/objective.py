@@ -13,11 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 
 from .config import DIVIDED_BY_ITEMS, GRPOLossConfig
-from .terms import TERMS, choose, clamped_exp, k3
+from .correction import check_correction, reads_sampling, sampler_correction
+from .covariance import marked_tokens
+from .terms import TERMS, beyond_trust_region, choose, clamped_exp, k3, mean_per_sequence, sum_per_sequence
 
+CUTS = ("geo_mean", "dppo_tv", "dppo_kl", "clip_cov", "kl_cov")  # of whose metrics one is the share of tokens that they cut
 OVER_SEQUENCES = ("grpo", "sapo", "luspo", "dr_grpo")  # aggregations
+SAMPLING_METRIC = "sampling/importance_sampling_ratio/mean"  # TRL's name
 _LOG_RATIO_BOUND = 20.0
 _LOG_RATIO_FLOOR = math.log(1e-8)
+_SMALLEST_WEIGHT = 1e-10  # verl's, under the logarithm of geo_mean's weights
 
 
 def objective(
@@ -44,8 +49,10 @@ def objective(
         old_logps: [B, T] log-probs the ratio is taken against; None = on-policy, ``logps.detach()``.
         ref_logps: [B, T] log-probs of the reference; needed when ``config.beta != 0``, but for ``kl_estimator="exact"``.
         importance_sampling_ratio: [B, T] or [B, 1] trainer / sampler correction.
-        sampling_logps: [B, T], may hold nan; for the off-policy mask, falls back to ``old_logps``.
-        num_items: divisor of dapo, cispo and vespo: a number, or a 0-dim tensor (clamped to >= 1); None = kept tokens.
+        sampling_logps: [B, T], may hold nan; for ``config.importance_sampling_mode``, which needs it, and for the off-policy mask,
+            where it falls back to ``old_logps``.
+        num_items: divisor of dapo, cispo, vespo and of verl's losses but gspo and geo_mean: a number, or a 0-dim tensor (clamped
+            to >= 1); None = kept tokens.
         kl: [B, T] KL of the policy from the reference over the vocabulary, for ``kl_estimator="exact"``; differentiable.
         config: the options.
 
@@ -53,11 +60,12 @@ def objective(
         loss: 0-dim, differentiable in ``logps``, ``entropy`` and ``kl``.
         metrics: name -> 0-dim detached tensor.
 
-    Source: the papers named in README.md; equal to TRL 1.16's ``GRPOTrainer._compute_loss``.
+    Source: the papers named in docs/losses.md; equal to TRL 1.16's ``GRPOTrainer._compute_loss`` and verl 0.9.1's ``core_algos``.
     """
     needed, given = ("kl", kl) if config.exact_kl else ("ref_logps", ref_logps)
     if config.beta != 0 and given is None:
         raise ValueError(f"{needed} must be given when beta != 0 (beta = {config.beta}), got None")
+    check_correction(config, importance_sampling_ratio, sampling_logps)
     refuse_lost_gradients(
         config, advantages=advantages, mask=mask, old_logps=old_logps, ref_logps=ref_logps, num_items=num_items,
         importance_sampling_ratio=importance_sampling_ratio, sampling_logps=sampling_logps,
@@ -69,7 +77,7 @@ def objective(
 def refuse_lost_gradients(config, **given):
     """What the loss reads beside log-probs and entropies is a constant of it; what it does not read is ignored."""
     unread = {
-        "ref_logps": config.beta == 0 or config.exact_kl, "sampling_logps": config.off_policy_mask_threshold is None,
+        "ref_logps": config.beta == 0 or config.exact_kl, "sampling_logps": not reads_sampling(config),
         "num_items": config.aggregation not in DIVIDED_BY_ITEMS,
     }  # fmt: skip
     for name, value in given.items():
@@ -88,7 +96,7 @@ class TokenInputs:
     count: torch.Tensor  # 0-dim, the tokens that a mean over tokens is over, at least 1 (of a rank: its share of all)
     old: torch.Tensor | None = None  # [B, T]
     ref: torch.Tensor | None = None  # [B, T], None where k3 is not in the loss
-    rho: torch.Tensor | None = None  # [B, 1] or [B, T]
+    rho: torch.Tensor | None = None  # [B, 1] or [B, T]; of importance_sampling_mode too, but where that is on-policy
     sampling: torch.Tensor | None = None  # [B, T]
 
 
@@ -110,16 +118,20 @@ def prepare(config, dtype, advantages, mask, tensors, num_items=None) -> TokenIn
 
     m = kept.to(dtype)
     count = m.sum().clamp(min=1)
+    old, rho = clean(tensors["old"]), clean(tensors["rho"], 1.0)
+    sampling = clean(tensors["sampling"]) if reads_sampling(config) else None
+    if config.importance_sampling_mode is not None and old is not None:
+        rho = sampler_correction(old, sampling, m, config)
     return TokenInputs(
         mask=m,
         weights=m / _divisor(config, m, num_items, count),
         advantages=clean(advantages),
         per_sequence=advantages.dim() == 1,
         count=count,
-        old=clean(tensors["old"]),
+        old=old,
         ref=clean(tensors["ref"]) if config.beta != 0 and not config.exact_kl else None,
-        rho=clean(tensors["rho"], 1.0),
-        sampling=clean(tensors["sampling"]) if config.off_policy_mask_threshold is not None else None,
+        rho=rho,
+        sampling=sampling,
     )
 
 
@@ -145,10 +157,11 @@ def _divisor(config, m, num_items, token_count):
     return num_items.detach().to(m).clamp(min=1) if isinstance(num_items, torch.Tensor) else num_items
 
 
-def evaluate(t: TokenInputs, logps, entropy, config, top=None, reduction="loss_type", kl=None):
+def evaluate(t: TokenInputs, logps, entropy, config, top=None, reduction="loss_type", kl=None, marked=None):
     """(loss, metrics) of log-probs and entropies [B, T], and of the exact KL [B, T] where that is in the loss.
 
-    ``top``: the (mask, count) of an entropy quantile over several ranks. ``reduction`` "none": loss is [B, T], without weights.
+    ``top``: the (mask, count) of an entropy quantile over several ranks. ``marked`` [B, T] bool: the `marked_tokens` over them.
+    ``reduction`` "none": loss is [B, T], without weights.
     """
     m, A = t.mask, t.advantages
     logps, entropy = logps.where(m > 0, 0.0), entropy.where(m > 0, 0.0)
@@ -156,14 +169,22 @@ def evaluate(t: TokenInputs, logps, entropy, config, top=None, reduction="loss_t
     term = TERMS[config.loss_type]
 
     d = logps - old
-    log_w, moved = d, logps
+    log_w = d
     if config.sequence_level:
         log_w = sum_per_sequence(d * m / sum_per_sequence(m).clamp(min=1))
-        moved = old + log_w if term.registered else logps
+    elif config.loss_type == "gspo":
+        log_w = d - d.detach() + mean_per_sequence(d.detach(), m)  # the sequence's in value, the token's own in gradient
     w = clamped_exp(log_w)
-    s = term.function(w, moved, old, A, config)
+    rho = t.rho
+    if rho is None and config.importance_sampling_mode is not None:
+        rho = sampler_correction(logps.detach(), t.sampling, m, config)
+    if config.loss_type == "geo_mean" and rho is not None:
+        rho = mean_per_sequence((rho + _SMALLEST_WEIGHT).log(), m).exp()
+    if term.scope == "call" and marked is None:
+        marked = marked_tokens(logps.detach(), t, config)
+    s = _policy_term(logps, old, log_w, w, marked, t, config)
 
-    phi = gamma_weights(d.detach(), A, m, t.rho, config) if config.loss_type == "vespo" else None
+    phi = gamma_weights(d.detach(), A, m, rho, config) if config.loss_type == "vespo" else None
     if phi is not None:
         s = phi * s
     if config.off_policy_mask_threshold is not None:
@@ -176,8 +197,8 @@ def evaluate(t: TokenInputs, logps, entropy, config, top=None, reduction="loss_t
         else:
             active, count = top
         s = s * active
-    if t.rho is not None and phi is None:
-        s = s * t.rho
+    if rho is not None and phi is None:
+        s = s * rho
 
     # where u is 0, so is the term: a masked token must not turn 0 * inf into NaN
     policy_loss = (t.weights * s).where(m > 0, 0.0).sum()
@@ -199,11 +220,39 @@ def evaluate(t: TokenInputs, logps, entropy, config, top=None, reduction="loss_t
             metrics["kl"] = _token_mean(kl, m)
         per_sequence = t.per_sequence and (config.sequence_level or phi is not None)
         metrics.update(_clip_metrics(w, phi, A, m, config, per_sequence))
+        if config.loss_type in CUTS:
+            cut = marked if term.scope == "call" else cut_tokens(logps, old, d, A, config)
+            metrics["clip_ratio/region_mean"] = _token_mean(cut.to(m.dtype), m)
+        if config.importance_sampling_mode is not None:
+            metrics[SAMPLING_METRIC] = _token_mean(rho.expand_as(m), m)
     return loss, metrics
 
 
-def sum_per_sequence(x):
-    return x.sum(1, keepdim=True)
+def _policy_term(logps, old, log_w, w, marked, t, config):
+    """s [B, T], or [B, 1] of a sequence, without the weights that stand before it."""
+    term, A = TERMS[config.loss_type], t.advantages
+    if config.loss_type == "geo_mean":
+        w, A = clamped_exp(mean_per_sequence(clipped_log_ratio(log_w, A, config), t.mask)), mean_per_sequence(A, t.mask)
+    moved = old + log_w if config.sequence_level and term.registered else logps
+    s = term.function(w, moved, old, A, config)
+    if config.loss_type == "clip_cov":
+        return s * ~marked
+    return s + config.ppo_kl_coef * log_w.abs() * marked if config.loss_type == "kl_cov" else s
+
+
+def clipped_log_ratio(d, A, config):
+    """GMPO's: the lower of log-ratio and clipped log-ratio where the advantage is positive, the higher where it is negative."""
+    bounded = d.clamp(-config.epsilon, config.upper_epsilon)
+    lower, higher = torch.min(d, bounded), torch.max(d, bounded)
+    return torch.where(A > 0, lower, torch.where(A < 0, higher, 0 * d)) + 0 * d  # an infinite log-ratio is no NaN when clipped
+
+
+@torch.no_grad()
+def cut_tokens(logps, old, d, A, config):
+    """[B, T] bool: the tokens whose gradient the policy term cuts."""
+    if config.loss_type == "geo_mean":
+        return ((d > config.upper_epsilon) & (A > 0)) | ((d < -config.epsilon) & (A < 0))
+    return beyond_trust_region(logps, old, A, config)
 
 
 # What a fused pass needs to know before the log-probs are there
@@ -213,20 +262,22 @@ def depends_on_its_row_alone(config: GRPOLossConfig, on_policy: bool) -> bool:
     """Whether d loss / d logps of a token needs the log-probs of no other token, so that one pass is enough."""
     if config.top_entropy_quantile < 1.0 or config.off_policy_mask_threshold is not None:
         return False
-    if config.sequence_level and TERMS[config.loss_type].registered:
+    term = TERMS[config.loss_type]
+    if term.scope == "call" or config.loss_type == "geo_mean" or (config.sequence_level and term.registered):
         return False
+    if on_policy and config.importance_sampling_mode is not None:
+        return False  # the correction is by the very log-probs
     if on_policy:
         return not (config.sequence_level and config.beta != 0 and not config.exact_kl and config.use_bias_correction_kl)
-    return not config.sequence_level and config.loss_type != "vespo"
+    return not config.sequence_level and term.scope == "token"
 
 
 def known_zero(t: TokenInputs, config: GRPOLossConfig) -> torch.Tensor:
     """[B, T] bool: kept tokens whose gradient is zero whatever their log-probs will be. NaN inputs are never called zero."""
     if config.beta != 0 or config.entropy_coef != 0:
         return torch.zeros_like(t.mask, dtype=torch.bool)
-    # a registered term may have a gradient where the advantage is 0
-    weight = t.weights.clone() if TERMS[config.loss_type].registered else t.weights * t.advantages
-    if t.rho is not None and config.loss_type != "vespo":
+    weight = t.weights.clone() if TERMS[config.loss_type].trains_at_zero else t.weights * t.advantages
+    if t.rho is not None and config.loss_type not in ("vespo", "geo_mean"):
         weight = weight * t.rho
     zero = weight == 0
     if t.old is not None:
@@ -310,8 +361,8 @@ def metric_weight(name, config, tokens, sequences, shares=False, per_sequence=Tr
     """
     if name in ("loss", "policy_loss", "aux_loss"):
         return sequences if config.aggregation in OVER_SEQUENCES else 1 if shares else tokens
-    over_tokens = name in ("entropy", "kl") or not (per_sequence and (config.sequence_level or config.loss_type == "vespo"))
-    return tokens if over_tokens else sequences
+    over_sequences = per_sequence and (config.sequence_level or config.loss_type == "vespo")
+    return sequences if over_sequences and name not in ("entropy", "kl", SAMPLING_METRIC) else tokens
 
 
 def _token_mean(x, m):
@@ -331,8 +382,8 @@ def _clip_metrics(w, phi, A, m, config, per_sequence):
         return {"cispo_clip_ratio": mean(((w > config.upper_epsilon) & (A > 0)).to(m.dtype))}
     if TERMS[config.loss_type].kind != "clipped":
         return {}
-    if config.delta is not None:
-        w = w.clamp(max=config.delta)
+    if config.ratio_bound is not None:
+        w = w.clamp(max=config.ratio_bound)
     low = ((w < 1 - config.epsilon) & (A < 0)).to(m.dtype)
     high = ((w > 1 + config.upper_epsilon) & (A > 0)).to(m.dtype)
 

@@ -5,7 +5,7 @@ token or, at sequence level, one per sequence. Autograd of these functions is th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,6 +14,7 @@ import torch
 KINDS = ("clipped", "cispo", "sapo", "linear")
 EXP_BOUND = 80.0
 _FLOAT32_EXP_BOUND = 88.0
+_TINY = 1e-8  # verl's, in the KL of two Bernoulli distributions
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,12 @@ class PolicyTerm:
     """A loss by name: its policy term, and how the tokens' losses are added up."""
 
     function: Callable
-    aggregation: str  # the built-in loss_type whose normaliser it uses
+    aggregation: str  # the loss_type of TRL's whose normaliser it uses
     kind: str | None = None  # one of KINDS; None: the row kernels do not know it, autograd of the term makes the coefficient
     registered: bool = False
+    scope: str = "token"  # whose log-probs an off-policy token's coefficient needs: "token", "sequence" or "call"
+    has_levels: bool = False  # whether it reads importance_sampling_level
+    trains_at_zero: bool = False  # whether a token whose advantage is 0 may have a gradient
 
 
 def clamped_exp(*arguments):
@@ -38,9 +42,23 @@ def clamped_exp(*arguments):
     return torch.exp(value + sum(x - x.detach() for x in arguments))
 
 
+def sum_per_sequence(x):
+    return x.sum(1, keepdim=True)
+
+
+def mean_per_sequence(x, m):
+    """[B, 1] means over kept tokens of [B, 1] or [B, T], 0 where nothing is kept."""
+    return sum_per_sequence((x * m).where(m > 0, 0.0)) / sum_per_sequence(m).clamp(min=1)
+
+
 def _clipped(w, logps, old_logps, A, config):
-    bounded = w if config.delta is None else w.clamp(max=config.delta)
+    bounded = w if config.ratio_bound is None else w.clamp(max=config.ratio_bound)
     return -torch.min(bounded * A, w.clamp(1 - config.epsilon, 1 + config.upper_epsilon) * A)
+
+
+def _dual_clipped(w, logps, old_logps, A, config):
+    loss = -torch.min(w * A, w.clamp(1 - config.epsilon, 1 + config.upper_epsilon) * A)
+    return torch.where(A < 0, torch.min(loss, -config.ratio_bound * A), loss)
 
 
 def _cispo(w, logps, old_logps, A, config):
@@ -52,6 +70,31 @@ def _sapo(w, logps, old_logps, A, config):
     return -4 / tau * torch.sigmoid(tau * (w - 1)) * A
 
 
+def _dppo(w, logps, old_logps, A, config):
+    inside = ~beyond_trust_region(logps, old_logps, A, config)
+    return -A * w.clamp(max=config.ratio_bound).detach() * inside * logps
+
+
+@torch.no_grad()
+def beyond_trust_region(logps, old_logps, A, config):
+    """Where DPPO masks a token: its probability has moved too far, in the direction that its advantage asks for.
+
+    The distance is that of two Bernoulli distributions, the token and all others: total variation or KL. A NaN is beyond.
+    """
+    p, q = logps.exp(), old_logps.exp()
+    limit = choose(A > 0, config.upper_epsilon, config.epsilon, A)
+    if config.loss_type == "dppo_tv":
+        return ~(torch.where(A > 0, p - q, q - p) <= limit)
+    rest = _TINY - torch.expm1(old_logps), _TINY - torch.expm1(logps)
+    kl = q * (old_logps - logps) - torch.expm1(old_logps) * (rest[0] / rest[1]).log()
+    return ~((kl <= limit) | torch.where(A > 0, p <= q, p >= q))
+
+
+def _dro(w, logps, old_logps, A, config):
+    d = logps - old_logps
+    return -A * logps + 0.5 * config.dro_beta * d.square() + 0 * d  # the square of an infinite distance is no NaN
+
+
 def choose(positive, first, second, like):
     """where() of two Python numbers would round them to float32."""
     return torch.where(positive, like.new_full((), first), like.new_full((), second))
@@ -60,7 +103,21 @@ def choose(positive, first, second, like):
 TERMS = {name: PolicyTerm(_clipped, name, "clipped") for name in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")}
 TERMS |= {"cispo": PolicyTerm(_cispo, "cispo", "cispo"), "sapo": PolicyTerm(_sapo, "sapo", "sapo")}
 # vespo's phi belongs to a sequence: the objective multiplies it into the weight, and what is left is linear in logps
-TERMS["vespo"] = PolicyTerm(lambda w, logps, old_logps, A, config: -A * logps, "vespo")
+TERMS["vespo"] = PolicyTerm(lambda w, logps, old_logps, A, config: -A * logps, "vespo", scope="sequence")
+TERMS = {name: replace(term, has_levels=True) for name, term in TERMS.items()}
+AGGREGATIONS = tuple(TERMS)  # also the names of TRL's losses
+# verl's. The objective makes w a sequence's for gspo and geo_mean, and marks tokens by what all of a call are like for the last two
+TERMS |= {
+    "vanilla": PolicyTerm(_dual_clipped, "dapo", "clipped"),
+    "gspo": PolicyTerm(_clipped, "grpo", "clipped", scope="sequence"),
+    "geo_mean": PolicyTerm(lambda w, logps, old_logps, A, config: -A * w, "grpo", scope="sequence"),
+    "dppo_tv": PolicyTerm(_dppo, "dapo"),
+    "dppo_kl": PolicyTerm(_dppo, "dapo"),
+    "gpg": PolicyTerm(lambda w, logps, old_logps, A, config: -A * logps + 0 * w, "dapo"),  # what is not finite shows
+    "dro": PolicyTerm(_dro, "dapo", trains_at_zero=True),
+    "clip_cov": PolicyTerm(_clipped, "dapo", scope="call"),
+    "kl_cov": PolicyTerm(lambda w, logps, old_logps, A, config: -A * w, "dapo", scope="call", trains_at_zero=True),
+}
 BUILT_IN = tuple(TERMS)
 
 
@@ -76,7 +133,7 @@ def register_policy_term(name: str, term: Callable, *, aggregation: str = "dapo"
             elementwise, without state, differentiable in logps by autograd. old_logps is ``logps.detach()`` on-policy. At sequence
             level logps is ``old_logps`` plus the sequence's mean log-ratio. Gradients of anything
             else in it are lost.
-        aggregation: the built-in loss_type whose normaliser it uses.
+        aggregation: the loss_type whose normaliser it uses; one of ``AGGREGATIONS``.
         overwrite: replace an earlier term of that name and aggregation.
 
     Raises:
@@ -89,8 +146,8 @@ def register_policy_term(name: str, term: Callable, *, aggregation: str = "dapo"
         raise ValueError(f"name must be an identifier and none of the built-in losses {', '.join(BUILT_IN)}, got {name!r}")
     if name in TERMS and not overwrite:
         raise ValueError(f"name {name!r} is registered already; overwrite=True replaces it")
-    if aggregation not in BUILT_IN:
-        raise ValueError(f"aggregation must be one of {', '.join(BUILT_IN)}, got {aggregation!r}")
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
     if name in TERMS and TERMS[name].aggregation != aggregation:  # configs of that name were validated with it
         raise ValueError(f"aggregation of {name!r} must stay {TERMS[name].aggregation!r}, got {aggregation!r}")
 
@@ -104,7 +161,7 @@ def register_policy_term(name: str, term: Callable, *, aggregation: str = "dapo"
             raise ValueError(f"the term of loss_type={name!r} must return {wanted}, got {found}")
         return s.reshape(shape)
 
-    TERMS[name] = PolicyTerm(function, aggregation, registered=True)
+    TERMS[name] = PolicyTerm(function, aggregation, registered=True, has_levels=True, trains_at_zero=True)
 
 
 def k3(log_w, w, r, config):
@@ -146,11 +203,13 @@ def kernel_terms(config, linear) -> PolicyTerms | None:
     if config is None:
         return PolicyTerms("linear")
     kind = "linear" if linear else TERMS[config.loss_type].kind
+    if config.loss_type == "vanilla" and config.ratio_bound < 1 + config.upper_epsilon:
+        kind = None  # then the two bounds cross, and the kernels' two-sided clipping is another function
     return None if kind is None else PolicyTerms(
         kind=kind,
         epsilon_low=float(config.epsilon),
         epsilon_high=float(config.upper_epsilon),
-        delta=float("inf") if config.delta is None else float(config.delta),
+        delta=float("inf") if config.ratio_bound is None else float(config.ratio_bound),
         sapo_temperature_pos=float(config.sapo_temperature_pos),
         sapo_temperature_neg=float(config.sapo_temperature_neg),
         use_bias_correction_kl=config.use_bias_correction_kl and not config.sequence_level,

@@ -23,6 +23,8 @@ from ..checks import check_options
 from ..integrations.sampling_mask import filled_in, truncations
 from ..losses.advantages import AGGREGATIONS, SCALE_REWARDS
 from ..losses.config import GRPOLossConfig
+from .entropy import EntropyOptions, check_entropy_options
+from .server_options import ServerOptions, check_server_options
 
 # of GenerationConfig: what else has an option of its own, or would change what a rollout is
 _OURS = {
@@ -30,7 +32,10 @@ _OURS = {
     "return_dict_in_generate", "output_scores", "output_logits", "use_cache",
 }  # fmt: skip
 
-_JSON = ("model_init_kwargs", "chat_template_kwargs", "generation_kwargs", "transformers_continuous_batching_config")
+_JSON = (
+    "model_init_kwargs", "chat_template_kwargs", "generation_kwargs", "transformers_continuous_batching_config",
+    "rollout_server_kwargs",
+)  # fmt: skip
 
 # of TrainingArguments: without a meaning for rollouts
 NOT_OURS = ("auto_find_batch_size", "include_num_input_tokens_seen", "label_smoothing_factor")
@@ -72,8 +77,9 @@ _LossFields = dataclasses.make_dataclass(
 
 
 @dataclass
-class GRPOConfig(TrainingArguments, _LossFields):
-    """Options of `GRPOTrainer`: those of `transformers.TrainingArguments`, of `GRPOLossConfig`, and the fields below.
+class GRPOConfig(TrainingArguments, _LossFields, ServerOptions, EntropyOptions):
+    """Options of `GRPOTrainer`: transformers' `TrainingArguments`, those of `GRPOLossConfig`, `ServerOptions` and `EntropyOptions`,
+    and these fields.
 
     ``per_device_train_batch_size`` counts completions. A rollout of ``generation_batch_size`` completions is sampled at
     once, split into ``steps_per_generation`` micro-batches per device, and trained on ``num_iterations`` times; every
@@ -166,6 +172,8 @@ class GRPOConfig(TrainingArguments, _LossFields):
                 "keep_sampling_mask must be False or None with use_transformers_continuous_batching, whose engine does not tell "
                 "which completion a row of scores is of, got True"
             )
+        check_server_options(self)
+        check_entropy_options(self)
         for name in NOT_OURS:
             if getattr(self, name) not in (False, None, "no", 0.0):
                 raise ValueError(f"{name} must be left alone: it has no meaning for rollouts, got {getattr(self, name)!r}")
@@ -218,7 +226,7 @@ class GRPOConfig(TrainingArguments, _LossFields):
     def keeps_sampling_mask(self) -> bool:
         """`keep_sampling_mask`, decided where it is None."""
         if self.keep_sampling_mask is None:
-            return bool(self.truncations) and not self.use_transformers_continuous_batching
+            return bool(self.truncations) and not self.use_transformers_continuous_batching and self.rollout_server is None
         return self.keep_sampling_mask
 
     def loss_config(self) -> GRPOLossConfig:

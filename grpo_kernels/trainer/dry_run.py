@@ -91,6 +91,9 @@ def describe(trainer):
         over = "tokens that this leaves" if keeps else "whole vocabulary (keep_sampling_mask is off)"
         named = ", ".join(f"{name} {value}" for name, value in cuts.items()) or "no truncation"
         yield f"sampling   {named}; the loss is over the {over}"
+    if args.rollout_server:
+        at_once = args.rollout_server_requests
+        yield f"sampler    {args.rollout_server}; new weights by {args.rollout_server_reload}, {at_once} requests at once"
     rows_of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     tokens = rows_of_step * (max(lengths) + args.max_completion_length)
     kept = rows_of_step * args.max_completion_length
@@ -124,7 +127,8 @@ def describe(trainer):
     passes = 8 if args.gradient_checkpointing else 6
     products = (3 if needs_weight else 2) + exact  # the reference's logits
     in_head = f"{'at most ' * keeps}{_flops(2 * products * V * D * kept)}"
-    yield (f"operations {_flops(2 * body * tokens + 2 * V * D * kept)} to sample, {_flops(passes * body * tokens)} in the body and "
+    sampling = "" if args.rollout_server else f"{_flops(2 * body * tokens + 2 * V * D * kept)} to sample, "
+    yield (f"operations {sampling}{_flops(passes * body * tokens)} in the body and "
            f"{in_head} in the head, per step and process, at full length")  # fmt: skip
 
     longest = max(lengths) + args.max_completion_length

@@ -70,8 +70,8 @@ class Recorded:
 class Metrics:
     """Of `GRPOTrainer`: what a micro-batch tells, what each of its metrics is a mean over, and the log."""
 
-    def _record_loss(self, loss, metrics, logps, inputs, micro, training):
-        """``loss``: of the micro-batch, detached; ``metrics``: of the loss's kernels; ``logps``: of ``micro``'s tokens."""
+    def _record_loss(self, loss, metrics, output, inputs, micro, training):
+        """``loss``: of the micro-batch, detached; ``metrics``: of the loss's kernels; ``output``: of ``micro``'s tokens."""
         if not training:  # all processes' losses count alike here, those of sequences by how many there are
             share = inputs.get("share_of_sequences", 1.0) if self.loss_config.aggregation in OVER_SEQUENCES else 1.0
             policy_loss = metrics["policy_loss"] * share
@@ -84,7 +84,7 @@ class Metrics:
             recorded.record({"trained_token_share": share}, kept)
             old = micro.loss_inputs.get("old_logps")
             if old is not None and not self.state.global_step % self.args.steps_per_rollout:  # before the first update
-                moved = torch.nn.functional.pad((logps - old).abs().flatten(), (0, 1))  # which may be of no token
+                moved = torch.nn.functional.pad((output.logps - old).abs().flatten(), (0, 1))  # which may be of no token
                 recorded.record({"sampler_mismatch": moved.amax()}, kept)
 
     def _weight(self, name, inputs, micro):

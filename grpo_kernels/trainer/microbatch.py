@@ -13,7 +13,7 @@ import torch
 from ..losses.objective import OVER_SEQUENCES
 from ..support import TokenSupport
 
-PER_TOKEN = ("old_logps", "ref_logps", "ref_hidden", "support")
+PER_TOKEN = ("old_logps", "ref_logps", "ref_hidden", "sampling_logps", "importance_sampling_ratio", "support")
 _FLASH = ("flash_attention", "flex_attention", "kernels-community")
 
 
@@ -21,7 +21,7 @@ class MicroBatch(NamedTuple):
     """B completions in [B, P + T], or packed in [1, N]."""
 
     model_inputs: dict  # input_ids, attention_mask, position_ids
-    loss_inputs: dict  # completion_ids, mask, advantages, old_logps, ref_logps or ref_hidden, support, cu_seqlens
+    loss_inputs: dict  # completion_ids, mask, advantages, cu_seqlens, and of `PER_TOKEN` what there is
     at: torch.Tensor | None  # packed: the places in [N] that predict a kept token; else None
     kept: torch.Tensor | None  # packed: mask [B, T] of those tokens in the batch it was made of
     rows: torch.Tensor | None  # rows of the batch it was made of; None is all

@@ -17,6 +17,7 @@ class Completions(NamedTuple):
     attention_mask: torch.Tensor  # [B, P + T], 0 on the padding left of prompts and right of completions
     mask: torch.Tensor  # [B, T] bool, True up to and including the first EOS
     terminated: torch.Tensor  # [B] bool, an EOS was sampled
+    logps: torch.Tensor | None = None  # [B, T] float32, of a sampler that tells them; 0 where the mask is False
 
 
 @contextlib.contextmanager

@@ -41,16 +41,18 @@ from . import diagnose, microbatch
 from .checks import check_datasets, check_process, raising_together, reward_functions
 from .completion_log import CompletionLog
 from .config import GRPOConfig
+from .entropy import AdaptiveEntropy
 from .evaluation import Evaluation
 from .metrics import Metrics, Recorded
 from .models import policy_and_reference, router_coefficient, runs_packed, with_head_factors
 from .resume import Resume
 from .rewards import reward_metrics, reward_names, score
 from .rollout import length_metrics, sample, sampling_config, seeded, tokenize
+from .rollout_server import RolloutServer
 from .scoring import Scoring
 
 
-class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
+class GRPOTrainer(AdaptiveEntropy, Resume, Evaluation, Scoring, Metrics, Trainer):
     """`transformers.Trainer` that learns from rewards.
 
     Args:
@@ -98,9 +100,11 @@ class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
         self._takes_position_ids = "position_ids" in inspect.signature(causal_lm.base_model.forward).parameters
         self._packed = runs_packed(args.padding_free, causal_lm, self._takes_position_ids)
         self._router_coef = router_coefficient(causal_lm)
-        self._skips = args.skip_untrained and self._router_coef is None and microbatch.can_skip(self.loss_config)
+        needed = self._router_coef is not None or args.use_adaptive_entropy  # all completions
+        self._skips = args.skip_untrained and not needed and microbatch.can_skip(self.loss_config)
         self._completions = CompletionLog(args, reward_names(self.reward_funcs)) if args.log_completions else None
         self._rollout, self._rollout_index, self._order = None, None, None
+        self._server = RolloutServer(args) if args.rollout_server else None
         self._metrics = {"train": Recorded(), "eval": Recorded()}
         self._clock, self._tokens = None, torch.zeros((), dtype=torch.long, device=args.device)
         super().__init__(
@@ -127,15 +131,17 @@ class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
         batch["advantages"] = advantages[layout[rank]]
         if self._completions:
             self._completions.keep(self.state.global_step, layout.flatten().argsort().tolist(), rewards, advantages)
-        if args.steps_per_rollout > 1:
+        if args.steps_per_rollout > 1 or args.corrects_sampler:
             batch["old_logps"] = self._old_logps(batch, index)
+        if args.corrects_sampler:
+            batch = self._server.corrected(batch, self._metrics["train"], self._skips)
         self.state.num_input_tokens_seen += self.accelerator.reduce(batch["attention_mask"].sum(), "sum").item()
         return batch
 
     def _layout(self):
         """[processes, share] completions of a rollout by number. A step takes one stretch of them, however many processes."""
-        args = self.args
-        numbers = torch.arange(args.generation_batch_size).view(-1, args.world_size, args.per_device_train_batch_size)
+        shape = -1, self.args.world_size, self.args.per_device_train_batch_size
+        numbers = torch.arange(self.args.generation_batch_size).view(shape)
         return numbers.transpose(0, 1).flatten(1)
 
     def _nth_row(self, n):
@@ -158,10 +164,10 @@ class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
             self._metrics[mode].record({name: value}, counts * (drawn.terminated.sum() if "terminated" in name else len(rows)))
         mask = drawn.mask & drawn.terminated.unsqueeze(1) if args.mask_truncated_completions else drawn.mask
         batch = {"input_ids": drawn.input_ids, "attention_mask": drawn.attention_mask, "mask": mask}
+        batch |= {} if drawn.logps is None else {"sampling_logps": drawn.logps}
         if recorder is not None:
             batch["support"] = recorder.support(mask)
-            found = mask_metrics(batch["support"], mask, recorder.vocab)
-            self._metrics[mode].record(found, counts * mask.sum())
+            self._metrics[mode].record(mask_metrics(batch["support"], mask, recorder.vocab), counts * mask.sum())
         if args.beta != 0:
             batch |= self._of_reference(batch, whole=mode == "eval")
         return batch, rewards
@@ -177,9 +183,10 @@ class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
             config = sampling_config(args, causal_lm, self.processing_class)
             if continuous is not None and sharded:
                 raise ValueError("use_transformers_continuous_batching must be False for a sharded model, got True")
-        noting = recorded_support(causal_lm) if args.keeps_sampling_mask else nullcontext()
         # accelerate puts autocast on the model's forward; an adapted model's generate goes past it
-        with self.accelerator.autocast(), noting as recorder:
+        with self.accelerator.autocast(), recorded_support(causal_lm) if args.keeps_sampling_mask else nullcontext() as recorder:
+            if self._server:
+                return self._server.sample(self, prompt_ids, config), recorder
             return sample(causal_lm, prompt_ids, config, synced_gpus=sharded, continuous=continuous), recorder
 
     # ---- 2. reward ----
@@ -189,10 +196,8 @@ class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
         ids = drawn.input_ids[:, -drawn.mask.shape[1] :]
         completion_ids = [own[kept].tolist() for own, kept in zip(ids, drawn.mask, strict=True)]
         texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-        completions = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
+        completions = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+                       for prompt, text in zip(prompts, texts, strict=True)]  # fmt: skip
         names = set() if self.args.remove_unused_columns else {name for row in rows for name in row} - {"prompt"}
         columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
         with raising_together(self.args):
@@ -228,20 +233,19 @@ class GRPOTrainer(Resume, Evaluation, Scoring, Metrics, Trainer):
         routed = {} if self._router_coef is None else {"output_router_logits": True}
         found = model(**micro.model_inputs, **routed, use_cache=False, fused_lm_head=loss)
         loss, aux_loss = found if routed else (found, None)
-        (output,) = made
-        loss = loss + (output.loss.detach() - loss.detach())  # FSDP2 under bf16 rounds what a forward returns, log-probs too
-        loss = loss * micro.scale
+        (output,) = made  # FSDP2 under bf16 rounds what a forward returns, log-probs too
+        loss = (loss + (output.loss.detach() - loss.detach())) * micro.scale
         metrics = output.metrics | {"policy_loss": output.metrics["policy_loss"] * micro.scale}
         if aux_loss is not None:
             loss = loss + self._router_coef * aux_loss
             metrics["aux_loss"] = aux_loss.detach()
-        self._record_loss(loss.detach(), metrics, output.logps, inputs, micro, model.training)
+        self._record_loss(loss.detach(), metrics, output, inputs, micro, model.training)
         output = output._replace(loss=loss.detach(), logps=micro.spread(output.logps), entropy=micro.spread(output.entropy))
         return (loss, output) if return_outputs else loss
 
     def _micro_batch(self, inputs, skip):
-        can = {"positions": self._takes_position_ids, "packed": self._packed}
-        return microbatch.make(inputs, self.loss_config, **can, skip=skip, group=self._data_parallel_group)
+        can = {"positions": self._takes_position_ids, "packed": self._packed, "group": self._data_parallel_group}
+        return microbatch.make(inputs, self.loss_config, **can, skip=skip)
 
     def _loss(self, hidden, head, given):
         """(`GRPOLossOutput`, the reference's head or None) of a micro-batch."""
