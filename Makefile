@@ -12,6 +12,9 @@ PEERS ?= trl==1.16.0 liger-kernel==0.8.5
 VERL ?= verl==0.9.1 ray==2.60.0 tensordict==0.10.0 omegaconf==2.4.0 pyvers==0.1.0 msgpack protobuf requests urllib3 certifi \
 	jsonschema jsonschema-specifications referencing rpds-py attrs cloudpickle codetiming==1.4.0 orjson==3.13.0 click filelock
 
+# What ZeRO-3 needs; on its first start it compiles its collectives for a CPU, half a minute.
+DEEPSPEED ?= deepspeed==0.19.8 hjson py-cpuinfo nvidia-ml-py einops ninja msgpack
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.grpo-kernels
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
@@ -42,9 +45,13 @@ sanitize: $(STAMP)
 test-peers: $(STAMP) $(VENV)/peers/verl
 	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest -q -n auto tests/test_peers.py tests/test_verl.py tests/test_verl_losses.py $(TEST_ARGS)
 
-# The trainer's run under Ray Train with a worker that is killed, and verl's plugin in a Ray worker; minutes, so not part of the others.
-test-ray: $(STAMP) $(VENV)/peers/verl
-	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest -q tests/test_ray.py $(TEST_ARGS)
+# The trainer's run under Ray Train with a worker that is killed, verl's plugin in a Ray worker, and the run under DeepSpeed's ZeRO-3.
+test-ray: $(STAMP) $(VENV)/peers/verl $(VENV)/engines/deepspeed
+	PYTHONPATH=$(VENV)/peers:$(VENV)/engines $(BIN)/python -m pytest -q tests/test_ray.py \
+		'tests/test_launchers.py::test_accelerate_launch_is_one_process[deepspeed_zero3]' $(TEST_ARGS)
+
+$(VENV)/engines/deepspeed: | $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) $(DEEPSPEED)
 
 $(VENV)/peers/verl: | $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) $(VERL)

@@ -4,98 +4,69 @@ accelerate gives a CPU neither FSDP nor DeepSpeed, so the started script names t
 (see `use_fsdp` in test_trainer_ranks.py). Files, launcher, command line and engines are the real ones.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from safetensors.torch import load_file
-from test_trainer import tiny_model
+from engines import EXAMPLES, LONG, RANKS, assert_same, assert_started_again, options, prepare, run
 
-from grpo_kernels.trainer.demo import make_tokenizer
-
-TESTS = Path(__file__).parent
-EXAMPLES = TESTS.parent / "examples" / "accelerate"
-RANKS = 2
-SECONDS = 600
-STEPS = 2
-ROWS = 8  # of a step, over all processes
-TOLERANCE = 2e-5
-
-# the dice are each process's own, so completions are given, by rollout and row
 SCRIPT = """
 import sys
 
 from accelerate import state
-from test_trainer_ranks import Rehearsed, letters
 
-import grpo_kernels.trainer
 from grpo_kernels import cli
 
 if sys.argv.pop(1) == "engine":
     begin = state.PartialState.__init__
     state.PartialState.__init__ = lambda self, cpu=False, **options: begin(self, **options)
     state.PartialState._prepare_backend = lambda self, *args: ("gloo", state.DistributedType.MULTI_XPU)
-grpo_kernels.trainer.GRPOTrainer = Rehearsed
 if cli.main(sys.argv[1:]):
     sys.exit(1)
 engine = state.AcceleratorState()
-print(f"{engine.distributed_type.value} on {engine.num_processes}", flush=True)
+sys.stdout.write(f"<{engine.distributed_type.value} on {engine.num_processes}>")
 """
 KINDS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
+PLAIN = dict(max_steps=2, learning_rate=0.3, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.5)
 
 
-def start(folder, name, *launcher, engine=False, ranks=RANKS):
-    """Trains the model in ``folder`` and returns (log history, weights by name, what was printed)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    command = [
-        *launcher, "run.py", "engine" if engine else "plain", "train", "--model", "model", "--data", "data.jsonl", "--output_dir", name,
-        "--reward", "test_trainer_ranks:letters", "--max_steps", STEPS, "--per_device_train_batch_size", ROWS // ranks,
-        "--num_generations", 4, "--max_completion_length", 5, "--learning_rate", 0.3, "--optim", "sgd", "--lr_scheduler_type", "constant",
-        "--beta", 0.1, "--max_grad_norm", 0.5, "--logging_steps", 1, "--report_to", "none", "--disable_tqdm", "true",
-        "--use_cpu", str(not engine),
-    ]  # fmt: skip
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stderr[-6000:]
-    logs = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
-    return logs, load_file(folder / name / "model.safetensors"), done.stdout
+def start(folder, output, kind=None, survives=True, **settings):
+    """`grpo-kernels train` on one process, or with a file of examples/accelerate on two; returns what was printed."""
+    launcher, ranks = (), 1
+    if kind:
+        launcher = ("-m", "accelerate.commands.launch", "--config_file", EXAMPLES / "accelerate" / f"{kind}.yaml", "--num_processes", RANKS,
+                    "--main_process_port", 0, "--mixed_precision", "no")  # fmt: skip
+        ranks = RANKS
+    engine = kind in ("fsdp2", "deepspeed_zero3")
+    words = ["run.py", "engine" if engine else "plain", "train", *options(output, ranks, use_cpu=not engine, **settings)]
+    return run(folder, *launcher, *words, environment={"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}, survives=survives)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("launched")
-    tiny_model().save_pretrained(path / "model")
-    make_tokenizer().save_pretrained(path / "model")
-    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in (1, 23, 456) for b in (1, 5, 9)]
-    (path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(path)
     (path / "run.py").write_text(SCRIPT)
     return path
 
 
 @pytest.fixture(scope="module")
 def one(folder):
-    return start(folder, "one", ranks=1)
+    start(folder, "one", **PLAIN)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_accelerate_launch_is_one_process(name, folder, one):
     if name == "deepspeed_zero3":
         pytest.importorskip("deepspeed")
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", EXAMPLES / f"{name}.yaml", "--num_processes", RANKS,
-                "--main_process_port", 0, "--mixed_precision", "no")  # fmt: skip
-    logs, weights, said = start(folder, name, *launcher, engine=name != "ddp")
-    assert said.count(f"{KINDS[name]} on {RANKS}\n") == RANKS and said.count(f"model: {name}\n") == 1
-    steps = [log for log in one[0] if "loss" in log]
-    assert len(steps) == STEPS and any(abs(log["loss"]) > 1e-3 for log in steps)
-    for log, other in zip([log for log in logs if "loss" in log], steps, strict=True):
-        assert log.keys() == other.keys()
-        for key in log:
-            if not key.endswith(("runtime", "per_second", "total_flos")):
-                assert log[key] == pytest.approx(other[key], rel=TOLERANCE, abs=TOLERANCE), (log["step"], key)
-    begun = load_file(folder / "model" / "model.safetensors")
-    moved = sum((one[1][key] - begun[key]).square().sum() for key in begun).sqrt()
-    apart = sum((one[1][key] - weights[key]).square().sum() for key in begun).sqrt()
-    assert moved > 1e-2 and apart <= TOLERANCE * moved
+    said = start(folder, name, name, **PLAIN)
+    assert said.count(f"<{KINDS[name]} on {RANKS}>") == RANKS and said.count(f"model: {name}\n") == 1
+    assert_same(folder, name, "one")
+
+
+def test_a_killed_run_under_fsdp2_ends_as_one_process(folder):
+    """One of two processes is killed in the fifth of six steps; started again, the run ends in log and weights of one that ran through."""
+    start(folder, "whole", **LONG)
+    for seen in folder.glob("seen-*"):
+        seen.unlink()
+    start(folder, "broken", "fsdp2", survives=False, **LONG)
+    start(folder, "broken", "fsdp2", resume_from_checkpoint="last", **LONG)
+    assert_started_again(folder)
+    assert_same(folder, "broken", "whole")

@@ -1,111 +1,24 @@
 """Under Ray: the trainer's run on Ray Train's workers, one of them killed, and verl's plugin in a worker process of verl's kind."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 pytest.importorskip("ray", reason="needs ray, see make test-ray")
 pytest.importorskip("ray.train.torch", reason="needs ray[train], see make test-ray")
 
-from test_trainer import tiny_model
+from engines import EXAMPLES, LONG, RANKS, assert_same, assert_started_again, options, prepare, run
 
-from grpo_kernels.trainer.demo import make_tokenizer
-
-TESTS = Path(__file__).parent
-EXAMPLE = TESTS.parent / "examples" / "ray_train.py"
-SECONDS = 600
-STEPS = 6
-TOLERANCE = 2e-5
-
-# given completions instead of dice, so that the run is that of one process; rank 1 dies in its fifth rollout, once
-HOUSE = """
-import os
-import signal
-from pathlib import Path
-
-import torch.distributed as dist
-from test_trainer_ranks import Rehearsed, letters
-
-from grpo_kernels.trainer import GRPOTrainer
-
-plain = GRPOTrainer._sample_and_score
-
-
-def given(self, rows, mode, **keywords):
-    if type(self) is GRPOTrainer:
-        self.__class__ = Rehearsed
-        return self._sample_and_score(rows, mode, **keywords)
-    return plain(self, rows, mode, **keywords)
-
-
-GRPOTrainer._sample_and_score = given
-calls = 0
-
-
-def scored(completions, **columns):
-    global calls
-    calls += 1
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if ranks > 1 else 0
-    with open(f"seen-{ranks}-{rank}", "a") as file:
-        file.write(f"{os.getpid()}\\n")
-    if rank == 1 and calls == 5 and not Path("killed").exists():
-        Path("killed").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return letters(completions, **columns)
-"""
-
-
-def run(command, folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    # Ray's sockets lie below its folder, and their names have at most 107 bytes
-    environment["RAY_TMPDIR"] = "/tmp"
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-6000:])
-    return done.stdout
-
-
-def options(folder, rows):
-    return ["--model", "model", "--data", "data.jsonl", "--output_dir", folder, "--reward", "house:scored", "--max_steps", STEPS,
-            "--per_device_train_batch_size", rows, "--num_generations", 4, "--max_completion_length", 5, "--learning_rate", 1e-2,
-            "--adam_epsilon", 1e-3, "--optim", "adamw_torch", "--beta", 0.1, "--logging_steps", 1, "--save_steps", 2, "--report_to", "none",
-            "--disable_tqdm", "true", "--use_cpu", "true"]  # fmt: skip
+# Ray's sockets lie below its folder, and their names have at most 107 bytes
+RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": "/tmp"}
 
 
 def test_ray_train_goes_on_after_a_killed_worker(tmp_path):
     """Two workers, one killed amid the run: log and weights are those of one process that nobody stopped."""
-    tiny_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in (1, 23, 456) for b in (1, 5, 9)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "house.py").write_text(HOUSE)
-    run(["-m", "grpo_kernels.cli", "train", *options("one", 8)], tmp_path)
-    run([EXAMPLE, "--workers", 2, "--", *options("two", 4)], tmp_path)
-    for rank in range(2):
-        seen = (tmp_path / f"seen-2-{rank}").read_text().split()
-        assert len(set(seen)) == 2, "the workers were not started again"
-        assert 5 + STEPS - 4 <= len(seen) < 5 + STEPS, "the second run began anew"
-
-    logs, wanted = (
-        [log for log in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] if "loss" in log]
-        for name in ("two", "one")
-    )
-    assert [log["step"] for log in logs] == list(range(1, STEPS + 1))
-    for log, other in zip(logs, wanted, strict=True):
-        assert log.keys() == other.keys()
-        for name in log:
-            if not name.endswith("per_second"):
-                assert log[name] == pytest.approx(other[name], rel=TOLERANCE, abs=TOLERANCE), (log["step"], name)
-    begun, one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "one", "two"))
-    moved, apart = (sum((a[key] - b[key]).square().sum() for key in begun).sqrt() for a, b in ((one, begun), (two, one)))
-    assert moved > 1e-2 and apart <= TOLERANCE * moved
+    prepare(tmp_path)
+    run(tmp_path, "-m", "grpo_kernels.cli", "train", *options("one", 1, use_cpu=True, **LONG))
+    run(tmp_path, EXAMPLES / "ray_train.py", "--workers", RANKS, "--", *options("two", RANKS, use_cpu=True, **LONG), environment=RAY)
+    assert_started_again(tmp_path)
+    assert_same(tmp_path, "two", "one")
 
 
 PLUGIN = "from grpo_kernels.integrations.verl import install_verl_backend\n\ninstall_verl_backend()\n"
@@ -155,11 +68,10 @@ if __name__ == "__main__":
 def test_verls_ray_workers_load_the_plugin_as_external_lib(tmp_path):
     """In both processes verl's forward runs on ours: log-probs and entropies are those of full logits."""
     pytest.importorskip("verl", reason="needs verl, see make test-ray")
-    tiny_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    prepare(tmp_path)
     (tmp_path / "my_plugin.py").write_text(PLUGIN)
     (tmp_path / "workers.py").write_text(WORKERS)
-    run(["workers.py"], tmp_path)
+    run(tmp_path, "workers.py", environment=RAY)
     driver, scores = torch.load(tmp_path / "scores", weights_only=False)
     assert len({driver, *(score["pid"] for score in scores)}) == 3
     for rank, score in enumerate(scores):
