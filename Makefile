@@ -43,11 +43,11 @@ sanitize: $(STAMP)
 
 # What other projects' own tests go over, on our adapters. verl's packages stay beside the environment, which they would disturb.
 test-peers: $(STAMP) $(VENV)/peers/verl
-	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest -q -n auto tests/test_peers.py tests/test_verl.py tests/test_verl_losses.py $(TEST_ARGS)
+	PYTHONPATH=$(abspath $(VENV)/peers) $(BIN)/python -m pytest -q -n auto tests/test_peers.py tests/test_verl.py tests/test_verl_losses.py $(TEST_ARGS)
 
 # The trainer's run under Ray Train with a worker that is killed, verl's plugin in a Ray worker, and the run under DeepSpeed's ZeRO-3.
 test-ray: $(STAMP) $(VENV)/peers/verl $(VENV)/engines/deepspeed
-	PYTHONPATH=$(VENV)/peers:$(VENV)/engines $(BIN)/python -m pytest -q tests/test_ray.py \
+	PYTHONPATH=$(abspath $(VENV)/peers):$(abspath $(VENV)/engines) $(BIN)/python -m pytest -q tests/test_ray.py \
 		'tests/test_launchers.py::test_accelerate_launch_is_one_process[deepspeed_zero3]' $(TEST_ARGS)
 
 $(VENV)/engines/deepspeed: | $(STAMP)
