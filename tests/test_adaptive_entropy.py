@@ -10,21 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer import DATA, digit_sum, make_tokenizer, tiny_model, trainer, weights
+from test_trainer import trainer, weights
 
-from grpo_kernels.trainer import GRPOConfig, GRPOTrainer
 from grpo_kernels.trainer.entropy import AdaptiveEntropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def adaptive(folder, **options):
-    defaults = dict(
-        output_dir=str(folder), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=2, logging_steps=1,
-        use_adaptive_entropy=True, per_device_train_batch_size=8, num_generations=4, max_completion_length=5, learning_rate=1e-2, max_grad_norm=0.0,
-    )  # fmt: skip
-    args = GRPOConfig(**{**defaults, **options})
-    return GRPOTrainer(tiny_model(), digit_sum, args, DATA, processing_class=make_tokenizer())
+    return trainer(folder, use_adaptive_entropy=True, **options)
 
 
 def their_statement():

@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from problems import draw_config, draw_problem, make_problem, packed, run
 from ranks import join, launch, leave
-from test_objective import call_objective, draw_tokens, objective_tokens, of_rows, prepared
+from test_objective import call_objective, draw_tokens, objective_tokens, prepared
 from test_work import operations
 from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
@@ -169,17 +169,7 @@ def test_far_apart_log_probs_give_finite_results(loss_type, shift):
 @given(row=test_objective.rows, epsilon=st.sampled_from([0.05, 0.2, 1.5]), delta=st.sampled_from([None, 0.5, 1.25, 2.5]))
 def test_coefficient_is_the_derivative_of_the_objective(loss_type, row, epsilon, delta):
     config = config_of(loss_type, beta=row["beta"], use_bias_correction_kl=row["corrected"], epsilon=epsilon, delta=delta)
-    logps = torch.tensor([[row["lp"]]], dtype=torch.float64)
-    inputs = dict(
-        mask=torch.ones(1, 1), advantages=torch.tensor([row["A"]], dtype=torch.float64), ref_logps=logps + row["r"],
-        importance_sampling_ratio=torch.tensor([[row["rho"]]], dtype=torch.float64), num_items=3,
-    )  # fmt: skip
-    if not row["on_policy"]:
-        inputs["old_logps"] = logps - row["d"]
-    truth = call_objective(logps, logps * 0, inputs, config)["dlogps"]
-    closed, _ = of_rows(logps, inputs, config)
-    size = math.exp(max(-80, min(80, 0 if row["on_policy"] else row["d"])))
-    assert_close("coefficient", closed, truth, 1e-10, floor=1e-12 * (1 + size * math.exp(abs(row["r"]))))
+    test_objective.assert_coefficient_is_the_derivative(row, config)
 
 
 @each_loss
