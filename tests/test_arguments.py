@@ -272,6 +272,19 @@ def test_wrong_options(field, value):
     assert field in message and repr(value) in message and "must be" in message
 
 
+@pytest.mark.parametrize(
+    "options, told",
+    [(dict(loss_type="gmpo"), "got 'gmpo'; did you mean 'geo_mean'?"), (dict(loss_type="clipcov"), "got 'clipcov'; did you mean 'clip_cov'?"),
+     (dict(loss_type="xyz"), "got 'xyz'"), (dict(epsilon="0.2"), "epsilon must be a finite number >= 0, got '0.2'"),
+     (dict(max_completion_length="9"), "max_completion_length must be an integer > 0 or None, got '9'"),
+     (dict(clip_cov_lb=6.0), "clip_cov_lb must be at most clip_cov_ub, 5.0, got 6.0")],
+)  # fmt: skip
+def test_a_refused_option_says_what_was_meant(options, told):
+    with pytest.raises(ValueError) as caught:
+        GRPOLossConfig(**options)
+    assert str(caught.value).endswith(told)
+
+
 def test_dr_grpo_needs_its_divisor():
     with pytest.raises(ValueError, match=r"max_completion_length.*dr_grpo.*None"):
         GRPOLossConfig(loss_type="dr_grpo")

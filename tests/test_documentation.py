@@ -183,6 +183,12 @@ def test_the_snippets_of_the_sampling_mask_do_what_they_say():
     assert padded["first"].ids.tolist() == [7, 3, 9, 5] and padded["first"].positions == 2
 
 
+def test_the_correction_of_losses_runs():
+    (source,) = snippets((DOCS / "losses.md").read_text())
+    space = printed_as_it_says(source, {})
+    assert space["out"].loss.isfinite() and space["config"].importance_sampling_range == (0.5, 5.0)
+
+
 def behind_the_readmes_first_snippet(word):
     """The names after the README's first snippet and the one with this word."""
     first, *others = snippets((DOCS.parent / "README.md").read_text())

@@ -1,6 +1,7 @@
 """The options of the loss: one frozen dataclass, validated when it is made, named as in TRL's GRPO trainer."""
 
 import dataclasses
+import difflib
 import functools
 import numbers
 import sys
@@ -30,6 +31,7 @@ IMPORTANCE_SAMPLING_LEVELS = get_args(Level)
 _FLOAT32_MAX = 3.4e38  # options are float32 numbers in the kernels
 _DELTAS = {"vanilla": 3.0, "dppo_tv": 20.0, "dppo_kl": 20.0}  # where delta is None: verl's clip_ratio_c of these losses
 _ICEPOP_MINIMUM = 0.5
+_KNOWN_AS = {"gmpo": "geo_mean", "dppo": "dppo_tv", "ppo": "vanilla", "reinforce": "gpg"}  # what papers call a loss_type
 _SMALLEST = 1e-30  # a divisor below would overflow finite logits
 
 
@@ -38,7 +40,8 @@ class GRPOLossConfig:
     """Options of the GRPO loss family; an option that a ``loss_type`` does not use is ignored.
 
     Args:
-        loss_type: which policy term and reduction; one of ``LOSS_TYPES``, or a name given to `register_policy_term`.
+        loss_type: which policy term and reduction: TRL's grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo; verl's vanilla,
+            gspo, geo_mean (GMPO), dppo_tv, dppo_kl, gpg, dro, clip_cov, kl_cov; or a name given to `register_policy_term`.
         importance_sampling_level: ratio per ``"token"``, or one per ``"sequence"`` (GSPO). Of verl's losses none reads it.
         epsilon: lower clip range; the ratio is clipped at ``1 - epsilon``, for geo_mean the log-ratio at ``-epsilon``. For dppo_tv
             and dppo_kl how far the probability of a token with a negative advantage may have moved. >= 0.
@@ -61,13 +64,14 @@ class GRPOLossConfig:
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: gamma weights of vespo.
         dro_beta: weight of dro's squared log-ratio; dro needs it. > 0.
         clip_cov_ratio: share of a call's tokens whose gradient clip_cov cuts, one token at least. In (0, 1].
-        clip_cov_lb, clip_cov_ub: it cuts among tokens whose covariance of log-prob and advantage lies between these.
+        clip_cov_lb, clip_cov_ub: it cuts among tokens whose covariance of log-prob and advantage lies between these. lb <= ub.
         kl_cov_ratio: share of a call's tokens, those of highest covariance, that kl_cov penalises, one token at least. In (0, 1].
         ppo_kl_coef: weight of that penalty, the absolute log-ratio.
-        importance_sampling_mode: the correction for a sampler with other log-probs than the trainer's: a weight of the policy term,
-            ``exp(old_logps - sampling_logps)`` per ``token``, its product over a ``sequence`` or its ``geometric`` mean. It is
-            ``truncate``d to the range below, or ``mask``ed: 0 outside of it. ``"icepop"`` is ``"token_mask"`` with a minimum of
-            0.5 where none is set. None: no correction but a given ``importance_sampling_ratio``.
+        importance_sampling_mode: the correction for a sampler with other log-probs than the trainer's: token_truncate, token_mask,
+            sequence_truncate, sequence_mask, geometric_truncate, geometric_mask or icepop. The policy term is weighted by
+            ``exp(old_logps - sampling_logps)`` per token, its product over a sequence or its geometric mean; truncate cuts the
+            weight to the range below, mask makes it 0 outside. icepop is token_mask with a minimum of 0.5 where none is set.
+            None: no correction but a given ``importance_sampling_ratio``.
         importance_sampling_clip_min, importance_sampling_clip_max: the range of that ratio; None means no bound. >= 0.
 
     Raises:
@@ -129,6 +133,8 @@ class GRPOLossConfig:
             self._number(name, lambda x: 0 < x <= 1, "in (0, 1]")
         for name in ("clip_cov_lb", "clip_cov_ub", "ppo_kl_coef"):
             self._number(name, lambda x: True, "a finite number")
+        if self.clip_cov_lb > self.clip_cov_ub:
+            raise ValueError(f"clip_cov_lb must be at most clip_cov_ub, {self.clip_cov_ub!r}, got {self.clip_cov_lb!r}")
         self._check_correction()
         if self.loss_type == "dro" and self.dro_beta is None:
             raise ValueError("dro_beta must be > 0 for loss_type='dro', got None")
@@ -153,13 +159,17 @@ class GRPOLossConfig:
     def _one_of(self, name, allowed, also=""):
         value = getattr(self, name)
         if not isinstance(value, str) or value not in allowed:
-            raise ValueError(f"{name} must be {also}one of {', '.join(allowed)}, got {value!r}")
+            close = difflib.get_close_matches(str(value).lower(), [*allowed, *(_KNOWN_AS if name == "loss_type" else ())], 1)
+            meant = f"; did you mean {_KNOWN_AS.get(close[0], close[0])!r}?" if close else ""
+            raise ValueError(f"{name} must be {also}one of {', '.join(allowed)}, got {value!r}{meant}")
 
     def _number(self, name, holds, wanted, optional=False):
         value = getattr(self, name)
         if value is None and optional:
             return
         real = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= _FLOAT32_MAX
+        if not real and not wanted.startswith("a"):
+            wanted = f"a finite number {wanted}"
         if not real or not holds(value):
             raise ValueError(f"{name} must be {wanted}, got {value!r}")
         if type(value) not in (int, float):  # numpy's and others: written down as Python's
