@@ -212,9 +212,38 @@ def test_adapters_are_added_to_the_weights_that_are_given(tmp_path, server):
         assert (chosen(scores_of(t.model, drawn), drawn) - drawn.logps)[drawn.mask].abs().max() > 0.01, "adapters too small to tell"
     assert all(torch.equal(x, before[name]) for name, x in t.model.state_dict().items())
     t.train()
-    with pytest.raises(ValueError, match="plain LoRA adapters.*lora_magnitude_vector"):
-        dora = peft.get_peft_model(tiny_model(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], use_dora=True))
-        merged(dora, dora.state_dict())
+
+
+def test_only_the_active_adapter_is_added(tmp_path):
+    lora = functools.partial(peft.LoraConfig, task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj"])
+    model = peft.get_peft_model(tiny_model(), lora(modules_to_save=["norm"]))
+    model.add_adapter("other", lora(modules_to_save=["norm"]))
+    model.get_base_model().model.norm.modules_to_save["other"].weight.data *= 2
+    plain, ids = tiny_model(), torch.arange(2, 9).unsqueeze(0)
+    logits = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        plain.load_state_dict(merged(model, model.state_dict()))
+        logits.append(plain.eval()(ids).logits)
+        torch.testing.assert_close(logits[-1], model.eval()(ids).logits, atol=1e-6, rtol=1e-5)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "adapter, named",
+    [
+        (peft.LoraConfig(target_modules=["q_proj"], use_dora=True), "LORA with use_dora"),
+        (peft.LoraConfig(target_modules=["q_proj"], lora_bias=True), "LORA with lora_bias"),
+        (peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1]), "LORA with trainable_token_indices"),
+        (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3"),
+        (peft.VeraConfig(target_modules=["q_proj"]), "VERA"),
+    ],
+)
+def test_adapters_that_cannot_be_added_are_refused(adapter, named):
+    """Or the server would go on with the weights without them."""
+    model = peft.get_peft_model(tiny_model(), adapter)
+    with pytest.raises(ValueError, match=f"plain LoRA adapters.*got {named}$"):
+        merged(model, model.state_dict())
 
 
 def test_a_server_without_an_endpoint_for_weights_is_told_from_one_with(tmp_path, server):
