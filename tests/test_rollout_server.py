@@ -4,14 +4,17 @@ trained on is refused.
 The server is `rollout_server_stub`. vLLM and SGLang themselves are not run.
 """
 
+import contextlib
 import functools
 import itertools
 import json
 import logging
 import math
 import re
+import socket
 import tempfile
 import threading
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -29,7 +32,7 @@ from grpo_kernels import GRPOLossConfig, objective
 from grpo_kernels.trainer import dry_run
 from grpo_kernels.trainer.metrics import Recorded
 from grpo_kernels.trainer.rollout import Completions, sample, sampling_config
-from grpo_kernels.trainer.rollout_client import KEY, RolloutServerError, split_url
+from grpo_kernels.trainer.rollout_client import KEY, Client, RolloutServerError, split_url
 from grpo_kernels.trainer.rollout_server import merged
 from grpo_kernels.trainer.server_options import ServerOptions
 
@@ -334,8 +337,54 @@ def test_a_key_is_sent_and_its_absence_told(tmp_path, server, monkeypatch):
     s = server(key="secret")
     with pytest.raises(RolloutServerError, match="status 401: .*Unauthorized"):
         drawn_by(served(tmp_path, s))
-    monkeypatch.setenv(KEY, "secret")
+    monkeypatch.setenv(KEY, "secret\n")  # as from a file
     drawn_by(served(tmp_path, s))
+
+
+@contextlib.contextmanager
+def raw_server(*answers):
+    """Its URL. It names a model, and to the n-th completion it sends the bytes of ``answers[n]``, a pause after each part."""
+    left, listening = list(answers), socket.create_server(("127.0.0.1", 0))
+
+    def answer(connection):
+        with connection, contextlib.suppress(OSError):
+            if b"/v1/models" in connection.recv(65536):
+                connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 24\r\n\r\n{"data":[{"id":"tiny"}]}')
+                return
+            for part in left.pop(0):
+                connection.sendall(part)
+                time.sleep(0.2)
+
+    def listen():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=listening.accept()[:1], daemon=True).start()
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        listening.close()
+
+
+BEGUN = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 1000\r\n\r\n"
+
+
+def test_an_answer_in_drips_is_late_too(tmp_path):
+    """Each of its parts comes in time, but not the whole."""
+    with raw_server([BEGUN, *[b" "] * 50]) as url:
+        client = Client(config(tmp_path, rollout_server=url, rollout_server_timeout=0.6))
+        assert client.ask([{}], lambda request, answer: answer) is None
+    assert client.last == "/v1/completions: no answer in 0.6 s (rollout_server_timeout)"
+
+
+def test_what_is_refused_does_not_wait_for_an_answer_that_stands_still(tmp_path):
+    refused = b"HTTP/1.1 400 Bad\r\nContent-Length: 0\r\n\r\n"
+    with raw_server([BEGUN, *[b""] * 100], [b"", refused]) as url:
+        client, began = Client(config(tmp_path, rollout_server=url, rollout_server_timeout=15.0)), time.monotonic()
+        with pytest.raises(RolloutServerError, match="/v1/completions: status 400"):
+            client.ask([{}, {}], lambda request, answer: answer)
+    assert time.monotonic() - began < 10
 
 
 # ---- answers that cannot be trained on ----
@@ -377,6 +426,8 @@ def logps(change):
         (of_choice(token_ids=lambda c: ["2", *c["token_ids"][1:]]), "integers in \\[0, 32\\), the trainer's vocabulary, got \\['2'\\]"),
         (of_choice(prompt_token_ids=lambda c: [9]), "prompt_token_ids must be the \\d ids that were sent, got \\[9\\]"),
         (of_choice(logprobs=lambda c: None), "logprobs.token_logprobs must be \\d numbers, one a token, got None"),
+        (of_choice(logprobs=lambda c: [-1.0]), "logprobs.token_logprobs must be \\d numbers, one a token, got None"),
+        (logps(lambda x: [*x[:-1], -1e300]), "logprobs.token_logprobs must be finite numbers <= 0, got \\[-1e\\+300\\]"),
         (logps(lambda x: [*x, -1.0]), "logprobs.token_logprobs must be (\\d) numbers, one a token, got (?!\\1)\\d of them"),
         (logps(lambda x: [*x[:-1], 0.5]), "logprobs.token_logprobs must be finite numbers <= 0, got \\[0.5\\]"),
         (logps(lambda x: [*x[:-1], None]), "logprobs.token_logprobs must be finite numbers <= 0, got \\[None\\]"),
@@ -418,6 +469,8 @@ def test_an_aborted_completion_is_asked_for_again(tmp_path, server):
     [
         (dict(rollout_server="localhost:8000"), "rollout_server must be a URL such as http://localhost:8000, got 'localhost:8000'"),
         (dict(rollout_server="http://"), "rollout_server must be a URL"),
+        (dict(rollout_server="http://me:pass@host"), "^rollout_server must be a URL without user and password, whose key is in \\w+$"),
+        (dict(rollout_server="http://:pass@host"), "^rollout_server must be a URL without user and password, whose key is in \\w+$"),
         (dict(rollout_server=None, rollout_server_timeout=3.0), "rollout_server_timeout needs rollout_server, got 3.0"),
         (dict(rollout_server=None, importance_sampling_mode="icepop"), "importance_sampling_mode must be None without rollout_server"),
         (dict(rollout_server_reload="restart"), "rollout_server_reload must be auto, vllm, sglang, none or a path .*, got 'restart'"),
