@@ -558,6 +558,15 @@ def test_without_a_cap_the_log_probs_alone_are_passed_on(tmp_path, server):
     t.train()
 
 
+def test_a_completion_that_is_skipped_is_not_in_the_metrics_of_the_ratio(tmp_path, server):
+    """It has no log-probs of the trainer: its group's rewards are equal."""
+    rewards = lambda completions, **_: [0.0] * 4 + [0.0, 1.0, 0.0, 1.0]  # noqa: E731
+    t = served(tmp_path, server(), rewards=rewards, max_steps=1, logging_steps=1)
+    t.train()
+    assert t.state.log_history[0]["frac_reward_zero_std"] == 0.5
+    assert t.state.log_history[0]["sampler/logp_difference_max"] < 1e-5
+
+
 def test_a_ratio_over_no_tokens_is_not_recorded(tmp_path, server):
     t, recorded = served(tmp_path, server()), Recorded()
     none = {"mask": torch.zeros(2, 3, dtype=torch.bool), "advantages": torch.ones(2), "old_logps": torch.zeros(2, 3), "sampling_logps": torch.zeros(2, 3)}

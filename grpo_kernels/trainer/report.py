@@ -24,7 +24,8 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem
 figcaption { font-weight: 600 }
 svg { width: 100%; height: auto } svg text { fill: var(--soft); font-size: 11px }
 table { border-collapse: collapse } th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--rule) }
-td { font-variant-numeric: tabular-nums } .right { color: var(--right) } .wrong { color: var(--wrong) } code { font-size: .95em; unicode-bidi: isolate }
+td { font-variant-numeric: tabular-nums } .right { color: var(--right) } .wrong { color: var(--wrong) }
+code { font-size: .95em; unicode-bidi: isolate }
 """
 
 

@@ -11,7 +11,6 @@ import contextlib
 import http.client
 import json
 import logging
-import math
 import os
 import random
 import socket
