@@ -1,6 +1,7 @@
 """The demo in small: its parts, and that rewards alone raise the accuracy; the whole one is `make demo`."""
 
 import functools
+import math
 import re
 import shutil
 import subprocess
@@ -73,6 +74,13 @@ def test_a_browser_shows_the_report(tmp_path):
     (one, two), right = [[text(cell) for cell in row] for row in page.findall(".//table")[0].findall(".//tr")[1:]], page.findall(".//*[@class='right']")
     assert one == ["1<2&", "<b> ✗", "3 ✓"] and two == ["2+2=", "4 ✓", "5 ✗"] and len(right) == 2
     assert not re.search(r"https?:|<script|src=|href=", shown), "the page loads something"
+
+
+def test_a_figure_leaves_out_what_is_no_number(tmp_path):
+    log = [{"step": i, "reward": value, "entropy": math.nan} for i, value in enumerate([math.nan, 0.5, math.inf], 1)]
+    report.write(tmp_path / "report.html", "", log, [(0, 0.1), (3, 0.2)], [], [("",)], [])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<polyline") == 2 and page.count("was not logged") == 3 and not re.search(r'points="[^"]*(nan|inf)', page)
 
 
 def test_measured_costs_are_real():

@@ -4,14 +4,17 @@ trained on is refused.
 The server is `rollout_server_stub`. vLLM and SGLang themselves are not run.
 """
 
+import contextlib
 import functools
 import itertools
 import json
 import logging
 import math
 import re
+import socket
 import tempfile
 import threading
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -29,7 +32,7 @@ from grpo_kernels import GRPOLossConfig, objective
 from grpo_kernels.trainer import dry_run
 from grpo_kernels.trainer.metrics import Recorded
 from grpo_kernels.trainer.rollout import Completions, sample, sampling_config
-from grpo_kernels.trainer.rollout_client import KEY, RolloutServerError, split_url
+from grpo_kernels.trainer.rollout_client import KEY, Client, RolloutServerError, split_url
 from grpo_kernels.trainer.rollout_server import merged
 from grpo_kernels.trainer.server_options import ServerOptions
 
@@ -212,9 +215,38 @@ def test_adapters_are_added_to_the_weights_that_are_given(tmp_path, server):
         assert (chosen(scores_of(t.model, drawn), drawn) - drawn.logps)[drawn.mask].abs().max() > 0.01, "adapters too small to tell"
     assert all(torch.equal(x, before[name]) for name, x in t.model.state_dict().items())
     t.train()
-    with pytest.raises(ValueError, match="plain LoRA adapters.*lora_magnitude_vector"):
-        dora = peft.get_peft_model(tiny_model(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], use_dora=True))
-        merged(dora, dora.state_dict())
+
+
+def test_only_the_active_adapter_is_added(tmp_path):
+    lora = functools.partial(peft.LoraConfig, task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj"])
+    model = peft.get_peft_model(tiny_model(), lora(modules_to_save=["norm"]))
+    model.add_adapter("other", lora(modules_to_save=["norm"]))
+    model.get_base_model().model.norm.modules_to_save["other"].weight.data *= 2
+    plain, ids = tiny_model(), torch.arange(2, 9).unsqueeze(0)
+    logits = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        plain.load_state_dict(merged(model, model.state_dict()))
+        logits.append(plain.eval()(ids).logits)
+        torch.testing.assert_close(logits[-1], model.eval()(ids).logits, atol=1e-6, rtol=1e-5)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "adapter, named",
+    [
+        (peft.LoraConfig(target_modules=["q_proj"], use_dora=True), "LORA with use_dora"),
+        (peft.LoraConfig(target_modules=["q_proj"], lora_bias=True), "LORA with lora_bias"),
+        (peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1]), "LORA with trainable_token_indices"),
+        (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3"),
+        (peft.VeraConfig(target_modules=["q_proj"]), "VERA"),
+    ],
+)
+def test_adapters_that_cannot_be_added_are_refused(adapter, named):
+    """Or the server would go on with the weights without them."""
+    model = peft.get_peft_model(tiny_model(), adapter)
+    with pytest.raises(ValueError, match=f"plain LoRA adapters.*got {named}$"):
+        merged(model, model.state_dict())
 
 
 def test_a_server_without_an_endpoint_for_weights_is_told_from_one_with(tmp_path, server):
@@ -305,8 +337,54 @@ def test_a_key_is_sent_and_its_absence_told(tmp_path, server, monkeypatch):
     s = server(key="secret")
     with pytest.raises(RolloutServerError, match="status 401: .*Unauthorized"):
         drawn_by(served(tmp_path, s))
-    monkeypatch.setenv(KEY, "secret")
+    monkeypatch.setenv(KEY, "secret\n")  # as from a file
     drawn_by(served(tmp_path, s))
+
+
+@contextlib.contextmanager
+def raw_server(*answers):
+    """Its URL. It names a model, and to the n-th completion it sends the bytes of ``answers[n]``, a pause after each part."""
+    left, listening = list(answers), socket.create_server(("127.0.0.1", 0))
+
+    def answer(connection):
+        with connection, contextlib.suppress(OSError):
+            if b"/v1/models" in connection.recv(65536):
+                connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 24\r\n\r\n{"data":[{"id":"tiny"}]}')
+                return
+            for part in left.pop(0):
+                connection.sendall(part)
+                time.sleep(0.2)
+
+    def listen():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=listening.accept()[:1], daemon=True).start()
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        listening.close()
+
+
+BEGUN = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 1000\r\n\r\n"
+
+
+def test_an_answer_in_drips_is_late_too(tmp_path):
+    """Each of its parts comes in time, but not the whole."""
+    with raw_server([BEGUN, *[b" "] * 50]) as url:
+        client = Client(config(tmp_path, rollout_server=url, rollout_server_timeout=0.6))
+        assert client.ask([{}], lambda request, answer: answer) is None
+    assert client.last == "/v1/completions: no answer in 0.6 s (rollout_server_timeout)"
+
+
+def test_what_is_refused_does_not_wait_for_an_answer_that_stands_still(tmp_path):
+    refused = b"HTTP/1.1 400 Bad\r\nContent-Length: 0\r\n\r\n"
+    with raw_server([BEGUN, *[b""] * 100], [b"", refused]) as url:
+        client, began = Client(config(tmp_path, rollout_server=url, rollout_server_timeout=15.0)), time.monotonic()
+        with pytest.raises(RolloutServerError, match="/v1/completions: status 400"):
+            client.ask([{}, {}], lambda request, answer: answer)
+    assert time.monotonic() - began < 10
 
 
 # ---- answers that cannot be trained on ----
@@ -348,6 +426,8 @@ def logps(change):
         (of_choice(token_ids=lambda c: ["2", *c["token_ids"][1:]]), "integers in \\[0, 32\\), the trainer's vocabulary, got \\['2'\\]"),
         (of_choice(prompt_token_ids=lambda c: [9]), "prompt_token_ids must be the \\d ids that were sent, got \\[9\\]"),
         (of_choice(logprobs=lambda c: None), "logprobs.token_logprobs must be \\d numbers, one a token, got None"),
+        (of_choice(logprobs=lambda c: [-1.0]), "logprobs.token_logprobs must be \\d numbers, one a token, got None"),
+        (logps(lambda x: [*x[:-1], -1e300]), "logprobs.token_logprobs must be finite numbers <= 0, got \\[-1e\\+300\\]"),
         (logps(lambda x: [*x, -1.0]), "logprobs.token_logprobs must be (\\d) numbers, one a token, got (?!\\1)\\d of them"),
         (logps(lambda x: [*x[:-1], 0.5]), "logprobs.token_logprobs must be finite numbers <= 0, got \\[0.5\\]"),
         (logps(lambda x: [*x[:-1], None]), "logprobs.token_logprobs must be finite numbers <= 0, got \\[None\\]"),
@@ -389,6 +469,8 @@ def test_an_aborted_completion_is_asked_for_again(tmp_path, server):
     [
         (dict(rollout_server="localhost:8000"), "rollout_server must be a URL such as http://localhost:8000, got 'localhost:8000'"),
         (dict(rollout_server="http://"), "rollout_server must be a URL"),
+        (dict(rollout_server="http://me:pass@host"), "^rollout_server must be a URL without user and password, whose key is in \\w+$"),
+        (dict(rollout_server="http://:pass@host"), "^rollout_server must be a URL without user and password, whose key is in \\w+$"),
         (dict(rollout_server=None, rollout_server_timeout=3.0), "rollout_server_timeout needs rollout_server, got 3.0"),
         (dict(rollout_server=None, importance_sampling_mode="icepop"), "importance_sampling_mode must be None without rollout_server"),
         (dict(rollout_server_reload="restart"), "rollout_server_reload must be auto, vllm, sglang, none or a path .*, got 'restart'"),
@@ -474,6 +556,15 @@ def test_without_a_cap_the_log_probs_alone_are_passed_on(tmp_path, server):
     assert "sampling_logps" in batch and not {"importance_sampling_ratio", "old_logps"} & set(batch)
     assert "sampling_logps" not in trainer(tmp_path)._new_rollout(0)
     t.train()
+
+
+def test_a_completion_that_is_skipped_is_not_in_the_metrics_of_the_ratio(tmp_path, server):
+    """It has no log-probs of the trainer: its group's rewards are equal."""
+    rewards = lambda completions, **_: [0.0] * 4 + [0.0, 1.0, 0.0, 1.0]  # noqa: E731
+    t = served(tmp_path, server(), rewards=rewards, max_steps=1, logging_steps=1)
+    t.train()
+    assert t.state.log_history[0]["frac_reward_zero_std"] == 0.5
+    assert t.state.log_history[0]["sampler/logp_difference_max"] < 1e-5
 
 
 def test_a_ratio_over_no_tokens_is_not_recorded(tmp_path, server):

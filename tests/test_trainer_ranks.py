@@ -53,6 +53,8 @@ RUNS = {
                                padding_free=True, **SGD),
     "skipping on rank 1, bnpo": dict(masked=(4, 5, 6, 7), num_generations=8, loss_type="bnpo", per_device_train_batch_size=8, max_steps=2, **SGD),
     "one kept token": dict(masked=(1, 2, 3, 4, 5, 6, 7), num_generations=8, longest=1, per_device_train_batch_size=8, max_steps=2, **SGD),
+    "adaptive entropy": dict(use_adaptive_entropy=True, entropy_coef=0.2, entropy_coef_delta=0.1, entropy_target=3.0, masked=(2, 3, 6, 7), num_generations=8,
+                             gradient_accumulation_steps=2, top_entropy_quantile=0.5, per_device_train_batch_size=4, max_steps=4, logging_steps=1, **SGD),
     "evaluation, bnpo": dict(loss_type="bnpo", entropy_coef=0.3, per_device_train_batch_size=8, eval_dataset=DATA[:5], eval_strategy="steps",
                              eval_steps=1, num_generations_eval=2, per_device_eval_batch_size=8, max_steps=1, **SGD),
     "evaluation": dict(per_device_train_batch_size=8, eval_dataset=DATA[:5], eval_strategy="steps", eval_steps=1, num_generations_eval=2,

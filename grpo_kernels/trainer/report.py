@@ -3,6 +3,7 @@
 The page loads nothing and runs no script; a browser without a network shows it, in the light or the dark of its system.
 """
 
+import math
 from html import escape
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem
 figcaption { font-weight: 600 }
 svg { width: 100%; height: auto } svg text { fill: var(--soft); font-size: 11px }
 table { border-collapse: collapse } th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--rule) }
-td { font-variant-numeric: tabular-nums } .right { color: var(--right) } .wrong { color: var(--wrong) } code { font-size: .95em }
+td { font-variant-numeric: tabular-nums } .right { color: var(--right) } .wrong { color: var(--wrong) }
+code { font-size: .95em; unicode-bidi: isolate }
 """
 
 
@@ -83,7 +85,7 @@ def _table(rows):
 def _figure(log_history, panel, greedy):
     """A metric over the steps: each log, its moving median, and the accuracies as points."""
     key, name, unit = panel
-    points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+    points = [(entry["step"], entry[key]) for entry in log_history if math.isfinite(entry.get(key, math.nan))]
     caption = f'<figcaption>{escape(name)} <span class="soft">{escape(unit)}</span></figcaption>'
     if not points:
         return f'<figure>{caption}<p class="soft">was not logged</p></figure>'

@@ -11,7 +11,6 @@ import contextlib
 import http.client
 import json
 import logging
-import math
 import os
 import random
 import socket
@@ -25,6 +24,7 @@ KEY = "ROLLOUT_SERVER_API_KEY"  # not OPENAI_API_KEY, which is no business of a 
 _BUSY, _AWAY = (408, 429, 500), (502, 503, 504)
 _PAUSES = 0.1, 5.0  # seconds before a request is repeated: the first, doubled up to the last
 _CERTAIN = 1e-3  # a log-prob above is no rounding of 0
+_LEAST = -3.4e38  # of float32, in which they are kept
 
 
 class RolloutServerError(RuntimeError):
@@ -60,10 +60,10 @@ def read_choice(answer, body, vocabulary) -> tuple[list[int], list[float]]:
     wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocabulary]
     _want(not wrong, "token_ids", f"integers in [0, {vocabulary}), the trainer's vocabulary", wrong[:1])
     _want(echoed in (None, prompt), "prompt_token_ids", f"the {len(prompt)} ids that were sent", echoed)
-    logps = (choice.get("logprobs") or {}).get("token_logprobs")
+    logps = choice["logprobs"].get("token_logprobs") if isinstance(choice.get("logprobs"), dict) else None
     came = f"{len(logps)} of them" if isinstance(logps, list) else logps
     _want(isinstance(logps, list) and len(logps) == len(ids), "logprobs.token_logprobs", f"{len(ids)} numbers, one a token", came)
-    wrong = [p for p in logps if isinstance(p, bool) or not isinstance(p, (int, float)) or not -math.inf < p <= _CERTAIN]
+    wrong = [p for p in logps if isinstance(p, bool) or not isinstance(p, (int, float)) or not _LEAST < p <= _CERTAIN]
     _want(not wrong, "logprobs.token_logprobs", "finite numbers <= 0", wrong[:1])
     _want(not set(ids[:-1]) & set(ends), "token_ids", f"none behind the first of stop_token_ids {ends}", ids)
     if reason == "stop":
@@ -131,7 +131,8 @@ class Client:
             except _Busy as error:
                 if pause is None:
                     raise RolloutServerError(f"{self.name}: {error}, {self._args.rollout_server_retries + 1} times") from None
-                stop.wait(pause)
+                if stop.wait(pause):
+                    raise _Stopped from None
         try:
             return read(request, answer)
         except RolloutServerError as error:
@@ -202,25 +203,31 @@ class Client:
     def call(self, method, path, body=None, stop=None):
         """The answer's JSON, None where it is empty. Raises _Away, _Busy, or RolloutServerError with the server's own words."""
         headers = {"Content-Type": "application/json", "Connection": "close"}
-        if key := os.environ.get(KEY):
+        if key := os.environ.get(KEY, "").strip():  # http.client's error of a line break has the key in it
             headers["Authorization"] = f"Bearer {key}"
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=self._args.rollout_server_timeout)
+        timeout, began, sock = self._args.rollout_server_timeout, time.monotonic(), None
+        connection = kind(self._host, self._port, timeout=timeout)
         try:
+            connection.connect()
+            sock = connection.sock  # which http.client lets go before it has read the last answer
             with self._lock:
                 if stop is not None and stop.is_set():
                     raise _Stopped
-                self._open.add(connection)
-            connection.request(method, self._prefix + path, None if body is None else json.dumps(body), headers)
-            answer = connection.getresponse()
-            text = answer.read()
-        except TimeoutError:
-            raise _Away(f"{path}: no answer in {self._args.rollout_server_timeout:g} s (rollout_server_timeout)") from None
+                self._open.add(sock)
+            with _hung_up_after(timeout, sock):  # the socket's own is for each part of an answer
+                connection.request(method, self._prefix + path, None if body is None else json.dumps(body), headers)
+                answer = connection.getresponse()
+                text = answer.read()
+            if time.monotonic() - began >= timeout:
+                raise TimeoutError
         except (OSError, http.client.HTTPException) as error:
+            if time.monotonic() - began >= timeout:
+                raise _Away(f"{path}: no answer in {timeout:g} s (rollout_server_timeout)") from None
             raise _Away(f"{path}: {type(error).__name__}: {error}") from None
         finally:
             with self._lock:
-                self._open.discard(connection)
+                self._open.discard(sock)
             connection.close()
         if answer.status in _AWAY:
             raise _Away(f"{path}: status {answer.status}")
@@ -236,10 +243,24 @@ class Client:
 
     def _hang_up(self):
         with self._lock:
-            for connection in self._open:
-                if connection.sock is not None:
-                    with contextlib.suppress(OSError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
+            for sock in self._open:
+                _shut(sock)
+
+
+@contextlib.contextmanager
+def _hung_up_after(seconds, sock):
+    timer = threading.Timer(seconds, _shut, [sock])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _shut(sock):
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _pauses(retries=None):
@@ -259,7 +280,9 @@ def split_url(url):
         host, port = parts.hostname, parts.port
     except (ValueError, AttributeError, TypeError):
         host = None
-    if not host or parts.scheme not in ("http", "https") or parts.query or parts.fragment or parts.username:
+    if host and "@" in parts.netloc:  # not quoted: it would stand in logs
+        raise ValueError(f"rollout_server must be a URL without user and password, whose key is in {KEY}")
+    if not host or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
         raise ValueError(f"rollout_server must be a URL such as http://localhost:8000, got {url!r}")
     secure = parts.scheme == "https"
     return secure, host, port or (443 if secure else 80), parts.path.rstrip("/").removesuffix("/v1")

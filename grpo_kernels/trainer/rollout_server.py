@@ -29,6 +29,7 @@ from .rollout_client import Client, RolloutServerError, read_choice
 _log = logging.getLogger(__name__)
 
 _ADAPTER = re.compile(r"\.lora_\w+\.")
+_SAVED = re.compile(r"\.(?:original_module|modules_to_save\.([^.]+))\.")
 _FAR = 0.5  # nats: no two kernels differ by as much in the mean
 
 
@@ -150,20 +151,24 @@ def merged(model, state) -> dict:
     Raises:
         ValueError: naming an adapter that is not LoRA, or weights that cannot be added to.
     """
-    found, adapters = {}, []
+    found, adapters, active = {}, [], model.active_adapters
+    for config in (model.peft_config[name] for name in active):
+        beyond = next((x for x in ("use_dora", "lora_bias", "trainable_token_indices") if getattr(config, x, None)), None)
+        if config.peft_type != "LORA" or beyond:
+            came = f"{config.peft_type.value}{' with ' + beyond if beyond else ''}"
+            raise ValueError(f"rollout_server needs plain LoRA adapters, whose weights can be added to the model's, got {came}")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("rollout_server_reload must be 'none' for quantised weights, to which no adapter can be added")
     for name, x in state.items():
         name = name.removeprefix("base_model.model.")
+        saved = _SAVED.search(name)
         if _ADAPTER.search(name):
             adapters.append(name)
-        elif ".original_module." not in name:
-            found[name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = x
+        elif saved is None or saved[1] is None or saved[1] in active:  # the original comes before what replaces it
+            found[_SAVED.sub(".", name.replace(".base_layer.", "."))] = x
     for name in adapters:
         layer, kind, adapter = re.fullmatch(r"(.*)\.lora_(\w+)\.([^.]+)(?:\.weight)?", name).groups()
-        if kind not in ("A", "B", "embedding_A", "embedding_B"):
-            raise ValueError(f"rollout_server needs plain LoRA adapters, whose weights can be added to the model's, got {name}")
-        if not kind.endswith("B"):
+        if not kind.endswith("B") or adapter not in active:
             continue
         module = model.get_base_model().get_submodule(layer)
         a = state[f"base_model.model.{name}".replace("lora_B", "lora_A").replace("lora_embedding_B", "lora_embedding_A")]
