@@ -30,7 +30,6 @@ from torch.distributed.tensor import DTensor
 
 from grpo_kernels import GRPOLossConfig, objective
 from grpo_kernels.trainer import dry_run
-from grpo_kernels.trainer.metrics import Recorded
 from grpo_kernels.trainer.rollout import Completions, sample, sampling_config
 from grpo_kernels.trainer.rollout_client import KEY, Client, RolloutServerError, split_url
 from grpo_kernels.trainer.rollout_server import merged
@@ -505,8 +504,7 @@ def test_the_loss_is_weighted_by_the_capped_ratio_of_trainer_to_sampler(tmp_path
     s = server(tiny_model(OTHER, initializer_range=0.3))  # which keeps its own weights: far from the trainer's
     options = dict(off_policy_mask_threshold=0.3, num_iterations=steps, padding_free=padding_free, rollout_server_clip_max=1.3, loss_type="grpo")
     t = served(tmp_path, s, rollout_server_reload="none", **options)
-    with caplog.at_level(logging.WARNING):
-        (batch,) = t.get_batch_samples(iter(range(1)), 1, t.args.device)[0]
+    (batch,) = t.get_batch_samples(iter(range(1)), 1, t.args.device)[0]
     assert s.asked(RELOAD) == [] and ("old_logps" in batch) == (steps > 1)
     mask = batch["mask"]
     drawn = Completions(batch["input_ids"], batch["attention_mask"], mask, None)
@@ -516,7 +514,10 @@ def test_the_loss_is_weighted_by_the_capped_ratio_of_trainer_to_sampler(tmp_path
     ratio = (ours - theirs).exp()
     assert (ratio[live] > 1.3).any() and (ratio[live] < 1).any(), "the cap is not reached"
     torch.testing.assert_close(batch["importance_sampling_ratio"][live], ratio[live].clamp(max=1.3), atol=1e-5, rtol=1e-5)
-    found = t._metrics["train"].take(lambda x: x)
+    logging.Logger.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        t.log({"loss": 0.0})
+    found = t.state.log_history[-1]
     assert found["sampler/ratio_max"] == pytest.approx(1.3) and found["sampler/ratio_min"] == pytest.approx(ratio[live].min().item(), rel=1e-4)
     assert found["sampler/ratio_mean"] == pytest.approx(ratio[live].clamp(max=1.3).mean().item(), rel=1e-4)
     assert {row[0] for row in table("metrics.md", "Of the rollout server")[1:]} == {name for name in found if name.startswith("sampler/")}
@@ -532,6 +533,25 @@ def test_the_loss_is_weighted_by_the_capped_ratio_of_trainer_to_sampler(tmp_path
     assert loss == pytest.approx(reference(**given, config=masked)[0].item(), rel=1e-4)
     others = [reference(**given, config=plain), reference(**given | {"importance_sampling_ratio": None}, config=masked)]
     assert all(abs(loss - other[0].item()) > 1e-3 * abs(loss) for other in others), "an input that changes nothing"
+
+
+@pytest.mark.parametrize("options", [dict(rollout_server_clip_max=None), dict(importance_sampling_mode="icepop"), {}])
+@pytest.mark.parametrize("steps, truncated", [(1, {}), (2, {}), (1, {"top_k": 9})])
+def test_how_far_the_server_is_is_logged_whatever_corrects_it(tmp_path, server, caplog, options, steps, truncated):
+    """By the loss's own log-probs where a rollout has no old ones; with truncated sampling both differ by right."""
+    s = server(tiny_model(OTHER, initializer_range=0.3))
+    t = served(tmp_path, s, rollout_server_reload="none", num_iterations=steps, max_steps=steps, logging_steps=1, **options, **truncated)
+    logging.Logger.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        t.train()
+    first, *others = t.state.log_history
+    assert first["sampler/logp_difference_max"] > first["sampler/logp_difference_mean"] > 0.5
+    assert caplog.text.count("processed_logprobs") == (not truncated)
+    assert not [log for log in others if "sampler/logp_difference_mean" in log], "the weights have moved since"
+    reference = served(tmp_path / "cap", s, rollout_server_reload="none", max_steps=1, logging_steps=1, **truncated)
+    reference.train()
+    for name in ("sampler/logp_difference_mean", "sampler/logp_difference_max"):
+        assert first[name] == pytest.approx(reference.state.log_history[0][name], rel=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -568,10 +588,10 @@ def test_a_completion_that_is_skipped_is_not_in_the_metrics_of_the_ratio(tmp_pat
 
 
 def test_a_ratio_over_no_tokens_is_not_recorded(tmp_path, server):
-    t, recorded = served(tmp_path, server()), Recorded()
+    t = served(tmp_path, server())
     none = {"mask": torch.zeros(2, 3, dtype=torch.bool), "advantages": torch.ones(2), "old_logps": torch.zeros(2, 3), "sampling_logps": torch.zeros(2, 3)}
-    assert torch.equal(t._server.corrected(none, recorded, skips=True)["importance_sampling_ratio"], torch.ones(2, 3))
-    assert recorded.take(lambda x: x) == {}
+    assert torch.equal(t._beside_sampler(none)["importance_sampling_ratio"], torch.ones(2, 3))
+    assert t._metrics["train"].take(lambda x: x) == {}
 
 
 # ---- resumed, rehearsed, on two processes ----

@@ -6,10 +6,18 @@ import time
 from collections import defaultdict
 
 import torch
+from transformers.utils import logging
 
 from ..losses.objective import OVER_SEQUENCES, metric_weight
 
+logger = logging.get_logger(__name__)
+
 _LARGEST = ("sampler_mismatch",)  # whose highest value counts, though their names do not say so
+_FAR = 0.5  # nats: no two kernels differ by as much in the mean
+_SERVER_IS_FAR = (
+    "sampler/logp_difference_mean is above 0.5: are the rollout server's log-probs after the temperature (vLLM: --logprobs-mode "
+    "processed_logprobs), and are its weights the trainer's?"
+)
 _LENGTH = 256  # values that wait one by one; a run that never logs keeps no more
 
 
@@ -86,6 +94,8 @@ class Metrics:
             if old is not None and not self.state.global_step % self.args.steps_per_rollout:  # before the first update
                 moved = torch.nn.functional.pad((output.logps - old).abs().flatten(), (0, 1))  # which may be of no token
                 recorded.record({"sampler_mismatch": moved.amax()}, kept)
+            if self._server and old is None and "importance_sampling_ratio" not in inputs:  # not compared yet
+                self._record_sampler(micro.spread(output.logps), inputs)
 
     def _weight(self, name, inputs, micro):
         """What a metric of a micro-batch is a mean over: kept tokens, or sequences; of the loss, those that were skipped too."""
@@ -104,6 +114,9 @@ class Metrics:
             logs |= {"num_tokens": self.state.num_input_tokens_seen}
             if self._completions:
                 self._completions.show()
+            far = logs.get("sampler/logp_difference_mean", 0.0) > _FAR and not self.args.truncations
+            if far and self.is_world_process_zero():
+                logger.warning_once(_SERVER_IS_FAR)
         super().log(logs, start_time)
 
     def _speed(self):

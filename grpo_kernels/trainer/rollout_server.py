@@ -11,8 +11,6 @@ reads it, and it is deleted. That is done before the first rollout, after each c
 """
 
 import contextlib
-import logging
-import math
 import os
 import re
 import shutil
@@ -21,16 +19,12 @@ import torch
 import transformers
 from accelerate.utils import gather_object
 
-from . import microbatch
 from .checks import raising_together
 from .rollout import Completions
 from .rollout_client import Client, RolloutServerError, read_choice
 
-_log = logging.getLogger(__name__)
-
 _ADAPTER = re.compile(r"\.lora_\w+\.")
 _SAVED = re.compile(r"\.(?:original_module|modules_to_save\.([^.]+))\.")
-_FAR = 0.5  # nats: no two kernels differ by as much in the mean
 
 
 class RolloutServer:
@@ -64,39 +58,6 @@ class RolloutServer:
             f"{self._client.name}: went away in each of {self._args.rollout_server_retries + 1} attempts at one rollout "
             f"(rollout_server_retries {self._args.rollout_server_retries}), the last time: {self._client.last}"
         )
-
-    def corrected(self, batch, metrics, skips) -> dict:
-        """The batch with ``importance_sampling_ratio`` [B, T], of its ``old_logps`` to its ``sampling_logps``, at most
-        ``rollout_server_clip_max``.
-
-        Args:
-            batch: of a rollout, with advantages.
-            metrics: `Recorded`, which gets how far both are apart.
-            skips: completions without a gradient have no old log-probs.
-
-        Source: truncated importance sampling of Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
-        training".
-        """
-        mask = batch["mask"]
-        if skips:
-            mask = mask & microbatch.trained(mask, batch["advantages"]).unsqueeze(1)
-        difference = (batch["old_logps"].float() - batch["sampling_logps"]).where(mask, 0.0)
-        ratio = difference.exp().clamp(max=self._args.rollout_server_clip_max)
-        kept = mask.sum()
-        mean = lambda x: x.where(mask, 0.0).sum() / kept  # noqa: E731 - nan of no tokens, which is not recorded
-        found = {"sampler/logp_difference_mean": mean(difference.abs()), "sampler/ratio_mean": mean(ratio)}
-        found |= {"sampler/logp_difference_max": difference.abs().amax(), "sampler/ratio_max": ratio.where(mask, 0.0).amax()}
-        metrics.record(found | {"sampler/ratio_min": ratio.where(mask, math.inf).amin()}, kept)
-        if found["sampler/logp_difference_mean"] > _FAR:
-            _log.warning(
-                "%s: its log-probs are %.2f from the trainer's in the mean: are they after temperature and truncation (vLLM: "
-                "--logprobs-mode processed_logprobs), and are its weights the trainer's?",
-                self._client.name, found["sampler/logp_difference_mean"].item(),
-            )  # fmt: skip
-        batch = batch | {"importance_sampling_ratio": ratio}
-        if self._args.steps_per_rollout == 1:
-            del batch["old_logps"]  # the one step's own, which the loss makes
-        return batch
 
     def _requests(self, prompt_ids, config):
         seeds = torch.randint(2**31 - 1, (len(prompt_ids),)).tolist()

@@ -5,6 +5,7 @@ mean of itself and the policy (Gorbatovski et al. 2024, TR-DPO).
 """
 
 import contextlib
+import math
 import os
 
 import torch
@@ -32,6 +33,38 @@ class Scoring:
         self.model.train()
         with seeded(self.args.seed, "old_logps", index, self.args.process_index):
             return self._of_tokens(lambda *given: self._loss(*given)[0].logps, self.model, batch, skip=self._skips)
+
+    def _beside_sampler(self, batch) -> dict:
+        """A server's rollout with ``old_logps``; where `corrects_sampler` asks for it with the ``importance_sampling_ratio`` [B, T] of
+        these to its ``sampling_logps``, at most ``rollout_server_clip_max``.
+
+        Source: truncated importance sampling of Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+        training".
+        """
+        self._record_sampler(batch["old_logps"], batch)
+        if not self.args.corrects_sampler:
+            return batch
+        mask = self._with_gradient(batch)
+        difference = (batch["old_logps"].float() - batch["sampling_logps"]).where(mask, 0.0)
+        ratio, kept = difference.exp().clamp(max=self.args.rollout_server_clip_max), mask.sum()
+        found = {"sampler/ratio_mean": ratio.where(mask, 0.0).sum() / kept, "sampler/ratio_max": ratio.where(mask, 0.0).amax()}
+        self._metrics["train"].record(found | {"sampler/ratio_min": ratio.where(mask, math.inf).amin()}, kept)
+        batch = batch | {"importance_sampling_ratio": ratio}
+        if self.args.steps_per_rollout == 1:
+            del batch["old_logps"]  # the one step's own, which the loss makes
+        return batch
+
+    def _record_sampler(self, logps, batch):
+        """How far the policy's log-probs [B, T], before its first update by the rollout, are from the server's."""
+        mask = self._with_gradient(batch)
+        apart, kept = (logps.float() - batch["sampling_logps"]).abs().where(mask, 0.0), mask.sum()
+        found = {"sampler/logp_difference_mean": apart.sum() / kept, "sampler/logp_difference_max": apart.amax()}
+        self._metrics["train"].record(found, kept)  # nan of no tokens, which is not recorded
+
+    def _with_gradient(self, batch):
+        """[B, T] bool: kept tokens of the completions that are not skipped, and so have log-probs."""
+        mask = batch["mask"]
+        return mask & microbatch.trained(mask, batch["advantages"]).unsqueeze(1) if self._skips else mask
 
     def _logps(self, model, batch, whole=False):
         """Log-probs [B, T] of the sampled tokens."""

@@ -133,8 +133,7 @@ class GRPOTrainer(AdaptiveEntropy, Resume, Evaluation, Scoring, Metrics, Trainer
             self._completions.keep(self.state.global_step, layout.flatten().argsort().tolist(), rewards, advantages)
         if args.steps_per_rollout > 1 or args.corrects_sampler:
             batch["old_logps"] = self._old_logps(batch, index)
-        if args.corrects_sampler:
-            batch = self._server.corrected(batch, self._metrics["train"], self._skips)
+            batch = self._beside_sampler(batch) if self._server else batch
         self.state.num_input_tokens_seen += self.accelerator.reduce(batch["attention_mask"].sum(), "sum").item()
         return batch
 
