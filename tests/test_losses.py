@@ -400,6 +400,8 @@ def test_icepop_masks_a_token_whose_ratio_is_outside():
     weight = ratio.where((ratio > 0.5) & (ratio < 5), 0.0)
     assert_close("gradient", out["dlogps"], -weight * math.exp(0.05) / 5, 1e-12)
     assert_close("metric", out["sampling/importance_sampling_ratio/mean"], weight.mean(), 1e-12)
+    geometric = call_objective(old + 0.05, -old, inputs, dataclasses.replace(config, loss_type="geo_mean"))
+    assert_close("metric of a loss that takes another mean of it", geometric["sampling/importance_sampling_ratio/mean"], weight.mean(), 1e-12)
     assert config.importance_sampling_range == (0.5, 5.0)
     assert GRPOLossConfig(importance_sampling_mode="icepop", importance_sampling_clip_min=0.7).importance_sampling_range == (0.7, 3.0)
 
