@@ -296,6 +296,18 @@ def test_what_clip_cov_cuts_is_drawn_evenly_over_the_tokens_that_it_may_cut():
     assert hits.min() > 37.5 - 5 * 5.8 and hits.max() < 37.5 + 5 * 5.8 and 4 < hits.std() < 8
 
 
+def test_on_policy_clip_cov_does_not_cut_the_same_places_call_after_call():
+    config = config_of("clip_cov", clip_cov_ratio=0.1, clip_cov_lb=-1e9, clip_cov_ub=1e9)
+    inputs = dict(mask=torch.ones(8, 16), advantages=torch.tensor([1.0, -1.0] * 4))  # a reward of 0 or 1
+    hits = torch.zeros(8, 16)
+    for seed in range(100):
+        logps = -5 * torch.rand(8, 16, generator=torch.Generator().manual_seed(seed))
+        t = prepared(inputs, config)
+        hits += (marked := marked_tokens(logps, t, config))
+        assert torch.equal(marked, marked_tokens(logps.double() + 1e-9, t, config)), "nor by a rounding"
+    assert hits.sum() == 100 * 12 and hits.max() < 30  # 9.4 on average, with a standard deviation of 2.9
+
+
 def test_ties_are_broken_by_place():
     order = torch.tensor([2.0, 1.0, math.inf, 1.0, 1.0])
     assert lowest(order, torch.tensor(2.0)).tolist() == [False, True, False, True, False]
