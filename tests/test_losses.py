@@ -261,6 +261,12 @@ def test_dro_needs_its_weight():
         GRPOLossConfig(loss_type="dro")
 
 
+def test_clip_cov_needs_a_range():
+    with pytest.raises(ValueError, match="clip_cov_lb must be below clip_cov_ub, 1.0, got 5.0"):
+        GRPOLossConfig(loss_type="clip_cov", clip_cov_lb=5.0, clip_cov_ub=1.0)
+    GRPOLossConfig(clip_cov_lb=5.0, clip_cov_ub=1.0)  # of another loss it is not read
+
+
 # Tokens that are marked among all of a call
 
 

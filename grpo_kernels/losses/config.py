@@ -129,6 +129,8 @@ class GRPOLossConfig:
             self._number(name, lambda x: 0 < x <= 1, "in (0, 1]")
         for name in ("clip_cov_lb", "clip_cov_ub", "ppo_kl_coef"):
             self._number(name, lambda x: True, "a finite number")
+        if self.loss_type == "clip_cov" and self.clip_cov_lb >= self.clip_cov_ub:  # nothing would ever be cut
+            raise ValueError(f"clip_cov_lb must be below clip_cov_ub, {self.clip_cov_ub!r}, got {self.clip_cov_lb!r}")
         self._check_correction()
         if self.loss_type == "dro" and self.dro_beta is None:
             raise ValueError("dro_beta must be > 0 for loss_type='dro', got None")
