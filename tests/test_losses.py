@@ -26,7 +26,7 @@ from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, grpo_loss_from_logits, objective, reference
 from grpo_kernels.losses.config import IMPORTANCE_SAMPLING_MODES, LOSS_TYPES, TRL_LOSS_TYPES
 from grpo_kernels.losses.correction import sampler_correction
-from grpo_kernels.losses.covariance import lowest, marked_tokens
+from grpo_kernels.losses.covariance import call_sums, lowest, marked_tokens, marking_order
 from grpo_kernels.losses.objective import depends_on_its_row_alone, known_zero
 
 VERL = tuple(name for name in LOSS_TYPES if name not in TRL_LOSS_TYPES)
@@ -287,6 +287,23 @@ def test_as_many_are_marked_as_asked_for_and_never_one_outside():
                 A = t.advantages.expand_as(kept)
                 covariance = (A - A[kept].mean()) * (logps - logps[kept].mean())
                 assert covariance[marked].min() >= covariance[kept & ~marked].max() if (kept & ~marked).any() else True
+
+
+def test_clip_cov_may_cut_what_is_not_clipped_and_in_its_range():
+    for seed in range(20):
+        rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+        config = config_of("clip_cov", clip_cov_ratio=1.0, clip_cov_lb=-0.5, clip_cov_ub=0.5)
+        logps, _, inputs = draw_tokens(rng, g, config)
+        t = prepared(inputs, config)
+        kept, A = t.mask > 0, t.advantages.expand_as(t.mask)
+        covariance = (A - A[kept].mean()) * (logps - logps[kept].mean())
+        w = torch.ones_like(logps) if t.old is None else (logps - t.old).exp()
+        clipped = ((A > 0) & (w > 1 + config.upper_epsilon)) | ((A < 0) & (w < 1 - config.epsilon))
+        assert torch.equal(marked_tokens(logps, t, config), kept & ~clipped & (covariance > -0.5) & (covariance < 0.5)), seed
+        tokens = call_sums(logps, t)
+        orders = [marking_order(logps, t, tokens, config, rank) for rank in (0, 1)]
+        draws = orders[0].isfinite()
+        assert torch.equal(draws, orders[1].isfinite()) and (orders[0] != orders[1])[draws].all(), "ranks draw apart"
 
 
 def test_what_clip_cov_cuts_is_drawn_evenly_over_the_tokens_that_it_may_cut():
