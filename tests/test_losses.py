@@ -193,6 +193,20 @@ def test_known_zero_rows_have_no_gradient(loss_type):
         assert not out["dlogps"][zero].any(), f"seed {seed} {config}"
 
 
+@pytest.mark.parametrize("loss_type", ["geo_mean", "dppo_tv", "dppo_kl"])
+def test_the_metric_counts_the_tokens_without_a_gradient(loss_type):
+    g = torch.Generator().manual_seed(3)
+    old = -3 * torch.rand(6, 9, generator=g, dtype=torch.float64)
+    logps = (old + torch.randn(6, 9, generator=g, dtype=torch.float64) * 0.5).clamp(max=-0.01)
+    advantages = torch.tensor([1.0, -1.0] * 3, dtype=torch.float64)
+    mask = (torch.rand(6, 9, generator=g) < 0.8).double()
+    config = config_of(loss_type, epsilon=0.1, epsilon_high=0.2)
+    out = call_objective(logps, -logps, dict(mask=mask, advantages=advantages, old_logps=old), config)
+    cut = (out["dlogps"] == 0) & (mask > 0)
+    assert all(cut[A * advantages > 0].any() for A in (1, -1)), "of both signs"
+    assert_close("share", out["clip_ratio/region_mean"], cut.sum() / mask.sum(), 1e-6)
+
+
 @pytest.mark.parametrize("loss_type", [name for name in VERL if name not in ("gspo", "dppo_tv", "dppo_kl", "vanilla")])
 def test_gradcheck(loss_type):
     """Where no stop-gradient stands in between, and no bound is crossed."""
