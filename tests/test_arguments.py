@@ -277,7 +277,7 @@ def test_wrong_options(field, value):
     [(dict(loss_type="gmpo"), "got 'gmpo'; did you mean 'geo_mean'?"), (dict(loss_type="clipcov"), "got 'clipcov'; did you mean 'clip_cov'?"),
      (dict(loss_type="xyz"), "got 'xyz'"), (dict(epsilon="0.2"), "epsilon must be a finite number >= 0, got '0.2'"),
      (dict(max_completion_length="9"), "max_completion_length must be an integer > 0 or None, got '9'"),
-     (dict(clip_cov_lb=6.0), "clip_cov_lb must be at most clip_cov_ub, 5.0, got 6.0")],
+     (dict(loss_type="clip_cov", clip_cov_lb=6.0), "clip_cov_lb must be below clip_cov_ub, 5.0, got 6.0")],
 )  # fmt: skip
 def test_a_refused_option_says_what_was_meant(options, told):
     with pytest.raises(ValueError) as caught:

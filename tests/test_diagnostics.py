@@ -208,3 +208,14 @@ def test_a_sharded_vocabulary_has_those_of_one_process(world, tmp_path):
     """To the bit where ranks meet between fixed tiles, but for the mean, a sum in the order of the ranks."""
     launch(functools.partial(sharded, world), str(tmp_path), world, 240)
     assert [torch.load(tmp_path / str(rank)) for rank in range(world)] == [[]] * world
+
+
+def test_one_diagnostic_alone_is_what_it_is_among_all():
+    from grpo_kernels.engine.diagnostics import NAMES
+    from grpo_kernels.logprobs import token_statistics
+
+    arguments = torch.randn(5, 8), torch.randn(37, 8), torch.arange(5)
+    among = token_statistics(*arguments, diagnostics=NAMES)[2:]
+    for i, name in enumerate(NAMES):
+        alone = token_statistics(*arguments, diagnostics=(name,))[2:]
+        assert torch.equal(alone[i], among[i]) and all(x is None for j, x in enumerate(alone) if j != i)

@@ -26,7 +26,7 @@ from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, grpo_loss_from_logits, objective, reference
 from grpo_kernels.losses.config import IMPORTANCE_SAMPLING_MODES, LOSS_TYPES, TRL_LOSS_TYPES
 from grpo_kernels.losses.correction import sampler_correction
-from grpo_kernels.losses.covariance import lowest, marked_tokens
+from grpo_kernels.losses.covariance import call_sums, lowest, marked_tokens, marking_order
 from grpo_kernels.losses.objective import depends_on_its_row_alone, known_zero
 
 VERL = tuple(name for name in LOSS_TYPES if name not in TRL_LOSS_TYPES)
@@ -183,6 +183,20 @@ def test_known_zero_rows_have_no_gradient(loss_type):
         assert not out["dlogps"][zero].any(), f"seed {seed} {config}"
 
 
+@pytest.mark.parametrize("loss_type", ["geo_mean", "dppo_tv", "dppo_kl"])
+def test_the_metric_counts_the_tokens_without_a_gradient(loss_type):
+    g = torch.Generator().manual_seed(3)
+    old = -3 * torch.rand(6, 9, generator=g, dtype=torch.float64)
+    logps = (old + torch.randn(6, 9, generator=g, dtype=torch.float64) * 0.5).clamp(max=-0.01)
+    advantages = torch.tensor([1.0, -1.0] * 3, dtype=torch.float64)
+    mask = (torch.rand(6, 9, generator=g) < 0.8).double()
+    config = config_of(loss_type, epsilon=0.1, epsilon_high=0.2)
+    out = call_objective(logps, -logps, dict(mask=mask, advantages=advantages, old_logps=old), config)
+    cut = (out["dlogps"] == 0) & (mask > 0)
+    assert all(cut[A * advantages > 0].any() for A in (1, -1)), "of both signs"
+    assert_close("share", out["clip_ratio/region_mean"], cut.sum() / mask.sum(), 1e-6)
+
+
 @pytest.mark.parametrize("loss_type", [name for name in VERL if name not in ("gspo", "dppo_tv", "dppo_kl", "vanilla")])
 def test_gradcheck(loss_type):
     """Where no stop-gradient stands in between, and no bound is crossed."""
@@ -251,6 +265,12 @@ def test_dro_needs_its_weight():
         GRPOLossConfig(loss_type="dro")
 
 
+def test_clip_cov_needs_a_range():
+    with pytest.raises(ValueError, match="clip_cov_lb must be below clip_cov_ub, 1.0, got 5.0"):
+        GRPOLossConfig(loss_type="clip_cov", clip_cov_lb=5.0, clip_cov_ub=1.0)
+    GRPOLossConfig(clip_cov_lb=5.0, clip_cov_ub=1.0)  # of another loss it is not read
+
+
 # Tokens that are marked among all of a call
 
 
@@ -273,6 +293,23 @@ def test_as_many_are_marked_as_asked_for_and_never_one_outside():
                 assert covariance[marked].min() >= covariance[kept & ~marked].max() if (kept & ~marked).any() else True
 
 
+def test_clip_cov_may_cut_what_is_not_clipped_and_in_its_range():
+    for seed in range(20):
+        rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+        config = config_of("clip_cov", clip_cov_ratio=1.0, clip_cov_lb=-0.5, clip_cov_ub=0.5)
+        logps, _, inputs = draw_tokens(rng, g, config)
+        t = prepared(inputs, config)
+        kept, A = t.mask > 0, t.advantages.expand_as(t.mask)
+        covariance = (A - A[kept].mean()) * (logps - logps[kept].mean())
+        w = torch.ones_like(logps) if t.old is None else (logps - t.old).exp()
+        clipped = ((A > 0) & (w > 1 + config.upper_epsilon)) | ((A < 0) & (w < 1 - config.epsilon))
+        assert torch.equal(marked_tokens(logps, t, config), kept & ~clipped & (covariance > -0.5) & (covariance < 0.5)), seed
+        tokens = call_sums(logps, t)
+        orders = [marking_order(logps, t, tokens, config, rank) for rank in (0, 1)]
+        draws = orders[0].isfinite()
+        assert torch.equal(draws, orders[1].isfinite()) and (orders[0] != orders[1])[draws].all(), "ranks draw apart"
+
+
 def test_what_clip_cov_cuts_is_drawn_evenly_over_the_tokens_that_it_may_cut():
     config = config_of("clip_cov", clip_cov_ratio=0.1, clip_cov_lb=-1e9, clip_cov_ub=1e9, epsilon=5.0)
     hits = torch.zeros(8, 16)
@@ -284,6 +321,18 @@ def test_what_clip_cov_cuts_is_drawn_evenly_over_the_tokens_that_it_may_cut():
     assert hits.sum() == 400 * 12  # a tenth of 128
     # each of 128 places is hit 37.5 times on average, with a standard deviation of 5.8
     assert hits.min() > 37.5 - 5 * 5.8 and hits.max() < 37.5 + 5 * 5.8 and 4 < hits.std() < 8
+
+
+def test_on_policy_clip_cov_does_not_cut_the_same_places_call_after_call():
+    config = config_of("clip_cov", clip_cov_ratio=0.1, clip_cov_lb=-1e9, clip_cov_ub=1e9)
+    inputs = dict(mask=torch.ones(8, 16), advantages=torch.tensor([1.0, -1.0] * 4))  # a reward of 0 or 1
+    hits = torch.zeros(8, 16)
+    for seed in range(100):
+        logps = -5 * torch.rand(8, 16, generator=torch.Generator().manual_seed(seed))
+        t = prepared(inputs, config)
+        hits += (marked := marked_tokens(logps, t, config))
+        assert torch.equal(marked, marked_tokens(logps.double() + 1e-9, t, config)), "nor by a rounding"
+    assert hits.sum() == 100 * 12 and hits.max() < 30  # 9.4 on average, with a standard deviation of 2.9
 
 
 def test_ties_are_broken_by_place():
@@ -366,7 +415,8 @@ def test_the_correction_is_trls(mode, seed, low, high):
     mask = (torch.rand(4, 5, generator=g) < 0.7).double()
     old = -torch.rand(4, 5, generator=g, dtype=torch.float64) * 3
     sampling = old + torch.randn(4, 5, generator=g, dtype=torch.float64) * 0.5
-    sampling = sampling.where(torch.rand(4, 5, generator=g) < 0.9, math.nan)
+    for strange in (math.nan, -math.inf)[: 1 if high is None else 2]:  # without a bound an infinite ratio is TRL's weight
+        sampling = sampling.where(torch.rand(4, 5, generator=g) < 0.9, strange)
     config = GRPOLossConfig(importance_sampling_mode=mode, importance_sampling_clip_min=low, importance_sampling_clip_max=high)
     ours, theirs = sampler_correction(old, sampling, mask, config), trl_correction(old, sampling, mask, config)
     assert_close(mode, ours.expand(4, 5) * mask, theirs.expand(4, 5) * mask, 1e-13)
@@ -390,6 +440,8 @@ def test_icepop_masks_a_token_whose_ratio_is_outside():
     weight = ratio.where((ratio > 0.5) & (ratio < 5), 0.0)
     assert_close("gradient", out["dlogps"], -weight * math.exp(0.05) / 5, 1e-12)
     assert_close("metric", out["sampling/importance_sampling_ratio/mean"], weight.mean(), 1e-12)
+    geometric = call_objective(old + 0.05, -old, inputs, dataclasses.replace(config, loss_type="geo_mean"))
+    assert_close("metric of a loss that takes another mean of it", geometric["sampling/importance_sampling_ratio/mean"], weight.mean(), 1e-12)
     assert config.importance_sampling_range == (0.5, 5.0)
     assert GRPOLossConfig(importance_sampling_mode="icepop", importance_sampling_clip_min=0.7).importance_sampling_range == (0.7, 3.0)
 

@@ -64,7 +64,7 @@ class GRPOLossConfig:
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: gamma weights of vespo.
         dro_beta: weight of dro's squared log-ratio; dro needs it. > 0.
         clip_cov_ratio: share of a call's tokens whose gradient clip_cov cuts, one token at least. In (0, 1].
-        clip_cov_lb, clip_cov_ub: it cuts among tokens whose covariance of log-prob and advantage lies between these. lb <= ub.
+        clip_cov_lb, clip_cov_ub: it cuts among tokens whose covariance of log-prob and advantage lies between these. lb < ub.
         kl_cov_ratio: share of a call's tokens, those of highest covariance, that kl_cov penalises, one token at least. In (0, 1].
         ppo_kl_coef: weight of that penalty, the absolute log-ratio.
         importance_sampling_mode: the correction for a sampler with other log-probs than the trainer's: token_truncate, token_mask,
@@ -133,8 +133,8 @@ class GRPOLossConfig:
             self._number(name, lambda x: 0 < x <= 1, "in (0, 1]")
         for name in ("clip_cov_lb", "clip_cov_ub", "ppo_kl_coef"):
             self._number(name, lambda x: True, "a finite number")
-        if self.clip_cov_lb > self.clip_cov_ub:
-            raise ValueError(f"clip_cov_lb must be at most clip_cov_ub, {self.clip_cov_ub!r}, got {self.clip_cov_lb!r}")
+        if self.loss_type == "clip_cov" and self.clip_cov_lb >= self.clip_cov_ub:  # nothing would ever be cut
+            raise ValueError(f"clip_cov_lb must be below clip_cov_ub, {self.clip_cov_ub!r}, got {self.clip_cov_lb!r}")
         self._check_correction()
         if self.loss_type == "dro" and self.dro_beta is None:
             raise ValueError("dro_beta must be > 0 for loss_type='dro', got None")

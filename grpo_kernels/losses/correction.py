@@ -6,6 +6,8 @@ import torch
 
 from .terms import clamped_exp, mean_per_sequence, sum_per_sequence
 
+_FAR = 1e30  # in place of an infinite log-ratio: a sequence's sum of these is finite in float32
+
 
 def check_correction(config, importance_sampling_ratio, sampling_logps):
     """``importance_sampling_mode`` makes the one of the other."""
@@ -25,10 +27,10 @@ def reads_sampling(config):
 def sampler_correction(old, sampling, m, config):
     """The ratio of trainer to sampler as ``importance_sampling_mode`` weighs with it: [B, T], or [B, 1] of a sequence.
 
-    A token that the sampler gave no log-prob, a NaN, counts as a ratio of 1.
+    As in TRL, a log-prob of NaN from the sampler, which knows none, counts as a ratio of 1, and one of -inf as an infinite ratio.
     """
     level = config.importance_sampling_mode.partition("_")[0]
-    d = (old - sampling).where((m > 0) & ~sampling.isnan(), 0.0)
+    d = (old - sampling).where((m > 0) & ~sampling.isnan(), 0.0).clamp(-_FAR, _FAR)
     if level == "sequence":
         d = sum_per_sequence(d)
     elif level == "geometric":

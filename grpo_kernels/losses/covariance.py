@@ -28,7 +28,9 @@ def marking_order(logps, t, sums, config, rank=0):
     w = clamped_exp(torch.zeros_like(logps) if t.old is None else logps - t.old)
     clipped = w.clamp(1 - config.epsilon, 1 + config.upper_epsilon) * A < w * A
     between = (covariance > config.clip_cov_lb) & (covariance < config.clip_cov_ub)
-    return _scrambled(m, A, t.old, rank).where((m > 0) & ~clipped & between, math.inf)
+    # on-policy a place and an advantage alone would mark the same places call after call; rounded, so that backends agree
+    own = (16 * logps).round() + 0.0 if t.old is None else t.old
+    return _scrambled(m, A, own, rank).where((m > 0) & ~clipped & between, math.inf)
 
 
 def marked_count(tokens, config):
@@ -51,13 +53,12 @@ def marked_tokens(logps, t, config):
     return lowest(marking_order(logps, t, sums, config).flatten(), marked_count(sums[2], config)).view_as(t.mask)
 
 
-def _scrambled(m, A, old, rank):
-    """[B, T] float64 numbers in [0, 1) without a pattern, made of place, advantage, old log-prob and rank."""
+def _scrambled(m, A, logps, rank):
+    """[B, T] float64 numbers in [0, 1) without a pattern, made of place, advantage, log-prob and rank."""
     b, column = (torch.arange(n, device=m.device) for n in m.shape)
     x = b.unsqueeze(1) * 0x9E3779B1 + column + rank * 0x85EBCA6B
-    for value in (A, old):
-        x = x if value is None else x ^ value.double().contiguous().view(torch.int64)
-        x = _mixed(x)
+    for value in (A, logps):
+        x = _mixed(x ^ value.double().contiguous().view(torch.int64))
     return (x & 0xFFFFFF).double() / 0x1000000
 
 

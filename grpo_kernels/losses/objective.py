@@ -178,6 +178,7 @@ def evaluate(t: TokenInputs, logps, entropy, config, top=None, reduction="loss_t
     rho = t.rho
     if rho is None and config.importance_sampling_mode is not None:
         rho = sampler_correction(logps.detach(), t.sampling, m, config)
+    correction = rho
     if config.loss_type == "geo_mean" and rho is not None:
         rho = mean_per_sequence((rho + _SMALLEST_WEIGHT).log(), m).exp()
     if term.scope == "call" and marked is None:
@@ -224,7 +225,7 @@ def evaluate(t: TokenInputs, logps, entropy, config, top=None, reduction="loss_t
             cut = marked if term.scope == "call" else cut_tokens(logps, old, d, A, config)
             metrics["clip_ratio/region_mean"] = _token_mean(cut.to(m.dtype), m)
         if config.importance_sampling_mode is not None:
-            metrics[SAMPLING_METRIC] = _token_mean(rho.expand_as(m), m)
+            metrics[SAMPLING_METRIC] = _token_mean(correction.expand_as(m), m)
     return loss, metrics
 
 
