@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -20,12 +21,11 @@ from grpo_kernels import cli
 
 
 def worker(settings):
-    """On each worker: `grpo-kernels train`, from the newest checkpoint if there is one."""
+    """On each worker: `grpo-kernels train`, from the newest checkpoint if there is one. Returns its exit status."""
     os.chdir(settings["folder"])
     sys.path.insert(0, settings["folder"])  # where --reward is looked for
-    os.environ["OMP_NUM_THREADS"] = str(settings["threads"])
-    if cli.main(["train", *settings["options"], "--resume_from_checkpoint", "last"]):
-        raise RuntimeError("grpo-kernels train was refused; its message stands above")
+    torch.set_num_threads(settings["threads"])
+    return cli.main(["train", *settings["options"], "--resume_from_checkpoint", "last"])  # not 0: refused, as it would be again
 
 
 def main():
@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--failures", type=int, default=3, help="how often the workers may be started again")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="-- and the options of grpo-kernels train")
     args = parser.parse_args()
-    options = [option for option in args.options if option != "--"]
+    options = args.options[1:] if args.options[:1] == ["--"] else args.options
     settings = {"folder": os.getcwd(), "threads": args.threads, "options": options}
     trainer = TorchTrainer(
         worker,
@@ -46,7 +46,7 @@ def main():
         # Ray's own records; with several machines they too must lie where all see them
         run_config=RunConfig(storage_path=os.path.abspath("ray_results"), failure_config=FailureConfig(max_failures=args.failures)),
     )
-    trainer.fit()
+    sys.exit(trainer.fit().return_value)
 
 
 if __name__ == "__main__":

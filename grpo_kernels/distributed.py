@@ -373,8 +373,8 @@ def reduce_metrics(metrics: dict, mask: torch.Tensor, config: GRPOLossConfig, *,
         mask: [B, T] of this rank, or [N] packed.
         config: the loss's options.
         sequences: B; None is mask's first dimension.
-        shares: the losses were given ``num_items`` (dapo, cispo, vespo) or a ``data_parallel_group`` (bnpo), so that their mean
-            over the ranks is that of the whole batch. False: each was divided by its own tokens.
+        shares: the losses were given ``num_items`` (dapo and what is added up like it) or a ``data_parallel_group`` (bnpo), so that
+            their mean over the ranks is that of the whole batch. False: each was divided by its own tokens.
         per_token_advantages: advantages are not [B].
         group: torch.distributed group; None is the default one.
 

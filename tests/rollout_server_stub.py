@@ -132,10 +132,11 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def _send(self, answer, status=200, cut=0):
+    def _send(self, answer, status=200, cut=0, tells_length=True):
         text = b"" if answer is None else answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
+        if tells_length:
+            self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text[: len(text) - cut])
 
@@ -169,6 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "die":
             mine.die()
             return time.sleep(1)
+        if isinstance(fault, int):
+            return self._send({"error": "no such shard"}, fault)
         if fault == "fail":
             return self._send({"success": False, "message": "no such shard"})
         if mine.api == "vllm":
@@ -202,7 +205,8 @@ class _Handler(BaseHTTPRequestHandler):
         answer = mine.change({"id": "cmpl", "object": "text_completion", "choices": [choice]})
         if self.server.dead:
             return
-        self._send(answer, cut=10 if fault == "truncate" else 0)
+        cut = 10 if fault in ("truncate", "truncate without a length") else 0
+        self._send(answer, cut=cut, tells_length=fault != "truncate without a length")
         if fault is None:
             with mine.lock:
                 mine.answered.append((body["seed"], body["prompt"][0], ids))

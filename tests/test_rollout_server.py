@@ -5,6 +5,7 @@ The server is `rollout_server_stub`. vLLM and SGLang themselves are not run.
 """
 
 import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -27,6 +28,7 @@ from test_documentation import table
 from test_trainer import DATA, config, tiny_model, trainer, weights
 from test_trainer_ranks import use_fsdp
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from grpo_kernels import GRPOLossConfig, objective
 from grpo_kernels.trainer import dry_run
@@ -180,11 +182,11 @@ def test_the_server_has_the_weights_of_each_rollout_and_gets_them_once(tmp_path,
     assert [p for p, _ in given] == [path, "/reset_prefix_cache"] * 3 if api == "vllm" else [path] * 3
     assert torch.equal(weights(s.model), weights(t.model))
     t.evaluate()
-    assert len(s.asked(path)) == 3, "the same weights again"
+    assert len(s.asked(path)) == 4, "once for both rounds: it may have been started anew since the last evaluation"
     with torch.no_grad():
         t.model.model.norm.weight.mul_(1.5)
     t.evaluate()
-    assert len(s.asked(path)) == 4 and torch.equal(weights(s.model), weights(t.model))
+    assert len(s.asked(path)) == 5 and torch.equal(weights(s.model), weights(t.model))
     body = s.asked(path)[-1]
     folder = Path(body["kwargs"]["weights_path"] if api == "vllm" else body["model_path"])
     assert folder.is_absolute() and folder.is_relative_to(tmp_path / "out") and not folder.exists() and not folder.parent.exists()
@@ -281,7 +283,7 @@ def undisturbed():
         s.close()
 
 
-@pytest.mark.parametrize("fault", ["die", "hang", "truncate", 503, 500, 429])
+@pytest.mark.parametrize("fault", ["die", "hang", "truncate", "truncate without a length", 503, 500, 429])
 def test_a_run_goes_on_through_faults_as_if_there_were_none(tmp_path, server, fault, caplog):
     plain, trained, asked, given = undisturbed()
     s = server()
@@ -330,6 +332,36 @@ def test_what_does_not_pass_is_an_error_that_says_how_long_it_was_waited_for(tmp
     with pytest.raises(RolloutServerError, match=f"rollout_server {s.url}: .*{said}"):
         t.train()
     assert t.trained == []
+
+
+@pytest.mark.parametrize(
+    "faults, options, said",
+    [
+        ([500] * 30, dict(rollout_server_retries=1), "/collective_rpc: status 500: .*no such shard.*, 2 times"),
+        ([], dict(rollout_server_reload="/nowhere"), "/nowhere: status 404: .*\\(rollout_server_reload is '/nowhere'\\)"),
+    ],
+)
+def test_weights_that_are_refused_are_told_soon(tmp_path, server, faults, options, said):
+    s, began = server(), time.monotonic()
+    s.reload_faults = list(faults)
+    t = served(tmp_path, s, **options)
+    with pytest.raises(RolloutServerError, match=f"rollout_server {s.url}: {said}"):
+        t.train()
+    assert time.monotonic() - began < 30 and t.trained == []
+
+
+def test_a_server_that_is_started_anew_behind_an_evaluation_gets_the_weights(tmp_path, server):
+    s = server(tiny_model(OTHER, initializer_range=0.3))
+    t = served(tmp_path, s, max_steps=2, logging_steps=1, eval_dataset=DATA[:2], eval_strategy="steps", eval_steps=1)
+
+    class Anew(TrainerCallback):
+        def on_evaluate(self, *_, **__):
+            s.model = copy.deepcopy(s.initial)
+
+    t.add_callback(Anew())
+    t.train()
+    apart = [log["sampler/logp_difference_max"] for log in t.state.log_history if "loss" in log]
+    assert len(apart) == 2 and max(apart) < 1e-5
 
 
 def test_a_key_is_sent_and_its_absence_told(tmp_path, server, monkeypatch):
@@ -475,9 +507,11 @@ def test_an_aborted_completion_is_asked_for_again(tmp_path, server):
         (dict(rollout_server_reload="restart"), "rollout_server_reload must be auto, vllm, sglang, none or a path .*, got 'restart'"),
         (dict(rollout_server_requests=0), "rollout_server_requests must be an integer >= 1, got 0"),
         (dict(rollout_server_retries=-1), "rollout_server_retries must be an integer >= 0, got -1"),
-        (dict(rollout_server_patience=0.0), "rollout_server_patience must be seconds > 0, got 0.0"),
+        (dict(rollout_server_patience=0.0), "rollout_server_patience must be a number of seconds > 0, got 0.0"),
+        (dict(rollout_server_timeout="60"), "rollout_server_timeout must be a number of seconds > 0, got '60'"),
+        (dict(rollout_server="http://a b:8000"), "rollout_server must be a URL"),
         (dict(rollout_server_clip_max=0.0), "rollout_server_clip_max must be None or a number > 0, got 0.0"),
-        (dict(rollout_server_kwargs={"seed": 1, "n": 2}), "rollout_server_kwargs must leave n, seed alone"),
+        (dict(rollout_server_kwargs={"seed": 1, "n": 2}), "rollout_server_kwargs must leave out n, seed, .*, got {'n': 2, 'seed': 1}"),
         (dict(rollout_server_kwargs="[1]"), "rollout_server_kwargs must be a JSON object"),
         (dict(generation_kwargs={"min_new_tokens": 2}), "generation_kwargs must be None with rollout_server"),
         (dict(use_transformers_continuous_batching=True), "use_transformers_continuous_batching must be False with rollout_server"),

@@ -169,6 +169,7 @@ def test_it_compiles_without_a_graph_break():
     [
         ((3, my_dapo), TypeError, "name must be a string, got 3"),
         (("mine", "dapo"), TypeError, "term must be a function, got 'dapo'"),
+        (("mine", lambda logps, advantages: logps), TypeError, r"term must take \(logps, old_logps, advantages, config\), got <function"),
         (("dapo", my_dapo), ValueError, "none of the built-in losses .*, got 'dapo'"),
         (("", my_dapo), ValueError, "got ''"),
         (("#int", my_dapo), ValueError, "name must be an identifier"),

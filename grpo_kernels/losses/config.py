@@ -48,7 +48,7 @@ class GRPOLossConfig:
         epsilon_high: upper clip range, ``1 + epsilon_high``; None means ``epsilon``. For cispo it is the cap itself
             (5.0 in the ScaleRL paper); a cap below 1 is warned of, once. >= 0.
         delta: upper bound of the unclipped ratio (two-sided clipping); None means no bound. For vanilla, dppo_tv and dppo_kl it is
-            verl's ``clip_ratio_c``, and None means 3, 20 and 20. > 0.
+            verl's ``clip_ratio_c``, and None means 3, 20 and 20. gspo and clip_cov ignore it. > 0.
         beta: weight of the KL of the policy from the reference policy; 0 needs no reference.
         kl_estimator: ``"k3"`` estimates that KL from the sampled token's ``ref_logps``; ``"exact"`` sums it over the vocabulary,
             from ``ref_hidden`` and ``ref_weight``: a product more, and no sampling noise.
@@ -63,7 +63,7 @@ class GRPOLossConfig:
         sapo_temperature_pos, sapo_temperature_neg: gate temperatures of sapo. > 0.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: gamma weights of vespo.
         dro_beta: weight of dro's squared log-ratio; dro needs it. > 0.
-        clip_cov_ratio: share of a call's tokens whose gradient clip_cov cuts, one token at least. In (0, 1].
+        clip_cov_ratio: share of a call's tokens (of a micro-batch) whose gradient clip_cov cuts, one token at least. In (0, 1].
         clip_cov_lb, clip_cov_ub: it cuts among tokens whose covariance of log-prob and advantage lies between these. lb < ub.
         kl_cov_ratio: share of a call's tokens, those of highest covariance, that kl_cov penalises, one token at least. In (0, 1].
         ppo_kl_coef: weight of that penalty, the absolute log-ratio.
@@ -151,7 +151,8 @@ class GRPOLossConfig:
             self._number(name, lambda x: x >= 0, ">= 0 or None", optional=True)
         low, high = self.importance_sampling_range
         if self.importance_sampling_mode is not None and low is not None and high is not None and low >= high:
-            raise ValueError(f"importance_sampling_clip_min must be below importance_sampling_clip_max, {high!r}, got {low!r}")
+            came = f"{low!r}" if self.importance_sampling_clip_min is not None else f"icepop's own {low!r}"
+            raise ValueError(f"importance_sampling_clip_min must be below importance_sampling_clip_max, {high!r}, got {came}")
         if self.importance_sampling_mode is not None and low is None and high is None:
             raise ValueError("importance_sampling_clip_max must be a number without importance_sampling_clip_min, got None for "
                              f"importance_sampling_mode={self.importance_sampling_mode!r}")  # fmt: skip

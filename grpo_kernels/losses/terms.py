@@ -4,6 +4,8 @@ A term is ``s(w, logps, old_logps, advantages, config)``, per token, to be minim
 token or, at sequence level, one per sequence. Autograd of these functions is the specification of every coefficient in the kernels.
 """
 
+import contextlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -137,11 +139,17 @@ def register_policy_term(name: str, term: Callable, *, aggregation: str = "dapo"
         overwrite: replace an earlier term of that name and aggregation.
 
     Raises:
-        TypeError: name is no string or term cannot be called. ValueError: the name is taken, or there is no such aggregation.
+        TypeError: name is no string, or term cannot be called with these four. ValueError: the name is taken, or there is no such
+            aggregation.
     """
     if not isinstance(name, str) or not callable(term):
         wanted = ("name", "a string", name) if not isinstance(name, str) else ("term", "a function", term)
         raise TypeError("{} must be {}, got {!r}".format(*wanted))
+    with contextlib.suppress(ValueError):  # a builtin without a signature
+        try:
+            inspect.signature(term).bind("logps", "old_logps", "advantages", "config")
+        except TypeError:
+            raise TypeError(f"term must take (logps, old_logps, advantages, config), got {term!r}") from None
     if not name.isidentifier() or name in BUILT_IN:
         raise ValueError(f"name must be an identifier and none of the built-in losses {', '.join(BUILT_IN)}, got {name!r}")
     if name in TERMS and not overwrite:

@@ -27,7 +27,7 @@ class RunArguments:
     """What a run is made of, beside the options in `GRPOConfig`."""
 
     config: str | None = option(None, "YAML file that sets options by these names; flags win.")
-    model: str | None = option(None, "Path or name of a causal LM with its tokenizer.")
+    model: str | None = option(None, "Path or name of a causal LM with its tokenizer; without it and data the demo runs.")
     data: str | None = option(
         None, "Rows with a prompt, text or messages: a JSONL or parquet file, or a folder of datasets' save_to_disk."
     )

@@ -40,6 +40,11 @@ def check_entropy_options(args):
     if not args.entropy_coef_min <= args.entropy_coef_max:
         limit = f"entropy_coef_max, {args.entropy_coef_max!r}"
         raise ValueError(f"entropy_coef_min must be at most {limit}, got {args.entropy_coef_min!r}")
+    if not isinstance(args.use_adaptive_entropy, bool):
+        raise ValueError(f"use_adaptive_entropy must be True or False, got {args.use_adaptive_entropy!r}")
+    if args.use_adaptive_entropy and not args.entropy_coef_min <= args.entropy_coef <= args.entropy_coef_max:
+        bounds = f"entropy_coef_min, {args.entropy_coef_min!r}, and entropy_coef_max, {args.entropy_coef_max!r}"
+        raise ValueError(f"entropy_coef must be between {bounds}, with use_adaptive_entropy, got {args.entropy_coef!r}")
 
 
 class AdaptiveEntropy:

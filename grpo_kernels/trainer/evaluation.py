@@ -32,6 +32,8 @@ class Evaluation:
                     self._evaluate_round(dataset, first)
         finally:
             self.model.train(training)
+            if self._server:
+                self._server.forget()
         found = self._metrics["eval"].take(self.accelerator.gather)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -164,7 +165,10 @@ class Client:
             self._succeed(how, {"model_path": folder})
 
     def _succeed(self, path, body):
-        answer = self.call("POST", path, body)
+        try:
+            answer = self.call("POST", path, body)
+        except RolloutServerError as error:
+            raise RolloutServerError(f"{error} (rollout_server_reload is {self._args.rollout_server_reload!r})") from None
         if isinstance(answer, dict) and answer.get("success") is False:
             raise RolloutServerError(f"{self.name}: {path} must succeed, got {str(answer)[:300]}")
 
@@ -185,12 +189,14 @@ class Client:
         return self._how
 
     def _patiently(self, function):
-        deadline = time.monotonic() + self._args.rollout_server_patience
+        deadline, busy = time.monotonic() + self._args.rollout_server_patience, 0
         for pause in _pauses():
             try:
                 return function()
             except (_Away, _Busy) as error:
-                self._how = None
+                self._how, busy = None, busy + isinstance(error, _Busy)
+                if busy > self._args.rollout_server_retries:
+                    raise RolloutServerError(f"{self.name}: {error}, {busy} times") from None
                 if time.monotonic() + pause > deadline:
                     raise RolloutServerError(
                         f"{self.name}: not there for {self._args.rollout_server_patience:g} s (rollout_server_patience): {error}"
@@ -238,7 +244,9 @@ class Client:
             raise RolloutServerError(f"{self.name}: {said}")
         try:
             return json.loads(text) if text else None
-        except ValueError:
+        except (ValueError, RecursionError) as error:
+            if answer.getheader("Content-Length") is None and getattr(error, "pos", 0) >= len(text.rstrip()):
+                raise _Away(f"{path}: the answer was cut off") from None  # whose end only the server's hanging up tells
             raise RolloutServerError(f"{self.name}: {path} must answer with JSON, got {text[:200]!r}") from None
 
     def _hang_up(self):
@@ -282,7 +290,7 @@ def split_url(url):
         host = None
     if host and "@" in parts.netloc:  # not quoted: it would stand in logs
         raise ValueError(f"rollout_server must be a URL without user and password, whose key is in {KEY}")
-    if not host or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
+    if not host or parts.scheme not in ("http", "https") or parts.query or parts.fragment or re.search(r"\s", url):
         raise ValueError(f"rollout_server must be a URL such as http://localhost:8000, got {url!r}")
     secure = parts.scheme == "https"
     return secure, host, port or (443 if secure else 80), parts.path.rstrip("/").removesuffix("/v1")

@@ -59,6 +59,10 @@ class RolloutServer:
             f"(rollout_server_retries {self._args.rollout_server_retries}), the last time: {self._client.last}"
         )
 
+    def forget(self):
+        """The next rollout gives it the weights, though they may be the same: it may have been started anew since the last one."""
+        self._given = None
+
     def _requests(self, prompt_ids, config):
         seeds = torch.randint(2**31 - 1, (len(prompt_ids),)).tolist()
         eos = config.eos_token_id

@@ -35,8 +35,8 @@ class Scoring:
             return self._of_tokens(lambda *given: self._loss(*given)[0].logps, self.model, batch, skip=self._skips)
 
     def _beside_sampler(self, batch) -> dict:
-        """A server's rollout with ``old_logps``; where `corrects_sampler` asks for it with the ``importance_sampling_ratio`` [B, T] of
-        these to its ``sampling_logps``, at most ``rollout_server_clip_max``.
+        """A server's rollout with ``old_logps``; if `corrects_sampler`, with the ``importance_sampling_ratio`` [B, T] of these to
+        its ``sampling_logps`` too, at most ``rollout_server_clip_max``.
 
         Source: truncated importance sampling of Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
         training".

@@ -66,13 +66,16 @@ def check_server_options(args):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     for name in ("rollout_server_timeout", "rollout_server_patience"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"{name} must be seconds > 0, got {getattr(args, name)!r}")
+        value = getattr(args, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a number of seconds > 0, got {value!r}")
     clip = args.rollout_server_clip_max
-    if clip is not None and not 0 < clip < math.inf:
+    real = isinstance(clip, (int, float)) and not isinstance(clip, bool)
+    if clip is not None and not (real and 0 < clip < math.inf):
         raise ValueError(f"rollout_server_clip_max must be None or a number > 0, got {clip!r}")
     if refused := sorted(set(args.rollout_server_kwargs or ()) & _OURS):
-        raise ValueError(f"rollout_server_kwargs must leave {', '.join(refused)} alone: the trainer sets them")
+        given = {name: args.rollout_server_kwargs[name] for name in refused}
+        raise ValueError(f"rollout_server_kwargs must leave out {', '.join(refused)}, which the trainer sets, got {given!r}")
     if args.generation_kwargs:
         raise ValueError("generation_kwargs must be None with rollout_server, whose options are rollout_server_kwargs, got "
                          f"{args.generation_kwargs!r}")  # fmt: skip
