@@ -490,3 +490,12 @@ def test_what_a_correction_needs_is_said():
     with pytest.raises(ValueError, match="importance_sampling_clip_max must be a number without importance_sampling_clip_min, got None"):
         GRPOLossConfig(importance_sampling_mode="token_mask", importance_sampling_clip_max=None)
     GRPOLossConfig(importance_sampling_clip_min=9.0)  # without a mode it is not read
+
+
+def test_geo_mean_weighs_a_sequence_with_the_geometric_mean_of_its_corrections():
+    logps = torch.tensor([[-1.0, -2.0, -3.0]], dtype=torch.float64)
+    inputs = dict(mask=torch.tensor([[1, 1, 0]]), advantages=torch.ones(1, dtype=torch.float64), old_logps=logps,
+                  importance_sampling_ratio=torch.tensor([[8.0, 0.5, 99.0]], dtype=torch.float64))  # fmt: skip
+    out = call_objective(logps, logps * 0, inputs, config_of("geo_mean"))
+    assert out["loss"].item() == pytest.approx(-2.0, rel=1e-9)  # (8 x 0.5)^(1/2)
+    assert out["dlogps"].tolist() == [pytest.approx([-1.0, -1.0, 0.0], rel=1e-9)]
