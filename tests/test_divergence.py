@@ -936,7 +936,7 @@ BAD = [
     (wrong(beta=torch.tensor(0.5), kind="jsd"), TypeError, "beta must be a number"),
     (wrong(temperature=0.0), ValueError, "temperature must be > 0, got 0.0"),
     (wrong(temperature=-1), ValueError, "temperature must be > 0, got -1"),
-    (wrong(temperature="hot"), ValueError, "temperature must be > 0, got 'hot'"),
+    (wrong(temperature="hot"), ValueError, "temperature must be a finite number > 0, got 'hot'"),
     (wrong(temperature=torch.ones(4)), ValueError, "temperature must have shape [4, 3] or []"),
     (wrong(temperature=torch.zeros(TOKENS)), ValueError,
      "temperature must be > 0 and finite where the mask is 1, got others at 12 positions"),

@@ -136,7 +136,7 @@ def test_no_rows(reduction):
         (dict(reduction="max"), ValueError, "reduction must be none, sum or mean, got 'max'"),
         (dict(reduction=None), TypeError, "reduction must be a string, got NoneType"),
         (dict(temperature=0.0), ValueError, "temperature"),
-        (dict(temperature="hot"), ValueError, "temperature must be > 0, got 'hot'"),
+        (dict(temperature="hot"), ValueError, "temperature must be a finite number > 0, got 'hot'"),
         (dict(labels=torch.zeros(2, 4).long()), ValueError, r"labels must hold one value for each of hidden's 10 rows, got \[2, 4\]"),
         (dict(labels=torch.zeros(2, 5)), TypeError, "labels must be int64 or int32, got torch.float32"),
         (dict(labels=[1]), TypeError, "labels must be a tensor, got list"),
