@@ -238,6 +238,7 @@ template <class T, class O, bool Plain, Rows Mode, template <class> class Statis
 struct Row {
   using A = acc_of<T>;
   using Statistics = StatisticsOf<A>;
+  static_assert(Mode != Rows::kept || !has_squares<Statistics>, "kept units lie behind the scratch of four statistics");
   int rank = 0, blocks = 1;  // of the cluster
   int64_t row;
   Share<T, O, Mode> share;
