@@ -48,25 +48,25 @@ def records(name):
 def table():
     """The lines of README's table, made of the records."""
     found = {(row["path"], row["provider"]): row for row in records("cpu.json")}
-    head = "| | seconds: ours | × products | full logits | TRL 1.16 | Liger 0.8.5 | peak MiB: ours | full logits | TRL | Liger |"
+    head = "| | seconds: ours | x products | full logits | TRL 1.16 | Liger 0.8.5 | peak MiB: ours | full logits | TRL | Liger |"
     lines = [head, "|---" * 10 + "|"]
     names = {"dense": "loss and gradients", "frozen": "the same, frozen head (LoRA)", "logprobs": "log-probs only",
              "realistic": "{kept} tokens kept, {live} with an advantage"}  # fmt: skip
     for path, name in names.items():
         rows = [found[path, provider] for provider in ("grpo_kernels", "full_logits", "trl", "liger")]
-        seconds = [f"{row['median']:.2f}" if row["median"] is not None else "–" for row in rows]
-        peaks = [f"{row['peak_bytes'] / 2**20:,.0f}" if row["peak_bytes"] is not None else "–" for row in rows]
+        seconds = [f"{row['median']:.2f}" if row["median"] is not None else "-" for row in rows]
+        peaks = [f"{row['peak_bytes'] / 2**20:,.0f}" if row["peak_bytes"] is not None else "-" for row in rows]
         lines.append("| " + " | ".join([name.format(**rows[0]), seconds[0], f"{rows[0]['ratio']:.2f}", *seconds[1:], *peaks]) + " |")
     step = {row["provider"]: row for row in records("cpu-step.json") if row["shape"]["tokens"] == 1187}
     ours, stock = step["trl patched"], step["trl stock"]
     peaks = [f"{row['peak_bytes'] / 2**20:,.0f}" for row in (ours, stock)]
-    lines.append(f"| a training step of TRL | {ours['median']:.1f} | – | – | {stock['median']:.1f} | – | {peaks[0]} | – | {peaks[1]} | – |")
+    lines.append(f"| an optimiser step of TRL | {ours['median']:.1f} | - | - | {stock['median']:.1f} | - | {peaks[0]} | - | {peaks[1]} | - |")
     return lines
 
 
 def test_the_table_is_that_of_the_records():
     shown = [line for line in README.splitlines() if line.startswith("| ")]
-    start = next(i for i, line in enumerate(shown) if "× products" in line)
+    start = next(i for i, line in enumerate(shown) if "x products" in line)
     wanted = table()
     assert shown[start : start + 6] == [wanted[0], *wanted[2:]], "README's table should be\n" + "\n".join(wanted)
 
