@@ -24,7 +24,7 @@ FLOORS = (
     ("support", "teacher"),
     ("engine", "checks", "packed"),
     ("backends", "distributed"),
-    ("losses", "build_cuda", "devices", "extras", "peft_import", "tracing"),
+    ("losses", "build_cuda", "devices", "extras", "tracing"),
 )
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPTIONAL = {"peft", "trl", "liger_kernel", "verl", "datasets", "triton", "yaml", "matplotlib", "tqdm", "cut_cross_entropy", "pyarrow", "quack"}
