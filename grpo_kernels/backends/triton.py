@@ -68,7 +68,7 @@ def why_unavailable() -> str | None:
 
 
 def _idle():
-    """Whether Triton is installed, not imported yet, and has neither a GPU nor the interpreter to run on: it is not imported then."""
+    """Whether Triton is installed, not imported yet, and has neither a GPU nor the interpreter to run on: then nobody needs it."""
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") or kernels.imported:
         return False
     return importlib.util.find_spec("triton") is not None
