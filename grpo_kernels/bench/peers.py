@@ -11,8 +11,8 @@ import importlib
 
 import torch
 
+from ..extras import import_peft
 from ..losses.objective import objective
-from ..peft_import import import_peft
 from .problem import Result
 
 
