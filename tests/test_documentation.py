@@ -165,7 +165,7 @@ def test_the_configuration_file_and_the_flags_of_the_documentation_are_options(t
     monkeypatch.chdir(tmp_path)
     run, args = parse(["--config", "run.yaml", "--use_cpu"], {})
     assert (run.model, run.reward, args.generation_batch_size, args.steps_per_rollout) == ("PATH", ["my_rewards:score"], 64, 1)
-    known = {f"--{f.name}" for f in (*dataclasses.fields(type(run)), *dataclasses.fields(type(args)))} | {"--dry-run"}
+    known = {f"--{f.name}" for f in (*dataclasses.fields(type(run)), *dataclasses.fields(type(args)))} | {"--dry-run", "--help"}
     elsewhere = {"--nproc-per-node", "--logprobs-mode", "--model-path"}  # of torchrun and of the servers
     assert set(re.findall(r"--[a-z][\w-]*", text)) - elsewhere <= known
 
