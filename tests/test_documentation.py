@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grpo_kernels import GRPOLossConfig, fused_linear_distillation_loss, fused_linear_grpo_loss, linear_divergence, reference
 from grpo_kernels.bench import peers
 from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEVICES, Problem, predict
-from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES, TRL_LOSS_TYPES
+from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES
 from grpo_kernels.trainer.arguments import parse
 from grpo_kernels.trainer.demo import make_tokenizer
 
