@@ -19,19 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grpo_kernels import GRPOLossConfig, fused_linear_distillation_loss, fused_linear_grpo_loss, linear_divergence, reference
 from grpo_kernels.bench import peers
 from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEVICES, Problem, predict
-from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES, TRL_LOSS_TYPES
+from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES
+from grpo_kernels.trainer.arguments import parse
 from grpo_kernels.trainer.demo import make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ---- what a loss ignores ----
+# ---- what a loss uses ----
 
 # what is changed, beside which an option that is used shows
 BASE = dict(epsilon=0.2, epsilon_high=1.0, delta=2.5, entropy_coef=0.1, top_entropy_quantile=0.6, off_policy_mask_threshold=0.1,
             max_completion_length=9, dro_beta=0.7, clip_cov_ratio=0.3, clip_cov_lb=-1.0, kl_cov_ratio=0.3)  # fmt: skip
-# dppo's bounds are of probabilities, which are small here; gspo's ratios, which are means, seldom leave the range
-OWN = {"dppo_tv": dict(epsilon=0.001, epsilon_high=0.001), "dppo_kl": dict(epsilon=1e-4, epsilon_high=1e-4), "gspo": dict(epsilon=0.9)}
+# dppo's bounds are of probabilities, which are small here; gspo's ratios are means, and seldom leave the range: where A < 0 and the ratio
+# is below it, the off-policy mask must not drop the sequence
+OWN = {"dppo_tv": dict(epsilon=0.001, epsilon_high=0.001), "dppo_kl": dict(epsilon=1e-4, epsilon_high=1e-4), "gspo": dict(epsilon=0.9, off_policy_mask_threshold=0.5)}
 CHANGED = {
     "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.4, "delta": 2.2, "beta": 0.4, "use_bias_correction_kl": False,
     "temperature": 1.3, "logit_scale": 1.5, "softcap": 2.0, "entropy_coef": 0.5, "top_entropy_quantile": 0.2, "off_policy_mask_threshold": -2.0,
@@ -75,14 +77,18 @@ def cell(loss_type, name):
     return "yes" if uses[0] else "KL" if uses[1] else ""
 
 
+def used(loss_type):
+    """{option or tensor: "yes", or "KL" where it counts only with beta} of a loss, by the section's tables."""
+    everywhere, *losses = table("metrics.md", "Options of each loss")[1:]
+    assert everywhere[0] == "every loss"
+    (own,) = (row for row in losses if loss_type in row[0].split(", "))
+    return {name: kind for row in (everywhere, own) for kind, cell in zip(("yes", "KL"), row[1:], strict=True) for name in cell.split(", ") if name}
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_what_a_loss_ignores_is_what_the_table_leaves_empty(loss_type):
-    of_trl = loss_type in TRL_LOSS_TYPES
-    head, *rows = table("metrics.md", "What a loss ignores" if of_trl else "What verl's losses ignore")
-    assert tuple(head[1:]) == (TRL_LOSS_TYPES if of_trl else LOSS_TYPES[len(TRL_LOSS_TYPES) :])
-    written = {row[0]: row[head.index(loss_type)] for row in rows}
-    assert set(written) == {*LOSS_FIELDS, *TENSORS} - {"loss_type"}
-    assert written == {name: cell(loss_type, name) for name in written}
+def test_a_loss_uses_the_options_that_the_table_names_and_no_others(loss_type):
+    options = {*LOSS_FIELDS, *TENSORS} - {"loss_type"}
+    assert used(loss_type) == {name: uses for name in options if (uses := cell(loss_type, name))}
 
 
 # ---- metrics ----
@@ -94,7 +100,7 @@ def there(condition, loss_type, beta):
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_loss_returns_the_metrics_of_the_table(loss_type):
-    _, *rows = table("metrics.md", "Of the loss")
+    _, *rows = table("metrics.md", "Metrics of the loss")
     for beta in (0.0, 0.3):
         found = run(fused_linear_grpo_loss, made(loss_type, beta=beta)).metrics
         assert set(found) == {row[0] for row in rows if there(row[3], loss_type, beta)}
@@ -110,8 +116,8 @@ def test_a_run_logs_the_metrics_of_the_tables(tmp_path, loss_type):
     options = dict(beta=0.3, dro_beta=0.5, max_steps=1, eval_dataset=DATA[:2], eval_strategy="steps", eval_steps=1)
     t = trainer(tmp_path, model=tiny_model(), loss_type=loss_type, **options)
     t.train()
-    of_loss = {row[0] for row in table("metrics.md", "Of the loss")[1:] if there(row[3], loss_type, 0.3)}
-    of_trainer = {row[0].replace("NAME", "digit_sum"): row[3].split(", ") for row in table("metrics.md", "Of the trainer")[1:]}
+    of_loss = {row[0] for row in table("metrics.md", "Metrics of the loss")[1:] if there(row[3], loss_type, 0.3)}
+    of_trainer = {row[0].replace("NAME", "digit_sum"): row[3].split(", ") for row in table("metrics.md", "Metrics of the trainer")[1:]}
     for log, mode, prefix in zip(t.state.log_history, ("train", "eval"), ("", "eval_"), strict=False):
         wanted = of_loss | {name for names, modes in of_trainer.items() if mode in modes for name in names.split(", ")}
         assert set(log) - {"step", "epoch"} == {prefix + name for name in wanted} - {"epoch"}, mode
@@ -141,6 +147,31 @@ def test_the_reward_function_of_the_documentation_scores_text_and_messages(tmp_p
         assert given["completions"] == (texts if kind == "text" else [[{"role": "assistant", "content": text}] for text in texts])
         assert space["score"](**{**given, "completions": ["2", "3"] if kind == "text" else [[{"role": "assistant", "content": c}] for c in "23"],
                                  "answer": ["2", "2"]}) == [1.0, 0.0]  # fmt: skip
+
+
+def test_the_configuration_file_and_the_flags_of_the_documentation_are_options(tmp_path, monkeypatch):
+    text = (DOCS / "training.md").read_text()
+    (settings,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (tmp_path / "run.yaml").write_text(settings)
+    (tmp_path / "PATH").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run, args = parse(["--config", "run.yaml", "--use_cpu"], {})
+    assert (run.model, run.reward, args.generation_batch_size, args.steps_per_rollout) == ("PATH", ["my_rewards:score"], 64, 1)
+    known = {f"--{f.name}" for f in (*dataclasses.fields(type(run)), *dataclasses.fields(type(args)))} | {"--dry-run", "--help"}
+    elsewhere = {"--nproc-per-node", "--logprobs-mode", "--model-path"}  # of torchrun and of the servers
+    assert set(re.findall(r"--[a-z][\w-]*", text)) - elsewhere <= known
+
+
+def test_the_trainer_of_the_documentation_trains(tmp_path, monkeypatch):
+    (source,) = (found for found in snippets((DOCS / "training.md").read_text()) if "GRPOTrainer" in found)
+    monkeypatch.chdir(tmp_path)
+    for part in (tiny_model(max_position_embeddings=128), make_tokenizer()):
+        part.save_pretrained("path/to/model")
+    space = {}
+    assert source.count("max_steps=100") == source.count("Name a colour.") == source.count("Name a fish.") == 1
+    source = source.replace("max_steps=100", "max_steps=1, use_cpu=True, disable_tqdm=True")
+    exec(source.replace("Name a colour.", "1+1=").replace("Name a fish.", "2+3="), space)  # of the tiny tokenizer's letters
+    assert space["trainer"].state.global_step == 1 and (tmp_path / "run" / "model.safetensors").exists()
 
 
 # ---- the sampling mask ----
