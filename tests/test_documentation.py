@@ -1,4 +1,4 @@
-"""docs/metrics.md, training.md, sampling-mask.md, bits.md and distillation.md: what their tables and examples say, against what the code does."""
+"""docs/metrics.md, training.md, losses.md, sampling-mask.md, bits.md and distillation.md: what their tables and examples say, against what the code does."""
 
 import collections
 import contextlib
@@ -20,6 +20,7 @@ from grpo_kernels import GRPOLossConfig, fused_linear_distillation_loss, fused_l
 from grpo_kernels.bench import peers
 from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEVICES, Problem, predict
 from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES, TRL_LOSS_TYPES
+from grpo_kernels.losses.terms import TERMS
 from grpo_kernels.trainer.demo import make_tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -38,8 +39,8 @@ def table(file, heading):
 # what is changed, beside which an option that is used shows
 BASE = dict(epsilon=0.2, epsilon_high=1.0, delta=2.5, entropy_coef=0.1, top_entropy_quantile=0.6, off_policy_mask_threshold=0.1,
             max_completion_length=9, dro_beta=0.7, clip_cov_ratio=0.3, clip_cov_lb=-1.0, kl_cov_ratio=0.3)  # fmt: skip
-# dppo's bounds are of probabilities, which are small here; gspo's ratios, which are means, seldom leave the range
-OWN = {"dppo_tv": dict(epsilon=0.001, epsilon_high=0.001), "dppo_kl": dict(epsilon=1e-4, epsilon_high=1e-4), "gspo": dict(epsilon=0.9)}
+# dppo's bounds are of probabilities, which are small here; the off-policy mask would drop the sequences that gspo clips below
+OWN = {"dppo_tv": dict(epsilon=0.001, epsilon_high=0.001), "dppo_kl": dict(epsilon=1e-4, epsilon_high=1e-4), "gspo": dict(epsilon=0.9, off_policy_mask_threshold=0.5)}
 CHANGED = {
     "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.4, "delta": 2.2, "beta": 0.4, "use_bias_correction_kl": False,
     "temperature": 1.3, "logit_scale": 1.5, "softcap": 2.0, "entropy_coef": 0.5, "top_entropy_quantile": 0.2, "off_policy_mask_threshold": -2.0,
@@ -183,10 +184,37 @@ def test_the_snippets_of_the_sampling_mask_do_what_they_say():
     assert padded["first"].ids.tolist() == [7, 3, 9, 5] and padded["first"].positions == 2
 
 
-def test_the_correction_of_losses_runs():
-    (source,) = snippets((DOCS / "losses.md").read_text())
-    space = printed_as_it_says(source, {})
+def test_the_snippets_of_losses_run():
+    correction, own = snippets((DOCS / "losses.md").read_text())
+    space = printed_as_it_says(correction, {})
     assert space["out"].loss.isfinite() and space["config"].importance_sampling_range == (0.5, 5.0)
+    try:
+        space = printed_as_it_says(own, {})
+    finally:
+        TERMS.pop("squared", None)
+    assert space["out"].loss.isfinite() and space["hidden"].grad.abs().sum() > 0 and space["out"].metrics["kl"] != 0
+
+
+def options_of_losses():
+    """{loss_type: the options that its section of losses.md says it reads}."""
+    section = (DOCS / "losses.md").read_text().split("\n## Policy terms\n")[1].split("\n## ")[0]
+    found = {}
+    for part in section.split("\n### ")[1:]:
+        head, (words,) = part.splitlines()[0], re.findall(r"^Reads: (.*)$", part, re.M)
+        names = re.findall(r"`(\w+)`", head)
+        for clause in words.split("; "):  # of all losses of the section, or of one that it begins with
+            first, *others = re.findall(r"`(\w+)`", clause) or [None]
+            for name in [first] if first in names else names:
+                found.setdefault(name, set()).update(others if first in names else filter(None, [first, *others]))
+    return found
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_loss_reads_the_options_that_its_section_names(loss_type):
+    shared = re.findall(r"`(\w+)`", (DOCS / "losses.md").read_text().split("Every loss reads ")[1].split(".")[0])
+    shared += ["importance_sampling_clip_min", "importance_sampling_clip_max"]
+    read = {name for name in LOSS_FIELDS if name != "loss_type" and cell(loss_type, name)}
+    assert read == {*shared, *options_of_losses()[loss_type]}
 
 
 def behind_the_readmes_first_snippet(word):
