@@ -288,7 +288,7 @@ def test_what_a_divergence_was_measured_to_cost_is_what_the_record_says():
 
 
 def test_the_snippets_of_distillation_do_what_they_say():
-    own, exact, top = snippets((DOCS / "distillation.md").read_text())
+    own, top, exact = snippets((DOCS / "distillation.md").read_text())
     names = printed_as_it_says(own, {})
     mask, double = names["mask"], lambda x: x.detach().double()
     hidden, weight = (double(names[name]).requires_grad_() for name in ("hidden", "weight"))
