@@ -271,6 +271,14 @@ def test_the_snippet_of_the_bits_does_what_it_says():
     assert names["old"].shape == (4, 6) and (names["old"] < 0).all()
 
 
+def test_what_the_same_bits_were_measured_to_cost_is_what_the_record_says():
+    _, *rows = table("bits.md", "What it costs")
+    record = json.loads((DOCS.parent / "benchmarks/results/cpu-bits.json").read_text())
+    found = {(row["path"], row["provider"]): row["median"] * 1e3 for row in record}
+    for (_, *cells), path in zip(rows, ("logprobs", "dense", "frozen", "realistic", "sequence", "entropy"), strict=True):
+        assert cells == [f"{found[path, f'grpo_kernels{how}']:.0f}" for how in ("-any-order", "", "-invariant")], path
+
+
 # ---- distillation ----
 
 
