@@ -279,6 +279,20 @@ def test_what_the_same_bits_were_measured_to_cost_is_what_the_record_says():
         assert cells == [f"{found[path, f'grpo_kernels{how}']:.0f}" for how in ("-any-order", "", "-invariant")], path
 
 
+# ---- precision ----
+
+
+def test_the_errors_of_log_probs_on_a_cpu_are_those_of_the_records():
+    rows = {row[0]: row[1:] for row in table("precision.md", "In short")}
+    dense, support = (json.loads((DOCS.parent / f"benchmarks/results/{name}.json").read_text()) for name in ("cpu", "cpu-support"))
+    for name, record, path in (("CPU, bfloat16", dense, "logprobs"), ("CPU, bfloat16, [over supports](sampling-mask.md)", support, "support-logprobs")):
+        found = {row["provider"]: row["errors"] for row in record if row["path"] == path and row.get("errors")}
+        wanted = [found["grpo_kernels"]["logps_mean"], found["grpo_kernels"]["logps_max"]]
+        ours, theirs = ([float(x) for x in re.findall(r"\d\.\de-\d", words)] for words in rows[name])
+        assert ours == [float(f"{x:.1e}") for x in wanted], name
+        assert theirs == [float(f"{found['full_logits']['logps_mean']:.1e}")][: len(theirs)], name
+
+
 # ---- distillation ----
 
 
