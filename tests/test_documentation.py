@@ -16,7 +16,14 @@ from test_plan import recorded
 from test_trainer import DATA, tiny_model, trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_kernels import GRPOLossConfig, fused_linear_distillation_loss, fused_linear_grpo_loss, linear_divergence, reference
+from grpo_kernels import (
+    GRPOLossConfig,
+    fused_linear_distillation_loss,
+    fused_linear_grpo_loss,
+    linear_divergence,
+    objective,
+    reference,
+)
 from grpo_kernels.bench import peers
 from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEVICES, Problem, predict
 from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES, TRL_LOSS_TYPES
@@ -207,6 +214,41 @@ def options_of_losses():
             for name in [first] if first in names else names:
                 found.setdefault(name, set()).update(others if first in names else filter(None, [first, *others]))
     return found
+
+
+EQUATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "vanilla", "gspo", "gpg", "dro")  # without words in them
+
+
+@pytest.mark.parametrize("loss_type", EQUATIONS)
+def test_a_losss_equation_and_its_sum_are_the_objectives(loss_type):
+    """Of a call whose tokens are all kept: value and gradient."""
+    sections = (DOCS / "losses.md").read_text().split("\n### ")[1:]
+    (source,) = [re.search(r"```\ns = (.*?)\n```", part)[1] for part in sections if f"`{loss_type}`" in part.splitlines()[0]]
+    s = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", source.split("        ")[0].replace("w'", "w_").replace("^", "**"))
+    B, T, g = 6, 5, torch.Generator().manual_seed(1)
+    old, start = (-3 * torch.rand(B, T, dtype=torch.float64, generator=g) for _ in range(2))
+    A, lp = torch.randn(B, 1, dtype=torch.float64, generator=g), start.requires_grad_()
+    more = {"cispo": dict(epsilon_high=1.5), "gspo": dict(epsilon=0.05)}.get(loss_type, {})
+    config = GRPOLossConfig(loss_type=loss_type, delta=2.5, dro_beta=0.7, max_completion_length=9, sapo_temperature_neg=1.4, **more)
+    pick = lambda name, at_zero=False: torch.where((A > 0) | at_zero & (A == 0), *(A.new_tensor(getattr(config, f"{name}_{x}")) for x in ("pos", "neg")))  # noqa: E731
+
+    def phi(v):  # as the text below the equation has it
+        return v ** pick("vespo_k", True) * (pick("vespo_lambda", True) * (1 - v)).exp()
+
+    w, (low, high) = (lp - old).exp(), (1 - config.epsilon, 1 + config.upper_epsilon)
+    space = dict(
+        vars(config), epsilon_high=config.upper_epsilon, A=A, lp=lp, old=old, w=w, v=w.prod(1, keepdim=True), tau=pick("sapo_temperature"), phi=phi,
+        w_=(lp - lp.detach()).exp() * (lp - old).mean(1, keepdim=True).exp().detach(), sg=torch.detach, sigmoid=torch.sigmoid, abs=torch.abs,
+        clip=lambda x: x.clamp(low, high), min=lambda a, b: torch.minimum(*torch.broadcast_tensors(a, torch.as_tensor(b).to(a))),
+    )  # fmt: skip
+    _, *sums = table("losses.md", "How tokens are added up")
+    (u,) = [row[2] for row in sums if loss_type in row[0].split(", ")] or [sums[-1][2]]
+    u = u.split(";")[0].replace(" x ", " * ").replace("kept tokens of its sequence", "T").replace("kept tokens", "B * T").replace("num_items", "11")
+    u = re.sub(r"/ ([^(].*)", r"/ (\1)", u)
+    exact = (eval(u, dict(space, B=B, T=T)) * eval(s, space)).sum()
+    loss, _ = objective(lp, lp.detach(), A[:, 0], torch.ones(B, T), old_logps=old, num_items=11, config=config)
+    torch.testing.assert_close(loss, exact, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(*(torch.autograd.grad(x, lp)[0] for x in (loss, exact)), rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
