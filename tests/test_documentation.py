@@ -1,4 +1,4 @@
-"""docs/metrics.md, training.md, sampling-mask.md, bits.md and distillation.md: what their tables and examples say, against what the code does."""
+"""docs/metrics.md, training.md, losses.md, sampling-mask.md, bits.md and distillation.md: what their tables and examples say, against what the code does."""
 
 import collections
 import contextlib
@@ -16,10 +16,18 @@ from support.recorded_products import recorded
 from support.tiny_trainer import DATA, tiny_model, trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_kernels import GRPOLossConfig, fused_linear_distillation_loss, fused_linear_grpo_loss, linear_divergence, reference
+from grpo_kernels import (
+    GRPOLossConfig,
+    fused_linear_distillation_loss,
+    fused_linear_grpo_loss,
+    linear_divergence,
+    objective,
+    reference,
+)
 from grpo_kernels.bench import peers
 from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEVICES, Problem, predict
 from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES
+from grpo_kernels.losses.terms import TERMS
 from grpo_kernels.trainer.arguments import parse
 from grpo_kernels.trainer.demo import make_tokenizer
 
@@ -31,8 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # what is changed, beside which an option that is used shows
 BASE = dict(epsilon=0.2, epsilon_high=1.0, delta=2.5, entropy_coef=0.1, top_entropy_quantile=0.6, off_policy_mask_threshold=0.1,
             max_completion_length=9, dro_beta=0.7, clip_cov_ratio=0.3, clip_cov_lb=-1.0, kl_cov_ratio=0.3)  # fmt: skip
-# dppo's bounds are of probabilities, which are small here; gspo's ratios are means, and seldom leave the range: where A < 0 and the ratio
-# is below it, the off-policy mask must not drop the sequence
+# dppo's bounds are of probabilities, which are small here; the off-policy mask would drop the sequences that gspo clips below
 OWN = {"dppo_tv": dict(epsilon=0.001, epsilon_high=0.001), "dppo_kl": dict(epsilon=1e-4, epsilon_high=1e-4), "gspo": dict(epsilon=0.9, off_policy_mask_threshold=0.5)}
 CHANGED = {
     "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.4, "delta": 2.2, "beta": 0.4, "use_bias_correction_kl": False,
@@ -206,10 +213,72 @@ def test_the_snippets_of_the_sampling_mask_do_what_they_say():
     assert padded["first"].ids.tolist() == [7, 3, 9, 5] and padded["first"].positions == 2
 
 
-def test_the_correction_of_losses_runs():
-    (source,) = snippets((DOCS / "losses.md").read_text())
-    space = printed_as_it_says(source, {})
+def test_the_snippets_of_losses_run():
+    correction, own = snippets((DOCS / "losses.md").read_text())
+    space = printed_as_it_says(correction, {})
     assert space["out"].loss.isfinite() and space["config"].importance_sampling_range == (0.5, 5.0)
+    try:
+        space = printed_as_it_says(own, {})
+    finally:
+        TERMS.pop("squared", None)
+    assert space["out"].loss.isfinite() and space["hidden"].grad.abs().sum() > 0 and space["out"].metrics["kl"] != 0
+
+
+def options_of_losses():
+    """{loss_type: the options that its section of losses.md says it reads}."""
+    section = (DOCS / "losses.md").read_text().split("\n## Policy terms\n")[1].split("\n## ")[0]
+    found = {}
+    for part in section.split("\n### ")[1:]:
+        head, (words,) = part.splitlines()[0], re.findall(r"^Reads: (.*)$", part, re.M)
+        names = re.findall(r"`(\w+)`", head)
+        for clause in words.split("; "):  # of all losses of the section, or of one that it begins with
+            first, *others = re.findall(r"`(\w+)`", clause) or [None]
+            for name in [first] if first in names else names:
+                found.setdefault(name, set()).update(others if first in names else filter(None, [first, *others]))
+    return found
+
+
+EQUATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "vanilla", "gspo", "gpg", "dro")  # without words in them
+
+
+@pytest.mark.parametrize("loss_type", EQUATIONS)
+def test_a_losss_equation_and_its_sum_are_the_objectives(loss_type):
+    """Of a call whose tokens are all kept: value and gradient."""
+    sections = (DOCS / "losses.md").read_text().split("\n### ")[1:]
+    (source,) = [re.search(r"```\ns = (.*?)\n```", part)[1] for part in sections if f"`{loss_type}`" in part.splitlines()[0]]
+    s = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", source.split("        ")[0].replace("w'", "w_").replace("^", "**"))
+    B, T, g = 6, 5, torch.Generator().manual_seed(1)
+    old, start = (-3 * torch.rand(B, T, dtype=torch.float64, generator=g) for _ in range(2))
+    A, lp = torch.randn(B, 1, dtype=torch.float64, generator=g), start.requires_grad_()
+    more = {"cispo": dict(epsilon_high=1.5), "gspo": dict(epsilon=0.05)}.get(loss_type, {})
+    config = GRPOLossConfig(loss_type=loss_type, delta=2.5, dro_beta=0.7, max_completion_length=9, sapo_temperature_neg=1.4, **more)
+    pick = lambda name, at_zero=False: torch.where((A > 0) | at_zero & (A == 0), *(A.new_tensor(getattr(config, f"{name}_{x}")) for x in ("pos", "neg")))  # noqa: E731
+
+    def phi(v):  # as the text below the equation has it
+        return v ** pick("vespo_k", True) * (pick("vespo_lambda", True) * (1 - v)).exp()
+
+    w, (low, high) = (lp - old).exp(), (1 - config.epsilon, 1 + config.upper_epsilon)
+    space = dict(
+        vars(config), epsilon_high=config.upper_epsilon, A=A, lp=lp, old=old, w=w, v=w.prod(1, keepdim=True), tau=pick("sapo_temperature"), phi=phi,
+        w_=(lp - lp.detach()).exp() * (lp - old).mean(1, keepdim=True).exp().detach(), sg=torch.detach, sigmoid=torch.sigmoid, abs=torch.abs,
+        clip=lambda x: x.clamp(low, high), min=lambda a, b: torch.minimum(*torch.broadcast_tensors(a, torch.as_tensor(b).to(a))),
+    )  # fmt: skip
+    _, *sums = table("losses.md", "How tokens are added up")
+    (u,) = [row[2] for row in sums if loss_type in row[0].split(", ")] or [sums[-1][2]]
+    u = u.split(";")[0].replace(" x ", " * ").replace("kept tokens of its sequence", "T").replace("kept tokens", "B * T").replace("num_items", "11")
+    u = re.sub(r"/ ([^(].*)", r"/ (\1)", u)
+    exact = (eval(u, dict(space, B=B, T=T)) * eval(s, space)).sum()
+    loss, _ = objective(lp, lp.detach(), A[:, 0], torch.ones(B, T), old_logps=old, num_items=11, config=config)
+    torch.testing.assert_close(loss, exact, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(*(torch.autograd.grad(x, lp)[0] for x in (loss, exact)), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_loss_reads_the_options_that_its_section_names(loss_type):
+    shared = re.findall(r"`(\w+)`", (DOCS / "losses.md").read_text().split("Every loss reads ")[1].split(".")[0])
+    shared += ["importance_sampling_clip_min", "importance_sampling_clip_max"]
+    read = {name for name in LOSS_FIELDS if name != "loss_type" and cell(loss_type, name)}
+    assert read == {*shared, *options_of_losses()[loss_type]}
 
 
 def behind_the_readmes_first_snippet(word):
@@ -266,6 +335,28 @@ def test_the_snippet_of_the_bits_does_what_it_says():
     assert names["old"].shape == (4, 6) and (names["old"] < 0).all()
 
 
+def test_what_the_same_bits_were_measured_to_cost_is_what_the_record_says():
+    _, *rows = table("bits.md", "What it costs")
+    record = json.loads((DOCS.parent / "benchmarks/results/cpu-bits.json").read_text())
+    found = {(row["path"], row["provider"]): row["median"] * 1e3 for row in record}
+    for (_, *cells), path in zip(rows, ("logprobs", "dense", "frozen", "realistic", "sequence", "entropy"), strict=True):
+        assert cells == [f"{found[path, f'grpo_kernels{how}']:.0f}" for how in ("-any-order", "", "-invariant")], path
+
+
+# ---- precision ----
+
+
+def test_the_errors_of_log_probs_on_a_cpu_are_those_of_the_records():
+    rows = {row[0]: row[1:] for row in table("precision.md", "In short")}
+    dense, support = (json.loads((DOCS.parent / f"benchmarks/results/{name}.json").read_text()) for name in ("cpu", "cpu-support"))
+    for name, record, path in (("CPU, bfloat16", dense, "logprobs"), ("CPU, bfloat16, [over supports](sampling-mask.md)", support, "support-logprobs")):
+        found = {row["provider"]: row["errors"] for row in record if row["path"] == path and row.get("errors")}
+        wanted = [found["grpo_kernels"]["logps_mean"], found["grpo_kernels"]["logps_max"]]
+        ours, theirs = ([float(x) for x in re.findall(r"\d\.\de-\d", words)] for words in rows[name])
+        assert ours == [float(f"{x:.1e}") for x in wanted], name
+        assert theirs == [float(f"{found['full_logits']['logps_mean']:.1e}")][: len(theirs)], name
+
+
 # ---- distillation ----
 
 
@@ -283,7 +374,7 @@ def test_what_a_divergence_was_measured_to_cost_is_what_the_record_says():
 
 
 def test_the_snippets_of_distillation_do_what_they_say():
-    own, exact, top = snippets((DOCS / "distillation.md").read_text())
+    own, top, exact = snippets((DOCS / "distillation.md").read_text())
     names = printed_as_it_says(own, {})
     mask, double = names["mask"], lambda x: x.detach().double()
     hidden, weight = (double(names[name]).requires_grad_() for name in ("hidden", "weight"))
