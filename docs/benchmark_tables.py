@@ -1,4 +1,4 @@
-"""Writes the tables of docs/benchmarks.md from the records in benchmarks/results, between marks `<!-- name -->` and `<!-- /name -->`.
+"""Writes the tables of docs/benchmarks.md from benchmarks/results, each between the marks `<!-- name -->` and `<!-- /name -->`.
 
     python docs/benchmark_tables.py
 
