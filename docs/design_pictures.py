@@ -55,8 +55,8 @@ class Picture:
     def svg(self):
         size = f'width="{self.width}" height="{self.height}" viewBox="0 0 {self.width} {self.height}"'
         paper = f'<rect width="{self.width}" height="{self.height}" fill="{PAPER}"/>'
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" font-family="Helvetica, Arial, sans-serif"><title>{self.title}</title>'
-        return "\n".join([head, paper, *self.parts, "</svg>", ""])
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" font-family="Helvetica, Arial, sans-serif">'
+        return "\n".join([head, f"<title>{self.title}</title>", paper, *self.parts, "</svg>", ""])
 
 
 # ---- what each kind of call runs ----
@@ -210,9 +210,8 @@ def heights():
         buffers = -(-n // R)
         y = top + tall + 22
         chunks = -(-min(R, n) // r)
-        said = [
-            f"{'one chunk' if chunks == 1 else f'{chunks} chunks'} a buffer, {'one buffer' if buffers == 1 else f'{buffers} buffers'}"
-        ]
+        of_chunks, of_buffers = ("one" if count == 1 else count for count in (chunks, buffers))
+        said = [f"{of_chunks} chunk{'s'[: chunks - 1]} a buffer, {of_buffers} buffer{'s'[: buffers - 1]}"]
         if not asked.needs_weight:
             said.append("no dW")
         else:
