@@ -69,7 +69,7 @@ def test_the_prose_has_no_figure_but_those_of_the_code():
 
 
 def test_the_prose_agrees_with_the_code():
-    text = prose()
+    text = " ".join(prose().split())
     assert f"{command.CPU_TOKENS} tokens, D {MODELS['qwen2.5-0.5b'][0]}, V {MODELS['qwen2.5-0.5b'][1]:,}" in text
     assert f"at {command.QUICK_TOKENS} tokens" in text
     assert (command.QUICK_SECONDS_PEERS // 60, command.QUICK_SECONDS // 60) == (5, 2), "minutes of --quick"
