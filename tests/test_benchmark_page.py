@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_kernels.bench import command, scaling
+from grpo_kernels.bench import command, plot, scaling
 from grpo_kernels.bench.providers import PROVIDERS
 from grpo_kernels.bench.shapes import MODELS
 from grpo_kernels.bench.workloads import WORKLOADS
@@ -53,6 +53,17 @@ def test_the_first_table_against_the_record_by_hand():
             (at,) = (i for i, name in enumerate(head) if re.fullmatch(rf"{re.escape(called)}( [\d.]+)?", name))
             other, cell = rows[path, provider]["median"], found[title][at].strip("*")
             assert cell == "-" if other is None else float(cell.removesuffix(" x")) == pytest.approx(other / ours["median"], abs=0.051)
+
+
+@pytest.mark.parametrize("name, picture", [("cpu", "time"), ("cpu-scaling", "memory")])
+def test_the_pictures_are_those_of_the_records(name, picture, tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    results = ROOT / "benchmarks" / "results"
+    drawn, (made,) = (results / name / f"{picture}.svg").read_text(), plot.plot(json.loads((results / f"{name}.json").read_text()), tmp_path)
+    assert f"(../benchmarks/results/{name}/{picture}.svg)" in PAGE.read_text()
+    if f"Matplotlib v{matplotlib.__version__}," not in drawn:
+        pytest.skip("drawn by another version of matplotlib")
+    assert made.read_text() == drawn, f"run grpo-kernels bench --from benchmarks/results/{name}.json --plot benchmarks/results/{name}"
 
 
 def test_what_is_faster_or_smaller_than_ours_is_bold():
