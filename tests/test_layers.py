@@ -141,8 +141,8 @@ print(json.dumps([sorted(before), sorted(sys.modules.keys() - torchs)]))
 
 
 def test_the_command_line_answers_without_torch():
-    for question in ("--help", "--version", "nothing-of-the-kind"):
-        out = python(f"import sys; from grpo_kernels.cli import main; main([{question!r}]); print('torch' in sys.modules)")
+    for question in (["--help"], ["--version"], ["nothing-of-the-kind"], ["doctor", "--help"], ["plot", "--help"]):
+        out = python(f"import sys; from grpo_kernels.cli import main; main({question}); print('torch' in sys.modules)")
         assert out.endswith("False\n"), question
 
 
@@ -176,6 +176,9 @@ def test_the_public_names_are_those_that_type_checkers_read():
         value = getattr(grpo_kernels, name)
         assert value is getattr(sys.modules[f"grpo_kernels.{module}"], name, value) and name in dir(grpo_kernels)
     assert sys.modules["grpo_kernels.reference"] is grpo_kernels.reference
+    results = {"DistillationOutput", "Divergence", "GRPOLossOutput", "LogProbs", "LogProbsAndLse"}
+    told = {name for name in grpo_kernels.__all__ if re.search(rf"\b{name}\b", grpo_kernels.__doc__)}
+    assert told == set(grpo_kernels.__all__) - results, "help(grpo_kernels) begins with a line for each function"
     with pytest.raises(AttributeError, match="'grpo_kernels' has no attribute 'grpo_los'"):
         grpo_kernels.grpo_los  # noqa: B018
 
