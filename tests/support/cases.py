@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import pytest
+
 
 def cover(cases, together=()):
     """Places of a few ``cases`` in which every value of every parameter comes up, as every combination of the parameters ``together``.
@@ -24,3 +26,16 @@ def cover(cases, together=()):
         wanted -= parts_of[best]
         taken.update(parts_of[best])
     return chosen
+
+
+def usually(values, *usual):
+    """``values`` for a parametrize of which ``usual`` run always and the others are exhaustive."""
+    values = list(values)
+    assert usual and all(value in values for value in usual), [value for value in usual if value not in values]
+    return [pytest.param(value, marks=() if value in usual else pytest.mark.exhaustive) for value in values]
+
+
+def values_that_run(request, test, parameter):
+    """The values of ``parameter`` with which ``test`` of this file runs now: what a fixture has to prepare."""
+    cases = [item for item in request.session.items if item.path == request.path and item.originalname == test]
+    return [case.callspec.params[parameter] for case in cases]
