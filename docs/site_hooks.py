@@ -1,0 +1,132 @@
+"""What `make docs` does beside mkdocs: README.md is the first page, links out of docs/ work, docstrings become tables.
+
+mkdocs loads this file twice, for the functions `on_...` of its events and for the griffe extension `Docstrings`. Nothing here or there
+imports grpo_kernels: its sources are read.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import griffe
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+SHOWN = {".py": "python", ".yaml": "yaml", ".cu": "cuda", ".cpp": "cpp", ".h": "cpp", "": "text"}  # as pages; other files as they are
+_LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]*)(#[^)\s]*)?(?=\))")  # target and anchor of a Markdown link
+
+
+def on_files(files, config):
+    """Adds README.md as index.md, and what the pages link to outside of docs/."""
+    wanted, seen = ["README.md"], set()
+    wanted += [name for file in files.documentation_pages() for name in _outside((ROOT / "docs" / file.src_uri).read_text(), "docs")]
+    while wanted:
+        name = wanted.pop()
+        path = ROOT / name
+        if name in seen or not path.exists():  # an absent one is a broken link, which --strict names
+            continue
+        seen.add(name)
+        text = None
+        if path.is_dir():
+            inside = sorted(x for x in path.iterdir() if x.is_file() and x.suffix in (*SHOWN, ".md"))
+            text = f"# {name}\n\n" + "".join(f"* [{x.name}](../../{x.relative_to(ROOT)})\n" for x in inside)
+            text = _rewritten(text.replace("../../", ""), "")
+            wanted += [str(x.relative_to(ROOT)) for x in inside]
+        elif path.suffix == ".md":
+            wanted += _outside(path.read_text(), str(path.parent.relative_to(ROOT)))
+            text = _rewritten(path.read_text(), str(path.parent.relative_to(ROOT)))
+        elif path.suffix in SHOWN:
+            text = f"# {name}\n\n````{SHOWN[path.suffix]}\n{path.read_text()}\n````\n"
+        where = _uri(name)
+        if text is None:
+            files.append(File.generated(config, where, abs_src_path=str(path)))
+        else:
+            up = "../" * where.count("/")
+            files.append(File.generated(config, where, content=re.sub(_LINK, lambda m: up + m[0] if m[1] else m[0], text)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links out of docs/ go to the copies that `on_files` has made."""
+    return _rewritten(markdown, "docs") if page.file.generated_by is None else markdown
+
+
+def _resolved(target, folder):
+    """Path from the top of the repository, of a link in a file of this folder."""
+    parts = []
+    for part in [*Path(folder).parts, *Path(target).parts]:
+        parts = parts[:-1] if part == ".." else [*parts, part]
+    return "/".join(parts)
+
+
+def _outside(text, folder):
+    names = [_resolved(m[1], folder) for m in _LINK.finditer(text) if m[1]]
+    return [name for name in names if not name.startswith("docs/")]
+
+
+def _uri(name):
+    """Where the site has a file of the repository, from its top."""
+    if name.startswith("docs/"):
+        return name.removeprefix("docs/")
+    if name == "README.md":
+        return "index.md"
+    path = ROOT / name
+    if path.suffix == ".md" and path.parent == ROOT:
+        return name
+    return f"source/{name}/index.md" if path.is_dir() else f"source/{name}" + (".md" if path.suffix in SHOWN else "")
+
+
+def _rewritten(text, folder):
+    return _LINK.sub(lambda m: (_uri(_resolved(m[1], folder)) if m[1] else "") + (m[2] or ""), text)
+
+
+class Docstrings(griffe.Extension):
+    """Docstrings as this project writes them, for griffe's reader of Google's style.
+
+    Several names of one entry become as many entries. Returns is text: its first words are no type. A name of the reference in
+    backticks becomes a link. A dataclass field that is an `option(default, text)` has the text as its docstring.
+    """
+
+    def __init__(self):
+        super().__init__()
+        listed = re.findall(r"^::: (grpo_kernels\S*)", (ROOT / "docs" / "api.md").read_text(), re.M)
+        self._links = {path.rpartition(".")[2]: path for path in listed}
+        self._links["reference.grpo_loss"] = "grpo_kernels.reference.grpo_loss"
+
+    def on_object(self, *, obj, **_):
+        if obj.docstring is not None:
+            obj.docstring.value = self._mended(obj.docstring.value, obj.name)
+
+    def on_attribute_instance(self, *, node, attr, **_):
+        value = getattr(node, "value", None)
+        if isinstance(value, ast.Call) and getattr(value.func, "id", None) == "option":
+            default, text = value.args
+            attr.value, attr.docstring = ast.unparse(default), griffe.Docstring(text.value, parent=attr)
+
+    def _mended(self, text, own):
+        head, mark, rest = text.partition("\nArgs:\n")
+        if mark:
+            entries, gap, rest = rest.partition("\n\n")
+            text = head + mark + "\n".join(_entries(entries)) + gap + rest
+        text = re.sub(r"^Returns:\n((?: {4}.*\n?|\n)+)", lambda m: f"**Returns**\n\n{_dedented(m[1])}\n\n", text, flags=re.M)
+
+        def linked(match):
+            path = self._links.get(match[1])
+            return match[0] if path is None or match[1] == own else f"[`{match[1]}`][{path}]"
+
+        return re.sub(r"(?<![`\w])`([\w.]+)`(?!`)", linked, text)
+
+
+def _entries(text):
+    """Of the section Args: one entry a name."""
+    for entry in re.split(r"\n(?= {4}\S)", text):
+        names, colon, rest = entry.partition(": ")
+        names = re.split(r",\s+", names.strip())
+        if not colon or not all(re.fullmatch(r"\*{0,2}\w+", name) for name in names):
+            yield entry
+        else:
+            yield from (f"    {name}: {rest}" for name in names)
+
+
+def _dedented(text):
+    return "\n".join(line.removeprefix("    ") for line in text.splitlines()).strip()
