@@ -1,7 +1,7 @@
 """What `make docs` does beside mkdocs: README.md is the first page, links out of docs/ work, docstrings become tables.
 
-mkdocs loads this file twice, for the functions `on_...` of its events and for the griffe extension `Docstrings`. Nothing here or there
-imports grpo_kernels: its sources are read.
+mkdocs loads this file twice, for the functions `on_...` of its events and for the griffe extension `Docstrings`. grpo_kernels is
+never imported: its sources are read.
 """
 
 import ast
@@ -12,38 +12,42 @@ import griffe
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
-SHOWN = {".py": "python", ".yaml": "yaml", ".cu": "cuda", ".cpp": "cpp", ".h": "cpp", "": "text"}  # as pages; other files as they are
+# shown as pages; other files are copied as they are
+SHOWN = {".py": "python", ".yaml": "yaml", ".cu": "cuda", ".cpp": "cpp", ".h": "cpp", "": "text"}
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]*)(#[^)\s]*)?(?=\))")  # target and anchor of a Markdown link
 
 
 def on_files(files, config):
     """Adds README.md as index.md, and what the pages link to outside of docs/."""
-    wanted, seen = ["README.md"], set()
-    wanted += [name for file in files.documentation_pages() for name in _outside((ROOT / "docs" / file.src_uri).read_text(), "docs")]
+    wanted, seen = {"README.md"}, set()
+    for file in files.documentation_pages():
+        wanted |= _outside((ROOT / "docs" / file.src_uri).read_text(), "docs")
     while wanted:
         name = wanted.pop()
         path = ROOT / name
         if name in seen or not path.exists():  # an absent one is a broken link, which --strict names
             continue
         seen.add(name)
-        text = None
-        if path.is_dir():
-            inside = sorted(x for x in path.iterdir() if x.is_file() and x.suffix in (*SHOWN, ".md"))
-            text = f"# {name}\n\n" + "".join(f"* [{x.name}](../../{x.relative_to(ROOT)})\n" for x in inside)
-            text = _rewritten(text.replace("../../", ""), "")
-            wanted += [str(x.relative_to(ROOT)) for x in inside]
-        elif path.suffix == ".md":
-            wanted += _outside(path.read_text(), str(path.parent.relative_to(ROOT)))
-            text = _rewritten(path.read_text(), str(path.parent.relative_to(ROOT)))
-        elif path.suffix in SHOWN:
-            text = f"# {name}\n\n````{SHOWN[path.suffix]}\n{path.read_text()}\n````\n"
-        where = _uri(name)
+        text = _text(path, name)
         if text is None:
-            files.append(File.generated(config, where, abs_src_path=str(path)))
-        else:
-            up = "../" * where.count("/")
-            files.append(File.generated(config, where, content=re.sub(_LINK, lambda m: up + m[0] if m[1] else m[0], text)))
+            files.append(File.generated(config, _uri(name), abs_src_path=str(path)))
+            continue
+        folder = name if path.is_dir() else str(Path(name).parent)
+        if path.suffix not in SHOWN or path.is_dir():
+            wanted |= _outside(text, folder)
+            text = _rewritten(text, folder, "../" * _uri(name).count("/"))
+        files.append(File.generated(config, _uri(name), content=text))
     return files
+
+
+def _text(path, name):
+    """Markdown of a page that shows it; None for a file that is copied."""
+    if path.is_dir():
+        inside = sorted(x.name for x in path.iterdir() if x.is_file() and x.suffix in (*SHOWN, ".md"))
+        return f"# {name}\n\n" + "".join(f"* [{x}]({x})\n" for x in inside)
+    if path.suffix == ".md":
+        return path.read_text()
+    return f"# {name}\n\n````{SHOWN[path.suffix]}\n{path.read_text()}\n````\n" if path.suffix in SHOWN else None
 
 
 def on_page_markdown(markdown, page, config, files):
@@ -60,8 +64,8 @@ def _resolved(target, folder):
 
 
 def _outside(text, folder):
-    names = [_resolved(m[1], folder) for m in _LINK.finditer(text) if m[1]]
-    return [name for name in names if not name.startswith("docs/")]
+    names = {_resolved(m[1], folder) for m in _LINK.finditer(text) if m[1]}
+    return {name for name in names if not name.startswith("docs/")}
 
 
 def _uri(name):
@@ -76,8 +80,8 @@ def _uri(name):
     return f"source/{name}/index.md" if path.is_dir() else f"source/{name}" + (".md" if path.suffix in SHOWN else "")
 
 
-def _rewritten(text, folder):
-    return _LINK.sub(lambda m: (_uri(_resolved(m[1], folder)) if m[1] else "") + (m[2] or ""), text)
+def _rewritten(text, folder, up=""):
+    return _LINK.sub(lambda m: (up + _uri(_resolved(m[1], folder)) if m[1] else "") + (m[2] or ""), text)
 
 
 class Docstrings(griffe.Extension):
@@ -114,7 +118,8 @@ class Docstrings(griffe.Extension):
             path = self._links.get(match[1])
             return match[0] if path is None or match[1] == own else f"[`{match[1]}`][{path}]"
 
-        return re.sub(r"(?<![`\w])`([\w.]+)`(?!`)", linked, text)
+        text = re.sub(r"(?<![`\w])`([\w.]+)`(?!`)", linked, text)
+        return re.sub(r"\bdocs/([\w-]+)\.md\b", r"[\1](\1.html)", text)
 
 
 def _entries(text):
