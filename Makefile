@@ -85,7 +85,7 @@ gpu:
 
 # The pages of docs/ and the reference of the docstrings, in build/docs; a broken link is an error.
 docs: $(VENV)/docs/.installed
-	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --strict
 	@echo build/docs/index.html
 
 $(VENV)/docs/.installed: Makefile

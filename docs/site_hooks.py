@@ -108,10 +108,7 @@ class Docstrings(griffe.Extension):
             attr.value, attr.docstring = ast.unparse(default), griffe.Docstring(text.value, parent=attr)
 
     def _mended(self, text, own):
-        head, mark, rest = text.partition("\nArgs:\n")
-        if mark:
-            entries, gap, rest = rest.partition("\n\n")
-            text = head + mark + "\n".join(_entries(entries)) + gap + rest
+        text = re.sub(r"(?m)^(Args|Attributes):\n((?: {4}.*\n?)+)", lambda m: f"{m[1]}:\n{_entries(m[2])}", text)
         text = re.sub(r"^Returns:\n((?: {4}.*\n?|\n)+)", lambda m: f"**Returns**\n\n{_dedented(m[1])}\n\n", text, flags=re.M)
 
         def linked(match):
@@ -119,18 +116,18 @@ class Docstrings(griffe.Extension):
             return match[0] if path is None or match[1] == own else f"[`{match[1]}`][{path}]"
 
         text = re.sub(r"(?<![`\w])`([\w.]+)`(?!`)", linked, text)
-        return re.sub(r"\bdocs/([\w-]+)\.md\b", r"[\1](\1.html)", text)
+        return re.sub(r"\bdocs/([\w-]+)\.md\b", r"[\1](\1.md)", text)
 
 
 def _entries(text):
-    """Of the section Args: one entry a name."""
+    """Of a section Args: one entry a name."""
+    found = []
     for entry in re.split(r"\n(?= {4}\S)", text):
         names, colon, rest = entry.partition(": ")
         names = re.split(r",\s+", names.strip())
-        if not colon or not all(re.fullmatch(r"\*{0,2}\w+", name) for name in names):
-            yield entry
-        else:
-            yield from (f"    {name}: {rest}" for name in names)
+        single = not colon or not all(re.fullmatch(r"\*{0,2}\w+", name) for name in names)
+        found += [entry] if single else [f"    {name}: {rest}" for name in names]
+    return "\n".join(found)
 
 
 def _dedented(text):
