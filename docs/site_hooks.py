@@ -88,7 +88,7 @@ class Docstrings(griffe.Extension):
     """Docstrings as this project writes them, for griffe's reader of Google's style.
 
     Several names of one entry become as many entries. Returns is text: its first words are no type. A name of the reference in
-    backticks becomes a link. A dataclass field that is an `option(default, text)` has the text as its docstring.
+    backticks becomes a link. A dataclass field with a help text, by `option(default, text)` or in its metadata, has it as docstring.
     """
 
     def __init__(self):
@@ -103,9 +103,14 @@ class Docstrings(griffe.Extension):
 
     def on_attribute_instance(self, *, node, attr, **_):
         value = getattr(node, "value", None)
-        if isinstance(value, ast.Call) and getattr(value.func, "id", None) == "option":
+        name = getattr(value.func, "id", None) if isinstance(value, ast.Call) else None
+        if name == "option":
             default, text = value.args
-            attr.value, attr.docstring = ast.unparse(default), griffe.Docstring(text.value, parent=attr)
+        elif name == "field" and {"default", "metadata"} <= (given := {x.arg: x.value for x in value.keywords}).keys():
+            default, text = given["default"], given["metadata"].values[0]
+        else:
+            return
+        attr.value, attr.docstring = ast.unparse(default), griffe.Docstring(ast.literal_eval(text), parent=attr)
 
     def _mended(self, text, own):
         text = re.sub(r"(?m)^(Args|Attributes):\n((?: {4}.*\n?)+)", lambda m: f"{m[1]}:\n{_entries(m[2])}", text)
