@@ -88,7 +88,8 @@ class Docstrings(griffe.Extension):
     """Docstrings as this project writes them, for griffe's reader of Google's style.
 
     Several names of one entry become as many entries. Returns is text: its first words are no type. A name of the reference in
-    backticks becomes a link. A dataclass field with a help text, by `option(default, text)` or in its metadata, has it as docstring.
+    backticks becomes a link. A dataclass field with a help text, by `option(default, text)` or in its metadata, has it as its
+    docstring.
     """
 
     def __init__(self):
