@@ -281,30 +281,6 @@ def test_a_loss_reads_the_options_that_its_section_names(loss_type):
     assert read == {*shared, *options_of_losses()[loss_type]}
 
 
-def behind_the_readmes_first_snippet(word):
-    """The names after the README's first snippet and the one with this word."""
-    first, *others = snippets((DOCS.parent / "README.md").read_text())
-    (chosen,) = (source for source in others if word in source)
-    space = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(first, space)
-        exec(chosen, space)
-    return space
-
-
-def test_the_readmes_supports_run():
-    space = behind_the_readmes_first_snippet("TokenSupport")
-    kept = space["mask"]
-    assert "support" in space and space["out"].loss.isfinite()
-    assert (space["out"].logps[kept] > -10).all(), "of some five tokens, not of a thousand"
-
-
-def test_the_readmes_tokens_of_a_position_are_those_of_full_logits():
-    space = behind_the_readmes_first_snippet("linear_logprobs_at")
-    log_p = torch.log_softmax(space["hidden"] @ space["head"].weight.T, -1).gather(-1, space["teacher"].indices)
-    torch.testing.assert_close(space["student"].logps[space["mask"]], log_p[space["mask"]])
-
-
 def test_what_supports_are_predicted_to_cost_is_what_the_plan_says():
     _, *rows = table("sampling-mask.md", "What it costs")
     for (_, *cells), (gradient, frozen) in zip(rows[:3], ((True, False), (True, True), (False, True)), strict=True):
@@ -479,8 +455,3 @@ def test_what_a_divergence_is_predicted_to_cost_is_what_the_plan_says():
         found = predict(Problem(8192 * gradient, 8192 * (not gradient), 151_936, 4096, 2, 4, gradient, trained, DEFAULT_GPU_WORKSPACE_BYTES, two_phases,
                                 device=DEVICES["h200"], teacher_depth=8192, teacher_size=2))  # fmt: skip
         assert cells == [f"{found.floor_ms:.1f} ms", f"{found.predicted_ms:.1f} ms", f"{found.peak_bytes / 2**20:.0f} MiB"]
-
-
-def test_the_readmes_distillation_runs():
-    space = behind_the_readmes_first_snippet("fused_linear_distillation_loss")
-    assert space["distilled"].loss > 0 and (space["distilled"].divergence[~space["mask"]] == 0).all()

@@ -76,6 +76,21 @@ def test_the_snippets_of_usage_run(name, prepared):
         assert space["out"].loss.isfinite().all()
 
 
+def test_the_snippets_of_usage_compute_what_they_say(prepared):
+    """Log-probs over supports, at several tokens, and a divergence, against full logits."""
+    by_name, kept = dict(snippets("usage.md")), prepared["mask"]
+    exec(by_name["Truncated sampling 1"], prepared)
+    prepared["hidden"] = prepared["hidden"].detach()
+    logits = prepared["hidden"] @ prepared["head"].weight.T
+    over = logits.masked_fill(~prepared["left"], -float("inf")).log_softmax(-1).gather(-1, prepared["tokens"][..., None]).squeeze(-1)
+    torch.testing.assert_close(prepared["out"].logps[kept], over[kept])
+    exec(by_name["Several tokens a position 1"], prepared)
+    torch.testing.assert_close(prepared["at"].logps[kept], logits.log_softmax(-1).gather(-1, prepared["several"])[kept])
+    exec(by_name["Distillation 1"].replace("out.loss.backward()", ""), prepared)
+    p, q = logits.log_softmax(-1), (prepared["teacher_hidden"] @ prepared["teacher_weight"].T).log_softmax(-1)
+    torch.testing.assert_close(prepared["out"].divergence, (p.exp() * (p - q)).sum(-1).where(kept, 0.0), rtol=1e-4, atol=1e-5)
+
+
 def test_the_errors_of_usage_are_those_of_the_code(prepared):
     hidden, head, tokens, ids, advantages, mask = (prepared[name] for name in ("hidden", "head", "tokens", "ids", "advantages", "mask"))
     weight = head.weight
