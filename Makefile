@@ -68,8 +68,8 @@ bench: $(STAMP)
 
 # The kernels compiled for every architecture without a GPU, by two Tritons and, where it is, nvcc; their machine code is judged.
 kernels: $(STAMP) $(VENV)/triton-$(OTHER_TRITON)/triton
-	$(BIN)/python -m benchmarks.compiled
-	PYTHONPATH=$(VENV)/triton-$(OTHER_TRITON) $(BIN)/python -m benchmarks.compiled $(OTHER_TRITON)
+	$(BIN)/python -m benchmarks.compiled_triton
+	PYTHONPATH=$(VENV)/triton-$(OTHER_TRITON) $(BIN)/python -m benchmarks.compiled_triton $(OTHER_TRITON)
 	$(BIN)/python -m benchmarks.compiled_cuda
 
 # Beside the installed one: compiling needs neither the interpreter nor a torch of the same age.

@@ -1,5 +1,18 @@
 """Fused GRPO loss: log-probs, ratio, clipping and KL from hidden states and the head's weight, without the logits.
 
+    fused_linear_grpo_loss, FusedLinearGRPOLoss     the loss, as a function and as a module; GRPOLossConfig has its options
+    linear_logprobs, linear_logprobs_at             log-probs and entropy of given tokens, of one or several a position
+    linear_divergence, topk_divergence              KL or JSD from a teacher's hidden states, or from its top tokens
+    fused_linear_distillation_loss                  the weighted mean of such a divergence, in one pass
+    TokenSupport                                    the tokens that truncated sampling left
+    group_advantages                                rewards compared within the completions of a prompt
+    register_policy_term                            a loss of your own by name
+    objective, grpo_loss_from_logits                the same loss from log-probs, or from logits that are there already
+    reference                                       the same loss in plain PyTorch: what the tests compare with
+    available_backends                              which backends work here, and why others do not
+
+`grpo_kernels.integrations` has the adapters to transformers, TRL, liger-kernel, verl and vLLM; `grpo_kernels.trainer` the trainer.
+
 A public name is imported when it is first used, PyTorch with it: the command line answers `--help` without either.
 """
 

@@ -1,4 +1,4 @@
-"""A call, described once: its arguments checked, and from them the head, the rows, and what is wanted of them."""
+"""Checks the arguments of a call, the same way for every public function, and makes of them the head, rows and wanted outputs."""
 
 import functools
 import numbers

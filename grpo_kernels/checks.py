@@ -1,4 +1,4 @@
-"""What is asked of the arguments of a call, and said of those that are wrong: the argument, what was wanted, what came.
+"""Checks of arguments. Each error names the argument, what was wanted and what came.
 
 Shapes, types, devices and combinations cost nothing to check. Values (token ids, mask, advantages, temperature) need a look at
 the data: every such check is a count, and the counts are read together with those of the rows in one host synchronisation.

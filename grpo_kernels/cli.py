@@ -24,11 +24,13 @@ usage: grpo-kernels train [--config FILE.yaml] [--model PATH --data FILE --rewar
        grpo-kernels doctor [--build-cuda]
        grpo-kernels --version
 
-train    trains a causal LM on rewards; without --model and --data, the built-in demo. `train --help` lists the options.
-plan     how a device would cut a call, every step, the predicted time beside bare products, the peak; nothing is run.
+train    trains a causal LM on rewards; without --model and --data, the built-in demo.
+plan     predicts time and peak memory of one call of the loss on a device, step by step; runs nothing.
 plot     draws reward, entropy, KL and clipping of a run's folder, finished or not.
-bench    time, memory and error on this machine, beside bare matrix products and other libraries. `bench --help` explains.
-doctor   versions, devices, and which backends are usable here and why not; --build-cuda first builds the CUDA C++ kernels.
+bench    measures time, memory and error on this machine, beside bare matrix products and other libraries.
+doctor   shows versions, devices, and which backends work here or why not; --build-cuda first builds the CUDA C++ kernels.
+
+`grpo-kernels COMMAND --help` lists the options of a command.
 """
 
 
@@ -58,14 +60,21 @@ def main(argv=None) -> int:
         return 2
 
 
-def doctor(argv):
-    from .doctor import main as examine
+def _print_help(command):
+    """What the usage says of a command that has no parser."""
+    lines = USAGE.splitlines()
+    (how,) = (line for line in lines if f"grpo-kernels {command}" in line)
+    (what,) = (line for line in lines if line.startswith(command))
+    print(f"usage: {how.strip()}\n\n{what}")
 
+
+def doctor(argv):
     if argv in (["-h"], ["--help"]):
-        print(USAGE, end="")
-        return 0
+        return _print_help("doctor")
     if argv not in ([], ["--build-cuda"]):
         raise UsageError(f"doctor takes --build-cuda or nothing, got {' '.join(argv)}")
+    from .doctor import main as examine
+
     return examine(argv)
 
 
@@ -84,22 +93,22 @@ def plan(argv):
     from .engine.plan import DEVICES, Problem, default_budget, predict, steps
     from .engine.plan import plan as choose
 
-    parser = _Parser(prog="grpo-kernels plan", allow_abbrev=False, epilog=_PLAN)
+    parser = _Parser(prog="grpo-kernels plan", allow_abbrev=False, description=_WHAT_PLAN_IS, epilog=_PLAN)
     parser.add_argument("--tokens", type=int, required=True, help="N, completion tokens of one call that are not masked")
-    parser.add_argument("--vocab", type=int, required=True, help="V, rows of the output layer's weight")
+    parser.add_argument("--vocab", type=int, required=True, help="V, the size of the vocabulary: rows of the head's weight")
     parser.add_argument("--depth", type=int, required=True, help="D, the hidden size: columns of that weight")
-    parser.add_argument("--device", type=str.lower, choices=sorted(DEVICES), default="h200", help="h200")
-    parser.add_argument("--dtype", choices=_BYTES, default="bf16", help="bf16")
+    parser.add_argument("--device", type=str.lower, choices=sorted(DEVICES), default="h200", help="whose time is predicted (h200)")
+    parser.add_argument("--dtype", choices=_BYTES, default="bf16", help="of hidden states and weight (bf16)")
     wanted = parser.add_mutually_exclusive_group()
-    wanted.add_argument("--frozen", action="store_true", help="no gradient of the head")
-    wanted.add_argument("--logprobs", action="store_true", help="no gradient at all")
+    wanted.add_argument("--frozen", action="store_true", help="the head is not trained: no gradient of its weight")
+    wanted.add_argument("--logprobs", action="store_true", help="log-probs alone: no gradient at all")
     parser.add_argument("--two-phase", action="store_true", help="a loss that needs all log-probs before any coefficient")
     beside = parser.add_mutually_exclusive_group()
     beside.add_argument("--support", type=float, metavar="K", help="over supports of K tokens in the mean, not over the vocabulary")
     beside.add_argument("--teacher-depth", type=int, metavar="D'", help="a divergence from a teacher of this hidden size")
-    parser.add_argument("--divergence", choices=_DIVERGENCES, help="reverse_kl")
-    parser.add_argument("--workspace-mb", type=float, help="in place of GRPO_KERNELS_WORKSPACE_MB")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--divergence", choices=_DIVERGENCES, help="which one, with --teacher-depth (reverse_kl)")
+    parser.add_argument("--workspace-mb", type=float, metavar="M", help="memory for chunks of logits (GRPO_KERNELS_WORKSPACE_MB)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     try:
         budget = default_budget(args.device) if args.workspace_mb is None else int(args.workspace_mb * 2**20)
@@ -149,13 +158,12 @@ def plan(argv):
 
 
 def plot(argv):
-    from .trainer.plot import plot_folder
-
     if argv in (["-h"], ["--help"]):
-        print(USAGE, end="")
-        return
+        return _print_help("plot")
     if len(argv) not in (1, 2) or argv[0].startswith("-"):
         raise UsageError(f"plot takes the folder of a run, and a file other than training.png in it, got {' '.join(argv)!r}")
+    from .trainer.plot import plot_folder
+
     try:
         print(plot_folder(*argv))
     except ValueError as error:
@@ -220,6 +228,7 @@ def _suggest(name, known):
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
+_WHAT_PLAN_IS = "Predicts time and peak memory of one call of the loss on a device. Nothing is run."
 _PLAN = """A step is a product [m, k] x [k, n], or a pass over [m, n] logits where k is empty. It is done `count` times. MiB read
 and written are those of one time; the milliseconds are those of all. With --support, m counts (position, token) pairs, of N x K: a
 position of one token costs nothing and is counted all the same. Every pair's token is taken to be another one."""

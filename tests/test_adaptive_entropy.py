@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trainer import trainer, weights
 
-from grpo_kernels.trainer.entropy import AdaptiveEntropy
+from grpo_kernels.trainer.adaptive_entropy import AdaptiveEntropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -185,33 +185,33 @@ def test_cuda_kernels_are_judged_at_their_launch(tmp_path, kernel):
 
 
 CHECK = """
-from benchmarks import compiled, machine_code, occupancy
+from benchmarks import compiled_triton, machine_code, occupancy
 
-found = compiled.row("policy, clipped, KL", 90)
+found = compiled_triton.row("policy, clipped, KL", 90)
 assert not occupancy.faults(found) and found["must_stream"] and found["binds"] == "memory", found
 assert (found["load"], found["store"]) == (16, 16) and 0 < found["registers"] <= 128 and found["flight"] > 30_000, found
 
 # a load that few turns make counts as well
 way = ["LDG.E.128 R4, [R2]", "FADD R1, R1, R4"]
 read, machine_code.read = machine_code.read, lambda cubin: {"": machine_code.Kernel(32, 0, [(["LDG.E.U8 R1, [R2]", *way], way)])}
-assert compiled.row("policy, clipped, KL", 90)["load"] == 1
+assert compiled_triton.row("policy, clipped, KL", 90)["load"] == 1
 machine_code.read = read
 
 # an odd row stride cannot be read 16 bytes at a time: it must show
-compiled.OPTIONS["odd stride"] = {"columns": 5001, "stride": 5001}
-found = compiled.row("statistics, odd stride", 90)
+compiled_triton.OPTIONS["odd stride"] = {"columns": 5001, "stride": 5001}
+found = compiled_triton.row("statistics, odd stride", 90)
 assert found["load"] == 4 and "loads of 4 bytes in a loop" in occupancy.faults(found), found
 
 # four elements of a thread are written at once: a third of the bytes in flight
-compiled.backend.policy_shape = lambda *_: compiled.backend.PolicyShape(512, 4, 1)
-found = compiled.row("policy, clipped, KL, float32 out", 90)
+compiled_triton.backend.policy_shape = lambda *_: compiled_triton.backend.PolicyShape(512, 4, 1)
+found = compiled_triton.row("policy, clipped, KL, float32 out", 90)
 assert found["binds"] == "latency" and len(occupancy.faults(found)) == 1 and found["flight"] < 16_384, found
 """
 
 
 VARIANTS = """
 import torch
-from benchmarks import compiled
+from benchmarks import compiled_triton
 from grpo_kernels.backends import triton
 from grpo_kernels.backends.statistics import Pairs, Tile, new_statistics
 from grpo_kernels.losses.config import LogitTransform
@@ -243,7 +243,7 @@ def statistics(rows, count, vocab, start):
 
 for call in (logits, sums, statistics):
     shapes = [(1, 1, 1, 0), (2, 16, 32, 1), (16, 7, 1000, 0), (9000, 5, 17, 1), (40_000, 12_345, 16, 2)]
-    made = {kernel.hash for shape in shapes for kernel, _ in compiled.launches(90, lambda: call(*shape))}
+    made = {kernel.hash for shape in shapes for kernel, _ in compiled_triton.launches(90, lambda: call(*shape))}
     assert len(made) == 1, (call, len(made))
 """
 
@@ -266,5 +266,5 @@ def test_neither_lengths_nor_starts_compile_a_pair_kernel_again():
 
 
 def test_another_triton_than_was_asked_for_is_refused():
-    done = outside("-m", "benchmarks.compiled", "0.0.0")
+    done = outside("-m", "benchmarks.compiled_triton", "0.0.0")
     assert done.returncode == 1 and "Triton 0.0.0 was asked for" in done.stderr and not done.stdout

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from grpo_kernels.trainer import GRPOConfig, demo, measure, report
+from grpo_kernels.trainer import GRPOConfig, demo, loss_cost, report
 from grpo_kernels.trainer.plot import plot_run
 from grpo_kernels.trainer.rollout import tokenize
 
@@ -39,7 +39,7 @@ def test_a_short_demo_tells_its_story_and_repeats_itself(tmp_path, capsys, monke
     monkeypatch.setattr(demo, "PADDED_VOCABULARY", 64)
     real = demo.warm_up
     monkeypatch.setattr(demo, "warm_up", lambda *args: real(*args, most_steps=30, cooling=10))
-    monkeypatch.setattr(demo, "compare", functools.cache(functools.partial(measure.compare, rounds=1)))
+    monkeypatch.setattr(demo, "compare", functools.cache(functools.partial(loss_cost.compare, rounds=1)))
     stories, threads = [], torch.get_num_threads()
     for name in "ab":
         changed = dict(output_dir=str(tmp_path / name), max_steps=4, save_steps=4, per_device_train_batch_size=32, seed=5)
@@ -84,8 +84,8 @@ def test_a_figure_leaves_out_what_is_no_number(tmp_path):
 
 
 def test_measured_costs_are_real():
-    shape = measure.Shape(B=32, T=4, V=8192, D=32)
-    costs = measure.compare(shape, rounds=1)
+    shape = loss_cost.Shape(B=32, T=4, V=8192, D=32)
+    costs = loss_cost.compare(shape, rounds=1)
     logits = 32 * 4 * 8192 * 4
     assert costs["full"].extra_bytes > 2 * logits  # logits and log-probs at least
     assert 0 < costs["fused"].extra_bytes < costs["full"].extra_bytes

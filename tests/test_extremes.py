@@ -9,7 +9,7 @@ from test_trainer import trainer
 
 from grpo_kernels import GRPOLossConfig, available_backends, fused_linear_grpo_loss, linear_logprobs, reference
 from grpo_kernels.trainer import microbatch
-from grpo_kernels.trainer.diagnose import NotFinite
+from grpo_kernels.trainer.not_finite import NotFinite
 
 BACKENDS = [name for name, why in available_backends().items() if why is None and name != "triton"]
 INF, NAN = math.inf, math.nan

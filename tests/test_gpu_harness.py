@@ -17,14 +17,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
 
 from benchmarks.gpu import __main__ as command  # noqa: E402
-from benchmarks.gpu import decide, kernels, programs  # noqa: E402
+from benchmarks.gpu import decide, fit, kernels, programs  # noqa: E402
 from benchmarks.gpu import stage as module  # noqa: E402
 from benchmarks.gpu.stage import Stage, read  # noqa: E402
 from grpo_kernels import build_cuda, devices  # noqa: E402
 from grpo_kernels.backends import native, row_kernels_triton  # noqa: E402
 from grpo_kernels.bench import record  # noqa: E402
 from grpo_kernels.bench.problem import truth  # noqa: E402
-from grpo_kernels.engine import cost, fit, operands, plan, products  # noqa: E402
+from grpo_kernels.engine import cost, operands, plan, products  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("GRPO_KERNELS_TEST_DEVICE", "cpu") != "cpu", reason="a GPU runs the stages themselves")
 
@@ -549,7 +549,7 @@ def test_nvcc_is_asked_for_one_architecture(tmp_path, monkeypatch):
         assert [word for word in line if "gencode" in word] == [f"-gencode=arch=compute_{expected[3:]},code={expected}"]
 
 
-# ---- shims ----
+# ---- peer_shims ----
 
 
 def test_shims_stand_in_for_what_cannot_be_imported(tmp_path):
@@ -562,9 +562,9 @@ def test_shims_stand_in_for_what_cannot_be_imported(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     code = """if 1:
-        from benchmarks import shims
+        from benchmarks.gpu import peer_shims
         for library in ("liger", "trl", "verl"):
-            shims.install(library)
+            peer_shims.install(library)
         import trl.kernels
         from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
         print(trl.kernels.backward(), linear_cross_entropy)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ FLOORS = (
     ("support", "teacher"),
     ("engine", "checks", "packed"),
     ("backends", "distributed"),
-    ("losses", "build_cuda", "devices", "extras", "peft_import", "tracing"),
+    ("losses", "build_cuda", "devices", "extras", "tracing"),
 )
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPTIONAL = {"peft", "trl", "liger_kernel", "verl", "datasets", "triton", "yaml", "matplotlib", "tqdm", "cut_cross_entropy", "pyarrow", "quack"}
@@ -127,9 +128,30 @@ print(json.dumps([sorted(before), sorted(sys.modules.keys() - torchs)]))
 
 
 def test_the_command_line_answers_without_torch():
-    for question in ("--help", "--version", "nothing-of-the-kind"):
-        out = python(f"import sys; from grpo_kernels.cli import main; main([{question!r}]); print('torch' in sys.modules)")
+    for question in (["--help"], ["--version"], ["nothing-of-the-kind"], ["doctor", "--help"], ["plot", "--help"]):
+        out = python(f"import sys; from grpo_kernels.cli import main; main({question}); print('torch' in sys.modules)")
         assert out.endswith("False\n"), question
+
+
+def test_doctor_imports_torch_and_nothing_that_is_only_asked_for_its_version():
+    """Where Triton has no GPU, its reason is known without half a second of importing it; where it is asked for, it is imported."""
+    code = """
+import os, sys
+from grpo_kernels.cli import main
+assert main(["doctor"]) == 0
+asked = {"triton", "transformers", "accelerate", "trl", "liger_kernel", "peft", "datasets", "matplotlib", "sympy", "torch._dynamo"}
+print("imported:", sorted(asked & sys.modules.keys()))
+import torch
+print("GPU:", torch.cuda.is_available())
+os.environ["TRITON_INTERPRET"] = "1"
+import grpo_kernels
+print("interpreted:", grpo_kernels.available_backends()["triton"])
+"""
+    report, _, found = python(code).partition("imported: ")
+    if "GPU: False" in found:
+        assert found == "[]\nGPU: False\ninterpreted: None\n" and "there is no GPU" in report
+    else:
+        assert found.startswith("['triton']")
 
 
 def test_the_public_names_are_those_that_type_checkers_read():
@@ -141,6 +163,9 @@ def test_the_public_names_are_those_that_type_checkers_read():
         value = getattr(grpo_kernels, name)
         assert value is getattr(sys.modules[f"grpo_kernels.{module}"], name, value) and name in dir(grpo_kernels)
     assert sys.modules["grpo_kernels.reference"] is grpo_kernels.reference
+    results = {"DistillationOutput", "Divergence", "GRPOLossOutput", "LogProbs", "LogProbsAndLse"}
+    told = {name for name in grpo_kernels.__all__ if re.search(rf"\b{name}\b", grpo_kernels.__doc__)}
+    assert told == set(grpo_kernels.__all__) - results, "help(grpo_kernels) begins with a line for each function"
     with pytest.raises(AttributeError, match="'grpo_kernels' has no attribute 'grpo_los'"):
         grpo_kernels.grpo_los  # noqa: B018
 

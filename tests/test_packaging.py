@@ -330,6 +330,7 @@ def test_source_distribution_holds_the_sources(tmp_path):
         "setup.py",
         "LICENSE",
         "grpo_kernels/py.typed",
+        "examples/tour.ipynb",
     }
     assert sources <= held
     assert not [name for name in held if name.endswith(".so") or name.endswith("_build_info.json")]

@@ -15,8 +15,8 @@ from grpo_kernels.integrations.transformers import fuse_lm_head, lm_head
 from grpo_kernels.reference import divergence_from_logits, logps_from_logits, restricted
 from grpo_kernels.trainer import dry_run, microbatch, models, scoring
 from grpo_kernels.trainer.demo import make_tokenizer
-from grpo_kernels.trainer.diagnose import NotFinite
 from grpo_kernels.trainer.microbatch import joined
+from grpo_kernels.trainer.not_finite import NotFinite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = dict(beta=0.1, kl_estimator="exact")

@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks import shims
+from benchmarks.gpu import fit, peer_shims
 from grpo_kernels import devices
 from grpo_kernels.bench.measure import Effort, measure
 from grpo_kernels.bench.peers import Absent
@@ -20,7 +20,7 @@ from grpo_kernels.bench.problem import make_problem
 from grpo_kernels.bench.providers import OURS, PRODUCTS, PROVIDERS
 from grpo_kernels.bench.shapes import TINY
 from grpo_kernels.bench.workloads import WORKLOADS
-from grpo_kernels.engine import chunks, cost, fit, plan
+from grpo_kernels.engine import chunks, cost, plan
 from grpo_kernels.engine.products import multiply, tile_dtype
 
 from .stage import read
@@ -127,7 +127,7 @@ def paths(stage, depth, names, *providers, beside=""):
 
 def peer(stage):
     name = stage.options.stage.partition(":")[2]
-    shims.install(name)
+    peer_shims.install(name)
     try:
         PROVIDERS[name].make(make_problem(TINY, WORKLOADS["dense"], device=stage.clock.device))
     except Absent as why:

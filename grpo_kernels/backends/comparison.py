@@ -1,4 +1,4 @@
-"""What the row kernels over two tiles are handed: logits of a student and of a teacher, over the same rows and columns.
+"""The inputs of the row kernels over two tiles: logits of a student and of a teacher, over the same rows and columns.
 
 p = softmax(z) of the student, q = softmax(y) of the teacher. A KL is a sum of terms of both signs, which cancel where p and q
 agree; so it is summed over terms that have one sign. With bend(x) = exp(-x) - 1 + x >= 0, for any eta and x = log(p / q) + eta,

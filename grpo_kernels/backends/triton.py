@@ -7,6 +7,9 @@ the first use, which is slow and meant for tests. The contract of the functions 
 import contextlib
 import functools
 import importlib
+import importlib.util
+import os
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +34,10 @@ class _Kernels:
     def __getattr__(self, name):
         return getattr(importlib.import_module(self._name), name)
 
+    @property
+    def imported(self) -> bool:
+        return self._name in sys.modules
+
 
 kernels, pair_kernels = _Kernels("row_kernels_triton"), _Kernels("pair_kernels_triton")
 divergence_kernels, product_kernels = _Kernels("divergence_kernels_triton"), _Kernels("products_triton")
@@ -52,11 +59,19 @@ def interpreted() -> bool:
 
 def why_unavailable() -> str | None:
     """None, or the reason why the Triton kernels cannot be used, with the remedy."""
-    if _import_error():
-        return f"triton cannot be imported ({_import_error()}); {_REMEDY}"
-    if interpreted() or torch.cuda.is_available():
-        return None
+    if not _idle():
+        if _import_error():
+            return f"triton cannot be imported ({_import_error()}); {_REMEDY}"
+        if interpreted() or torch.cuda.is_available():
+            return None
     return "there is no GPU; on the CPU use backend='cpu', or set TRITON_INTERPRET=1 before the first use to run the kernels slowly"
+
+
+def _idle():
+    """Whether Triton is installed, not imported yet, and has neither a GPU nor the interpreter to run on: then nobody needs it."""
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") or kernels.imported:
+        return False
+    return importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)

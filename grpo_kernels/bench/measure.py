@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from . import memory, record
-from .check import accept, errors, worst
+from .errors import accept, errors, worst
 from .peers import Absent, full_logits
 from .problem import make_problem, serves, truth, truth_bytes
 from .providers import FULL, OURS, PRODUCTS

@@ -1,4 +1,4 @@
-"""The others: plain PyTorch, and each other library as it is called by its own users, under our objective where it has none.
+"""Plain PyTorch and the other libraries, each called as its own users call it, under our objective where it has none.
 
 A library is imported from its installed package when it is first asked for, and is absent, with the reason, where that fails or
 where it has no such path.
@@ -11,8 +11,8 @@ import importlib
 
 import torch
 
+from ..extras import import_peft
 from ..losses.objective import objective
-from ..peft_import import import_peft
 from .problem import Result
 
 

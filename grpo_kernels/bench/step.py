@@ -1,4 +1,4 @@
-"""The loss in its place: one GRPO optimiser step of whole trainers around it, seconds and peak memory, and the head's share.
+"""One GRPO optimiser step of whole trainers: seconds, peak memory, and the head's share of the time.
 
 `model` is the thin trainer's step without a head. The time that another step takes longer is the head's share of it, and the most
 that any loss can save. Forward, loss, backward and optimiser are in the step; sampling is not. Each step runs in a fresh process.

@@ -1,4 +1,4 @@
-"""What the loops are handed: the head, the rows, and what is wanted of them; how these cross the boundary of an op."""
+"""The inputs of the loops in chunks.py: the head, the rows, and the outputs that are wanted; and how these pass through an op."""
 
 import functools
 import json

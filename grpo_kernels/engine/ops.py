@@ -1,4 +1,4 @@
-"""A call at PyTorch's door: three torch.library ops around the loops of chunks.py, and autograd around the ops.
+"""Three torch.library ops around the loops of chunks.py, and autograd around the ops.
 
     one_pass         logps, entropy and all gradients of a loss whose coefficients depend on their rows alone
     score            logps, entropy, lse, and a stash of the rows that fit it

@@ -1,4 +1,4 @@
-"""The sparse side of a call: logits of pairs (row of hidden, vocabulary id) instead of whole rows of them.
+"""Logits of single pairs (row of hidden, vocabulary id) instead of whole rows of logits, and their gradients.
 
     logits    z_j = h W_v (+ adapter, + bias) of each pair j = (row, v)                D multiplications and e D bytes of W a pair
     scores    log-probs, lse and entropy of a row over its range of pairs, by the row kernels

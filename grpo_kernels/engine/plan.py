@@ -1,4 +1,4 @@
-"""How a call is cut: shapes, a budget and a device in; heights, predicted time and peak memory out. No tensor is touched here.
+"""The planner: shapes, a budget and a device in; heights of the chunks, predicted time and peak memory out. It touches no tensor.
 
 Peak memory of a call, beyond its inputs and O(N) vectors, is at most
 

@@ -1,4 +1,4 @@
-"""verl's fused kernel, on ours.
+"""verl's fused linear cross-entropy, computed by our kernels.
 
 verl (read and run: 0.9.1) reaches its Triton kernel through one name, ``verl.utils.kernel.linear_cross_entropy``: the forwards
 that it gives to Hugging Face models import it at each call, its Megatron files once, at their top. `install_verl_backend` puts

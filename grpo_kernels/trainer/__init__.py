@@ -1,7 +1,6 @@
 """GRPO training on transformers' Trainer: `GRPOConfig`, `GRPOTrainer`."""
 
-from ..extras import needs
-from ..peft_import import import_peft
+from ..extras import import_peft, needs
 
 with needs("train", __name__):
     import_peft()

@@ -79,6 +79,11 @@ class RunArguments:
         return self.model is None and self.data is None
 
 
+_USAGE = """grpo-kernels train --model PATH --data FILE --reward pkg.mod:fn ... [--OPTION VALUE ...]
+       grpo-kernels train --config FILE.yaml [--OPTION VALUE ...]
+       grpo-kernels train [--OPTION VALUE ...]                       the built-in demo"""
+_ABOUT = """Trains a causal LM on rewards with GRPO. The options are those of this command, of the loss, of transformers'
+TrainingArguments and of the rollouts, in this order. A YAML file sets the same names."""
 _FEW = 12  # choices that a message lists
 _CLOSE = 0.75  # of difflib's ratio; --clip_eps and --logging_steps have 0.6
 _LONG = 5  # letters of a name that may be part of another
@@ -101,7 +106,7 @@ def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
     Raises:
         ValueError: naming the option, what was wanted and what came.
     """
-    parser = _Parser((RunArguments, GRPOConfig), prog="grpo-kernels train", allow_abbrev=False)
+    parser = _Parser((RunArguments, GRPOConfig), prog="grpo-kernels train", allow_abbrev=False, usage=_USAGE, description=_ABOUT)
     given = vars(_Parser(RunArguments, allow_abbrev=False, add_help=False).parse_known_args(argv)[0])
     settings = read_yaml(given["config"]) if given["config"] else {}
     if isinstance(settings.get("reward"), str):

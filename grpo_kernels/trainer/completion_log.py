@@ -1,4 +1,4 @@
-"""What a run writes and rewards, to be read: a table of completions on the terminal, all of them in parquet files."""
+"""Completions and their rewards, for the reader of a run: some in a table on the terminal, all in parquet files."""
 
 import json
 import math

@@ -23,7 +23,7 @@ from ..checks import check_options
 from ..integrations.sampling_mask import filled_in, truncations
 from ..losses.advantages import AGGREGATIONS, SCALE_REWARDS
 from ..losses.config import GRPOLossConfig
-from .entropy import EntropyOptions, check_entropy_options
+from .adaptive_entropy import EntropyOptions, check_entropy_options
 from .server_options import ServerOptions, check_server_options
 
 # of GenerationConfig: what else has an option of its own, or would change what a rollout is

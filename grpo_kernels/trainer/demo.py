@@ -24,7 +24,7 @@ from ..integrations.transformers import fuse_lm_head
 from ..logprobs import linear_logprobs
 from . import report
 from .config import GRPOConfig
-from .measure import Shape, compare
+from .loss_cost import Shape, compare
 from .rewards import exact_match
 from .rollout import sample, tokenize
 from .trainer import GRPOTrainer

@@ -15,10 +15,10 @@ from ..engine import plan
 from ..engine.products import tile_dtype
 from ..integrations.transformers import lm_head
 from ..losses.objective import depends_on_its_row_alone
-from .checks import named_datasets
 from .resume import state_of
 from .rewards import RESERVED, reward_names
 from .rollout import tokenize
+from .run_checks import named_datasets
 
 _FIRST = 1000  # rows of data that are looked at; more would be waited for
 _SAMPLED = 8  # tokens of a completion

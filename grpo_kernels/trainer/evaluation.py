@@ -4,8 +4,8 @@ import torch
 from accelerate.utils import model_has_dtensor
 
 from ..losses.objective import OVER_SEQUENCES
-from .checks import check_dataset
 from .rollout import seeded
+from .run_checks import check_dataset
 
 
 class Evaluation:

@@ -13,7 +13,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from ..support import TokenSupport
 from . import checkpoints, microbatch
-from .checks import raising_together
+from .run_checks import raising_together
 
 
 class Resume:

@@ -19,9 +19,9 @@ import torch
 import transformers
 from accelerate.utils import gather_object
 
-from .checks import raising_together
 from .rollout import Completions
 from .rollout_client import Client, RolloutServerError, read_choice
+from .run_checks import raising_together
 
 _ADAPTER = re.compile(r"\.lora_\w+\.")
 _SAVED = re.compile(r"\.(?:original_module|modules_to_save\.([^.]+))\.")

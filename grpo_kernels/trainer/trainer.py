@@ -37,18 +37,19 @@ from ..integrations.transformers import lm_head
 from ..loss import fused_linear_grpo_loss
 from ..losses.advantages import group_advantages
 from ..support import TokenSupport
-from . import diagnose, microbatch
-from .checks import check_datasets, check_process, raising_together, reward_functions
+from . import microbatch
+from .adaptive_entropy import AdaptiveEntropy
 from .completion_log import CompletionLog
 from .config import GRPOConfig
-from .entropy import AdaptiveEntropy
 from .evaluation import Evaluation
 from .metrics import Metrics, Recorded
 from .models import policy_and_reference, router_coefficient, runs_packed, with_head_factors
+from .not_finite import check_finite
 from .resume import Resume
 from .rewards import reward_metrics, reward_names, score
 from .rollout import length_metrics, sample, sampling_config, seeded, tokenize
 from .rollout_server import RolloutServer
+from .run_checks import check_datasets, check_process, raising_together, reward_functions
 from .scoring import Scoring
 
 
@@ -225,7 +226,7 @@ class GRPOTrainer(AdaptiveEntropy, Resume, Evaluation, Scoring, Metrics, Trainer
         def loss(hidden, head):
             hidden = micro.predicting(hidden)
             output, reference = self._loss(hidden, head, micro.loss_inputs)
-            diagnose.check(output.loss.detach(), micro, hidden.detach(), head, inputs, self.model, self.processing_class, reference)
+            check_finite(output.loss.detach(), micro, hidden.detach(), head, inputs, self.model, self.processing_class, reference)
             made.append(output)
             return output.loss
 

@@ -1,8 +1,8 @@
 """What Triton makes of its kernels, for three architectures and without a GPU, judged by the machine code.
 
-``python -m benchmarks.compiled`` (part of ``make kernels``) prints a row for each kernel and architecture, and fails on the faults
-of `occupancy.py`; with a version, also where another Triton compiles. The backend's own functions launch: Triton specialises and
-compiles as it would for a user, and stops before the launch.
+``python -m benchmarks.compiled_triton`` (part of ``make kernels``) prints a row for each kernel and architecture, and fails on the
+faults of `occupancy.py`; with a version, also where another Triton compiles. The backend's own functions launch: Triton specialises
+and compiles as it would for a user, and stops before the launch.
 """
 
 import itertools

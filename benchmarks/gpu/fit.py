@@ -9,8 +9,8 @@ import itertools
 import math
 from dataclasses import replace
 
-from .cost import Device, Problem, Tally, seconds, steps
-from .plan import plan
+from grpo_kernels.engine.cost import Device, Problem, Tally, seconds, steps
+from grpo_kernels.engine.plan import plan
 
 WAYS = {"16-bit": (2, False), "float32": (4, False), "sum": (4, True)}  # bytes of an element that is written, or added to
 SHARES = {f"{i}/8 of L2": i / 8 for i in range(1, 9)}  # that source and result of a repeated kernel fill

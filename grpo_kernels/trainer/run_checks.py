@@ -1,4 +1,4 @@
-"""What stops a run: before its first step what it cannot be made of, and later an error on one process all of them."""
+"""Checks of a run before its first step; and an error on one process that stops all processes."""
 
 import contextlib
 import os

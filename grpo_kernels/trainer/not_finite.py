@@ -9,7 +9,7 @@ class NotFinite(FloatingPointError):
     """The loss is NaN or infinite; the message names the first tensor, sequence and token where that begins."""
 
 
-def check(loss, micro, hidden, head, batch, model, tokenizer, reference=None):
+def check_finite(loss, micro, hidden, head, batch, model, tokenizer, reference=None):
     """Raises `NotFinite` unless the loss is finite. Waits for the device.
 
     Args:
