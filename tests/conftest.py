@@ -9,10 +9,14 @@ import os
 import pytest
 import torch
 
+pytest.register_assert_rewrite("support")  # before it is imported: its failures then show values, as those of test files do
+
+from support.cases import cover  # noqa: E402
+
 DEVICE = os.environ.get("GRPO_KERNELS_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
-    import interpreter
+    from support import interpreter
 
     interpreter.mend()
 
@@ -21,28 +25,44 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core
 torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", 2)), torch.get_num_threads()))
 
 
-SAMPLED = 5
+SAMPLED = 5  # of the cases in Triton's interpreter that a test has, one in so many runs always
 
 
 def pytest_addoption(parser):
-    parser.addoption("--exhaustive", action="store_true", help=f"run all cases in Triton's interpreter, not one in {SAMPLED}")
+    parser.addoption("--exhaustive", action="store_true", help="run the cases marked exhaustive, and all in Triton's interpreter")
 
 
 def pytest_collection_modifyitems(config, items):
-    """The interpreter takes milliseconds for a row: of a test's cases there, one in SAMPLED runs, spread over all parameters."""
+    """Leaves out what runs with --exhaustive alone: marked cases, what a cover leaves of a test's combinations, and four in five of
+    the other tests' cases in Triton's interpreter.
+
+    A test whose name is given, FILE::TEST, runs in any case, and on a GPU everything does.
+    """
     if DEVICE != "cpu" or config.getoption("--exhaustive"):
         return
-    cases, left_out = {}, []
+    named = [argument for argument in config.args if "::" in argument]
+    covered, interpreted, left_out = {}, {}, set()
     for item in items:
-        if any("triton" in str(value) for value in getattr(item, "callspec", _NoCases).params.values()):
-            cases.setdefault(item.function, []).append(item)
-    for group in cases.values():
-        if len(group) >= SAMPLED:
-            left_out += [item for i, item in enumerate(group) if i % SAMPLED]
+        parameters = getattr(item, "callspec", _NoCases).params
+        if any(item.nodeid.startswith(argument) for argument in named):
+            continue
+        if item.get_closest_marker("exhaustive"):
+            left_out.add(item)
+        elif parameters and item.get_closest_marker("cover"):
+            covered.setdefault(item.function, []).append(item)
+        elif any(str(value).startswith("triton") for value in parameters.values()):
+            interpreted.setdefault(item.function, []).append(item)
+    for cases in covered.values():
+        together = cases[0].get_closest_marker("cover").args
+        # a value that comes up in several cases is one object
+        chosen = cover([{name: id(value) for name, value in case.callspec.params.items()} for case in cases], together)
+        left_out.update(case for i, case in enumerate(cases) if i not in chosen)
+    for cases in interpreted.values():
+        if len(cases) >= SAMPLED:
+            left_out.update(case for i, case in enumerate(cases) if i % SAMPLED)
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        gone = set(left_out)
-        items[:] = [item for item in items if item not in gone]
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 class _NoCases:
@@ -52,6 +72,9 @@ class _NoCases:
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:cispo caps the importance ratio")  # of the many that draw a cispo's options
     config.addinivalue_line("markers", "unpoisoned: run with torch.empty as in production")
+    config.addinivalue_line("markers", "cover(*together): of all combinations some run always, in which each value of each parameter comes up "
+                                       "and all combinations of the parameters named here; the others are exhaustive")  # fmt: skip
+    config.addinivalue_line("markers", "exhaustive: one case of many; `make test-all` runs it, `make test` does not")
     config.addinivalue_line("markers", "inductor: compiles for seconds; `make gpu` runs it last")
 
 

@@ -13,15 +13,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import cuda_host
 import pytest
-import test_gpu_plan
 import torch
-from problems import DEVICE, with_float32_chunks
-from test_work import operations
-from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
+from support import divergence_backends, gpu_loops
+from support.divergence_backends import BACKENDS, on_the_cpu, slow
+from support.operations import operations
+from support.problems import DEVICE, with_float32_chunks
+from support.tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
-from grpo_kernels import available_backends, backends, fused_linear_distillation_loss, linear_divergence, reference
+from grpo_kernels import fused_linear_distillation_loss, linear_divergence, reference
 from grpo_kernels.backends import pytorch
 from grpo_kernels.backends.comparison import KINDS
 from grpo_kernels.engine import chunks, plan, products
@@ -30,44 +30,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 INF, NAN = math.inf, math.nan
 LEAVES = ("hidden", "weight", "bias", "lora_a", "lora_b")
 FORMS = ("token", "loss")
-WIDE = "float32 chunks"  # plain PyTorch's kernels in the loops that a GPU takes
 WORKSPACES = (1, 2000, 12_000, 60_000, 400_000, None)
-
-
-def with_two_tiles():
-    """The backends that can run here and have row kernels over two tiles; CUDA's on the host where there is no GPU."""
-    names = [
-        n for n, reason in available_backends().items() if reason is None and hasattr(backends.kernels(n), "divergence_statistics")
-    ]
-    if DEVICE != "cpu":
-        return [n for n in names if n != "cpu"]
-    on_the_host = cuda_host.why_unavailable() is None and hasattr(cuda_host, "divergence_statistics")
-    return [*names, WIDE, *["cuda"] * on_the_host]
-
-
-BACKENDS = with_two_tiles()
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    """A backend's name, as the public functions take it."""
-    if request.param == WIDE:
-        with_float32_chunks(monkeypatch)
-        return "torch"
-    if request.param == "cuda" and DEVICE == "cpu":
-        monkeypatch.setitem(backends._MODULES, "cuda", cuda_host)
-        resolve = backends.resolve
-        monkeypatch.setattr(backends, "resolve", lambda name, *more: name if name == "cuda" else resolve(name, *more))
-    return request.param
+backend = divergence_backends.backend  # a fixture
 
 
 each_form = pytest.mark.parametrize("form", FORMS)
 each_kind = pytest.mark.parametrize("kind", KINDS)
-on_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="its tensors are on the CPU")
-
-
-def slow(backend):
-    return DEVICE == "cpu" and backend in ("triton", "cuda")
 
 
 @dataclasses.dataclass
@@ -354,6 +322,7 @@ def cut(rows, kind="reverse_kl", dtype=torch.float64, **more):
                                          temperature="token", lora=True, has_bias=True) | more)  # fmt: skip
 
 
+@pytest.mark.cover("backend")
 @each_kind
 def test_every_way_through_the_loops(kind, backend, monkeypatch):
     """Stash, recomputing and both; several buffers, several chunks in a buffer, several stripes, several blocks of columns."""
@@ -390,6 +359,7 @@ def test_every_way_through_the_loops(kind, backend, monkeypatch):
     assert not {"stripes", "spans", "both"} - ways or slow(backend), ways
 
 
+@pytest.mark.cover("backend", "kind")
 @each_form
 @each_kind
 def test_rows_without_a_gradient_are_only_scored(kind, form, backend):
@@ -405,6 +375,7 @@ def test_rows_without_a_gradient_are_only_scored(kind, form, backend):
 # Extremes
 
 
+@pytest.mark.cover("backend", "kind")
 @each_form
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
@@ -424,6 +395,7 @@ def test_equal_heads_are_exactly_0_and_so_is_every_gradient(dtype, kind, form, b
             assert not any(x.any() for x in found.values()), {n: x.abs().max().item() for n, x in found.items()}
 
 
+@pytest.mark.cover("backend", "kind")
 @each_kind
 @pytest.mark.parametrize("size, digits", [(1e-2, 1e-4), (1e-3, 1e-4), (1e-4, 2e-3)])
 def test_near_agreement_keeps_its_digits_in_float32(size, digits, kind, backend):
@@ -460,6 +432,7 @@ def test_near_agreement_but_for_the_likeliest_token(kind, backend):
         assert ((value - exact).abs() <= 1e-4 * exact).all()
 
 
+@pytest.mark.cover("backend", "kind")
 @each_form
 @each_kind
 def test_columns_of_minus_infinity(kind, form, backend):
@@ -486,6 +459,7 @@ def test_columns_of_minus_infinity(kind, form, backend):
                 assert_all_close(ours, truth, 1e-10, hint=who)
 
 
+@pytest.mark.cover("backend", "kind")
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_logits_of_ten_thousand(dtype, kind, backend):
@@ -503,6 +477,7 @@ def test_logits_of_ten_thousand(dtype, kind, backend):
             assert_all_close(ours, truth, 2e-3 if single else 1e-9, floor=1e-4 * c.hidden.norm() if single else 5e-6)
 
 
+@pytest.mark.cover("backend", "kind")
 @each_form
 @each_kind
 def test_both_almost_certain_of_the_same_token(kind, form, backend):
@@ -544,6 +519,7 @@ def test_one_column_and_a_row_alone(form, backend):
                     assert not any(x.any() for x in ours.values())
 
 
+@pytest.mark.cover("backend", "form")
 @each_form
 @pytest.mark.parametrize("tokens", [(0,), (3, 0), (0, 4), (3, 4)])
 def test_nothing_kept_is_a_differentiable_0(tokens, form, backend):
@@ -561,6 +537,7 @@ def test_nothing_kept_is_a_differentiable_0(tokens, form, backend):
 # What is not finite
 
 
+@pytest.mark.cover("backend", "kind")
 @each_form
 @each_kind
 def test_nan_stays_in_its_row(kind, form, backend):
@@ -606,6 +583,7 @@ def test_a_row_of_weight_0_hides_no_nan_of_its_own_and_spreads_none(kind, backen
 # Determinism, graphs, memory
 
 
+@pytest.mark.cover("backend", "kind")
 @each_form
 @each_kind
 @pytest.mark.unpoisoned
@@ -619,6 +597,7 @@ def test_the_same_call_twice_gives_the_same_bits(dtype, kind, form, backend):
         assert all(torch.equal(x.nan_to_num(7.0), again[n].nan_to_num(7.0)) for n, x in first.items())
 
 
+@pytest.mark.cover("backend")
 @each_form
 def test_a_gradient_comes_where_it_is_asked_for_only(form, backend):
     c = cut(11)
@@ -676,6 +655,7 @@ def test_without_gradients_there_is_no_graph(form, backend):
     assert all(x.grad is None for x in (*teacher, bias)) and leaves["weight"].grad is not None
 
 
+@pytest.mark.cover("backend", "needs")
 @each_form
 @pytest.mark.parametrize("needs", [LEAVES, ("hidden",), ("weight",)], ids=["all", "frozen head", "frozen hidden"])
 def test_a_retained_graph_gives_the_same_gradients_again(needs, form, backend):
@@ -712,6 +692,7 @@ def test_a_retained_graph_of_other_rows_each_time(backend):
                 assert_close(f"{name} {rows}", gradient, truth[f"d{name}"], 1e-10)
 
 
+@pytest.mark.cover("backend")
 @each_form
 @pytest.mark.parametrize("needs", [LEAVES, ("hidden",)], ids=["all", "frozen head"])
 def test_a_second_derivative_is_refused(needs, form, backend):
@@ -742,6 +723,7 @@ def test_a_weight_changed_before_backward_is_an_error_or_does_not_matter(form, b
                 assert_close(name, leaves[name].grad, truth[f"d{name}"], 1e-10)
 
 
+@pytest.mark.cover("backend", "needs")
 @each_form
 @pytest.mark.parametrize("needs", [LEAVES, ("hidden",)], ids=["all", "frozen head"])
 def test_nothing_of_the_call_outlives_it(needs, form, backend):
@@ -796,6 +778,7 @@ def test_calls_that_overlap_share_no_memory(backend, monkeypatch):
 # The loss's weights
 
 
+@pytest.mark.cover("backend", "kind")
 @each_kind
 @pytest.mark.parametrize(
     "items", [None, 3, 0.5, torch.tensor(9), torch.tensor(0.25), torch.tensor(2.5, dtype=torch.float64)], ids=str
@@ -849,6 +832,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.cover
 @on_the_cpu
 @each_form
 @pytest.mark.parametrize("needs", [LEAVES, ("hidden",)], ids=["all", "frozen head"])
@@ -1197,7 +1181,7 @@ def test_the_peak_is_the_documented_one_and_does_not_grow_with_tokens(case, peak
     assert peaks[case, many] - peaks[case, few] <= growth + SLACK / 2
 
 
-class Recorder(test_gpu_plan.Recorder):
+class Recorder(gpu_loops.Recorder):
     """Products, and row kernels over two tiles, of a call."""
 
     def __init__(self, monkeypatch):
@@ -1246,6 +1230,7 @@ def planned(problem):
     return wanted, kernels
 
 
+@pytest.mark.cover("needs", "workspace")
 @on_the_cpu
 @each_form
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
@@ -1260,7 +1245,7 @@ def test_the_steps_of_a_plan_are_what_runs(needs, workspace, kind, form, monkeyp
         seen.append(problem)
         return plan.plan(problem)
 
-    with_float32_chunks(monkeypatch, test_gpu_plan.GPU)
+    with_float32_chunks(monkeypatch, gpu_loops.GPU)
     monkeypatch.setattr(chunks, "plan", recorded)
     c = draw(9, torch.bfloat16, **PLAIN, tokens=(67,), V=509, D=40, teacher_D=24, teacher_dtype=torch.bfloat16, has_bias=True,
              banned=0, kind=kind)  # fmt: skip

@@ -4,25 +4,21 @@ A backend that takes float32 logits of 16-bit inputs is tested a second time so 
 the 16-bit dtype, in other memory.
 """
 
-import functools
 import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from row_kernels import INF, NAN, acc, each_dtype, each_kernels, each_policy, make_tile, new_stats
-from tolerance import assert_no_worse_than_torch
+from support.row_kernels import INF, NAN, Terms, acc, each_dtype, each_kernels, each_policy, log_probs, make_tile, new_stats
+from support.tolerance import assert_no_worse_than_torch
 
 from grpo_kernels.backends import triton
 from grpo_kernels.backends.statistics import Scored, Tile, finalize
 from grpo_kernels.losses.config import LogitTransform as Transform
-from grpo_kernels.losses.terms import PolicyRows, PolicyTerms
+from grpo_kernels.losses.terms import PolicyRows
 
 # Rows and columns: one of each, ragged ends, exactly one block of 4096, several blocks and a rest.
 SHAPES = [(1, 1), (1, 37), (3, 151), (2, 4096), (3, 8192 + 4096 + 77), (40, 65)]
-
-
-Terms = functools.partial(PolicyTerms, kind="clipped", epsilon_high=0.28, use_bias_correction_kl=False)
 
 
 TRANSFORMS = [
@@ -74,14 +70,6 @@ def assert_entropy(name, ours, by_torch, exact):
     assert_good(name, ours.double() + 1, (by_torch.double() + 1).to(by_torch.dtype), exact + 1)
 
 
-def log_probs(z, target):
-    """(logps, entropy) by the plain expressions."""
-    log_p = torch.log_softmax(z, 1)
-    p = log_p.exp()
-    entropy = -torch.where(p == 0, 0.0, p * log_p.clamp(min=torch.finfo(z.dtype).min)).sum(1)
-    return log_p.gather(1, target.unsqueeze(1)).squeeze(1), entropy
-
-
 def gradient_of(raw, dtype, loss):
     """d loss(raw) / d raw by autograd in this dtype."""
     raw = raw.detach().to(dtype, copy=True).requires_grad_()
@@ -107,6 +95,7 @@ def exactly_scored(tile):
 # ---- statistics
 
 
+@pytest.mark.cover("kernels", "dtype")
 @each_kernels
 @each_dtype
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -205,6 +194,7 @@ def test_nan_stays_in_its_row(kernels, dtype):
 # ---- gradient
 
 
+@pytest.mark.cover("kernels", "dtype")
 @each_kernels
 @each_dtype
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -229,6 +219,7 @@ def test_gradient_of_log_probs_whose_targets_are_elsewhere(kernels, dtype, trans
             assert (ours[:, tile.bias == -INF] == 0).all()
 
 
+@pytest.mark.cover("kernels", "dtype")
 @each_kernels
 @each_dtype
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -374,6 +365,7 @@ def test_ratios_reach_every_branch():
     assert (RATIOS.lt(0.8).sum(), RATIOS.gt(1.28).sum()) == (2, 4)
 
 
+@pytest.mark.cover("kernels", "terms")
 @each_policy
 @each_dtype
 @pytest.mark.parametrize("terms", POLICIES, ids=str)
