@@ -9,10 +9,12 @@ import os
 import pytest
 import torch
 
+pytest.register_assert_rewrite("support")  # before it is imported: its failures then show values, as those of test files do
+
 DEVICE = os.environ.get("GRPO_KERNELS_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
-    import interpreter
+    from support import interpreter
 
     interpreter.mend()
 
@@ -21,28 +23,35 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core
 torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", 2)), torch.get_num_threads()))
 
 
-SAMPLED = 5
+SAMPLED = 5  # of the cases in Triton's interpreter that a test has, one in so many runs always
 
 
 def pytest_addoption(parser):
-    parser.addoption("--exhaustive", action="store_true", help=f"run all cases in Triton's interpreter, not one in {SAMPLED}")
+    parser.addoption("--exhaustive", action="store_true", help="run the cases marked exhaustive, and all in Triton's interpreter")
 
 
 def pytest_collection_modifyitems(config, items):
-    """The interpreter takes milliseconds for a row: of a test's cases there, one in SAMPLED runs, spread over all parameters."""
+    """Leaves out what runs with --exhaustive alone: marked cases, and four in five of those of a test in Triton's interpreter.
+
+    A test whose name is given, FILE::TEST, runs in any case, and on a GPU everything does.
+    """
     if DEVICE != "cpu" or config.getoption("--exhaustive"):
         return
-    cases, left_out = {}, []
+    named = [argument for argument in config.args if "::" in argument]
+    cases, left_out = {}, set()
     for item in items:
-        if any("triton" in str(value) for value in getattr(item, "callspec", _NoCases).params.values()):
+        if any(item.nodeid.startswith(argument) for argument in named):
+            continue
+        if item.get_closest_marker("exhaustive"):
+            left_out.add(item)
+        elif any(str(value).startswith("triton") for value in getattr(item, "callspec", _NoCases).params.values()):
             cases.setdefault(item.function, []).append(item)
     for group in cases.values():
         if len(group) >= SAMPLED:
-            left_out += [item for i, item in enumerate(group) if i % SAMPLED]
+            left_out.update(item for i, item in enumerate(group) if i % SAMPLED)
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        gone = set(left_out)
-        items[:] = [item for item in items if item not in gone]
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 class _NoCases:
@@ -52,6 +61,7 @@ class _NoCases:
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:cispo caps the importance ratio")  # of the many that draw a cispo's options
     config.addinivalue_line("markers", "unpoisoned: run with torch.empty as in production")
+    config.addinivalue_line("markers", "exhaustive: one case of many; `make test-all` runs it, `make test` does not")
     config.addinivalue_line("markers", "inductor: compiles for seconds; `make gpu` runs it last")
 
 

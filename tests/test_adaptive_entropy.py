@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer import trainer, weights
+from support.tiny_trainer import trainer, weights
 
 from grpo_kernels.trainer.entropy import AdaptiveEntropy
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tolerance import assert_close
+from support.tolerance import assert_close
 
 from grpo_kernels import group_advantages
 

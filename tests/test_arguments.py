@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from problems import make_problem, packed, run
+from support.problems import make_problem, packed, run
 
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig, reference

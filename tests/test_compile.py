@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._dynamo.testing
-from problems import make_problem
-from tolerance import assert_all_close
+from support.problems import make_problem
+from support.tolerance import assert_all_close
 
 from grpo_kernels import (
     GRPOLossConfig,

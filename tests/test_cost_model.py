@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from problems import make_problem, run
-from test_vocab_parallel import SHARDS, V, sharded, spawn
-from test_work import operations as counted_operations
+from support.operations import operations as counted_operations
+from support.problems import make_problem, run
+from support.vocab_shards import SHARDS, V, sharded, spawn
 
 from docs.cost_model import (
     KEPT,

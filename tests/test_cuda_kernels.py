@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import cuda_host
 import pytest
 import torch
-from cuda_host import KEPT, TWICE
-from row_kernels import DEVICE, make_tile
-from test_row_kernels import log_probs
-from tolerance import assert_no_worse_than_torch
+from support import cuda_host
+from support.cuda_host import KEPT, TWICE, sanitizer_libraries
+from support.row_kernels import DEVICE, log_probs, make_tile
+from support.tolerance import assert_no_worse_than_torch
 
 from grpo_kernels import build_cuda
 from grpo_kernels.backends import cuda
@@ -711,8 +710,8 @@ SANITIZED = """
 import itertools, sys
 import torch
 sys.path[:0] = {paths!r}
-import cuda_host
-from cuda_host import KEPT, SANITIZERS, TWICE
+from support import cuda_host
+from support.cuda_host import KEPT, SANITIZERS, TWICE
 from test_cuda_kernels import (KINDS, PAIRS, Tile, Transform, both_of, call, finalize, logits_of, new_statistics, pair_problem, problem,
                                statistics, sums_of, through)
 
@@ -757,11 +756,6 @@ for dtype, kind in itertools.product((torch.float32, torch.float64), KINDS):
     through(kind, z, y, torch.tensor([1, 2, 0, 701]), g, z, ranges=ranges, threads=64, flags=SANITIZERS)
 print("clean")
 """
-
-
-def sanitizer_libraries():
-    found = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in ("libasan.so", "libubsan.so")]
-    return found if all(Path(path).is_absolute() for path in found) else None
 
 
 def test_under_address_and_undefined_behaviour_sanitizers():

@@ -2,12 +2,12 @@
 
 import random
 
-import cuda_host
 import pytest
 import torch
-from problems import DEVICE, draw_problem, make_problem, run
-from test_parity import PATHS, random_needs
-from tolerance import assert_all_close, assert_no_worse_than_torch
+from support import cuda_host
+from support.loss_calls import PATHS, random_needs
+from support.problems import DEVICE, draw_problem, make_problem, run
+from support.tolerance import assert_all_close, assert_no_worse_than_torch
 
 from grpo_kernels import backends, fused_linear_grpo_loss, grpo_loss_from_logits, reference
 

@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
-from problems import make_problem, packed, with_float32_chunks
-from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
+from support.problems import make_problem, packed, with_float32_chunks
+from support.tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 

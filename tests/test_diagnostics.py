@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import join, launch, leave
+from support.ranks import join, launch, leave
 
 from grpo_kernels import backends, linear_logprobs
 from grpo_kernels.backends import native

@@ -13,15 +13,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import cuda_host
 import pytest
-import test_gpu_plan
 import torch
-from problems import DEVICE, with_float32_chunks
-from test_work import operations
-from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
+from support import divergence_backends, gpu_loops
+from support.divergence_backends import BACKENDS, on_the_cpu, slow
+from support.operations import operations
+from support.problems import DEVICE, with_float32_chunks
+from support.tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
-from grpo_kernels import available_backends, backends, fused_linear_distillation_loss, linear_divergence, reference
+from grpo_kernels import fused_linear_distillation_loss, linear_divergence, reference
 from grpo_kernels.backends import pytorch
 from grpo_kernels.backends.comparison import KINDS
 from grpo_kernels.engine import chunks, plan, products
@@ -30,44 +30,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 INF, NAN = math.inf, math.nan
 LEAVES = ("hidden", "weight", "bias", "lora_a", "lora_b")
 FORMS = ("token", "loss")
-WIDE = "float32 chunks"  # plain PyTorch's kernels in the loops that a GPU takes
 WORKSPACES = (1, 2000, 12_000, 60_000, 400_000, None)
-
-
-def with_two_tiles():
-    """The backends that can run here and have row kernels over two tiles; CUDA's on the host where there is no GPU."""
-    names = [
-        n for n, reason in available_backends().items() if reason is None and hasattr(backends.kernels(n), "divergence_statistics")
-    ]
-    if DEVICE != "cpu":
-        return [n for n in names if n != "cpu"]
-    on_the_host = cuda_host.why_unavailable() is None and hasattr(cuda_host, "divergence_statistics")
-    return [*names, WIDE, *["cuda"] * on_the_host]
-
-
-BACKENDS = with_two_tiles()
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    """A backend's name, as the public functions take it."""
-    if request.param == WIDE:
-        with_float32_chunks(monkeypatch)
-        return "torch"
-    if request.param == "cuda" and DEVICE == "cpu":
-        monkeypatch.setitem(backends._MODULES, "cuda", cuda_host)
-        resolve = backends.resolve
-        monkeypatch.setattr(backends, "resolve", lambda name, *more: name if name == "cuda" else resolve(name, *more))
-    return request.param
+backend = divergence_backends.backend  # a fixture
 
 
 each_form = pytest.mark.parametrize("form", FORMS)
 each_kind = pytest.mark.parametrize("kind", KINDS)
-on_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="its tensors are on the CPU")
-
-
-def slow(backend):
-    return DEVICE == "cpu" and backend in ("triton", "cuda")
 
 
 @dataclasses.dataclass
@@ -1197,7 +1165,7 @@ def test_the_peak_is_the_documented_one_and_does_not_grow_with_tokens(case, peak
     assert peaks[case, many] - peaks[case, few] <= growth + SLACK / 2
 
 
-class Recorder(test_gpu_plan.Recorder):
+class Recorder(gpu_loops.Recorder):
     """Products, and row kernels over two tiles, of a call."""
 
     def __init__(self, monkeypatch):
@@ -1260,7 +1228,7 @@ def test_the_steps_of_a_plan_are_what_runs(needs, workspace, kind, form, monkeyp
         seen.append(problem)
         return plan.plan(problem)
 
-    with_float32_chunks(monkeypatch, test_gpu_plan.GPU)
+    with_float32_chunks(monkeypatch, gpu_loops.GPU)
     monkeypatch.setattr(chunks, "plan", recorded)
     c = draw(9, torch.bfloat16, **PLAIN, tokens=(67,), V=509, D=40, teacher_D=24, teacher_dtype=torch.bfloat16, has_bias=True,
              banned=0, kind=kind)  # fmt: skip

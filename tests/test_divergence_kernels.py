@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from row_kernels import DEVICE, INF, NAN, acc, all_kernels, each_dtype
-from tolerance import assert_no_worse_than_torch
+from support.row_kernels import DEVICE, INF, NAN, acc, all_kernels, each_dtype
+from support.tolerance import assert_no_worse_than_torch
 
 from grpo_kernels.backends.comparison import KINDS, Compared, DivergenceKind, bend, compare, merged_comparisons, new_comparison
 from grpo_kernels.backends.statistics import Scored, Tile

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from test_vocab_parallel import SHARDS, V, spawn
+from support.vocab_shards import SHARDS, V, spawn
 
 from grpo_kernels import GRPOLossConfig, fused_linear_distillation_loss, fused_linear_grpo_loss, linear_divergence
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tolerance import assert_no_worse_than_torch
+from support.tolerance import assert_no_worse_than_torch
 
 from grpo_kernels import linear_divergence, reference
 

@@ -7,13 +7,13 @@ import functools
 import io
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from problems import make_problem, run
-from test_plan import recorded
-from test_trainer import DATA, tiny_model, trainer
+from support.documents import DOCS, table
+from support.problems import make_problem, run
+from support.recorded_products import recorded
+from support.tiny_trainer import DATA, tiny_model, trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_kernels import GRPOLossConfig, fused_linear_distillation_loss, fused_linear_grpo_loss, linear_divergence, reference
@@ -22,15 +22,7 @@ from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEVICES, Probl
 from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES, TRL_LOSS_TYPES
 from grpo_kernels.trainer.demo import make_tokenizer
 
-DOCS = Path(__file__).parent.parent / "docs"
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def table(file, heading):
-    """Rows of the table below a heading, as lists of cells without their code marks."""
-    section = (DOCS / file).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in [lines[0], *lines[2:]]]
 
 
 # ---- what a loss ignores ----

@@ -6,12 +6,13 @@ import random
 
 import pytest
 import torch
-from problems import DEVICE, draw_problem, make_problem, run
-from test_divergence import backend, on_the_cpu, slow  # noqa: F401 - the fixture
-from test_parity import random_needs
-from test_support import over_support
-from test_work import operations
-from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
+from support import divergence_backends
+from support.divergence_backends import on_the_cpu, slow
+from support.loss_calls import random_needs
+from support.operations import operations
+from support.problems import DEVICE, draw_problem, make_problem, run
+from support.token_supports import over_support
+from support.tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
 from grpo_kernels import FusedLinearGRPOLoss, GRPOLossConfig, fused_linear_grpo_loss, objective, reference
 from grpo_kernels.losses.config import TRL_LOSS_TYPES
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NAN, INF = math.nan, math.inf
 LEVELS = ("token", "sequence")
 WORKSPACES = (1, 3000, 30_000, None)
+backend = divergence_backends.backend  # a fixture
 
 
 def beside(p, seed=0, depth=None, dtype=None, bias=None):
@@ -136,7 +138,7 @@ def both(p, needs, scale, differentiable=False, reduction="loss_type", **more):
 
 
 @pytest.mark.parametrize("block", range(6))
-def test_float64_equals_the_reference(block, backend):  # noqa: F811
+def test_float64_equals_the_reference(block, backend):
     """Random options, layouts, reductions and needs."""
     for seed in range(30 * block, 30 * block + (5 if slow(backend) else 30)):
         rng = random.Random(seed * 31 + 7)
@@ -155,7 +157,7 @@ def test_float64_equals_the_reference(block, backend):  # noqa: F811
 @pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
-def test_every_loss_and_level(loss_type, level, on_policy, backend):  # noqa: F811
+def test_every_loss_and_level(loss_type, level, on_policy, backend):
     variants = [{}, {"entropy_coef": 0.2}, {"top_entropy_quantile": 0.57}, {"off_policy_mask_threshold": 0.1}]
     for i, changes in enumerate(variants[: 1 if slow(backend) else 4]):
         config = GRPOLossConfig(loss_type=loss_type, importance_sampling_level=level, max_completion_length=8, **changes)
@@ -166,7 +168,7 @@ def test_every_loss_and_level(loss_type, level, on_policy, backend):  # noqa: F8
 
 
 @pytest.mark.parametrize("block", range(3))
-def test_over_supports(block, backend):  # noqa: F811
+def test_over_supports(block, backend):
     """The KL of both restricted to the support, beside rows over the whole vocabulary; a single token has none."""
     for seed in range(4000 + 12 * block, 4000 + 12 * block + (3 if slow(backend) else 12)):
         rng = random.Random(seed)
@@ -185,7 +187,7 @@ def test_over_supports(block, backend):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_each_dtype_is_no_worse_than_pytorch(level, dtype, backend):  # noqa: F811
+def test_each_dtype_is_no_worse_than_pytorch(level, dtype, backend):
     config = GRPOLossConfig(loss_type="grpo", importance_sampling_level=level, entropy_coef=0.05, temperature=0.9)
     p = exact(make_problem(B=5, T=9, D=24, V=203, dtype=dtype, config=config, bias=True, lora=True, masked=0.3))
     ref = beside(p, 1, depth=16, bias=True)
@@ -204,7 +206,7 @@ def test_each_dtype_is_no_worse_than_pytorch(level, dtype, backend):  # noqa: F8
 
 
 @pytest.mark.parametrize("output", ["logps", "entropy", "loss"])
-def test_a_term_of_one_output_alone(output, backend):  # noqa: F811
+def test_a_term_of_one_output_alone(output, backend):
     """No gradient comes for the others: not even of a KL that is inf, for a token that the reference bans."""
     p = exact(make_problem(bias=True))
     ref = beside(p, bias=True)
@@ -223,7 +225,7 @@ def test_a_term_of_one_output_alone(output, backend):  # noqa: F811
         assert_all_close(*found, 1e-10)
 
 
-def test_a_reference_of_another_dtype(backend):  # noqa: F811
+def test_a_reference_of_another_dtype(backend):
     """Numbers whose products are exact in 16 bits: only the dtype differs."""
     p = exact(make_problem(B=3, T=5, V=67, dtype=torch.float32))
     g = torch.Generator().manual_seed(0)
@@ -238,7 +240,7 @@ def test_a_reference_of_another_dtype(backend):  # noqa: F811
 # What it leaves alone
 
 
-def test_the_bias_correction_of_k3_changes_nothing(backend):  # noqa: F811
+def test_the_bias_correction_of_k3_changes_nothing(backend):
     for level in LEVELS:
         p = exact(make_problem(config=GRPOLossConfig(importance_sampling_level=level)))
         one, other = (
@@ -268,7 +270,7 @@ def test_what_the_loss_does_not_read_is_ignored(function):
     assert torch.equal(out.loss, plain.loss) and torch.equal(leaves["weight"].grad, plain.gradients["weight"])
 
 
-def test_the_reference_model_gets_no_gradient_and_a_clean_row_no_nan(backend):  # noqa: F811
+def test_the_reference_model_gets_no_gradient_and_a_clean_row_no_nan(backend):
     for level in LEVELS:
         p = exact(make_problem(config=GRPOLossConfig(importance_sampling_level=level)))
         ref = {n: x.requires_grad_() for n, x in beside(p, bias=True).items()}
@@ -283,7 +285,7 @@ def test_the_reference_model_gets_no_gradient_and_a_clean_row_no_nan(backend):  
         assert found.logps.isfinite().all()
 
 
-def test_equal_models_have_no_kl_and_no_gradient_of_it(backend):  # noqa: F811
+def test_equal_models_have_no_kl_and_no_gradient_of_it(backend):
     for dtype in (torch.float32, torch.bfloat16):
         for level in LEVELS:
             p = exact(
@@ -301,7 +303,7 @@ def test_equal_models_have_no_kl_and_no_gradient_of_it(backend):  # noqa: F811
 
 
 @pytest.mark.parametrize("reduction", ["loss_type", "none"])
-def test_nothing_kept(reduction, backend):  # noqa: F811
+def test_nothing_kept(reduction, backend):
     for level in LEVELS:
         p = exact(make_problem(B=3, T=4, V=11, bias=True, config=GRPOLossConfig(importance_sampling_level=level)))
         p.mask = torch.zeros(3, 4)
@@ -309,7 +311,7 @@ def test_nothing_kept(reduction, backend):  # noqa: F811
         assert not any(x.any() for x in ours.values() if x is not None) and ours.keys() == truth.keys()
 
 
-def test_the_module_takes_it(backend):  # noqa: F811
+def test_the_module_takes_it(backend):
     p = exact(make_problem())
     ref = beside(p)
     positional, keywords, _ = p.arguments()
@@ -332,7 +334,7 @@ def test_it_compiles_without_a_graph_break(level, rows_given):
 
 
 @pytest.mark.unpoisoned
-def test_the_same_call_twice_gives_the_same_bits(backend):  # noqa: F811
+def test_the_same_call_twice_gives_the_same_bits(backend):
     for level in LEVELS:
         p = exact(
             make_problem(B=4, T=17, D=48, V=517, dtype=torch.bfloat16, config=GRPOLossConfig(importance_sampling_level=level))
@@ -412,7 +414,7 @@ P, Q, V = 13, 17, 211
 
 
 @on_the_cpu
-def test_one_pass_stays_one_pass(backend):  # noqa: F811
+def test_one_pass_stays_one_pass(backend):
     """6NVD + 2NVD', and a frozen head 4NVD + 2NVD'; what needs two phases is recomputed: 8NVD + 4NVD'."""
     one_pass = [dict(), dict(loss_type="cispo"), dict(loss_type="sapo"), dict(entropy_coef=0.1), dict(loss_type="luspo", delta=2.2)]
     two_phases = [dict(importance_sampling_level="sequence"), dict(loss_type="vespo"), dict(top_entropy_quantile=0.57)]

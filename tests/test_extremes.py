@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from test_microbatch import batch
-from test_trainer import trainer
+from support.micro_batches import batch
+from support.tiny_trainer import trainer
 
 from grpo_kernels import GRPOLossConfig, available_backends, fused_linear_grpo_loss, linear_logprobs, reference
 from grpo_kernels.trainer import microbatch

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from problems import make_problem, run
-from tolerance import assert_all_close, assert_close
+from support.problems import make_problem, run
+from support.tolerance import assert_all_close, assert_close
 
 from grpo_kernels import GRPOLossConfig, backends, fused_linear_grpo_loss, linear_logprobs
 from grpo_kernels.backends.statistics import Tile, finalize, new_statistics
@@ -136,7 +136,7 @@ def test_nothing_synchronises_with_kept_rows(backend, config):
 @every_path
 @pytest.mark.parametrize("packed_layout", [False, True])
 def test_a_cuda_graph_captures_forward_and_backward(backend, config, packed_layout):
-    from problems import packed
+    from support.problems import packed
 
     p = make_problem(B=4, T=16, D=32, V=503, dtype=torch.bfloat16, config=config)
     p = packed(p) if packed_layout else p

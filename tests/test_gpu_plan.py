@@ -6,21 +6,19 @@ The plan's steps are held against what really runs: every product's m, n and k, 
 
 import random
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
-from problems import DEVICE, draw_problem, make_problem, run, with_float32_chunks
-from test_parity import PATHS, random_needs
-from tolerance import assert_all_close, assert_no_worse_than_torch
+from support.gpu_loops import GPU, Recorder
+from support.loss_calls import PATHS, random_needs
+from support.problems import DEVICE, draw_problem, make_problem, run, with_float32_chunks
+from support.tolerance import assert_all_close, assert_no_worse_than_torch
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs, reference
-from grpo_kernels.backends import pytorch
-from grpo_kernels.engine import chunks, plan, products
+from grpo_kernels.engine import chunks, plan
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU does this by itself")
 every_path = pytest.mark.parametrize("config", PATHS.values(), ids=PATHS)
-GPU = replace(plan.DEVICES["h200"], l2=1 << 20)  # whose cache some chunks of these small problems fit and others do not
 
 
 @pytest.fixture(autouse=True)
@@ -106,30 +104,6 @@ def test_triton_kernels_in_these_loops(config):
 
 
 # The plan's steps against what runs
-
-
-class Recorder:
-    """Counts the products (m, n, k, bytes of an element written, whether it adds) and the row kernels (what, bytes) of a call."""
-
-    def __init__(self, monkeypatch):
-        self.products, self.kernels = Counter(), Counter()
-        self.of_engine = products.multiply
-        for module in (chunks, products):
-            monkeypatch.setattr(module, "multiply", self.multiply)
-        for name in ("statistics", "gradient"):
-            monkeypatch.setattr(pytorch, name, self.kernel(name, getattr(pytorch, name)))
-
-    def multiply(self, a, b, out, add=False, alpha=1.0, **order):
-        self.products[(a.shape[0], b.shape[1], a.shape[1], out.element_size(), add)] += 1
-        self.of_engine(a, b, out, add, alpha, **order)
-
-    def kernel(self, name, function):
-        def call(tile, out, *more, **options):
-            written = 0 if name == "statistics" else out.numel() * out.element_size()
-            self.kernels[(name, tile.values.numel() * tile.values.element_size(), written)] += 1
-            return function(tile, out, *more, **options)
-
-        return call
 
 
 def planned(problem):

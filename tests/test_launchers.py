@@ -5,7 +5,7 @@ accelerate gives a CPU neither FSDP nor DeepSpeed, so the started script names t
 """
 
 import pytest
-from engines import EXAMPLES, LONG, RANKS, assert_same, assert_started_again, options, prepare, run
+from support.engines import EXAMPLES, LONG, RANKS, assert_same, assert_started_again, options, prepare, run
 
 SCRIPT = """
 import sys

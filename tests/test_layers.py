@@ -1,7 +1,8 @@
-"""Imports point one way: a room imports from the floors below its own, and from nowhere else."""
+"""Imports point one way: a room imports from the floors below its own, and from nowhere else; a test file from no other one."""
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,9 @@ FLOORS = (
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPTIONAL = {"peft", "trl", "liger_kernel", "verl", "datasets", "triton", "yaml", "matplotlib", "tqdm", "cut_cross_entropy", "pyarrow", "quack"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 
 
 def room_of(path):
@@ -101,6 +105,16 @@ def test_modules_inside_a_room_form_no_circle():
 
 def test_no_drawer_for_everything():
     assert not [p for p in ROOT.rglob("*.py") if p.stem in ("utils", "util", "helpers", "common", "misc")]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(Path(__file__).parent)))
+def test_a_test_file_imports_from_no_other(path):
+    """What two of them need is in tests/support. Code for other processes counts too, where a file may import from itself."""
+    tree = ast.parse(path.read_text())
+    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    found = [name.split(".")[0] for _, name in imports(tree, ())]
+    found += [name for text in strings for name in re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.MULTILINE) if name != path.stem]
+    assert not [name for name in found if name == "conftest" or name.startswith("test_")]
 
 
 def python(code, *arguments):

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
+from support.tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
 from grpo_kernels.integrations.liger import LigerFusedLinearJSDLoss
 

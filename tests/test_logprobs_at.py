@@ -5,18 +5,14 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from problems import DEVICE, make_problem, with_float32_chunks
-from test_parity import every_backend, on_the_cpu
-from test_vocab_parallel import sharded, spawn
-from tolerance import assert_close, assert_no_worse_than_torch
+from support.full_logits import TRANSFORMS, full_log_probs
+from support.loss_calls import every_backend, on_the_cpu
+from support.problems import DEVICE, make_problem, with_float32_chunks
+from support.tolerance import assert_close, assert_no_worse_than_torch
+from support.vocab_shards import sharded, spawn
 
-from grpo_kernels import GRPOLossConfig, linear_logprobs, linear_logprobs_at
+from grpo_kernels import linear_logprobs, linear_logprobs_at
 from grpo_kernels.engine import chunks
-from grpo_kernels.reference import hidden_to_logits
-
-TRANSFORMS = {
-    "plain": GRPOLossConfig(), "scaled": GRPOLossConfig(logit_scale=-1.3, temperature=0.7), "capped": GRPOLossConfig(softcap=4.0),
-}  # fmt: skip
 
 
 def drawn_ids(p, K, seed=0):
@@ -39,16 +35,6 @@ def ours(p, ids, backend, dtype=None, temperature=None, **more):
                              logit_scale=c.logit_scale, softcap=c.softcap, temperature=c.temperature if temperature is None else temperature,
                              **more)  # fmt: skip
     return out, leaves
-
-
-def full_log_probs(p, dtype=None, temperature=None):
-    """(log p [B, T, V], which positions are kept, leaves)"""
-    (hidden, weight, _, _, mask), keywords, leaves = p.arguments(dtype)
-    kept, c = mask.bool(), p.config
-    z = hidden_to_logits(hidden.where(kept.unsqueeze(-1), 0.0), weight, keywords["bias"], keywords["lora"])
-    z = c.logit_scale * z.to(torch.promote_types(z.dtype, torch.float32))
-    z = z if c.softcap is None else c.softcap * torch.tanh(z / c.softcap)
-    return (z / (c.temperature if temperature is None else temperature.unsqueeze(-1))).log_softmax(-1), kept, leaves
 
 
 def plain(p, ids, dtype=None, temperature=None):

@@ -11,17 +11,27 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import test_objective
-import test_parity
 import torch
 import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from problems import draw_config, draw_problem, make_problem, packed, run
-from ranks import join, launch, leave
-from test_objective import call_objective, draw_tokens, objective_tokens, prepared
-from test_work import operations
-from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
+from support import loss_calls
+from support.loss_calls import assert_kept_rows_and_layouts_agree, interpreted, random_needs
+from support.objective_calls import (
+    assert_coefficient_is_the_derivative,
+    assert_masked_positions_are_ignored,
+    assert_nothing_kept_is_zero,
+    assert_poison_is_a_nan_loss,
+    call_objective,
+    draw_tokens,
+    objective_tokens,
+    prepared,
+    rows,
+)
+from support.operations import operations
+from support.problems import draw_config, draw_problem, make_problem, packed, policy_logps, run
+from support.ranks import join, launch, leave
+from support.tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, grpo_loss_from_logits, objective, reference
 from grpo_kernels.losses.config import IMPORTANCE_SAMPLING_MODES, LOSS_TYPES, TRL_LOSS_TYPES
@@ -32,7 +42,7 @@ from grpo_kernels.losses.objective import depends_on_its_row_alone, known_zero
 VERL = tuple(name for name in LOSS_TYPES if name not in TRL_LOSS_TYPES)
 OPTIONS = dict(dro_beta=0.7, clip_cov_ratio=0.2, clip_cov_lb=-0.5, clip_cov_ub=2.0, kl_cov_ratio=0.3, ppo_kl_coef=0.6)
 TWO_PHASES = ("gspo", "geo_mean", "clip_cov", "kl_cov")
-BACKENDS = [name for name in test_parity.BACKENDS if not test_parity.interpreted(name)]
+BACKENDS = [name for name in loss_calls.BACKENDS if not interpreted(name)]
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_loss = pytest.mark.parametrize("loss_type", VERL)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -61,8 +71,8 @@ def test_float64_equals_the_reference(loss_type, backend):
         rng = random.Random(seed)
         p = draw_problem(seed, **{**OPTIONS, "loss_type": loss_type})
         p = corrected(p, rng.choice([None, *IMPORTANCE_SAMPLING_MODES]))
-        needs, scale = test_parity.random_needs(rng, p), rng.choice([1.0, 0.25, -3.0])
-        more = dict(backend=backend, workspace_bytes=rng.choice(test_parity.WORKSPACES))
+        needs, scale = random_needs(rng, p), rng.choice([1.0, 0.25, -3.0])
+        more = dict(backend=backend, workspace_bytes=rng.choice(loss_calls.WORKSPACES))
         if rng.random() < 0.25:
             more["kept_rows"] = p.kept_rows()
         ours = run(fused_linear_grpo_loss, p, needs=needs, scale=scale, **more)
@@ -85,7 +95,7 @@ def test_float32_is_no_worse_than_pytorch(loss_type, beta, backend):
 @each_backend
 @each_loss
 def test_kept_rows_and_layouts_agree(loss_type, backend):
-    test_parity.test_kept_rows_and_layouts_agree(config_of(loss_type), backend)
+    assert_kept_rows_and_layouts_agree(config_of(loss_type), backend)
 
 
 @each_backend
@@ -137,20 +147,20 @@ def test_it_compiles_without_a_graph_break(loss_type):
 @each_loss
 @pytest.mark.parametrize("per_token", [False, True])
 def test_what_masked_positions_hold_is_ignored(loss_type, per_token):
-    test_objective.test_what_masked_positions_hold_is_ignored(config_of(loss_type, beta=0.5), per_token)
+    assert_masked_positions_are_ignored(config_of(loss_type, beta=0.5), per_token)
 
 
 @each_loss
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4), (3, 0), (0, 0)])
 def test_nothing_kept_is_a_zero_loss(loss_type, shape):
-    test_objective.test_nothing_kept_is_a_zero_loss_with_zero_gradients_and_metrics(config_of(loss_type, beta=0.5), shape)
+    assert_nothing_kept_is_zero(config_of(loss_type, beta=0.5), shape)
 
 
 @each_loss
 @pytest.mark.parametrize("poisoned", ["logps", "old_logps"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_poison_at_a_kept_position_is_a_nan_loss(loss_type, poisoned, poison):
-    test_objective.test_poison_at_a_kept_position_is_a_nan_loss(config_of(loss_type), poisoned, poison)
+    assert_poison_is_a_nan_loss(config_of(loss_type), poisoned, poison)
 
 
 @each_loss
@@ -166,10 +176,10 @@ def test_far_apart_log_probs_give_finite_results(loss_type, shift):
 
 @pytest.mark.parametrize("loss_type", [name for name in VERL if name not in TWO_PHASES])
 @settings(max_examples=100, deadline=None)
-@given(row=test_objective.rows, epsilon=st.sampled_from([0.05, 0.2, 1.5]), delta=st.sampled_from([None, 0.5, 1.25, 2.5]))
+@given(row=rows, epsilon=st.sampled_from([0.05, 0.2, 1.5]), delta=st.sampled_from([None, 0.5, 1.25, 2.5]))
 def test_coefficient_is_the_derivative_of_the_objective(loss_type, row, epsilon, delta):
     config = config_of(loss_type, beta=row["beta"], use_bias_correction_kl=row["corrected"], epsilon=epsilon, delta=delta)
-    test_objective.assert_coefficient_is_the_derivative(row, config)
+    assert_coefficient_is_the_derivative(row, config)
 
 
 @each_loss
@@ -251,7 +261,7 @@ def test_vanilla_is_two_sided_clipping_where_its_bound_is_above_the_range():
 
 
 def policy_minus(p, distance):
-    return test_parity.policy_logps(p) - distance
+    return policy_logps(p) - distance
 
 
 def test_a_ratio_per_sequence_is_for_the_losses_that_have_one():

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_trainer import digit_sum, next_micro_batches, tiny_model, trainer, weights
+from support.micro_batches import batch
+from support.tiny_trainer import digit_sum, next_micro_batches, tiny_model, trainer, weights
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from grpo_kernels import GRPOLossConfig
@@ -14,20 +15,6 @@ LOSSES = ["dapo", "grpo", "bnpo", "dr_grpo", "luspo", "sapo", "cispo", "vespo"]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def batch(B=6, P=4, T=5, seed=0, zero=(1, 4), empty=(), **more):
-    """Prompts padded on the left, completions on the right; ``zero`` have advantage 0, of ``empty`` no token is kept."""
-    g = torch.Generator().manual_seed(seed)
-    prompts, lengths = torch.randint(1, P + 1, (B,), generator=g), torch.randint(1, T + 1, (B,), generator=g)
-    attention = torch.cat([torch.arange(P) >= P - prompts[:, None], torch.arange(T) < lengths[:, None]], 1)
-    ids = torch.randint(2, 14, (B, P + T), generator=g) * attention
-    mask = attention[:, P:].clone()
-    mask[list(empty)] = False
-    advantages = torch.randn(B, generator=g)
-    advantages[list(zero)] = 0.0
-    old = (-2.5 + 0.3 * torch.randn(B, T, generator=g)) * mask
-    return {"input_ids": ids, "attention_mask": attention.long(), "mask": mask, "advantages": advantages, "old_logps": old, **more}
 
 
 def gradients(t, given, micro_of):

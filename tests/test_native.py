@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from row_kernels import acc, each_dtype, make_tile
-from test_row_kernels import log_probs
+from support.row_kernels import acc, each_dtype, log_probs, make_tile
 
 from grpo_kernels.backends import native, params, pytorch
 from grpo_kernels.backends.comparison import KINDS as DIVERGENCES

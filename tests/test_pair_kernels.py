@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from problems import DEVICE
-from row_kernels import all_kernels
+from support.problems import DEVICE
+from support.row_kernels import all_kernels
 
 from grpo_kernels.backends.statistics import Pairs, Tile, finalize, new_statistics
 from grpo_kernels.losses.config import LogitTransform

@@ -14,18 +14,19 @@ import sys
 import types
 
 import pytest
-import test_liger
 import torch
 import torch.distributed as dist
 import transformers as hf
-from ranks import join, launch, leave
-from test_liger import PAIRS, Call, LigerFusedLinearGRPOLoss, Theirs, assert_equal
-from test_trainer import TINY
-from test_transformers import OUTPUTS, batch, compare, gradients, mixed_loss, statistics, temperatures
-from tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
+from support import liger_calls
+from support.liger_calls import PAIRS, Call, Theirs, assert_equal, problem_of
+from support.model_losses import batch, compare, gradients, mixed_loss, statistics, temperatures
+from support.ranks import join, launch, leave
+from support.tiny_trainer import TINY
+from support.tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 from transformers import AutoModelForCausalLM
 
-from grpo_kernels.integrations.transformers import fuse_lm_head
+from grpo_kernels.integrations.liger import LigerFusedLinearGRPOLoss
+from grpo_kernels.integrations.transformers import OUTPUTS, fuse_lm_head
 from grpo_kernels.integrations.verl import linear_cross_entropy
 
 utils = pytest.importorskip("trl.trainer.utils")
@@ -132,10 +133,10 @@ def test_a_softcap_that_the_model_does_not_apply_is_no_softcap():
 @pytest.fixture
 def odd_shape(monkeypatch):
     for name, length in dict(B=3, T=47, D=31, V=123).items():
-        monkeypatch.setattr(test_liger, name, length)
-    test_liger.problem_of.cache_clear()
+        monkeypatch.setattr(liger_calls, name, length)
+    problem_of.cache_clear()
     yield
-    test_liger.problem_of.cache_clear()
+    problem_of.cache_clear()
 
 
 PLAIN = dict(use_bias_correction_kl=False, epsilon_low=0.2, epsilon_high=0.2, chunk_size=2, temperature=0.9, sapo_temperature_pos=1.0,

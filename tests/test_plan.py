@@ -11,12 +11,11 @@ import subprocess
 import sys
 import time
 import types
-from unittest import mock
 
 import pytest
 import torch
-from problems import make_problem, run
-from test_work import PRODUCTS
+from support.problems import make_problem, run
+from support.recorded_products import recorded
 from torch.profiler import ProfilerActivity, profile
 
 from grpo_kernels import (
@@ -28,8 +27,8 @@ from grpo_kernels import (
     linear_divergence,
     linear_logprobs,
 )
-from grpo_kernels.backends import native, pytorch
-from grpo_kernels.engine import cost, fixed_order
+from grpo_kernels.backends import pytorch
+from grpo_kernels.engine import cost
 from grpo_kernels.engine.plan import (
     DEFAULT_GPU_WORKSPACE_BYTES,
     DEFAULT_WORKSPACE_BYTES,
@@ -181,26 +180,6 @@ def test_steps_are_the_products_that_a_call_runs(needs, level, dtype):
         assert recorded(lambda b=budget: run(fused_linear_grpo_loss, p, needs=needs, workspace_bytes=b, backend="cpu")) == counted
         seen.add((found.direct, found.stash_rows == rows))
     assert needs != ("hidden", "weight") or {direct for direct, _ in seen} == {False, True}
-
-
-def recorded(function):
-    """{(m, n, k): count} of the products inside of ``function()``."""
-    found = collections.Counter()
-
-    def counting(a, b, out, **options):
-        found[a.shape[0], b.shape[1], a.shape[1]] += 1
-        return product(a, b, out, **options)
-
-    product = native.product
-    # nor logits whose products come in pieces
-    library = mock.patch.object(fixed_order, "_is_free", lambda dtype: False)
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace, mock.patch.object(native, "product", counting), library:
-        function()
-    for event in trace.profiler.kineto_results.events():
-        if event.name() in PRODUCTS:
-            first, second = event.shapes()[1:3] if event.name().startswith("aten::addmm") else event.shapes()[:2]
-            found[first[0], second[1], first[1]] += 1
-    return found
 
 
 def test_every_logit_is_written_and_read_as_often_as_the_kernels_do():

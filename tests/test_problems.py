@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from problems import BANDS, draw_config, draw_problem, make_problem, packed, policy_logps
+from support.problems import BANDS, draw_config, draw_problem, make_problem, packed, policy_logps
 
 from grpo_kernels import GRPOLossConfig, reference
 from grpo_kernels.losses.config import IMPORTANCE_SAMPLING_LEVELS, TRL_LOSS_TYPES

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from problems import DEVICE
-from row_kernels import NAN, acc
-from tolerance import assert_no_worse_than_torch
+from support.problems import DEVICE
+from support.row_kernels import NAN, acc
+from support.tolerance import assert_no_worse_than_torch
 
 from grpo_kernels.backends import triton
 

@@ -2,9 +2,9 @@
 
 import torch
 import torch.distributed as dist
-from problems import make_problem, run
-from ranks import join, launch, leave
-from tolerance import assert_close
+from support.problems import make_problem, run
+from support.ranks import join, launch, leave
+from support.tolerance import assert_close
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, reference
 

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("ray", reason="needs ray, see make test-ray")
 pytest.importorskip("ray.train.torch", reason="needs ray[train], see make test-ray")
 
-from engines import EXAMPLES, LONG, RANKS, assert_same, assert_started_again, options, prepare, run
+from support.engines import EXAMPLES, LONG, RANKS, assert_same, assert_started_again, options, prepare, run
 
 # Ray's sockets lie below its folder, and their names have at most 107 bytes
 RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": "/tmp"}

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from problems import draw_problem, make_problem, packed, run
-from tolerance import assert_all_close, assert_close
+from support.problems import draw_problem, make_problem, packed, run
+from support.tolerance import assert_all_close, assert_close
 
 from grpo_kernels import GRPOLossConfig, objective, reference
 from grpo_kernels.losses.config import TRL_LOSS_TYPES

@@ -22,11 +22,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from ranks import join, launch, leave
-from rollout_server_stub import Server
-from test_documentation import table
-from test_trainer import DATA, config, tiny_model, trainer, weights
-from test_trainer_ranks import use_fsdp
+from support.documents import table
+from support.ranks import join, launch, leave
+from support.rehearsed_trainer import use_fsdp
+from support.rollout_server_stub import Server
+from support.tiny_trainer import DATA, config, tiny_model, trainer, weights
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 

@@ -4,25 +4,21 @@ A backend that takes float32 logits of 16-bit inputs is tested a second time so 
 the 16-bit dtype, in other memory.
 """
 
-import functools
 import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from row_kernels import INF, NAN, acc, each_dtype, each_kernels, each_policy, make_tile, new_stats
-from tolerance import assert_no_worse_than_torch
+from support.row_kernels import INF, NAN, Terms, acc, each_dtype, each_kernels, each_policy, log_probs, make_tile, new_stats
+from support.tolerance import assert_no_worse_than_torch
 
 from grpo_kernels.backends import triton
 from grpo_kernels.backends.statistics import Scored, Tile, finalize
 from grpo_kernels.losses.config import LogitTransform as Transform
-from grpo_kernels.losses.terms import PolicyRows, PolicyTerms
+from grpo_kernels.losses.terms import PolicyRows
 
 # Rows and columns: one of each, ragged ends, exactly one block of 4096, several blocks and a rest.
 SHAPES = [(1, 1), (1, 37), (3, 151), (2, 4096), (3, 8192 + 4096 + 77), (40, 65)]
-
-
-Terms = functools.partial(PolicyTerms, kind="clipped", epsilon_high=0.28, use_bias_correction_kl=False)
 
 
 TRANSFORMS = [
@@ -72,14 +68,6 @@ def assert_good(name, ours, by_torch, exact, floor=1e-6, slack=2.0):
 def assert_entropy(name, ours, by_torch, exact):
     """As above, but the entropy of a confident row is a difference of numbers near 1: one is added to all."""
     assert_good(name, ours.double() + 1, (by_torch.double() + 1).to(by_torch.dtype), exact + 1)
-
-
-def log_probs(z, target):
-    """(logps, entropy) by the plain expressions."""
-    log_p = torch.log_softmax(z, 1)
-    p = log_p.exp()
-    entropy = -torch.where(p == 0, 0.0, p * log_p.clamp(min=torch.finfo(z.dtype).min)).sum(1)
-    return log_p.gather(1, target.unsqueeze(1)).squeeze(1), entropy
 
 
 def gradient_of(raw, dtype, loss):

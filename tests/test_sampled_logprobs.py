@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_sampling_mask import CUTS, EOS, peaked_model
-from test_trainer import tiny_model
+from support.peaked_model import CUTS, EOS, peaked_model
+from support.tiny_trainer import tiny_model
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
-from test_documentation import table
-from test_trainer import DATA, config, model_inputs, next_micro_batches, tiny_model, trainer, weights
+from support.documents import table
+from support.peaked_model import CUTS, EOS, peaked_model
+from support.tiny_trainer import DATA, config, model_inputs, next_micro_batches, trainer, weights
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import TopKLogitsWarper
 
@@ -20,23 +21,6 @@ from grpo_kernels.trainer.microbatch import joined
 from grpo_kernels.trainer.rollout import completion_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EOS = [1, 3, 4, 5, 6]
-CUTS = {
-    "top_k": dict(top_k=4),
-    "top_p": dict(top_p=0.8),
-    "min_p": dict(min_p=0.1),
-    "all of them, colder": dict(top_k=12, top_p=0.9, min_p=0.05, temperature=0.7),
-    "one token": dict(top_k=1),
-    "nothing": dict(),
-}
-
-
-def peaked_model(**options):
-    """`tiny_model`, whose own distributions are next to uniform, with larger logits."""
-    model = tiny_model(**options).eval()
-    with torch.no_grad():
-        lm_head(model).weight.mul_(15)
-    return model
 
 
 def sampled(model, cut, B=6, P=3, T=8, seed=0, **more):
@@ -329,7 +313,9 @@ def test_a_run_resumed_amid_a_rollout_ends_in_the_same_bits(tmp_path):
 DDP = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_sampling_mask import *
+from support.peaked_model import peaked_model
+from support.tiny_trainer import trainer, weights
+import torch
 import torch.distributed as dist
 t = trainer({folder!r}, peaked_model(tie_word_embeddings=False), per_device_train_batch_size=4, top_p=0.7, beta=0.1, num_iterations=2,
             optim="sgd", lr_scheduler_type="constant", learning_rate=0.3, max_steps=1, save_strategy="steps", save_steps=1)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cuda_kernels import sanitizer_libraries
+from support.cuda_host import sanitizer_libraries
 
 from grpo_kernels.backends import native
 
@@ -91,7 +91,7 @@ def test_the_product_under_sanitizers(sanitized):
 @one_build
 def test_random_calls_under_sanitizers(sanitized):
     folder, environment = sanitized
-    code = "import sys; sys.modules['atheris'] = None; sys.path.insert(0, 'tests'); import fuzz; fuzz.main(float(sys.argv[1]), [])"
+    code = "import sys; sys.modules['atheris'] = None; sys.path.insert(0, 'tests'); from support import fuzz; fuzz.main(float(sys.argv[1]), [])"
     out = run(folder, environment, "-c", code, str(SECONDS["fuzz under sanitizers"]))
     assert int(out.split()[-2]) > 100, out
 
@@ -99,7 +99,7 @@ def test_random_calls_under_sanitizers(sanitized):
 def test_random_calls_guided_by_coverage():
     pytest.importorskip("atheris")
     environment = {**outer(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "tests/fuzz.py", str(SECONDS["fuzz"]), "-seed=1"]
+    command = [sys.executable, "tests/support/fuzz.py", str(SECONDS["fuzz"]), "-seed=1"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "Done " in done.stderr + done.stdout

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from row_kernels import INF, NAN, acc, all_kernels, each_dtype, make_tile
-from test_fixed_tiles import COLUMNS, CUTS, cases, part
-from test_fixed_tiles import problem as long_rows
+from support.long_rows import COLUMNS, CUTS, cases, part
+from support.long_rows import problem as long_rows
+from support.row_kernels import INF, NAN, acc, all_kernels, each_dtype, make_tile
 
 from grpo_kernels.backends import pytorch
 from grpo_kernels.backends.statistics import (

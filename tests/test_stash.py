@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import DEVICE, with_float32_chunks
-from tolerance import assert_no_worse_than_torch
+from support.problems import DEVICE, with_float32_chunks
+from support.tolerance import assert_no_worse_than_torch
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs, objective
 from grpo_kernels.engine import chunks, products

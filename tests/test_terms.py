@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import make_problem, run
-from test_work import operations
-from tolerance import assert_all_close, assert_no_worse_than_torch
+from support.operations import operations
+from support.problems import make_problem, run
+from support.tolerance import assert_all_close, assert_no_worse_than_torch
 
 from grpo_kernels import (
     FusedLinearGRPOLoss,

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from problems import DEVICE, Problem, make_problem
-from test_logprobs_at import TRANSFORMS, full_log_probs
-from test_parity import every_backend, interpreted, on_the_cpu
-from test_vocab_parallel import sharded, spawn
-from tolerance import assert_close, assert_no_worse_than_torch
+from support.full_logits import TRANSFORMS, full_log_probs
+from support.loss_calls import every_backend, interpreted, on_the_cpu
+from support.problems import DEVICE, Problem, make_problem
+from support.tolerance import assert_close, assert_no_worse_than_torch
+from support.vocab_shards import sharded, spawn
 
 from grpo_kernels import topk_divergence
 from grpo_kernels.topk import _compared

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
+from support.tiny_trainer import DATA, config, digit_sum, model_inputs, next_micro_batches, tiny_model, trainer, weights
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
@@ -27,7 +27,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     TrainingArguments,
-    set_seed,
 )  # fmt: skip
 
 from grpo_kernels import GRPOLossConfig, objective
@@ -38,51 +37,7 @@ from grpo_kernels.trainer.demo import make_tokenizer
 from grpo_kernels.trainer.rewards import exact_match, load_reward, reward_metrics, score
 from grpo_kernels.trainer.rollout import completion_mask, eos_token_ids, sample, sampling_config, seeded, tokenize
 
-TINY = dict(
-    vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-    max_position_embeddings=64, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-)  # fmt: skip
-DATA = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in (1, 23, 456) for b in (1, 5, 9)]
-
-
-def tiny_model(seed=0, config=LlamaConfig, model=LlamaForCausalLM, **options):
-    set_seed(seed)
-    model = model(config(**{**TINY, **options}))
-    model.generation_config.eos_token_id = [1, 3, 4, 5, 6]  # so that random completions end, too
-    return model
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def config(folder, **options):
-    defaults = dict(
-        output_dir=str(folder), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=2, logging_steps=1,
-        per_device_train_batch_size=8, num_generations=4, max_completion_length=5, learning_rate=1e-2, max_grad_norm=0.0,
-    )  # fmt: skip
-    return GRPOConfig(**{**defaults, **options})
-
-
-def digit_sum(completions, **_):
-    """A reward that differs between most completions of a random model."""
-    return [sum(ord(c) for c in text) % 7 / 7 for text in completions]
-
-
-def trainer(folder, model=None, rewards=digit_sum, data=DATA, **options):
-    keywords = {k: options.pop(k) for k in ("eval_dataset", "peft_config", "callbacks") if k in options}
-    model = tiny_model() if model is None else model
-    return GRPOTrainer(model, rewards, config(folder, **options), data, processing_class=make_tokenizer(), **keywords)
-
-
-def weights(model):
-    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
-    return torch.cat([p.detach().double().flatten() for p in whole])
-
-
-def next_micro_batches(t):
-    """The micro-batches of the step that `t` would take now."""
-    accumulation = t.args.gradient_accumulation_steps
-    return t.get_batch_samples(iter(range(accumulation)), accumulation, t.args.device)[0]
 
 
 # ---- options ----
@@ -321,11 +276,6 @@ def test_bad_reward_specs_are_named(spec):
 # ---- the loss ----
 
 
-def model_inputs(batch):
-    attention = batch["attention_mask"]
-    return {"input_ids": batch["input_ids"], "attention_mask": attention, "position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
-
-
 def full_logits_loss(t, model, batch, **overrides):
     """One micro-batch's loss as the trainer must see it, through the model's own logits and autograd."""
     T = batch["mask"].shape[1]
@@ -472,10 +422,10 @@ def test_datasets_and_paths_are_accepted(tmp_path):
 
 
 RUN = """
-import sys
+import sys, time
 sys.path.insert(0, {tests!r})
 from transformers import TrainerCallback
-from test_trainer import *
+from support.tiny_trainer import *
 class Slow(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         time.sleep({pause})
@@ -521,7 +471,7 @@ def test_a_checkpoint_without_its_rollout_is_refused(tmp_path):
 DDP = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_trainer import *
+from support.tiny_trainer import *
 import torch.distributed as dist
 t = trainer({folder!r}, per_device_train_batch_size=4, optim="sgd", lr_scheduler_type="constant", learning_rate=0.3, loss_type={loss!r},
             model=tiny_model(tie_word_embeddings=False))

@@ -4,8 +4,8 @@ from unittest import mock
 
 import pytest
 import torch
-from test_documentation import table
-from test_trainer import tiny_model, trainer
+from support.documents import table
+from support.tiny_trainer import tiny_model, trainer
 
 from grpo_kernels.backends import native
 from grpo_kernels.trainer import trainer as module

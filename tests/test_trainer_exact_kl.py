@@ -5,8 +5,8 @@ import functools
 
 import pytest
 import torch
-from test_trainer import DATA, config, model_inputs, next_micro_batches, tiny_model, trainer, weights
-from tolerance import assert_no_worse_than_torch
+from support.tiny_trainer import DATA, config, model_inputs, next_micro_batches, tiny_model, trainer, weights
+from support.tolerance import assert_no_worse_than_torch
 from transformers import Cohere2Config, Cohere2ForCausalLM, Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
 from docs import kl_variance

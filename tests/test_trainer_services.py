@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainer import DATA, config, digit_sum, next_micro_batches, tiny_model, trainer, weights
+from support.tiny_trainer import DATA, config, digit_sum, next_micro_batches, tiny_model, trainer, weights
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification, Trainer
 
 from grpo_kernels.trainer import GRPOTrainer, checkpoints, completion_log, dry_run, models, rewards

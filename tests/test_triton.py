@@ -8,15 +8,15 @@ import sys
 
 import pytest
 import torch
-from problems import DEVICE, make_problem, run
-from row_kernels import NAN, acc, make_tile
-from test_row_kernels import Terms, Transform
-from tolerance import assert_all_close
+from support.problems import DEVICE, make_problem, run
+from support.row_kernels import NAN, Terms, acc, make_tile
+from support.tolerance import assert_all_close
 
 from grpo_kernels import GRPOLossConfig, available_backends, backends, devices, fused_linear_grpo_loss
 from grpo_kernels.backends import triton
 from grpo_kernels.backends.statistics import TILE_COLUMNS, Pairs, Scored, Tile, new_statistics
 from grpo_kernels.engine import ops, products
+from grpo_kernels.losses.config import LogitTransform as Transform
 from grpo_kernels.losses.terms import PolicyRows
 
 if triton.why_unavailable():

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from support.trl_runs import MODELS, OFF_POLICY, STOCK, assert_same, finish, grpo, rollouts, saved
 
 trl = pytest.importorskip("trl")
 
@@ -20,20 +21,10 @@ from peft import (  # noqa: E402
     PromptTuningConfig,
     TrainableTokensConfig,
 )
-from test_trainer import DATA, digit_sum, make_tokenizer, tiny_model, weights  # noqa: E402
+from support.tiny_trainer import DATA, digit_sum, tiny_model, weights  # noqa: E402
 from transformers import (  # noqa: E402
-    Cohere2Config,
-    Cohere2ForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     GenerationConfig,
-    GraniteConfig,
-    GraniteForCausalLM,
     MinPLogitsWarper,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
@@ -41,15 +32,12 @@ from transformers import (  # noqa: E402
 from trl.kernels import chunked_logprob  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
-from grpo_kernels import TokenSupport  # noqa: E402
 from grpo_kernels.integrations import trl as ours  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, FusedLogProbFunction, is_patched, patch_trl, unpatch_trl  # noqa: E402
 from grpo_kernels.losses.objective import entropy_threshold, top_tokens  # noqa: E402
+from grpo_kernels.trainer.demo import make_tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-STOCK = chunked_logprob.ChunkedLogProbFunction
-TIMES = ("time", "runtime", "per_second", "epoch", "flos", "mfu", "tokens_per")
 
 
 @pytest.fixture(autouse=True)
@@ -71,54 +59,6 @@ def stock_raises(monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
-
-
-def saved(folder, name="llama", **options):
-    """Path of a tiny model with its tokenizer: TRL loads its reference from where the model came from."""
-    path = folder / (name + "".join(f"-{k}-{v}" for k, v in options.items() if not isinstance(v, type)))
-    if not path.exists():
-        tiny_model(**options).save_pretrained(path)
-        make_tokenizer().save_pretrained(path)
-    return str(path)
-
-
-def grpo(trainer, folder, model, mixin=None, peft=None, evaluate=False, seed=7, resume=None, more=None, **options):
-    """({name: [value of each log]}, weights after training) of a run."""
-    defaults = dict(
-        output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=3,
-        logging_steps=1, per_device_train_batch_size=8, num_generations=4, max_completion_length=6, learning_rate=0.3, optim="sgd", max_grad_norm=0.0,
-        gradient_checkpointing=False, temperature=0.9, seed=seed, epsilon=0.02, lr_scheduler_type="constant",
-        generation_kwargs={"eos_token_id": [1, 3, 4, 5, 6]},
-    )  # fmt: skip
-    kind = trainer if mixin is None else type("Mixed", (mixin, trainer), {})
-    data = Dataset.from_list(DATA)
-    given = dict(model=model, reward_funcs=digit_sum, args=trl.GRPOConfig(**{**defaults, **options}), train_dataset=data, peft_config=peft,
-                 eval_dataset=data.select(range(4)) if evaluate else None, processing_class=make_tokenizer())  # fmt: skip
-    t = kind(**given | (more or {}))
-    return finish(t, evaluate, resume)
-
-
-def finish(t, evaluate=False, resume=None):
-    t.train(resume_from_checkpoint=resume)
-    if evaluate:
-        t.evaluate()
-    logs = {}
-    for record in t.state.log_history:
-        for name, value in record.items():
-            if not any(part in name for part in TIMES):
-                logs.setdefault(name, []).append(value)
-    return logs, weights(t.accelerator.unwrap_model(t.model))
-
-
-def assert_same(first, second, tolerance=2e-4):
-    """Logs by name and value; weights, which moved, to a small part of their movement."""
-    assert first[0].keys() == second[0].keys()
-    for name, values in first[0].items():
-        for a, b in zip(values, second[0][name], strict=True):
-            assert (a is None) == (b is None) or math.isnan(a or b), name
-            if a is not None and not (math.isnan(a) and math.isnan(b)):
-                assert abs(a - b) <= tolerance * max(1.0, abs(a)), (name, values, second[0][name])
-    assert (first[1] - second[1]).abs().max() <= tolerance
 
 
 class Ratios:
@@ -159,7 +99,6 @@ class PerToken:
         return super()._compute_loss(model, {**inputs, "advantages": inputs["advantages"][:, None] * later})
 
 
-OFF_POLICY = dict(num_iterations=2, beta=0.05, max_steps=4)
 OPTIONS = {
     "on-policy": {},
     "off-policy with KL": OFF_POLICY,
@@ -216,17 +155,6 @@ def test_stock_patched_and_fused_runs_are_the_same(name, folder, request):
     moved = (stock[1] - weights(tiny_model())).abs().max() if "peft" not in options else 1
     assert moved > 1e-3 or name == "all masked"
     assert any("loss" in key for key in stock[0]) and any("entropy" in key for key in stock[0])
-
-
-MODELS = {
-    "gemma": dict(config=Gemma2Config, model=Gemma2ForCausalLM, head_dim=8, final_logit_softcapping=5.0, query_pre_attn_scalar=8,
-                  num_key_value_heads=2),
-    "granite": dict(config=GraniteConfig, model=GraniteForCausalLM, logits_scaling=3.0),
-    "cohere": dict(config=Cohere2Config, model=Cohere2ForCausalLM, logit_scale=0.3),
-    "phi": dict(config=PhiConfig, model=PhiForCausalLM),
-    "mixtral": dict(config=MixtralConfig, model=MixtralForCausalLM, num_local_experts=4, num_key_value_heads=2,
-                    router_aux_loss_coef=0.1),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -579,30 +507,6 @@ def test_without_a_sampling_mask_the_run_is_that_of_trl(folder):
     assert set(logs.pop("sampling_mask/mean_size")) == {32} and set(logs.pop("sampling_mask/single_share")) == {0}
     assert set(logs.pop("sampling_mask/computed_share")) == {1}
     assert_same(stock, (logs, weights))
-
-
-def rollouts(change=None, env=False):
-    """A rollout_func of ragged completions. Nothing limits the second; with ``env`` the second token of each is not sampled."""
-
-    def sample(prompts, trainer):
-        g = torch.Generator().manual_seed(len(prompts))
-        completions, found = [], []
-        for i in range(len(prompts)):
-            ids = torch.randint(7, 32, (2 + i % 4,), generator=g)
-            left = (torch.rand(len(ids), 32, generator=g) < 0.2).scatter(1, ids.unsqueeze(1), True)
-            if env and i == 0:
-                left[1, ids[1]] = False
-            support = TokenSupport.from_mask(left)
-            completions.append(ids.tolist())
-            pair = support.ids.tolist(), support.offsets.tolist()
-            forms = pair, None, support, types.SimpleNamespace(token_ids=pair[0], offsets=pair[1])
-            found.append(forms[min(i, 3)])
-        output = {"prompt_ids": [[2, 3]] * len(prompts), "completion_ids": completions, "logprobs": None}
-        if env:
-            output["env_mask"] = [[int(t != 1) for t in range(len(ids))] for ids in completions]
-        return output | {"sampling_mask": found if change is None else change(found)}
-
-    return sample
 
 
 @pytest.mark.parametrize("keep", [None, False])

@@ -12,14 +12,15 @@ divergence_module = pytest.importorskip("trl.kernels.chunked_divergence")
 
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from test_trainer import DATA, make_tokenizer, tiny_model, weights  # noqa: E402
-from test_trl import MODELS, assert_same, finish, saved  # noqa: E402
-from tolerance import assert_close, assert_no_worse_than_torch  # noqa: E402
+from support.tiny_trainer import DATA, tiny_model, weights  # noqa: E402
+from support.tolerance import assert_close, assert_no_worse_than_torch  # noqa: E402
+from support.trl_runs import MODELS, assert_same, finish, saved  # noqa: E402
 from trl.trainer import distillation_trainer  # noqa: E402
 
 from grpo_kernels import reference  # noqa: E402
 from grpo_kernels.integrations import trl as ours  # noqa: E402
 from grpo_kernels.integrations.trl import FusedDivergenceFunction, is_patched, patch_trl, unpatch_trl  # noqa: E402
+from grpo_kernels.trainer.demo import make_tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from tolerance import assert_close
+from support.tolerance import assert_close
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -16,12 +16,13 @@ trl = pytest.importorskip("trl")
 
 from accelerate import state  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from ranks import join, launch, leave  # noqa: E402
-from test_trainer import DATA, digit_sum, make_tokenizer, tiny_model, weights  # noqa: E402
-from test_trl import OFF_POLICY, STOCK, assert_same, grpo, rollouts, saved  # noqa: E402
+from support.ranks import join, launch, leave  # noqa: E402
+from support.tiny_trainer import DATA, digit_sum, tiny_model, weights  # noqa: E402
+from support.trl_runs import OFF_POLICY, STOCK, assert_same, grpo, rollouts, saved  # noqa: E402
 
 from grpo_kernels import TokenSupport  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, patch_trl, unpatch_trl  # noqa: E402
+from grpo_kernels.trainer.demo import make_tokenizer  # noqa: E402
 
 RANKS = 2
 SECONDS = 240  # a rank that waits for another one's collective is killed then

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import DEVICE
-from tolerance import assert_close, assert_no_worse_than_torch
+from support.problems import DEVICE
+from support.tolerance import assert_close, assert_no_worse_than_torch
 
 from grpo_kernels import logprobs, topk_divergence
 from grpo_kernels.integrations.verl import (

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from test_objective import call_objective
-from tolerance import assert_close
+from support.objective_calls import call_objective
+from support.tolerance import assert_close
 
 from grpo_kernels import GRPOLossConfig
 from grpo_kernels.losses.correction import sampler_correction

@@ -1,14 +1,12 @@
 """A vocabulary sharded over two and four gloo processes: everything equals one process, bits repeat, and no rank waits for ever."""
 
-import functools
 import math
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-from problems import Problem, make_problem, run
-from ranks import join, launch, leave
+from support.problems import Problem, make_problem, run
+from support.vocab_shards import SHARDS, V, sharded, spawn
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs, reference
 from grpo_kernels.backends.statistics import finalize, merged
@@ -16,9 +14,6 @@ from grpo_kernels.distributed import counted, reduce_metrics
 from grpo_kernels.integrations.verl import linear_cross_entropy
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-SECONDS = 240  # a rank that waits for another one's collective is killed then
-V = 53
-SHARDS = {1: (53,), 2: (20, 33), 3: (20, 33, 0), 4: (7, 1, 30, 15)}
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -42,30 +37,6 @@ def problems():
     nothing = make_problem(V=V, bias=True)
     nothing.mask[:] = False
     yield "all masked", nothing, 2**20
-
-
-def sharded(p: Problem, rank, world) -> Problem:
-    """The same call with this rank's rows of the vocabulary."""
-    sizes = SHARDS[world]
-    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    parts = {name: None if getattr(p, name) is None else getattr(p, name)[own] for name in ("weight", "bias", "lora_b")}
-    return Problem(**{**vars(p), **parts}), own
-
-
-def together(scenario, world, rank, folder, port):
-    join(rank, port, world, SECONDS)
-    try:
-        torch.save(scenario(rank, world), f"{folder}/{rank}")
-    except Exception:
-        torch.save(traceback.format_exc(), f"{folder}/{rank}")
-        raise
-    leave()
-
-
-def spawn(tmp_path, world, scenario):
-    """What each rank's scenario returned."""
-    launch(functools.partial(together, scenario, world), str(tmp_path), world, SECONDS)
-    return [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(world)]
 
 
 def compared(rank, world):

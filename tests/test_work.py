@@ -4,45 +4,20 @@ One product of [N, D] with [D, V] is 2 N V D operations, with N the kept rows; t
 primes, so that a product of the wrong rows, or one too many, leaves no multiple of V D.
 """
 
-from unittest import mock
 
 import pytest
 import torch
-from problems import make_problem
-from torch.profiler import ProfilerActivity, profile
+from support.operations import operations
+from support.problems import make_problem
 
 from grpo_kernels import GRPOLossConfig, available_backends, fused_linear_grpo_loss, linear_logprobs
-from grpo_kernels.backends import native
 
 V, D = 211, 13
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::mv", "aten::addmv", "aten::dot",
-            "aten::_scaled_mm", "aten::mkldnn_linear")  # fmt: skip
 BACKENDS = [name for name in ("torch", "cpu") if available_backends()[name] is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 TOKEN = GRPOLossConfig()
 SEQUENCE = GRPOLossConfig(loss_type="sapo", importance_sampling_level="sequence")  # no clipping: every sequence trains
-
-
-def operations(function):
-    """Floating-point operations of all matrix products inside ``function()``, PyTorch's and ours."""
-    total, product = 0, native.product
-
-    def counted(a, b, out, **options):
-        nonlocal total
-        total += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        product(a, b, out, **options)
-
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace, mock.patch.object(native, "product", counted):
-        function()
-    # the raw events: trace.events() builds a tree of thousands of Python objects first, which takes half a second
-    for event in trace.profiler.kineto_results.events():
-        if event.name() in PRODUCTS:
-            shapes = event.shapes()
-            first, second = shapes[1:3] if event.name().startswith("aten::addmm") else shapes[:2]
-            assert len(first) == len(second) == 2 and first[1] == second[0], f"{event.name()} {shapes}"
-            total += 2 * first[0] * first[1] * second[1]
-    return total
 
 
 def units(problem, rows, *, needs=("hidden", "weight"), grad=True, scale=1.0, **more):

@@ -15,7 +15,7 @@ from . import drift, growth, kill, planner
 
 def fuzz(options):
     """Random calls of the compiled kernels and of the public functions, guided by coverage where atheris is installed."""
-    command = [sys.executable, "tests/fuzz.py", str(options.seconds), f"-seed={options.seed + 1}"]
+    command = [sys.executable, "tests/support/fuzz.py", str(options.seconds), f"-seed={options.seed + 1}"]
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "FUZZ_SEED": str(options.seed)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     said = done.stdout + done.stderr

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_trainer import tiny_model
 
 from grpo_kernels.trainer.demo import make_tokenizer
+from support.tiny_trainer import tiny_model
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 EXAMPLES = TESTS.parent / "examples"
 RANKS = 2
 SECONDS = 600
@@ -29,7 +29,7 @@ import signal
 from pathlib import Path
 
 import torch.distributed as dist
-from test_trainer_ranks import Rehearsed, letters
+from support.rehearsed_trainer import Rehearsed, letters
 
 from grpo_kernels.trainer import GRPOTrainer
 

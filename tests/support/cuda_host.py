@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host: csrc/row_kernels_cuda.cu compiled by g++ with tests/cuda_shim, behind backends/cuda.py."""
+"""The CUDA kernels on the host: csrc/row_kernels_cuda.cu compiled by g++ with the cuda_shim beside this file, behind backends/cuda.py."""
 
 import ctypes
 import functools
@@ -11,9 +11,8 @@ from pathlib import Path
 
 from grpo_kernels.backends import cuda
 
-TESTS = Path(__file__).parent
-CSRC = TESTS.parent / "csrc"
-SHIM = TESTS / "cuda_shim"
+CSRC = Path(__file__).parents[2] / "csrc"
+SHIM = Path(__file__).parent / "cuda_shim"
 SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
 TWICE, KEPT = 1, 2  # variants: two reads of the tile, or the row kept by a cluster
 
@@ -83,3 +82,8 @@ divergence_statistics, jensen_shannon, divergence_gradient = map(
     _on_the_host, ("divergence_statistics", "jensen_shannon", "divergence_gradient")
 )
 pair_logits, pair_sums = map(_on_the_host, ("pair_logits", "pair_sums"))
+
+
+def sanitizer_libraries():
+    found = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in ("libasan.so", "libubsan.so")]
+    return found if all(Path(path).is_absolute() for path in found) else None

@@ -1,6 +1,6 @@
 """Random calls of the compiled kernels and of the public functions: a result or an error that says what was wrong, nothing else.
 
-    python tests/fuzz.py SECONDS [libFuzzer's options]
+    python tests/support/fuzz.py SECONDS [libFuzzer's options]
 
 With atheris its coverage of our Python guides the bytes; without it they come from a generator, seeded by FUZZ_SEED. Under a
 library built with sanitizers (tests/test_sanitizers.py) a wild read or write ends the process.

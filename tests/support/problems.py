@@ -19,6 +19,7 @@ from grpo_kernels.losses.config import TRL_LOSS_TYPES
 
 # ratios: below, inside and above every clip range drawn here, and beyond every delta
 BANDS = ((0.35, 0.7), (0.87, 1.13), (1.35, 1.8), (2.6, 4.5))
+
 # p = 1 / (1 + exp(-gap)) is then within 5e-7 of 1
 CONFIDENT_GAP = 14.5
 DEVICE = os.environ.get("GRPO_KERNELS_TEST_DEVICE", "cpu")  # where calls are made; problems are drawn on the CPU

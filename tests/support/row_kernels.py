@@ -1,13 +1,15 @@
 """Tiles for tests of the row kernels, and every backend's kernels behind one face."""
 
+import functools
 import os
 from dataclasses import fields, replace
 
-import cuda_host
 import pytest
 import torch
 
 from grpo_kernels.backends import cuda, native, pytorch, statistics, triton
+from grpo_kernels.losses.terms import PolicyTerms
+from support import cuda_host
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -123,3 +125,14 @@ def all_kernels():
 
 each_kernels = pytest.mark.parametrize("kernels", all_kernels(), ids=repr)
 each_policy = pytest.mark.parametrize("kernels", [k for k in all_kernels() if hasattr(k.module, "policy")], ids=repr)
+
+
+Terms = functools.partial(PolicyTerms, kind="clipped", epsilon_high=0.28, use_bias_correction_kl=False)
+
+
+def log_probs(z, target):
+    """(logps, entropy) by the plain expressions."""
+    log_p = torch.log_softmax(z, 1)
+    p = log_p.exp()
+    entropy = -torch.where(p == 0, 0.0, p * log_p.clamp(min=torch.finfo(z.dtype).min)).sum(1)
+    return log_p.gather(1, target.unsqueeze(1)).squeeze(1), entropy
