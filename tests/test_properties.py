@@ -1,16 +1,16 @@
 """Every public function over drawn shapes, strides, dtypes, options and workspaces: the reference's answer, whatever the memory looks like.
 
 The reference gets contiguous float64 copies of what the functions get strided, expanded, sliced, misaligned or empty.
-How far a result may be from the reference's is measured on each call's own numbers (rounding_bounds.py).
+How far a result may be from the reference's is measured on each call's own numbers (support/rounding_bounds.py).
 """
 
 import math
 
 import pytest
-import rounding_bounds
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import rounding_bounds
 
 from grpo_kernels import (
     FusedLinearGRPOLoss,
