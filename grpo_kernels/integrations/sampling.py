@@ -39,7 +39,9 @@ def linear_logits(hidden, weight, bias=None, lora=None, *, backend="auto"):
     """Logits by the product of the loss's head, without gradient: ``hidden @ weight.T + scale * (hidden @ A.T) @ B.T + bias``.
 
     Args:
-        hidden: [.., D]; weight: [V, D] of the same dtype (under autocast both are cast); bias: [V] or None.
+        hidden: [.., D].
+        weight: [V, D] of the same dtype (under autocast both are cast).
+        bias: [V] or None.
         lora: (A [r, D], B [V, r], scale) or None.
         backend: whose row kernels will read them.
 
@@ -63,7 +65,18 @@ def linear_logits(hidden, weight, bias=None, lora=None, *, backend="auto"):
 
 
 def score_rows(logits, tokens, transform, bias=None, backend="auto"):
-    """`Scored` of tokens [R] from raw logits [R, V], by the row kernels. A token outside of [0, V) has a log-prob of -inf."""
+    """Log-probs of tokens from raw logits, by the row kernels.
+
+    Args:
+        logits: [R, V], before scale, softcap and temperature.
+        tokens: [R] int64; one outside of [0, V) has a log-prob of -inf.
+        transform: a `LogitTransform`: logit_scale, softcap and temperature.
+        bias: [V] or None, added to the logits.
+        backend: as in `linear_logprobs`.
+
+    Returns:
+        `Scored`: logps, lse and entropy, [R] float32 (float64 for float64).
+    """
     acc, device = accumulation_dtype(logits.dtype), logits.device
     kernels = backends.kernels(backends.resolve(backend, device, logits.dtype, logits.shape[1]))
     stats = new_statistics(len(logits), acc, device)

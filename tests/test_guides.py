@@ -1,0 +1,201 @@
+"""docs/usage.md, integrations.md and api.md: snippets run and print what they say, errors and names are those of the code."""
+
+import ast
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo_kernels
+from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs
+from grpo_kernels.backends import native
+from grpo_kernels.losses import terms
+
+ROOT = Path(__file__).parent.parent
+DOCS, PACKAGE = ROOT / "docs", ROOT / "grpo_kernels"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def snippets(file):
+    """[(name, source)] of its Python, named after the headings."""
+    found, heading = [], ""
+    for block in re.split(r"(?m)^(?=## |```python\n)", (DOCS / file).read_text()):
+        if block.startswith("```python\n"):
+            found.append((heading, block.removeprefix("```python\n").split("```")[0]))
+        elif block.startswith("## "):
+            heading = block.split("\n")[0][3:]
+    return [(f"{heading} {sum(h == heading for h, _ in found[: i + 1])}", source) for i, (heading, source) in enumerate(found)]
+
+
+def runs_as_it_says(source, space):
+    """Every `print(...)  # answer` prints the answer."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(source, space)
+    assert [line for line in out.getvalue().splitlines() if line] == re.findall(r"^print\(.*\)\s+# (.*)$", source, re.M)
+    return space
+
+
+def tables(text):
+    """Rows of its tables without their heads, as lists of cells."""
+    lines = text.splitlines()
+    heads = {i - 1 for i, line in enumerate(lines) if re.fullmatch(r"\|[ |-]+\|", line)}
+    heads |= {i + 1 for i in heads}
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for i, line in enumerate(lines) if line.startswith("|") and i not in heads]
+
+
+def section(file, heading):
+    return (DOCS / file).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+# ---- usage
+
+
+@pytest.fixture
+def prepared():
+    """The names of the page's first snippet; a loss that a snippet registers is gone behind the test."""
+    space, before = {}, dict(terms.TERMS)
+    exec(snippets("usage.md")[0][1], space)
+    yield space
+    terms.TERMS.clear()
+    terms.TERMS.update(before)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in snippets("usage.md")[1:]])
+def test_the_snippets_of_usage_run(name, prepared):
+    if "Same bits" in name and native.why_unavailable() is not None:
+        pytest.skip("needs the compiled CPU kernels")
+    source = dict(snippets("usage.md"))[name]
+    space = runs_as_it_says(source, prepared)
+    if "out" in space and ".backward()" in source and "torch.randn(V, D)" not in source:
+        grad = space["body"].weight.grad
+        assert grad is not None and grad.isfinite().all() and grad.norm() > 0
+    if "out = " in source:
+        assert space["out"].loss.isfinite().all()
+
+
+def test_the_errors_of_usage_are_those_of_the_code(prepared):
+    hidden, head, tokens, ids, advantages, mask = (prepared[name] for name in ("hidden", "head", "tokens", "ids", "advantages", "mask"))
+    weight = head.weight
+
+    def loss(tokens=tokens, weight=weight, advantages=advantages, **more):
+        return lambda: fused_linear_grpo_loss(hidden, weight, tokens, advantages, mask, **more)
+
+    calls = [
+        loss(tokens=ids), loss(tokens=tokens.where(mask, -100) - 1000), loss(advantages=advantages * torch.nan),
+        loss(old_logps=linear_logprobs(hidden, weight, tokens).logps), loss(config=GRPOLossConfig(beta=0.04)), loss(weight=weight.bfloat16()),
+        loss(temperature=0.9), loss(backend="cuda"),
+    ]  # fmt: skip
+    written = [cells[0].strip("`") for cells in tables(section("usage.md", "Errors"))]
+    assert len(written) == len(calls) + 1  # the last one is no message
+    for message, call in zip(written, calls, strict=False):
+        with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+            call()
+        own = message.replace("'triton'", "'cuda'")  # of the two the one that no test machine has
+        assert str(caught.value).startswith(own.removesuffix("..")), caught.value
+    assert loss(tokens=tokens - 1000, kept_rows=mask.flatten().nonzero().squeeze(1))().loss.isnan()
+
+
+def test_the_environment_variables_of_usage_are_those_that_are_read():
+    text = "".join(path.read_text() for path in [*PACKAGE.rglob("*.py"), ROOT / "setup.py"])
+    read = set(re.findall(r"environ(?:\.get\(|\[|\.setdefault\()\s*\"(GRPO_KERNELS_\w+)", text))
+    written = re.findall(r"^\| `(GRPO_KERNELS_\w+)` \|", (DOCS / "usage.md").read_text(), re.M)
+    assert set(written) == read and len(written) == len(read)
+
+
+def test_the_losses_of_usage_are_all_of_them():
+    named = section("usage.md", "Which loss").split("[Losses]")[0]
+    assert set(re.findall(r"`(\w+)`", named)) - {"loss_type"} == set(terms.BUILT_IN)
+
+
+# ---- integrations
+
+
+def tiny(folder):
+    """A model and tokenizer that TRL loads by path."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from grpo_kernels.trainer.demo import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                 eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder)  # fmt: skip
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in snippets("integrations.md")])
+def test_the_snippets_of_integrations_run(name, tmp_path, monkeypatch):
+    source = dict(snippets("integrations.md"))[name]
+    if not name.startswith("TRL"):
+        runs_as_it_says(source, {})
+        return
+    trl = pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    tiny(tmp_path / "model")
+    (line,) = re.findall(r"^MODEL = .*$", source, re.M)
+    space = {}
+    exec(source.replace(line, f"MODEL = {str(tmp_path / 'model')!r}"), space)
+    trainer = space["trainer"]
+    assert isinstance(trainer, trl.GRPOTrainer) and trainer.state.global_step == 2
+    names = section("integrations.md", "TRL: GRPO").split("The log has TRL's names. ")[1].split("and the rewards")[0]
+    for pattern in set(re.findall(r"`([\w/*]+)`", names)) - {"kl"}:  # beta is 0
+        assert any(re.fullmatch(pattern.replace("*", ".*"), key) for key in trainer.state.log_history[0]), pattern
+
+
+def test_the_diffs_of_integrations_name_what_there_is():
+    text = (DOCS / "integrations.md").read_text()
+    lines = [line[1:] for block in re.findall(r"```diff\n(.*?)```", text, re.S) for line in block.splitlines() if line.startswith("+from ")]
+    assert len(lines) >= 6
+    for line in lines:
+        (statement,) = ast.parse(line).body
+        path = ROOT / (statement.module.replace(".", "/") + ".py")
+        assert {alias.name for alias in statement.names} <= set(public_names(path)), line
+
+
+def said(folder):
+    """Every string of these sources, `..` where a value stands."""
+    found = []
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else ".." for part in node.values))
+    return "\n".join(found)
+
+
+def test_the_refusals_of_integrations_are_those_of_the_code():
+    messages, checked = said(PACKAGE), 0
+    for cells in tables((DOCS / "integrations.md").read_text()):
+        error = cells[1] if cells[0] in ("construction", "training") else cells[0]
+        if len(cells) < 2 or "`" not in error or error.startswith(("`None", "`False", "`True")) or len(cells) > 3:
+            continue
+        for part in re.findall(r"`(.+?)`", error)[0].split(".."):
+            assert part.strip(" ()") in messages, part
+        checked += 1
+    assert checked >= 18
+
+
+# ---- the reference
+
+
+def public_names(path):
+    """Functions and classes that a module defines."""
+    found = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return [name for name in found if not name.startswith("_")]
+
+
+def test_the_reference_has_every_public_name_once():
+    listed = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.M)
+    wanted = {f"grpo_kernels.{name}" for name in grpo_kernels.__all__} - {"grpo_kernels.reference"}
+    wanted |= {"grpo_kernels.reference.grpo_loss", "grpo_kernels.trainer.GRPOConfig", "grpo_kernels.trainer.GRPOTrainer"}
+    for path in (PACKAGE / "integrations").glob("*.py"):
+        wanted |= {f"grpo_kernels.integrations.{path.stem}.{name}" for name in public_names(path)}
+    assert set(listed) == wanted and len(listed) == len(wanted)
+
+
+def test_every_document_is_in_the_navigation():
+    listed = re.findall(r"(?m)^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text())
+    assert {path.name for path in DOCS.glob("*.md")} <= set(listed) and len(listed) == len(set(listed))
