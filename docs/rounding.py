@@ -1,6 +1,6 @@
 """What tensor cores round: logits, log-probs, dH and dW summed as NVIDIA's accumulators do. An emulation, not a measurement.
 
-    python -m docs.rounding      the tables of docs/precision.md
+    python -m docs.rounding      the tables of docs/precision.md, with more rows and columns
 
 The last one is of ordinary products: what gradients lose between two phases.
 

@@ -1,4 +1,4 @@
-"""docs/metrics.md, training.md, sampling-mask.md, bits.md and distillation.md: what their tables and examples say, against what the code does."""
+"""docs/metrics.md, training.md, losses.md, sampling-mask.md, bits.md and distillation.md: what their tables and examples say, against what the code does."""
 
 import collections
 import contextlib
@@ -16,22 +16,31 @@ from support.recorded_products import recorded
 from support.tiny_trainer import DATA, tiny_model, trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_kernels import GRPOLossConfig, fused_linear_distillation_loss, fused_linear_grpo_loss, linear_divergence, reference
+from grpo_kernels import (
+    GRPOLossConfig,
+    fused_linear_distillation_loss,
+    fused_linear_grpo_loss,
+    linear_divergence,
+    objective,
+    reference,
+)
 from grpo_kernels.bench import peers
 from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEVICES, Problem, predict
-from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES, TRL_LOSS_TYPES
+from grpo_kernels.losses.config import LOSS_FIELDS, LOSS_TYPES
+from grpo_kernels.losses.terms import TERMS
+from grpo_kernels.trainer.arguments import parse
 from grpo_kernels.trainer.demo import make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ---- what a loss ignores ----
+# ---- what a loss uses ----
 
 # what is changed, beside which an option that is used shows
 BASE = dict(epsilon=0.2, epsilon_high=1.0, delta=2.5, entropy_coef=0.1, top_entropy_quantile=0.6, off_policy_mask_threshold=0.1,
             max_completion_length=9, dro_beta=0.7, clip_cov_ratio=0.3, clip_cov_lb=-1.0, kl_cov_ratio=0.3)  # fmt: skip
-# dppo's bounds are of probabilities, which are small here; gspo's ratios, which are means, seldom leave the range
-OWN = {"dppo_tv": dict(epsilon=0.001, epsilon_high=0.001), "dppo_kl": dict(epsilon=1e-4, epsilon_high=1e-4), "gspo": dict(epsilon=0.9)}
+# dppo's bounds are of probabilities, which are small here; the off-policy mask would drop the sequences that gspo clips below
+OWN = {"dppo_tv": dict(epsilon=0.001, epsilon_high=0.001), "dppo_kl": dict(epsilon=1e-4, epsilon_high=1e-4), "gspo": dict(epsilon=0.9, off_policy_mask_threshold=0.5)}
 CHANGED = {
     "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.4, "delta": 2.2, "beta": 0.4, "use_bias_correction_kl": False,
     "temperature": 1.3, "logit_scale": 1.5, "softcap": 2.0, "entropy_coef": 0.5, "top_entropy_quantile": 0.2, "off_policy_mask_threshold": -2.0,
@@ -75,14 +84,18 @@ def cell(loss_type, name):
     return "yes" if uses[0] else "KL" if uses[1] else ""
 
 
+def used(loss_type):
+    """{option or tensor: "yes", or "KL" where it counts only with beta} of a loss, by the section's tables."""
+    everywhere, *losses = table("metrics.md", "Options of each loss")[1:]
+    assert everywhere[0] == "every loss"
+    (own,) = (row for row in losses if loss_type in row[0].split(", "))
+    return {name: kind for row in (everywhere, own) for kind, cell in zip(("yes", "KL"), row[1:], strict=True) for name in cell.split(", ") if name}
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_what_a_loss_ignores_is_what_the_table_leaves_empty(loss_type):
-    of_trl = loss_type in TRL_LOSS_TYPES
-    head, *rows = table("metrics.md", "What a loss ignores" if of_trl else "What verl's losses ignore")
-    assert tuple(head[1:]) == (TRL_LOSS_TYPES if of_trl else LOSS_TYPES[len(TRL_LOSS_TYPES) :])
-    written = {row[0]: row[head.index(loss_type)] for row in rows}
-    assert set(written) == {*LOSS_FIELDS, *TENSORS} - {"loss_type"}
-    assert written == {name: cell(loss_type, name) for name in written}
+def test_a_loss_uses_the_options_that_the_table_names_and_no_others(loss_type):
+    options = {*LOSS_FIELDS, *TENSORS} - {"loss_type"}
+    assert used(loss_type) == {name: uses for name in options if (uses := cell(loss_type, name))}
 
 
 # ---- metrics ----
@@ -94,7 +107,7 @@ def there(condition, loss_type, beta):
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_loss_returns_the_metrics_of_the_table(loss_type):
-    _, *rows = table("metrics.md", "Of the loss")
+    _, *rows = table("metrics.md", "Metrics of the loss")
     for beta in (0.0, 0.3):
         found = run(fused_linear_grpo_loss, made(loss_type, beta=beta)).metrics
         assert set(found) == {row[0] for row in rows if there(row[3], loss_type, beta)}
@@ -110,8 +123,8 @@ def test_a_run_logs_the_metrics_of_the_tables(tmp_path, loss_type):
     options = dict(beta=0.3, dro_beta=0.5, max_steps=1, eval_dataset=DATA[:2], eval_strategy="steps", eval_steps=1)
     t = trainer(tmp_path, model=tiny_model(), loss_type=loss_type, **options)
     t.train()
-    of_loss = {row[0] for row in table("metrics.md", "Of the loss")[1:] if there(row[3], loss_type, 0.3)}
-    of_trainer = {row[0].replace("NAME", "digit_sum"): row[3].split(", ") for row in table("metrics.md", "Of the trainer")[1:]}
+    of_loss = {row[0] for row in table("metrics.md", "Metrics of the loss")[1:] if there(row[3], loss_type, 0.3)}
+    of_trainer = {row[0].replace("NAME", "digit_sum"): row[3].split(", ") for row in table("metrics.md", "Metrics of the trainer")[1:]}
     for log, mode, prefix in zip(t.state.log_history, ("train", "eval"), ("", "eval_"), strict=False):
         wanted = of_loss | {name for names, modes in of_trainer.items() if mode in modes for name in names.split(", ")}
         assert set(log) - {"step", "epoch"} == {prefix + name for name in wanted} - {"epoch"}, mode
@@ -141,6 +154,31 @@ def test_the_reward_function_of_the_documentation_scores_text_and_messages(tmp_p
         assert given["completions"] == (texts if kind == "text" else [[{"role": "assistant", "content": text}] for text in texts])
         assert space["score"](**{**given, "completions": ["2", "3"] if kind == "text" else [[{"role": "assistant", "content": c}] for c in "23"],
                                  "answer": ["2", "2"]}) == [1.0, 0.0]  # fmt: skip
+
+
+def test_the_configuration_file_and_the_flags_of_the_documentation_are_options(tmp_path, monkeypatch):
+    text = (DOCS / "training.md").read_text()
+    (settings,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (tmp_path / "run.yaml").write_text(settings)
+    (tmp_path / "PATH").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run, args = parse(["--config", "run.yaml", "--use_cpu"], {})
+    assert (run.model, run.reward, args.generation_batch_size, args.steps_per_rollout) == ("PATH", ["my_rewards:score"], 64, 1)
+    known = {f"--{f.name}" for f in (*dataclasses.fields(type(run)), *dataclasses.fields(type(args)))} | {"--dry-run", "--help"}
+    elsewhere = {"--nproc-per-node", "--logprobs-mode", "--model-path"}  # of torchrun and of the servers
+    assert set(re.findall(r"--[a-z][\w-]*", text)) - elsewhere <= known
+
+
+def test_the_trainer_of_the_documentation_trains(tmp_path, monkeypatch):
+    (source,) = (found for found in snippets((DOCS / "training.md").read_text()) if "GRPOTrainer" in found)
+    monkeypatch.chdir(tmp_path)
+    for part in (tiny_model(max_position_embeddings=128), make_tokenizer()):
+        part.save_pretrained("path/to/model")
+    space = {}
+    assert source.count("max_steps=100") == source.count("Name a colour.") == source.count("Name a fish.") == 1
+    source = source.replace("max_steps=100", "max_steps=1, use_cpu=True, disable_tqdm=True")
+    exec(source.replace("Name a colour.", "1+1=").replace("Name a fish.", "2+3="), space)  # of the tiny tokenizer's letters
+    assert space["trainer"].state.global_step == 1 and (tmp_path / "run" / "model.safetensors").exists()
 
 
 # ---- the sampling mask ----
@@ -175,10 +213,72 @@ def test_the_snippets_of_the_sampling_mask_do_what_they_say():
     assert padded["first"].ids.tolist() == [7, 3, 9, 5] and padded["first"].positions == 2
 
 
-def test_the_correction_of_losses_runs():
-    (source,) = snippets((DOCS / "losses.md").read_text())
-    space = printed_as_it_says(source, {})
+def test_the_snippets_of_losses_run():
+    correction, own = snippets((DOCS / "losses.md").read_text())
+    space = printed_as_it_says(correction, {})
     assert space["out"].loss.isfinite() and space["config"].importance_sampling_range == (0.5, 5.0)
+    try:
+        space = printed_as_it_says(own, {})
+    finally:
+        TERMS.pop("squared", None)
+    assert space["out"].loss.isfinite() and space["hidden"].grad.abs().sum() > 0 and space["out"].metrics["kl"] != 0
+
+
+def options_of_losses():
+    """{loss_type: the options that its section of losses.md says it reads}."""
+    section = (DOCS / "losses.md").read_text().split("\n## Policy terms\n")[1].split("\n## ")[0]
+    found = {}
+    for part in section.split("\n### ")[1:]:
+        head, (words,) = part.splitlines()[0], re.findall(r"^Reads: (.*)$", part, re.M)
+        names = re.findall(r"`(\w+)`", head)
+        for clause in words.split("; "):  # of all losses of the section, or of one that it begins with
+            first, *others = re.findall(r"`(\w+)`", clause) or [None]
+            for name in [first] if first in names else names:
+                found.setdefault(name, set()).update(others if first in names else filter(None, [first, *others]))
+    return found
+
+
+EQUATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "vanilla", "gspo", "gpg", "dro")  # without words in them
+
+
+@pytest.mark.parametrize("loss_type", EQUATIONS)
+def test_a_losss_equation_and_its_sum_are_the_objectives(loss_type):
+    """Of a call whose tokens are all kept: value and gradient."""
+    sections = (DOCS / "losses.md").read_text().split("\n### ")[1:]
+    (source,) = [re.search(r"```\ns = (.*?)\n```", part)[1] for part in sections if f"`{loss_type}`" in part.splitlines()[0]]
+    s = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", source.split("        ")[0].replace("w'", "w_").replace("^", "**"))
+    B, T, g = 6, 5, torch.Generator().manual_seed(1)
+    old, start = (-3 * torch.rand(B, T, dtype=torch.float64, generator=g) for _ in range(2))
+    A, lp = torch.randn(B, 1, dtype=torch.float64, generator=g), start.requires_grad_()
+    more = {"cispo": dict(epsilon_high=1.5), "gspo": dict(epsilon=0.05)}.get(loss_type, {})
+    config = GRPOLossConfig(loss_type=loss_type, delta=2.5, dro_beta=0.7, max_completion_length=9, sapo_temperature_neg=1.4, **more)
+    pick = lambda name, at_zero=False: torch.where((A > 0) | at_zero & (A == 0), *(A.new_tensor(getattr(config, f"{name}_{x}")) for x in ("pos", "neg")))  # noqa: E731
+
+    def phi(v):  # as the text below the equation has it
+        return v ** pick("vespo_k", True) * (pick("vespo_lambda", True) * (1 - v)).exp()
+
+    w, (low, high) = (lp - old).exp(), (1 - config.epsilon, 1 + config.upper_epsilon)
+    space = dict(
+        vars(config), epsilon_high=config.upper_epsilon, A=A, lp=lp, old=old, w=w, v=w.prod(1, keepdim=True), tau=pick("sapo_temperature"), phi=phi,
+        w_=(lp - lp.detach()).exp() * (lp - old).mean(1, keepdim=True).exp().detach(), sg=torch.detach, sigmoid=torch.sigmoid, abs=torch.abs,
+        clip=lambda x: x.clamp(low, high), min=lambda a, b: torch.minimum(*torch.broadcast_tensors(a, torch.as_tensor(b).to(a))),
+    )  # fmt: skip
+    _, *sums = table("losses.md", "How tokens are added up")
+    (u,) = [row[2] for row in sums if loss_type in row[0].split(", ")] or [sums[-1][2]]
+    u = u.split(";")[0].replace(" x ", " * ").replace("kept tokens of its sequence", "T").replace("kept tokens", "B * T").replace("num_items", "11")
+    u = re.sub(r"/ ([^(].*)", r"/ (\1)", u)
+    exact = (eval(u, dict(space, B=B, T=T)) * eval(s, space)).sum()
+    loss, _ = objective(lp, lp.detach(), A[:, 0], torch.ones(B, T), old_logps=old, num_items=11, config=config)
+    torch.testing.assert_close(loss, exact, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(*(torch.autograd.grad(x, lp)[0] for x in (loss, exact)), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_loss_reads_the_options_that_its_section_names(loss_type):
+    shared = re.findall(r"`(\w+)`", (DOCS / "losses.md").read_text().split("Every loss reads ")[1].split(".")[0])
+    shared += ["importance_sampling_clip_min", "importance_sampling_clip_max"]
+    read = {name for name in LOSS_FIELDS if name != "loss_type" and cell(loss_type, name)}
+    assert read == {*shared, *options_of_losses()[loss_type]}
 
 
 def behind_the_readmes_first_snippet(word):
@@ -235,6 +335,28 @@ def test_the_snippet_of_the_bits_does_what_it_says():
     assert names["old"].shape == (4, 6) and (names["old"] < 0).all()
 
 
+def test_what_the_same_bits_were_measured_to_cost_is_what_the_record_says():
+    _, *rows = table("bits.md", "What it costs")
+    record = json.loads((DOCS.parent / "benchmarks/results/cpu-bits.json").read_text())
+    found = {(row["path"], row["provider"]): row["median"] * 1e3 for row in record}
+    for (_, *cells), path in zip(rows, ("logprobs", "dense", "frozen", "realistic", "sequence", "entropy"), strict=True):
+        assert cells == [f"{found[path, f'grpo_kernels{how}']:.0f}" for how in ("-any-order", "", "-invariant")], path
+
+
+# ---- precision ----
+
+
+def test_the_errors_of_log_probs_on_a_cpu_are_those_of_the_records():
+    rows = {row[0]: row[1:] for row in table("precision.md", "In short")}
+    dense, support = (json.loads((DOCS.parent / f"benchmarks/results/{name}.json").read_text()) for name in ("cpu", "cpu-support"))
+    for name, record, path in (("CPU, bfloat16", dense, "logprobs"), ("CPU, bfloat16, [over supports](sampling-mask.md)", support, "support-logprobs")):
+        found = {row["provider"]: row["errors"] for row in record if row["path"] == path and row.get("errors")}
+        wanted = [found["grpo_kernels"]["logps_mean"], found["grpo_kernels"]["logps_max"]]
+        ours, theirs = ([float(x) for x in re.findall(r"\d\.\de-\d", words)] for words in rows[name])
+        assert ours == [float(f"{x:.1e}") for x in wanted], name
+        assert theirs == [float(f"{found['full_logits']['logps_mean']:.1e}")][: len(theirs)], name
+
+
 # ---- distillation ----
 
 
@@ -252,7 +374,7 @@ def test_what_a_divergence_was_measured_to_cost_is_what_the_record_says():
 
 
 def test_the_snippets_of_distillation_do_what_they_say():
-    own, exact, top = snippets((DOCS / "distillation.md").read_text())
+    own, top, exact = snippets((DOCS / "distillation.md").read_text())
     names = printed_as_it_says(own, {})
     mask, double = names["mask"], lambda x: x.detach().double()
     hidden, weight = (double(names[name]).requires_grad_() for name in ("hidden", "weight"))

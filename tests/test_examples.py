@@ -1,6 +1,5 @@
 """The examples run as a newcomer would run them, and learn."""
 
-import math
 import os
 import re
 import subprocess
@@ -59,14 +58,3 @@ def test_trl_learns_the_same_stock_and_fused():
     assert len({line.split(":")[1] for line in lines}) == 1, lines
     first, last = map(float, re.findall(r"[\d.]+", lines[0]))
     assert last > first + 0.05
-
-
-def test_the_first_snippet_of_the_readme_runs_as_it_stands(tmp_path):
-    """And shows what a newcomer cannot guess: hidden states and the tokens that they predict are one position apart."""
-    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    assert len(snippet.splitlines()) <= 15
-    assert "[:, :-1]" in snippet and "ids[:, 1:]" in snippet and ".backward()" in snippet
-    path = tmp_path / "snippet.py"
-    path.write_text(snippet)
-    printed = [float(x) for x in run(path).split()]
-    assert printed and all(map(math.isfinite, printed))

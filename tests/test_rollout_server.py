@@ -554,7 +554,7 @@ def test_the_loss_is_weighted_by_the_capped_ratio_of_trainer_to_sampler(tmp_path
     found = t.state.log_history[-1]
     assert found["sampler/ratio_max"] == pytest.approx(1.3) and found["sampler/ratio_min"] == pytest.approx(ratio[live].min().item(), rel=1e-4)
     assert found["sampler/ratio_mean"] == pytest.approx(ratio[live].clamp(max=1.3).mean().item(), rel=1e-4)
-    assert {row[0] for row in table("metrics.md", "Of the rollout server")[1:]} == {name for name in found if name.startswith("sampler/")}
+    assert {row[0] for row in table("metrics.md", "Metrics of the rollout server")[1:]} == {name for name in found if name.startswith("sampler/")}
     apart = (ours - theirs)[live].abs()
     assert found["sampler/logp_difference_mean"] == pytest.approx(apart.mean().item(), rel=1e-4)
     assert found["sampler/logp_difference_max"] == pytest.approx(apart.max().item(), rel=1e-4)
@@ -698,5 +698,5 @@ def test_two_processes_share_a_server_that_fails(tmp_path, server, sharded, fail
 
 def test_the_documentation_names_every_option():
     text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    section = text.split("\n## A rollout server\n")[1].split("\n## ")[0]
+    section = text.split("\n## Use a rollout server\n")[1].split("\n## ")[0]
     assert {f.name for f in fields(ServerOptions)} <= set(re.findall(r"rollout_server\w*", section))

@@ -258,7 +258,7 @@ def test_logs_and_the_dry_run_speak_of_it(tmp_path):
     t.train()
     for log, prefix in zip(t.state.log_history, ("", "eval_"), strict=False):
         found = {name: value for name, value in log.items() if "sampling_mask/" in name}
-        names = [prefix + row[0] for row in table("metrics.md", "Of the sampling mask")[1:]]
+        names = [prefix + row[0] for row in table("metrics.md", "Metrics of the sampling mask")[1:]]
         assert found == pytest.approx(dict(zip(names, [3.0, 0.0, 3 / 32], strict=True)))
     off = trainer(tmp_path, peaked_model(), top_k=3, keep_sampling_mask=False)
     plan = plan_of(off)

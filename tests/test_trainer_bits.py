@@ -97,4 +97,4 @@ def test_one_step_a_rollout_has_no_old_log_probs_and_no_mismatch(tmp_path, monke
     t.train()
     assert {call.kwargs["batch_invariant"] for call in loss.call_args_list} == {None}
     assert "sampler_mismatch" not in t.state.log_history[0]
-    assert "sampler_mismatch" in {row[0] for row in table("metrics.md", "Of the trainer")}
+    assert "sampler_mismatch" in {row[0] for row in table("metrics.md", "Metrics of the trainer")}
