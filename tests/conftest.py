@@ -11,6 +11,8 @@ import torch
 
 pytest.register_assert_rewrite("support")  # before it is imported: its failures then show values, as those of test files do
 
+from support.cases import cover  # noqa: E402
+
 DEVICE = os.environ.get("GRPO_KERNELS_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
@@ -31,24 +33,33 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what runs with --exhaustive alone: marked cases, and four in five of those of a test in Triton's interpreter.
+    """Leaves out what runs with --exhaustive alone: marked cases, what a cover leaves of a test's combinations, and four in five of
+    the other tests' cases in Triton's interpreter.
 
     A test whose name is given, FILE::TEST, runs in any case, and on a GPU everything does.
     """
     if DEVICE != "cpu" or config.getoption("--exhaustive"):
         return
     named = [argument for argument in config.args if "::" in argument]
-    cases, left_out = {}, set()
+    covered, interpreted, left_out = {}, {}, set()
     for item in items:
+        parameters = getattr(item, "callspec", _NoCases).params
         if any(item.nodeid.startswith(argument) for argument in named):
             continue
         if item.get_closest_marker("exhaustive"):
             left_out.add(item)
-        elif any(str(value).startswith("triton") for value in getattr(item, "callspec", _NoCases).params.values()):
-            cases.setdefault(item.function, []).append(item)
-    for group in cases.values():
-        if len(group) >= SAMPLED:
-            left_out.update(item for i, item in enumerate(group) if i % SAMPLED)
+        elif parameters and item.get_closest_marker("cover"):
+            covered.setdefault(item.function, []).append(item)
+        elif any(str(value).startswith("triton") for value in parameters.values()):
+            interpreted.setdefault(item.function, []).append(item)
+    for cases in covered.values():
+        together = cases[0].get_closest_marker("cover").args
+        # a value that comes up in several cases is one object
+        chosen = cover([{name: id(value) for name, value in case.callspec.params.items()} for case in cases], together)
+        left_out.update(case for i, case in enumerate(cases) if i not in chosen)
+    for cases in interpreted.values():
+        if len(cases) >= SAMPLED:
+            left_out.update(case for i, case in enumerate(cases) if i % SAMPLED)
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
@@ -61,6 +72,8 @@ class _NoCases:
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:cispo caps the importance ratio")  # of the many that draw a cispo's options
     config.addinivalue_line("markers", "unpoisoned: run with torch.empty as in production")
+    config.addinivalue_line("markers", "cover(*together): of all combinations some run always, in which each value of each parameter comes up "
+                                       "and all combinations of the parameters named here; the others are exhaustive")  # fmt: skip
     config.addinivalue_line("markers", "exhaustive: one case of many; `make test-all` runs it, `make test` does not")
     config.addinivalue_line("markers", "inductor: compiles for seconds; `make gpu` runs it last")
 

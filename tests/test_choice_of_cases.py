@@ -1,16 +1,19 @@
-"""Which cases run by default, with --exhaustive, and when they are named; and the decorators that mark the others."""
+"""Which cases run by default, with --exhaustive, and when they are named."""
 
+import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.seeds import each_seed, grid
+from support.cases import cover
+from support.seeds import each_seed
 
 TESTS = Path(__file__).parent
 CASES = """
 import pytest
-from support.seeds import each_seed, grid
+from support.seeds import each_seed
 
 @each_seed(40, 4, usual=2)
 def test_seeds(seed):
@@ -23,6 +26,12 @@ def test_long():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("shape", range(6))
 def test_interpreted(shape, backend):
+    pass
+
+@pytest.mark.cover
+@pytest.mark.parametrize("a", "xy")
+@pytest.mark.parametrize("b", "xyz")
+def test_covered(a, b):
     pass
 """
 
@@ -40,14 +49,16 @@ def test_each_seed_is_a_case_and_the_first_run_always():
             each_seed(0, 2, usual=usual)
 
 
-def test_a_grid_runs_every_value_of_every_parameter_always():
-    lists = dict(dtype=["float32", "bfloat16"], vocab=[1, 2, 3, 64, 65], given=[False, True], how=["once"])
-    cases = cases_of(grid(**lists))
-    assert len(cases) == len({values for values, _ in cases}) == 20
-    always = [values for values, runs in cases if runs]
-    assert len(always) == 5
-    for place, options in enumerate(lists.values()):
-        assert {values[place] for values in always} == set(options)
+def test_a_cover_has_every_value_and_every_combination_that_is_asked_for():
+    counts = dict(dtype=2, vocab=5, given=2, backend=3)
+    cases = [dict(zip(counts, values, strict=True)) for values in itertools.product(*map(range, counts.values()))]
+    for together, size in ((), 5), (("dtype", "backend"), 6), (("vocab", "backend"), 15), (tuple(counts), 60):
+        chosen = [cases[i] for i in cover(cases, together)]
+        assert len(chosen) == size
+        for name, count in counts.items():
+            assert {case[name] for case in chosen} == set(range(count))
+        assert len({tuple(case[name] for name in together) for case in chosen}) == math.prod(counts[name] for name in together)
+    assert cover(cases[:1]) == {0} and cover([{"a": 0}, {"a": 1, "b": 0}, {"a": 1}]) == {0, 1}
 
 
 def test_marked_cases_run_when_they_are_asked_for(tmp_path):
@@ -61,6 +72,7 @@ def test_marked_cases_run_when_they_are_asked_for(tmp_path):
 
     seeds, interpreted = ([f"test_seeds[{seed}]" for seed in range(40, 44)], [f"test_interpreted[{i}-{name}]" for i in range(6) for name in ("torch", "triton")])
     some = [name for name in interpreted if "torch" in name or "[0" in name or "[5" in name]
-    assert collected() == seeds[:2] + some
-    assert collected("--exhaustive") == [*seeds, "test_long", *interpreted]
-    assert collected("test_cases.py::test_long", "test_cases.py::test_seeds[43]") == ["test_long", "test_seeds[43]"]
+    covered = [f"test_covered[{b}-{a}]" for b in "xyz" for a in "xy"]
+    assert collected() == [*seeds[:2], *some, "test_covered[x-x]", "test_covered[y-y]", "test_covered[z-x]"]
+    assert collected("--exhaustive") == [*seeds, "test_long", *interpreted, *covered]
+    assert collected("test_cases.py::test_long", "test_cases.py::test_covered[x-y]") == ["test_long", "test_covered[x-y]"]

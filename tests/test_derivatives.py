@@ -85,6 +85,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.cover("options", "backend")
 @pytest.mark.parametrize("shape", ["per token", "0-dim"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("frozen", [False, True], ids=["head", "nothing else"])
@@ -331,6 +332,7 @@ def lse_problem(dtype=torch.float64, temperature=False, banned=0, **config):
     return p
 
 
+@pytest.mark.cover("options", "backend")
 @pytest.mark.parametrize("combine", COMBINED.values(), ids=COMBINED)
 @pytest.mark.parametrize("options", LSE_OPTIONS.values(), ids=LSE_OPTIONS)
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -342,6 +344,7 @@ def test_lse_and_its_gradients(combine, options, backend, workspace_bytes):
                      lse_call(p, "plain", torch.float64, combine), 1e-9)  # fmt: skip
 
 
+@pytest.mark.cover("backend", "dtype")
 @pytest.mark.parametrize("name", ["z-loss", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 4.0])
@@ -382,6 +385,7 @@ PER_TOKEN = [GRPOLossConfig(loss_type=name, importance_sampling_level=level, bet
 PER_TOKEN += [GRPOLossConfig(entropy_coef=0.3, top_entropy_quantile=0.6), GRPOLossConfig(loss_type="grpo", off_policy_mask_threshold=0.1)]
 
 
+@pytest.mark.cover("config")
 @pytest.mark.parametrize("config", PER_TOKEN, ids=lambda c: f"{c.loss_type}-{c.importance_sampling_level}-{c.entropy_coef}")
 @pytest.mark.parametrize("packed_rows", [False, True])
 def test_one_loss_a_token(config, packed_rows):

@@ -322,6 +322,7 @@ def cut(rows, kind="reverse_kl", dtype=torch.float64, **more):
                                          temperature="token", lora=True, has_bias=True) | more)  # fmt: skip
 
 
+@pytest.mark.cover("backend")
 @each_kind
 def test_every_way_through_the_loops(kind, backend, monkeypatch):
     """Stash, recomputing and both; several buffers, several chunks in a buffer, several stripes, several blocks of columns."""
@@ -358,6 +359,7 @@ def test_every_way_through_the_loops(kind, backend, monkeypatch):
     assert not {"stripes", "spans", "both"} - ways or slow(backend), ways
 
 
+@pytest.mark.cover("backend", "kind")
 @each_form
 @each_kind
 def test_rows_without_a_gradient_are_only_scored(kind, form, backend):
@@ -373,6 +375,7 @@ def test_rows_without_a_gradient_are_only_scored(kind, form, backend):
 # Extremes
 
 
+@pytest.mark.cover("backend", "kind")
 @each_form
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
@@ -392,6 +395,7 @@ def test_equal_heads_are_exactly_0_and_so_is_every_gradient(dtype, kind, form, b
             assert not any(x.any() for x in found.values()), {n: x.abs().max().item() for n, x in found.items()}
 
 
+@pytest.mark.cover("backend", "kind")
 @each_kind
 @pytest.mark.parametrize("size, digits", [(1e-2, 1e-4), (1e-3, 1e-4), (1e-4, 2e-3)])
 def test_near_agreement_keeps_its_digits_in_float32(size, digits, kind, backend):
@@ -428,6 +432,7 @@ def test_near_agreement_but_for_the_likeliest_token(kind, backend):
         assert ((value - exact).abs() <= 1e-4 * exact).all()
 
 
+@pytest.mark.cover("backend", "kind")
 @each_form
 @each_kind
 def test_columns_of_minus_infinity(kind, form, backend):
@@ -454,6 +459,7 @@ def test_columns_of_minus_infinity(kind, form, backend):
                 assert_all_close(ours, truth, 1e-10, hint=who)
 
 
+@pytest.mark.cover("backend", "kind")
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_logits_of_ten_thousand(dtype, kind, backend):
@@ -471,6 +477,7 @@ def test_logits_of_ten_thousand(dtype, kind, backend):
             assert_all_close(ours, truth, 2e-3 if single else 1e-9, floor=1e-4 * c.hidden.norm() if single else 5e-6)
 
 
+@pytest.mark.cover("backend", "kind")
 @each_form
 @each_kind
 def test_both_almost_certain_of_the_same_token(kind, form, backend):
@@ -512,6 +519,7 @@ def test_one_column_and_a_row_alone(form, backend):
                     assert not any(x.any() for x in ours.values())
 
 
+@pytest.mark.cover("backend", "form")
 @each_form
 @pytest.mark.parametrize("tokens", [(0,), (3, 0), (0, 4), (3, 4)])
 def test_nothing_kept_is_a_differentiable_0(tokens, form, backend):
@@ -529,6 +537,7 @@ def test_nothing_kept_is_a_differentiable_0(tokens, form, backend):
 # What is not finite
 
 
+@pytest.mark.cover("backend", "kind")
 @each_form
 @each_kind
 def test_nan_stays_in_its_row(kind, form, backend):
@@ -574,6 +583,7 @@ def test_a_row_of_weight_0_hides_no_nan_of_its_own_and_spreads_none(kind, backen
 # Determinism, graphs, memory
 
 
+@pytest.mark.cover("backend", "kind")
 @each_form
 @each_kind
 @pytest.mark.unpoisoned
@@ -587,6 +597,7 @@ def test_the_same_call_twice_gives_the_same_bits(dtype, kind, form, backend):
         assert all(torch.equal(x.nan_to_num(7.0), again[n].nan_to_num(7.0)) for n, x in first.items())
 
 
+@pytest.mark.cover("backend")
 @each_form
 def test_a_gradient_comes_where_it_is_asked_for_only(form, backend):
     c = cut(11)
@@ -644,6 +655,7 @@ def test_without_gradients_there_is_no_graph(form, backend):
     assert all(x.grad is None for x in (*teacher, bias)) and leaves["weight"].grad is not None
 
 
+@pytest.mark.cover("backend", "needs")
 @each_form
 @pytest.mark.parametrize("needs", [LEAVES, ("hidden",), ("weight",)], ids=["all", "frozen head", "frozen hidden"])
 def test_a_retained_graph_gives_the_same_gradients_again(needs, form, backend):
@@ -680,6 +692,7 @@ def test_a_retained_graph_of_other_rows_each_time(backend):
                 assert_close(f"{name} {rows}", gradient, truth[f"d{name}"], 1e-10)
 
 
+@pytest.mark.cover("backend")
 @each_form
 @pytest.mark.parametrize("needs", [LEAVES, ("hidden",)], ids=["all", "frozen head"])
 def test_a_second_derivative_is_refused(needs, form, backend):
@@ -710,6 +723,7 @@ def test_a_weight_changed_before_backward_is_an_error_or_does_not_matter(form, b
                 assert_close(name, leaves[name].grad, truth[f"d{name}"], 1e-10)
 
 
+@pytest.mark.cover("backend", "needs")
 @each_form
 @pytest.mark.parametrize("needs", [LEAVES, ("hidden",)], ids=["all", "frozen head"])
 def test_nothing_of_the_call_outlives_it(needs, form, backend):
@@ -764,6 +778,7 @@ def test_calls_that_overlap_share_no_memory(backend, monkeypatch):
 # The loss's weights
 
 
+@pytest.mark.cover("backend", "kind")
 @each_kind
 @pytest.mark.parametrize(
     "items", [None, 3, 0.5, torch.tensor(9), torch.tensor(0.25), torch.tensor(2.5, dtype=torch.float64)], ids=str
@@ -817,6 +832,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.cover
 @on_the_cpu
 @each_form
 @pytest.mark.parametrize("needs", [LEAVES, ("hidden",)], ids=["all", "frozen head"])
@@ -1214,6 +1230,7 @@ def planned(problem):
     return wanted, kernels
 
 
+@pytest.mark.cover("needs", "workspace")
 @on_the_cpu
 @each_form
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])

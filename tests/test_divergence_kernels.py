@@ -136,6 +136,7 @@ def close(name, found, exact, eps, size=1.0):
     assert not len(error) or error.max() <= eps, f"{name}: {error.max():.2e}"
 
 
+@pytest.mark.cover("kernels", "dtype", "kind")
 @each
 @each_dtype
 @each_kind
@@ -156,6 +157,7 @@ def test_statistics(kernels, dtype, kind, columns, transform, blocks):
         close("own", found.own, own, eps)
 
 
+@pytest.mark.cover("kernels", "kind")
 @each
 @each_kind
 @pytest.mark.parametrize("apart, spread", [(1e-2, 3.0), (1.4e-3, 3.0), (1.4e-3, 0.1), (3e-4, 0.1)])
@@ -176,6 +178,7 @@ def test_near_agreement_nothing_cancels(kernels, kind, apart, spread, blocks):
     assert_no_worse_than_torch(kind, out, same, gradient)
 
 
+@pytest.mark.cover("kernels", "dtype")
 @each
 @each_dtype
 @each_kind
@@ -192,6 +195,7 @@ def test_equal_rows_have_no_divergence_and_no_gradient(kernels, dtype, kind, tra
     assert (out == 0).all()
 
 
+@pytest.mark.cover("kernels", "dtype", "kind")
 @each
 @each_dtype
 @each_kind
@@ -231,6 +235,7 @@ def test_rows_of_no_gradient_become_zeros(kernels, kind):
     assert (out[1] == 0).all() and (out[0] != 0).any() and out.isfinite().all()
 
 
+@pytest.mark.cover("kernels", "banned")
 @each
 @each_dtype
 @each_kind
@@ -284,6 +289,7 @@ def test_large_logits(kernels, kind):
     assert out.isfinite().all()
 
 
+@pytest.mark.cover("kernels", "kind")
 @each
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -317,6 +323,7 @@ def test_ranges(kernels, kind, dtype):
         close("dz", student.values[first:last], gradient[0], eps)
 
 
+@pytest.mark.cover("kernels", "dtype")
 @whole_rows
 @each_dtype
 @each_kind
@@ -331,6 +338,7 @@ def test_equal_whole_rows_have_no_gradient(kernels, dtype, kind, columns):
     assert (out == 0).all() and (vectors[1].value == 0).all()
 
 
+@pytest.mark.cover("kernels", "dtype", "kind")
 @whole_rows
 @each_dtype
 @each_kind
@@ -361,6 +369,7 @@ def test_whole_rows_at_once(kernels, dtype, kind, transform, columns):
         assert torch.equal(out, again)
 
 
+@pytest.mark.cover("kernels", "kind")
 @each
 @each_kind
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 2, 0]])

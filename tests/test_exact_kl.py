@@ -154,6 +154,7 @@ def test_float64_equals_the_reference(block, backend):
         assert_all_close(ours, truth, 1e-10, hint=f"seed {seed} {needs} {[*more]} {p.config}")
 
 
+@pytest.mark.cover("loss_type", "level")
 @pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)

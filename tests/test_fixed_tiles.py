@@ -21,6 +21,7 @@ def in_pieces(kernels, tile, cuts, rows=slice(None)):
     return stats
 
 
+@pytest.mark.cover("kernels", "dtype")
 @each_kernels
 @each_dtype
 @cases()
@@ -37,6 +38,7 @@ def test_cuts_and_other_rows_change_no_bit(kernels, dtype, transform, biased):
             assert torch.equal(of_all[i : i + 1], alone)
 
 
+@pytest.mark.cover("kernels", "dtype")
 @each_kernels
 @each_dtype
 @cases()
@@ -54,6 +56,7 @@ def test_parts_that_ranks_hand_over_merge_to_the_same_bits(kernels, dtype, trans
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.cover("kernels", "dtype")
 @each_policy
 @each_dtype
 @cases()

@@ -80,6 +80,7 @@ def test_float64_equals_the_reference(loss_type, backend):
         assert_all_close(ours.flat(), truth.flat(), 1e-10, hint=f"seed {seed} {needs} {more} {p.config}")
 
 
+@pytest.mark.cover("loss_type")
 @each_backend
 @each_loss
 @pytest.mark.parametrize("beta", [0.0, 0.1])
@@ -98,6 +99,7 @@ def test_kept_rows_and_layouts_agree(loss_type, backend):
     assert_kept_rows_and_layouts_agree(config_of(loss_type), backend)
 
 
+@pytest.mark.cover("loss_type", "on_policy")
 @each_backend
 @each_loss
 @pytest.mark.parametrize("on_policy", [False, True])
@@ -144,18 +146,21 @@ def test_it_compiles_without_a_graph_break(loss_type):
 # The objective
 
 
+@pytest.mark.cover("loss_type")
 @each_loss
 @pytest.mark.parametrize("per_token", [False, True])
 def test_what_masked_positions_hold_is_ignored(loss_type, per_token):
     assert_masked_positions_are_ignored(config_of(loss_type, beta=0.5), per_token)
 
 
+@pytest.mark.cover("loss_type")
 @each_loss
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4), (3, 0), (0, 0)])
 def test_nothing_kept_is_a_zero_loss(loss_type, shape):
     assert_nothing_kept_is_zero(config_of(loss_type, beta=0.5), shape)
 
 
+@pytest.mark.cover("loss_type", "poisoned")
 @each_loss
 @pytest.mark.parametrize("poisoned", ["logps", "old_logps"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -163,6 +168,7 @@ def test_poison_at_a_kept_position_is_a_nan_loss(loss_type, poisoned, poison):
     assert_poison_is_a_nan_loss(config_of(loss_type), poisoned, poison)
 
 
+@pytest.mark.cover("loss_type")
 @each_loss
 @pytest.mark.parametrize("shift", [-300.0, -90.0, 90.0, 300.0])
 def test_far_apart_log_probs_give_finite_results(loss_type, shift):
@@ -456,6 +462,7 @@ def test_icepop_masks_a_token_whose_ratio_is_outside():
     assert GRPOLossConfig(importance_sampling_mode="icepop", importance_sampling_clip_min=0.7).importance_sampling_range == (0.7, 3.0)
 
 
+@pytest.mark.cover("loss_type", "backend")
 @each_backend
 @pytest.mark.parametrize("mode", IMPORTANCE_SAMPLING_MODES)
 @pytest.mark.parametrize("loss_type", [*TRL_LOSS_TYPES, *VERL])

@@ -121,6 +121,7 @@ def name_of(config):
 every_loss = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 
 
+@pytest.mark.cover("config")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shift", [-300.0, -90.0, 90.0, 300.0])
 @every_loss
@@ -154,12 +155,14 @@ def test_the_ratio_is_bounded_in_value_and_not_in_gradient():
     assert_close("d k3", out["dlogps"], torch.tensor([[1 - math.exp(80.0)]], dtype=torch.float64), 1e-12)
 
 
+@pytest.mark.cover("config")
 @every_loss
 @pytest.mark.parametrize("per_token", [False, True])
 def test_what_masked_positions_hold_is_ignored(config, per_token):
     assert_masked_positions_are_ignored(config, per_token)
 
 
+@pytest.mark.cover("config", "poisoned")
 @every_loss
 @pytest.mark.parametrize("poisoned", ["logps", "old_logps", "ref_logps"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -169,6 +172,7 @@ def test_poison_at_a_kept_position_is_a_nan_loss(config, poisoned, poison):
     assert_poison_is_a_nan_loss(config, poisoned, poison)
 
 
+@pytest.mark.cover("config")
 @every_loss
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4), (3, 0), (0, 0)])
 def test_nothing_kept_is_a_zero_loss_with_zero_gradients_and_metrics(config, shape):

@@ -91,6 +91,7 @@ def close(found, exact, dtype, size):
     assert (found - exact)[keep].abs().max() <= eps * size if keep.any() else True
 
 
+@pytest.mark.cover("kernels", "dtype", "way")
 @each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -112,6 +113,7 @@ def test_logits_of_pairs(kernels, dtype, lengths, K, way):
     close(out, exact, acc(dtype), 8 * math.sqrt(K) + 8)
 
 
+@pytest.mark.cover("kernels", "dtype", "way")
 @each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -137,6 +139,7 @@ def test_sums_over_pairs(kernels, dtype, lengths, K, way):
     assert torch.equal(out, again)
 
 
+@pytest.mark.cover("kernels", "dtype")
 @each
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("lengths", [[3], [1, 8, 2, 1, 17, 33, 5], [2, 9000, 129, 64]], ids=["one", "mixed", "long"])

@@ -69,6 +69,7 @@ def threads():
 SHAPES = [(1, 1, 1), (33, 47, 65), (1, 300, 1000), (300, 1, 1030), (129, 90, 1100), (17, 513, 31), (520, 40, 40), (5, 7, 3001)]
 
 
+@pytest.mark.cover("isa", "dtype")
 @each_kind
 @pytest.mark.parametrize("M, N, K", SHAPES)
 def test_it_is_the_product_within_the_rounding_of_its_sums(isa, dtype, M, N, K):
@@ -136,6 +137,7 @@ def test_bits_depend_on_row_and_column_alone(isa, dtype, data):
         assert same(some, whole[rows][:, columns])
 
 
+@pytest.mark.cover("isa", "dtype")
 @each_kind
 @pytest.mark.parametrize("M, N, K", [(40, 1100, 1500), (1100, 40, 1500), (600, 600, 300), (40, 36, 30000)])
 def test_large_and_many_threaded(isa, dtype, M, N, K):

@@ -95,6 +95,7 @@ def exactly_scored(tile):
 # ---- statistics
 
 
+@pytest.mark.cover("kernels", "dtype")
 @each_kernels
 @each_dtype
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -193,6 +194,7 @@ def test_nan_stays_in_its_row(kernels, dtype):
 # ---- gradient
 
 
+@pytest.mark.cover("kernels", "dtype")
 @each_kernels
 @each_dtype
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -217,6 +219,7 @@ def test_gradient_of_log_probs_whose_targets_are_elsewhere(kernels, dtype, trans
             assert (ours[:, tile.bias == -INF] == 0).all()
 
 
+@pytest.mark.cover("kernels", "dtype")
 @each_kernels
 @each_dtype
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -362,6 +365,7 @@ def test_ratios_reach_every_branch():
     assert (RATIOS.lt(0.8).sum(), RATIOS.gt(1.28).sum()) == (2, 4)
 
 
+@pytest.mark.cover("kernels", "terms")
 @each_policy
 @each_dtype
 @pytest.mark.parametrize("terms", POLICIES, ids=str)

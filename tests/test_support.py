@@ -76,6 +76,7 @@ def test_no_worse_than_full_logits_in_their_dtype(block, dtype, backend):
                 assert_no_worse_than_torch(f"seed {seed} {needs} {name}", ours[name], theirs[name], truth, floor=floor)
 
 
+@pytest.mark.cover("loss_type", "level")
 @every_backend
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)

@@ -73,6 +73,7 @@ def compared(out):
     return {name: x for name, x in out.flat().items() if name in SHARED or name.startswith("gradient")}
 
 
+@pytest.mark.cover("built_in", "backend")
 @each_backend
 @pytest.mark.parametrize("built_in", PAIRS)
 @pytest.mark.parametrize("workspace", [1, 20_000, None])
@@ -86,6 +87,7 @@ def test_a_registered_copy_equals_the_built_in_loss(built_in, workspace, options
         assert_all_close(compared(run(function, mine, **more)), compared(run(fused_linear_grpo_loss, p, **more)), 1e-10)
 
 
+@pytest.mark.cover("options", "level")
 @pytest.mark.parametrize("built_in", ["dapo", "grpo", "sapo"])
 @pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("options", [{}, {"beta": 0.1}, {"top_entropy_quantile": 0.6}, {"off_policy_mask_threshold": 0.2}], ids=str)
