@@ -54,6 +54,7 @@ def problem(config, **more):
                         **{"on_policy": False, **more})  # fmt: skip
 
 
+@pytest.mark.cover("name")
 @pytest.mark.parametrize(
     "name, rows_given, needs",
     [("one pass", True, HEAD), ("one pass", False, HEAD), ("on-policy sequence", True, ("hidden",)), ("sequence", True, HEAD),
@@ -291,6 +292,7 @@ def test_what_a_masked_position_has_as_temperature_reaches_no_gradient():
     assert_all_close(call(compiled, p), call(fused_linear_grpo_loss, p), 1e-10)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("function", [linear_divergence, fused_linear_distillation_loss])
 def test_a_divergence_compiles_without_a_graph_break(function, kind):

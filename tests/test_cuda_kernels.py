@@ -758,6 +758,7 @@ print("clean")
 """
 
 
+@pytest.mark.exhaustive
 def test_under_address_and_undefined_behaviour_sanitizers():
     libraries = sanitizer_libraries()
     if libraries is None:

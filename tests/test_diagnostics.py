@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from support.cases import usually
 from support.ranks import join, launch, leave
 
 from grpo_kernels import backends, linear_logprobs
@@ -40,6 +41,7 @@ def full(hidden, weight, options):
     return z if options.get("temperature") is None else z / options["temperature"].unsqueeze(-1)
 
 
+@pytest.mark.cover("name", "backend")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("trained", ["head", "hidden", "nothing"])
@@ -97,6 +99,7 @@ def test_what_is_not_finite_is_not_top():
     assert token_statistics(hidden, weight, torch.tensor([[0, 0]]))[2:] == [None] * 4
 
 
+@pytest.mark.cover("backend")
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("workspace_bytes", [20_000, 10**7])
@@ -203,7 +206,7 @@ def sharded(world, rank, folder, port):
 
 
 @pytest.mark.skipif(native.why_unavailable() is not None, reason="there are no compiled products")
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", usually([2, 4], 4))
 def test_a_sharded_vocabulary_has_those_of_one_process(world, tmp_path):
     """To the bit where ranks meet between fixed tiles, but for the mean, a sum in the order of the ranks."""
     launch(functools.partial(sharded, world), str(tmp_path), world, 240)

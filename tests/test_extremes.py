@@ -65,6 +65,7 @@ def test_columns_and_whole_chunks_of_minus_infinity(backend, level):
     assert d_weight[100:5000].abs().max() == 0 and d_weight[:100].abs().max() > 0
 
 
+@pytest.mark.cover("backend", "loss_type")
 @each_backend
 @each_level
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo", "vespo", "grpo"])
@@ -80,6 +81,7 @@ def test_ratios_that_overflow_and_log_probs_of_minus_a_thousand(backend, level, 
         assert out.loss.isfinite() and all(g.isfinite().all() for g in gradients), (old, ref)
 
 
+@pytest.mark.cover("backend", "where")
 @each_backend
 @each_level
 @pytest.mark.parametrize("value", [NAN, INF, -INF])

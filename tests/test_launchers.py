@@ -5,6 +5,7 @@ accelerate gives a CPU neither FSDP nor DeepSpeed, so the started script names t
 """
 
 import pytest
+from support.cases import usually
 from support.engines import EXAMPLES, LONG, RANKS, assert_same, assert_started_again, options, prepare, run
 
 SCRIPT = """
@@ -52,7 +53,7 @@ def one(folder):
     start(folder, "one", **PLAIN)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", usually(KINDS, "fsdp2"))
 def test_accelerate_launch_is_one_process(name, folder, one):
     if name == "deepspeed_zero3":
         pytest.importorskip("deepspeed")
@@ -61,6 +62,7 @@ def test_accelerate_launch_is_one_process(name, folder, one):
     assert_same(folder, name, "one")
 
 
+@pytest.mark.exhaustive
 def test_a_killed_run_under_fsdp2_ends_as_one_process(folder):
     """One of two processes is killed in the fifth of six steps; started again, the run ends in log and weights of one that ran through."""
     start(folder, "whole", **LONG)

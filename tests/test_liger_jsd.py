@@ -139,6 +139,7 @@ def test_float64(beta, setting):
     assert_all_close(ours, call.exact(), 1e-10)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("student, heads", list(itertools.product([torch.bfloat16, torch.float32], repeat=2)))
 def test_dtypes_that_differ(student, heads, temperature):

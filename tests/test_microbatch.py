@@ -26,6 +26,7 @@ def gradients(t, given, micro_of):
     return loss.item(), torch.cat([p.grad.flatten() for p in t.model.parameters()]), output.logps
 
 
+@pytest.mark.cover("loss_type")
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("level", ["token", "sequence"])

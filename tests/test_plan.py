@@ -162,6 +162,7 @@ def test_steps_add_up_to_the_products_that_are_needed(plans):
             assert size in {p.element_size, p.tile_size, max(p.element_size, 4)} | {2 * max(p.element_size, 4)}, s
 
 
+@pytest.mark.cover("needs", "level")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("needs", [("hidden", "weight"), ("hidden",), ()], ids=["trained", "frozen head", "no gradient"])
@@ -411,6 +412,7 @@ class Handed(torch.utils._python_dispatch.TorchDispatchMode):
 NEEDS = {"trained": ("hidden", "weight"), "frozen head": ("hidden",), "no gradient": ()}
 
 
+@pytest.mark.cover("needs")
 @pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
 @pytest.mark.parametrize("vocab", [4001, 301], ids=["few of the vocabulary", "all of it"])
 def test_steps_over_supports_are_what_the_pair_kernels_are_handed(monkeypatch, needs, vocab):
@@ -434,6 +436,7 @@ def test_steps_over_supports_are_what_the_pair_kernels_are_handed(monkeypatch, n
         assert counted[kind] == pytest.approx(handed.small[kind], rel=0.15), handed.small
 
 
+@pytest.mark.cover("needs")
 @pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_the_peak_over_supports_is_the_documented_one(monkeypatch, needs, level):
@@ -501,6 +504,7 @@ def test_a_teacher_is_one_product_more(more, depth, size):
     assert 1 < found.ratio < 1.25 and found.predicted_ms > predict(own).predicted_ms
 
 
+@pytest.mark.cover("needs")
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
 @pytest.mark.parametrize("needs", [("hidden", "weight"), ("hidden",), ()], ids=["trained", "frozen head", "no gradient"])
 def test_steps_beside_a_teacher_are_the_products_that_a_call_runs(needs, kind):

@@ -87,6 +87,7 @@ MODELS = {
 }
 
 
+@pytest.mark.cover("name")
 @DTYPES
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("options", [dict(), dict(temperature=0.7, num_return_sequences=2), dict(use_cache=False)], ids=["plain", "many", "no cache"])

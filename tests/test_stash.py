@@ -62,6 +62,7 @@ def compare(hint, ours, by_torch, exact):
         assert_no_worse_than_torch(f"{hint}, gradient of {name}", *three, floor=4e-6)
 
 
+@pytest.mark.cover("backend", "dtype")
 @each_dtype
 @pytest.mark.parametrize("with_logps", [False, True])
 def test_of_log_probs_and_entropies(backend, dtype, with_logps):
@@ -104,6 +105,7 @@ def test_of_log_probs_alone_in_bf16_no_digit_less_than_pytorch(backend, temperat
             assert_no_worse_than_torch(f"{deviation}, gradient of {name}", *three, slack=1.02)
 
 
+@pytest.mark.cover("name")
 @each_dtype
 @pytest.mark.parametrize("name", LOSSES)
 def test_of_losses_with_an_entropy_bonus(backend, name, dtype):

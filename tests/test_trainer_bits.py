@@ -59,6 +59,7 @@ def watched(folder, monkeypatch, dtype=torch.float32, lora=False, **options):
     return found, t
 
 
+@pytest.mark.cover("name")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 @pytest.mark.parametrize("name", WAYS)
 def test_every_ratio_of_the_first_step_is_one(tmp_path, monkeypatch, name, dtype):

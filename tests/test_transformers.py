@@ -251,6 +251,7 @@ def test_a_model_that_accelerate_unwraps_is_fused(keep, bf16):
     assert torch.equal(ours, rounded if keep else exact) and is_fused(model)
 
 
+@pytest.mark.cover("stage")
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("stage", ["fused", "prepared", "unwrapped", "fused again"])
 def test_a_copy_runs_its_own_weights_and_keeps_the_signature(stage, own, bf16):
@@ -486,6 +487,7 @@ def randomize(model):
             p.data += 0.3 * torch.randn(p.shape, generator=generator)
 
 
+@pytest.mark.cover("kind", "tied")
 @pytest.mark.parametrize("fuse", ["before", "after"])
 @pytest.mark.parametrize("kind, tied", [(kind, tied) for kind in PEFT for tied in (False, True) if kind != "saved" or not tied])
 def test_adapters(kind, tied, fuse):

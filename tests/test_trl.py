@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from support.cases import usually
 from support.trl_runs import MODELS, OFF_POLICY, STOCK, assert_same, finish, grpo, rollouts, saved
 
 trl = pytest.importorskip("trl")
@@ -139,7 +140,9 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", usually(OPTIONS, "off-policy with KL", "gspo", "cispo", "vespo", "several steps per generation",
+                                         "adaptive entropy", "entropy quantile", "importance ratios", "tool tokens", "lora",
+                                         "bfloat16 model", "evaluation between steps"))
 def test_stock_patched_and_fused_runs_are_the_same(name, folder, request):
     if name == "compiled" and not hasattr(utils, "_use_triton"):
         pytest.skip("TRL 1.15 runs its Triton kernel on the CPU too, in the interpreter, which cannot be traced")
@@ -157,7 +160,7 @@ def test_stock_patched_and_fused_runs_are_the_same(name, folder, request):
     assert any("loss" in key for key in stock[0]) and any("entropy" in key for key in stock[0])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", usually(MODELS, "gemma", "mixtral"))
 def test_architectures(name, folder, request):
     """Softcap, logit scale, bias, tied heads, and the auxiliary loss of a mixture of experts."""
     model = saved(folder, name, **MODELS[name])
@@ -658,6 +661,7 @@ def test_dpo_with_every_output(folder, request):
 # ---- the function
 
 
+@pytest.mark.cover("dtype")
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])

@@ -1,6 +1,7 @@
 """TRL's trainer on two ranks under DDP and FSDP2: stock, patched and fused runs are the same, and gradients are those of one
 process with the joined batch, however many tokens each rank keeps."""
 
+import functools
 import itertools
 import os
 
@@ -16,6 +17,7 @@ trl = pytest.importorskip("trl")
 
 from accelerate import state  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from support.cases import usually, values_that_run  # noqa: E402
 from support.ranks import join, launch, leave  # noqa: E402
 from support.tiny_trainer import DATA, digit_sum, tiny_model, weights  # noqa: E402
 from support.trl_runs import OFF_POLICY, STOCK, assert_same, grpo, rollouts, saved  # noqa: E402
@@ -42,6 +44,7 @@ SHARDED = {
     "sharded, checkpointing": {**SMALL, "gradient_checkpointing": True, "loss_type": "grpo", "max_steps": 2},
     "sharded, bfloat16": {**SMALL, **OFF_POLICY, "bf16": True, "epsilon": 0.2},
 }
+COMPARED = ("off-policy with KL", "sharded, bfloat16")  # their entropies
 
 PER_RANK, PROMPT, LENGTH = 3, 4, 6
 LOSSES = {
@@ -132,14 +135,15 @@ def of_all_kinds(run):
     return results
 
 
-def work(rank, folder, port):
+def work(names, rank, folder, port):
     join(rank, port, RANKS, SECONDS)
     model = saved(folder)
     for loss, kept, wrapper in itertools.product(LOSSES, KEPT, WRAPPERS):
         inputs = part_of(joined(KEPT[kept]), rank)
         results = of_all_kinds(lambda kind: gradients(kind, folder, model, inputs, WRAPPERS[wrapper], **LOSSES[loss]))  # noqa: B023
         torch.save(results, folder / f"{loss}-{kept}-{wrapper}-{rank}")
-    for name, options in {**RUNS, **SHARDED}.items():
+    for name in names:
+        options = {**RUNS, **SHARDED}[name]
         if name in SHARDED:
             use_fsdp()
         torch.save(of_all_kinds(lambda kind: grpo(kind, folder, model, **options)), folder / f"{name}-{rank}")  # noqa: B023
@@ -149,15 +153,16 @@ def work(rank, folder, port):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, request):
     """Where both ranks left their results."""
     path = tmp_path_factory.mktemp("ranks")
     saved(path)
-    launch(work, path, RANKS, SECONDS)
+    names = values_that_run(request, "test_stock_patched_and_fused_runs_are_the_same_on_every_rank", "name")
+    launch(functools.partial(work, sorted({*names, *COMPARED}, key=[*RUNS, *SHARDED].index)), path, RANKS, SECONDS)
     return path
 
 
-@pytest.mark.parametrize("name", [*RUNS, *SHARDED])
+@pytest.mark.parametrize("name", usually([*RUNS, *SHARDED], *COMPARED, "accumulation", "sharded, two phases"))
 def test_stock_patched_and_fused_runs_are_the_same_on_every_rank(name, folder):
     ranks = [torch.load(folder / f"{name}-{rank}") for rank in range(RANKS)]
     for kind in ("fused", "patched"):
@@ -170,7 +175,7 @@ def test_stock_patched_and_fused_runs_are_the_same_on_every_rank(name, folder):
 
 def test_log_probs_are_not_rounded_where_fsdp_casts_outputs(folder):
     """FSDP2 returns bfloat16 from a wrapped forward under bf16; stock TRL's entropies are some 1e-2 off there."""
-    logs = [torch.load(folder / f"{name}-0") for name in ("off-policy with KL", "sharded, bfloat16")]
+    logs = [torch.load(folder / f"{name}-0") for name in COMPARED]
     exact, stock, fused = logs[0]["stock"][0], logs[1]["stock"][0], logs[1]["fused"][0]
     assert abs(fused["entropy"][0] - exact["entropy"][0]) < 1e-4 < abs(stock["entropy"][0] - exact["entropy"][0])
 

@@ -63,6 +63,7 @@ def everything(function, hidden, weight, labels, *rest, which="both"):
     return {**{n: x.detach() for n, x in named.items()}, "dhidden": hidden.grad, "dweight": weight.grad}
 
 
+@pytest.mark.cover("shapes")
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 def test_equals_full_logits(shapes, temperature):

@@ -55,6 +55,7 @@ def test_the_counter_counts():
     assert operations(lambda: torch.nn.functional.linear(a, b.T, torch.zeros(7))) == 2 * 3 * 5 * 7
 
 
+@pytest.mark.cover("backend")
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workspace", [1, 4000, 20_000, None])
@@ -69,6 +70,7 @@ def test_one_pass_is_6_whatever_the_workspace(workspace, dtype, backend):
     assert units(on_policy, on_policy.kept, **more) == 6
 
 
+@pytest.mark.cover("config")
 @every_backend
 @pytest.mark.parametrize(
     "config",
@@ -92,6 +94,7 @@ def test_masked_rows_cost_nothing(backend):
         assert units(p, 0, backend=backend, needs=("hidden",)) == 0
 
 
+@pytest.mark.cover("backend")
 @every_backend
 @pytest.mark.parametrize("workspace", [1, 10_000, None])
 @pytest.mark.parametrize("per_token", [False, True])
@@ -118,6 +121,7 @@ def test_a_factor_of_zero_trains_nothing(backend):
     assert 0 < live < p.kept and units(p, 1, backend=backend) == 6 * live + 2 * (p.kept - live)
 
 
+@pytest.mark.cover("backend")
 @every_backend
 @pytest.mark.parametrize("workspace", [1, 10_000, None])
 @pytest.mark.parametrize("config", [TOKEN, SEQUENCE, GRPOLossConfig(loss_type="vespo"), GRPOLossConfig(beta=0.1)],
@@ -128,6 +132,7 @@ def test_a_frozen_head_is_4(config, workspace, backend):
     assert units(p, p.kept, needs=("hidden",), workspace_bytes=workspace, backend=backend, scale=-2.0) == 4
 
 
+@pytest.mark.cover("backend")
 @every_backend
 @pytest.mark.parametrize("workspace", [1, 10_000, None])
 def test_frozen_hidden_states_are_4(workspace, backend):
@@ -159,6 +164,7 @@ def test_frozen_hidden_states_in_two_phases(backend):
     assert units(p, p.kept, needs=("weight",), backend=backend, workspace_bytes=1) == 6
 
 
+@pytest.mark.cover("backend")
 @every_backend
 @pytest.mark.parametrize("config", [TOKEN, SEQUENCE], ids=["token", "sequence"])
 @pytest.mark.parametrize("workspace", [1, 10_000, None])
