@@ -1,4 +1,4 @@
-# make demo | test | test-peers | test-ray | sanitize | soak | bench | kernels | gpu | docs | lint | release | clean
+# make demo | test-fast | test | test-all | test-peers | test-ray | sanitize | soak | bench | kernels | gpu | docs | lint | release | clean
 #
 # A virtual environment is made in .venv on first use; VENV=path takes another one.
 PYTHON ?= python3
@@ -36,21 +36,30 @@ OTHER_TRITON ?= 3.6.0
 STAGE ?=
 GPU_ARGS ?=
 
-.PHONY: demo test test-peers test-ray sanitize soak bench kernels gpu docs lint release clean
+.PHONY: demo test-fast test test-all test-peers test-ray sanitize soak bench kernels gpu docs lint release clean
 
 demo: $(STAMP)
 	$(BIN)/grpo-kernels train
 
+# One case of each kind, before a commit: the list is tests/fast.txt.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal --fast $(TEST_ARGS)
+
+# Every behaviour by a representative case; pytest without options runs the same. TEST_ARGS="tests/test_plan.py -k height" takes a part.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto --dist worksteal --ignore tests/test_sanitizers.py --ignore tests/test_peers.py $(TEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal $(TEST_ARGS)
+
+# Every seed and every combination, and all cases in Triton's interpreter.
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal --exhaustive --ignore tests/test_sanitizers.py --ignore tests/test_peers.py $(TEST_ARGS)
 
 # The compiled CPU kernels under ASan and UBSan, and a minute of fuzzing.
 sanitize: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto --dist loadgroup tests/test_sanitizers.py
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup --exhaustive tests/test_sanitizers.py
 
 # What other projects' own tests go over, on our adapters. verl's packages stay beside the environment, which they would disturb.
 test-peers: $(STAMP) $(VENV)/peers/verl
-	PYTHONPATH=$(abspath $(VENV)/peers) $(BIN)/python -m pytest -q -n auto tests/test_peers.py tests/test_verl.py tests/test_verl_losses.py $(TEST_ARGS)
+	PYTHONPATH=$(abspath $(VENV)/peers) $(BIN)/python -m pytest -q -n auto --exhaustive tests/test_peers.py tests/test_verl.py tests/test_verl_losses.py $(TEST_ARGS)
 
 # The trainer's run under Ray Train with a worker that is killed, verl's plugin in a Ray worker, and the run under DeepSpeed's ZeRO-3.
 test-ray: $(STAMP) $(VENV)/peers/verl $(VENV)/engines/deepspeed

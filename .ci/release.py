@@ -25,7 +25,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# The extension uses PyTorch's OpenMP runtime and thread pool, loaded before it. A copy in the wheel would be a second pool.
+# The extension uses PyTorch's OpenMP runtime, loaded before it. A copy in the wheel is a second one, with its own pool of threads.
 SHARED = "libgomp.so.1"
 COMPILED = re.compile(r"grpo_kernels/_native\.[\w-]+\.so")
 

@@ -11,7 +11,7 @@ import torch
 
 pytest.register_assert_rewrite("support")  # before it is imported: its failures then show values, as those of test files do
 
-from support.cases import cover  # noqa: E402
+from support import cases  # noqa: E402
 
 DEVICE = os.environ.get("GRPO_KERNELS_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
@@ -25,51 +25,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core
 torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", 2)), torch.get_num_threads()))
 
 
-SAMPLED = 5  # of the cases in Triton's interpreter that a test has, one in so many runs always
-
-
 def pytest_addoption(parser):
-    parser.addoption("--exhaustive", action="store_true", help="run the cases marked exhaustive, and all in Triton's interpreter")
+    parser.addoption("--exhaustive", action="store_true", help="run every case: those marked exhaustive, and all in Triton's interpreter")
+    parser.addoption("--fast", action="store_true", help="run the cases of tests/fast.txt alone")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what runs with --exhaustive alone: marked cases, what a cover leaves of a test's combinations, and four in five of
-    the other tests' cases in Triton's interpreter.
-
-    A test whose name is given, FILE::TEST, runs in any case, and on a GPU everything does.
-    """
-    if DEVICE != "cpu" or config.getoption("--exhaustive"):
-        return
-    named = [argument for argument in config.args if "::" in argument]
-    covered, interpreted, left_out = {}, {}, set()
-    for item in items:
-        parameters = getattr(item, "callspec", _NoCases).params
-        if any(item.nodeid.startswith(argument) for argument in named):
-            continue
-        if item.get_closest_marker("exhaustive"):
-            left_out.add(item)
-        elif parameters and item.get_closest_marker("cover"):
-            covered.setdefault(item.function, []).append(item)
-        elif any(str(value).startswith("triton") for value in parameters.values()):
-            interpreted.setdefault(item.function, []).append(item)
-    for cases in covered.values():
-        together = cases[0].get_closest_marker("cover").args
-        # a value that comes up in several cases is one object
-        chosen = cover([{name: id(value) for name, value in case.callspec.params.items()} for case in cases], together)
-        left_out.update(case for i, case in enumerate(cases) if i not in chosen)
-    for cases in interpreted.values():
-        if len(cases) >= SAMPLED:
-            left_out.update(case for i, case in enumerate(cases) if i % SAMPLED)
-    if left_out:
-        config.hook.pytest_deselected(items=list(left_out))
-        items[:] = [item for item in items if item not in left_out]
-
-
-class _NoCases:
-    params = {}  # noqa: RUF012
+    chosen = cases.chosen(items, config.args, config.getoption("--fast"), config.getoption("--exhaustive") or DEVICE != "cpu")
+    if len(chosen) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
 
 
 def pytest_configure(config):
+    if config.getoption("--fast") and config.args_source != config.ArgsSource.ARGS:
+        config.args = sorted({str(config.rootpath / line.split("::")[0]) for line in cases.fast()})
     config.addinivalue_line("filterwarnings", "ignore:cispo caps the importance ratio")  # of the many that draw a cispo's options
     config.addinivalue_line("markers", "unpoisoned: run with torch.empty as in production")
     config.addinivalue_line("markers", "cover(*together): of all combinations some run always, in which each value of each parameter comes up "

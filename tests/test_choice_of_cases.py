@@ -1,5 +1,6 @@
-"""Which cases run by default, with --exhaustive, and when they are named."""
+"""Which cases run by default, with --exhaustive, with --fast and when they are named; what the fast ones reach."""
 
+import ast
 import itertools
 import math
 import subprocess
@@ -7,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.cases import cover
+from support.cases import cover, fast, usually
 from support.seeds import each_seed
+
+import grpo_kernels
+from grpo_kernels.losses.config import LOSS_TYPES
 
 TESTS = Path(__file__).parent
 CASES = """
@@ -76,3 +80,54 @@ def test_marked_cases_run_when_they_are_asked_for(tmp_path):
     assert collected() == [*seeds[:2], *some, "test_covered[x-x]", "test_covered[y-y]", "test_covered[z-x]"]
     assert collected("--exhaustive") == [*seeds, "test_long", *interpreted, *covered]
     assert collected("test_cases.py::test_long", "test_cases.py::test_covered[x-y]") == ["test_long", "test_covered[x-y]"]
+
+
+def test_what_is_usual_is_one_of_the_values():
+    marks = {case.values[0]: bool(case.marks) for case in usually({"a": 1, "b": 2, "c": 3}, "a", "c")}
+    assert marks == {"a": False, "b": True, "c": False}
+    with pytest.raises(AssertionError):
+        usually(["a"], "b")
+
+
+@pytest.fixture(scope="module")
+def fast_cases():
+    """Their ids, by a pytest of their own: it refuses a line of the list that is no test."""
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "--fast"]
+    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_the_fast_cases_reach_every_loss_and_backend(fast_cases):
+    parameters = {part for case in fast_cases if "[" in case for part in case.split("[")[1].rstrip("]").split("-")}
+    assert set(LOSS_TYPES) <= parameters
+    assert {"torch", "cpu", "triton"} <= parameters and any("test_cuda_parity" in case for case in fast_cases)
+    assert all(any(case.startswith(line) for case in fast_cases) for line in fast())
+
+
+def test_the_fast_cases_reach_every_public_function_and_integration():
+    """By the names in the tests and in what these call, in their file and in tests/support."""
+    functions, imported = {}, set()
+    for file in {line.split("::")[0] for line in fast()}:
+        tree = ast.parse((TESTS.parent / file).read_text())
+        functions[file] = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        imported |= {alias.name if node.module == "grpo_kernels.integrations" else node.module.split(".")[-1] for node in ast.walk(tree)
+                     if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("grpo_kernels.integrations") for alias in node.names}  # fmt: skip
+    shared = {}
+    for path in (TESTS / "support").glob("*.py"):
+        shared |= {node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    waiting = [tuple(line.split("[")[0].split("::")) for line in fast() if "::" in line]
+    seen, used = set(waiting), set()
+    while waiting:
+        file, name = waiting.pop()
+        node = functions[file].get(name) or shared.get(name)
+        nodes = list(ast.walk(node)) if node else []
+        names = {x.id for x in nodes if isinstance(x, ast.Name)} | {x.attr for x in nodes if isinstance(x, ast.Attribute)}
+        used |= names
+        new = {(file, other) for other in names | {x.arg for x in nodes if isinstance(x, ast.arg)}} - seen  # arguments may be fixtures
+        seen |= new
+        waiting += new
+    outputs = {"DistillationOutput", "Divergence", "GRPOLossOutput", "LogProbs", "LogProbsAndLse"}
+    assert set(grpo_kernels.__all__) - outputs <= used
+    folder = Path(grpo_kernels.__file__).parent / "integrations"
+    assert {path.stem for path in folder.glob("*.py")} - {"__init__"} <= imported

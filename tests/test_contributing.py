@@ -5,9 +5,13 @@ import fnmatch
 import importlib.util
 import re
 import subprocess
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
+
+from grpo_kernels.backends import native
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -97,8 +101,9 @@ def test_every_target_exists():
 # ---- make release
 
 
-def released():
-    spec = importlib.util.spec_from_file_location("release", ROOT / ".ci" / "release.py")
+def released(name="release"):
+    """A script of `make release` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
 
@@ -156,6 +161,49 @@ def test_neither_a_changed_tree_nor_a_tagged_version_is_released(tree):
     assert release.checked(root, TODAY), "the tag of this commit"
     with pytest.raises(release.ReleaseError, match="v1.2.3 is another commit: raise __version__"):
         release.checked(tree(), TODAY)
+
+
+def archives(folder, sdist, wheel):
+    """An sdist and a wheel of files of these names."""
+    with tarfile.open(folder / "a.tar.gz", "w:gz") as archive:
+        for name in sdist:
+            archive.addfile(tarfile.TarInfo(f"a-1/{name}"))
+    with zipfile.ZipFile(folder / "a.whl", "w") as archive:
+        for name in wheel:
+            archive.writestr(name, "")
+    return folder / "a.tar.gz", folder / "a.whl"
+
+
+def test_what_the_artefacts_must_hold(tree, tmp_path):
+    release, root = released(), tree()
+    (root / "csrc").mkdir()
+    (root / "csrc" / "a.h").write_text("")
+    tree.git("add", "csrc")
+    sources = {"grpo_kernels/__init__.py", "csrc/a.h"}
+    whole = {"grpo_kernels/__init__.py", "grpo_kernels/csrc/a.h", "grpo_kernels/_native.cpython-311-x86_64-linux-gnu.so", "a.dist-info/RECORD"}
+    release.check_contents(*archives(tmp_path, sources, whole), root)
+    for sdist, wheel, said in (
+        (sources - {"csrc/a.h"}, whole, "the sdist lacks csrc/a.h"),
+        (sources | {"grpo_kernels/_native.so"}, whole, "the sdist has grpo_kernels/_native.so"),
+        (sources, whole - {"grpo_kernels/csrc/a.h"}, "the wheel lacks grpo_kernels/csrc/a.h"),
+        (sources, {name for name in whole if "_native" not in name}, "the wheel lacks the compiled extension"),
+        (sources, whole | {"tests/test_a.py"}, "the wheel has tests/test_a.py"),
+        (sources, whole | {"grpo_kernels/_cuda.so"}, "the wheel has grpo_kernels/_cuda.so"),
+        (sources, whole | {"grpo_kernels.libs/libgomp-1.so.1"}, "the wheel has grpo_kernels.libs/libgomp"),
+    ):
+        with pytest.raises(release.ReleaseError, match=re.escape(said)):
+            release.check_contents(*archives(tmp_path, sdist, wheel), root)
+
+
+@pytest.mark.skipif(native.why_unavailable() is not None, reason="the extension is not built")
+def test_what_a_release_asks_of_an_installation_holds_of_this_tree(monkeypatch):
+    installed = released("installed")
+    installed.check_extension()
+    installed.check_loss()
+    ours = installed.fused_linear_grpo_loss
+    monkeypatch.setattr(installed, "fused_linear_grpo_loss", lambda *args, **more: ours(*args[:3], args[3] * (1 + 1e-4), *args[4:], **more))
+    with pytest.raises(AssertionError, match="grpo torch.float64 loss: error"):
+        installed.check_loss()
 
 
 def test_this_trees_version_is_that_of_the_changelog():

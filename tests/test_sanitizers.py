@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 SECONDS = {"fuzz": 60, "fuzz under sanitizers": 10}
 FLAGS = "-g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 pytestmark = [
+    pytest.mark.exhaustive,
     pytest.mark.unpoisoned,
     pytest.mark.skipif(native.why_unavailable() is not None, reason="there is no compiled extension"),
 ]
@@ -67,7 +68,7 @@ def test_the_sanitizers_see_a_wild_write(sanitized):
 @one_build
 def test_the_kernels_own_tests_under_sanitizers(sanitized):
     files = ("tests/test_native.py", "tests/test_row_kernels.py", "tests/test_pair_kernels.py")
-    out = run(*sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", "test_native or cpu")
+    out = run(*sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--exhaustive", *files, "-k", "test_native or cpu")
     assert " passed" in out and "failed" not in out
     assert int(out.rsplit(" passed", 1)[0].split()[-1]) > 2000, out[-500:]
 
@@ -75,7 +76,7 @@ def test_the_kernels_own_tests_under_sanitizers(sanitized):
 @one_build
 def test_the_kernels_over_two_tiles_under_sanitizers(sanitized):
     some = "cpu and (whole or ranges or banned or large or (gradient and entropy))"
-    out = run(*sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_divergence_kernels.py", "-k", some)
+    out = run(*sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--exhaustive", "tests/test_divergence_kernels.py", "-k", some)
     assert " passed" in out and "failed" not in out
     assert int(out.rsplit(" passed", 1)[0].split()[-1]) > 500, out[-500:]
 
@@ -83,7 +84,7 @@ def test_the_kernels_over_two_tiles_under_sanitizers(sanitized):
 @one_build
 def test_the_product_under_sanitizers(sanitized):
     some = "33-47-65 or nan or nothing or stride"
-    out = run(*sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_products_cpu.py", "-k", some)
+    out = run(*sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--exhaustive", "tests/test_products_cpu.py", "-k", some)
     assert " passed" in out and "failed" not in out
     assert int(out.rsplit(" passed", 1)[0].split()[-1]) > 40, out[-500:]
 

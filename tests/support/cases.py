@@ -1,8 +1,68 @@
-"""Which of a test's combinations of parameters run always."""
+"""Which cases run: by default, with --exhaustive, with --fast and where tests are named; and what marks them."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
+
+SAMPLED = 5  # of a test's cases in Triton's interpreter one in so many runs always
+FAST = Path(__file__).parents[1] / "fast.txt"
+
+
+def fast():
+    """The lines of tests/fast.txt: a file, a test or one of its cases each."""
+    return [line for line in FAST.read_text().splitlines() if line and not line.startswith("#")]
+
+
+def chosen(items, arguments, only_fast=False, exhaustive=False):
+    """Those of ``items`` that run, as a set. A test that ``arguments`` name, FILE::TEST, does in any case.
+
+    By default neither cases marked exhaustive run, nor what a cover leaves of a test's combinations, nor four in five of the
+    other tests' cases in Triton's interpreter.
+    """
+    named = tuple(argument for argument in arguments if "::" in argument)
+    always = {item for item in items if item.nodeid.startswith(named)} if named else set()
+    lines = set(fast())
+    _refuse_unknown(items, lines, named)
+    found = set(items) if exhaustive else usual_cases([item for item in items if item not in always])
+    if only_fast:
+        found = {item for item in items if item.nodeid in lines or (item in found and not lines.isdisjoint(_above(item.nodeid)))}
+    return found | always
+
+
+def _above(nodeid):
+    """The lines that a case may come under: its file and its test."""
+    return nodeid.split("::")[0], nodeid.split("[")[0]
+
+
+def _refuse_unknown(items, lines, named):
+    """A line of fast.txt must be found in its file, where that has been read whole."""
+    there = {item.nodeid for item in items} | {name for item in items for name in _above(item.nodeid)}
+    missing = [line for line in lines if line.split("::")[0] in there and line not in there]
+    if missing and not named:
+        raise pytest.UsageError(f"tests/fast.txt names what is not there: {', '.join(sorted(missing))}")
+
+
+def usual_cases(items):
+    covered, interpreted, found = {}, {}, set()
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.get_closest_marker("exhaustive"):
+            continue
+        if parameters and item.get_closest_marker("cover"):
+            covered.setdefault(item.function, []).append(item)
+        elif any(str(value).startswith("triton") for value in parameters.values()):
+            interpreted.setdefault(item.function, []).append(item)
+        else:
+            found.add(item)
+    for group in covered.values():
+        together = group[0].get_closest_marker("cover").args
+        # a value that comes up in several cases is one object
+        places = cover([{name: id(value) for name, value in case.callspec.params.items()} for case in group], together)
+        found.update(group[place] for place in places)
+    for group in interpreted.values():
+        found.update(group if len(group) < SAMPLED else group[::SAMPLED])
+    return found
 
 
 def cover(cases, together=()):
