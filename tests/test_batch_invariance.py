@@ -156,6 +156,7 @@ def test_by_default_bfloat16_has_it_too(backend):
     assert not torch.equal(scored(slice(None), batch_invariant=False), whole)  # or the comparison sees nothing
 
 
+@pytest.mark.cover("backend")
 @needs_product
 @each_dtype
 @each_backend
@@ -168,6 +169,7 @@ def test_a_row_of_the_gradient_is_the_same_beside_others(dtype, backend):
         assert torch.equal(p.trained(rows, workspace, frozen=True)[3], frozen[list(rows)])
 
 
+@pytest.mark.cover("backend")
 @needs_product
 @each_dtype
 @each_backend

@@ -1035,6 +1035,7 @@ def of(student, teacher):
     return W * (student * P + teacher * Q)
 
 
+@pytest.mark.cover("backend")
 @on_the_cpu
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("kind, dtype", [("reverse_kl", torch.bfloat16), ("jsd", torch.float32)])

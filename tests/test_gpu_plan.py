@@ -137,6 +137,7 @@ CASES = {
 }
 
 
+@pytest.mark.cover("case")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("workspace", [1, 200_000, 400_000, 1_500_000, None])
 def test_the_steps_of_a_plan_are_what_runs(case, workspace, as_on_a_gpu, monkeypatch):

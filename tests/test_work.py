@@ -141,6 +141,7 @@ def test_frozen_hidden_states_are_4(workspace, backend):
     assert units(problem(bias=True), p.kept, needs=("bias",), workspace_bytes=workspace, backend=backend) == 2
 
 
+@pytest.mark.cover
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_phases_are_6_within_the_stash_and_8_beyond(dtype, backend):
