@@ -126,7 +126,7 @@ $(STAMP): $(SOURCES)
 
 # The wheel under its manylinux tag and the sdist in dist/, each used in an empty environment. For the Python of $(PYTHON); nothing is published.
 release:
-	test -x $(VENV)/release/bin/python || $(PYTHON) -m venv $(VENV)/release
+	$(PYTHON) -m venv --clear $(VENV)/release
 	$(VENV)/release/bin/python -m pip install -q $(RELEASERS)
 	$(VENV)/release/bin/python .ci/release.py --torch "$(TORCH)"
 
