@@ -50,7 +50,7 @@ def table():
     found = {(row["path"], row["provider"]): row for row in records("cpu.json")}
     head = "| | seconds: ours | x products | full logits | TRL 1.16 | Liger 0.8.5 | peak MiB: ours | full logits | TRL | Liger |"
     lines = [head, "|---" * 10 + "|"]
-    names = {"dense": "loss and gradients", "frozen": "the same, frozen head (LoRA)", "logprobs": "log-probs only",
+    names = {"dense": "loss and gradients", "frozen": "frozen head (LoRA)", "logprobs": "log-probs only",
              "realistic": "{kept} tokens kept, {live} with an advantage"}  # fmt: skip
     for path, name in names.items():
         rows = [found[path, provider] for provider in ("grpo_kernels", "full_logits", "trl", "liger")]
@@ -58,9 +58,9 @@ def table():
         peaks = [f"{row['peak_bytes'] / 2**20:,.0f}" if row["peak_bytes"] is not None else "-" for row in rows]
         lines.append("| " + " | ".join([name.format(**rows[0]), seconds[0], f"{rows[0]['ratio']:.2f}", *seconds[1:], *peaks]) + " |")
     step = {row["provider"]: row for row in records("cpu-step.json") if row["shape"]["tokens"] == 1187}
-    ours, stock = step["trl patched"], step["trl stock"]
+    ours, stock = step["trl fused"], step["trl stock"]
     peaks = [f"{row['peak_bytes'] / 2**20:,.0f}" for row in (ours, stock)]
-    lines.append(f"| an optimiser step of TRL | {ours['median']:.1f} | - | - | {stock['median']:.1f} | - | {peaks[0]} | - | {peaks[1]} | - |")
+    lines.append(f"| TRL's optimiser step | {ours['median']:.1f} | - | - | {stock['median']:.1f} | - | {peaks[0]} | - | {peaks[1]} | - |")
     return lines
 
 
