@@ -54,13 +54,14 @@ def table():
              "realistic": "{kept} tokens kept, {live} with an advantage"}  # fmt: skip
     for path, name in names.items():
         rows = [found[path, provider] for provider in ("grpo_kernels", "full_logits", "trl", "liger")]
-        seconds = [f"{row['median']:.2f}" if row["median"] is not None else "-" for row in rows]
-        peaks = [f"{row['peak_bytes'] / 2**20:,.0f}" if row["peak_bytes"] is not None else "-" for row in rows]
-        lines.append("| " + " | ".join([name.format(**rows[0]), seconds[0], f"{rows[0]['ratio']:.2f}", *seconds[1:], *peaks]) + " |")
+        seconds = [f"{row['median']:.2f}" if row["median"] is not None else "" for row in rows]
+        peaks = [f"{row['peak_bytes'] / 2**20:,.0f}" if row["peak_bytes"] is not None else "" for row in rows]
+        cells = [name.format(**rows[0]), seconds[0], f"{rows[0]['ratio']:.2f}", *seconds[1:], *peaks]
+        lines.append(("| " + " | ".join(cells) + " |").replace("  ", " "))
     step = {row["provider"]: row for row in records("cpu-step.json") if row["shape"]["tokens"] == 1187}
     ours, stock = step["trl fused"], step["trl stock"]
     peaks = [f"{row['peak_bytes'] / 2**20:,.0f}" for row in (ours, stock)]
-    lines.append(f"| TRL's optimiser step | {ours['median']:.1f} | - | - | {stock['median']:.1f} | - | {peaks[0]} | - | {peaks[1]} | - |")
+    lines.append(f"| TRL's optimiser step | {ours['median']:.1f} | | | {stock['median']:.1f} | | {peaks[0]} | | {peaks[1]} | |")
     return lines
 
 
