@@ -32,6 +32,11 @@ def test_long():
 def test_interpreted(shape, backend):
     pass
 
+@pytest.mark.parametrize("kernels", ["triton-wide"])
+@each_seed(0, 7, usual=5)
+def test_drawn(seed, kernels):
+    pass
+
 @pytest.mark.cover
 @pytest.mark.parametrize("a", "xy")
 @pytest.mark.parametrize("b", "xyz")
@@ -77,8 +82,9 @@ def test_marked_cases_run_when_they_are_asked_for(tmp_path):
     seeds, interpreted = ([f"test_seeds[{seed}]" for seed in range(40, 44)], [f"test_interpreted[{i}-{name}]" for i in range(6) for name in ("torch", "triton")])
     some = [name for name in interpreted if "torch" in name or "[0" in name or "[5" in name]
     covered = [f"test_covered[{b}-{a}]" for b in "xyz" for a in "xy"]
-    assert collected() == [*seeds[:2], *some, "test_covered[x-x]", "test_covered[y-y]", "test_covered[z-x]"]
-    assert collected("--exhaustive") == [*seeds, "test_long", *interpreted, *covered]
+    drawn = [f"test_drawn[{seed}-triton-wide]" for seed in (0, 5)]
+    assert collected() == [*seeds[:2], *some, drawn[0], "test_covered[x-x]", "test_covered[y-y]", "test_covered[z-x]"]
+    assert collected("--exhaustive") == [*seeds, "test_long", *interpreted, *drawn, *covered]
     assert collected("test_cases.py::test_long", "test_cases.py::test_covered[x-y]") == ["test_long", "test_covered[x-y]"]
 
 
