@@ -4,6 +4,7 @@ Without a GPU the Triton kernels run in Triton's interpreter. GRPO_KERNELS_TEST_
 a GPU instead, where the same kernels are compiled.
 """
 
+import gc
 import os
 
 import pytest
@@ -28,6 +29,12 @@ torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", 2)), torch.get_n
 def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true", help="also run the cases that are marked exhaustive, and those in Triton's interpreter")
     parser.addoption("--fast", action="store_true", help="run the cases of tests/fast.txt alone")
+
+
+def pytest_collection_finish():
+    """The cases live to the end: the garbage collector, which tests call too, need not look at tens of thousands of them each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
