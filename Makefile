@@ -49,7 +49,7 @@ test-fast: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal $(TEST_ARGS)
 
-# Every seed and every combination, and all cases in Triton's interpreter.
+# Every seed and every combination, in Triton's interpreter one seed in five.
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal --exhaustive --ignore tests/test_sanitizers.py --ignore tests/test_peers.py $(TEST_ARGS)
 

@@ -4,6 +4,7 @@ Without a GPU the Triton kernels run in Triton's interpreter. GRPO_KERNELS_TEST_
 a GPU instead, where the same kernels are compiled.
 """
 
+import gc
 import os
 
 import pytest
@@ -26,13 +27,20 @@ torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", 2)), torch.get_n
 
 
 def pytest_addoption(parser):
-    parser.addoption("--exhaustive", action="store_true", help="run every case: those marked exhaustive, and all in Triton's interpreter")
+    parser.addoption("--exhaustive", action="store_true", help="also run the cases that are marked exhaustive, and those in Triton's interpreter")
     parser.addoption("--fast", action="store_true", help="run the cases of tests/fast.txt alone")
+
+
+def pytest_collection_finish():
+    """The cases live to the end: the garbage collector, which tests call too, need not look at tens of thousands of them each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    chosen = cases.chosen(items, config.args, config.getoption("--fast"), config.getoption("--exhaustive") or DEVICE != "cpu")
+    which = "all" if DEVICE != "cpu" else "exhaustive" if config.getoption("--exhaustive") else "usual"
+    chosen = cases.chosen(items, config.args, which, config.getoption("--fast"))
     if len(chosen) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in items if item in chosen]

@@ -1,6 +1,7 @@
 """Group-relative advantages against a transcription in plain Python and against TRL's own lines."""
 
 import ast
+import functools
 import inspect
 import math
 import random
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.seeds import each_seed
 from support.tolerance import assert_close
 
 from grpo_kernels import group_advantages
@@ -65,27 +67,28 @@ def draw_rewards(rng, K):
 
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_against_a_transcription(scale, aggregation):
-    for seed in range(150):
-        rng = random.Random(seed)
-        K = rng.choice([1, 1, 2, 3])
-        rewards, groups = draw_rewards(rng, K)
-        weights = [rng.uniform(-1, 2) for _ in range(K)] if rng.random() < 0.5 else None
-        truth = torch.tensor(by_hand(rewards, groups, scale, weights, aggregation), dtype=torch.float64)
-        for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
-            tensor = torch.tensor(rewards, dtype=dtype)
-            if any(abs(r) > 1e6 for row in rewards for r in row) and (dtype == torch.float32 or K > 1):
-                continue  # a number of that size has no digits left beside the others
-            ours = group_advantages(
-                tensor.squeeze(1) if K == 1 and seed % 2 else tensor, torch.tensor(groups), scale_rewards=scale,
-                weights=None if weights is None else torch.tensor(weights, dtype=torch.float64), aggregation=aggregation,
-            )  # fmt: skip
-            assert ours.dtype == dtype and ours.shape == (len(rewards),)
-            assert_close(f"seed {seed} {dtype}", ours, truth, tolerance)
-            if dtype == torch.float64:
-                assert not ours[truth == 0].any(), f"seed {seed}: not exactly 0"
+@each_seed(0, 60, usual=10)
+def test_against_a_transcription(seed, scale, aggregation):
+    rng = random.Random(seed)
+    K = rng.choice([1, 1, 2, 3])
+    rewards, groups = draw_rewards(rng, K)
+    weights = [rng.uniform(-1, 2) for _ in range(K)] if rng.random() < 0.5 else None
+    truth = torch.tensor(by_hand(rewards, groups, scale, weights, aggregation), dtype=torch.float64)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        tensor = torch.tensor(rewards, dtype=dtype)
+        if any(abs(r) > 1e6 for row in rewards for r in row) and (dtype == torch.float32 or K > 1):
+            continue  # a number of that size has no digits left beside the others
+        ours = group_advantages(
+            tensor.squeeze(1) if K == 1 and seed % 2 else tensor, torch.tensor(groups), scale_rewards=scale,
+            weights=None if weights is None else torch.tensor(weights, dtype=torch.float64), aggregation=aggregation,
+        )  # fmt: skip
+        assert ours.dtype == dtype and ours.shape == (len(rewards),)
+        assert_close(str(dtype), ours, truth, tolerance)
+        if dtype == torch.float64:
+            assert not ours[truth == 0].any(), "not exactly 0"
 
 
+@functools.cache
 def trl_lines():
     """TRL's statements from the unscorable mask to the cleaned advantages, compiled out of its trainer's source."""
     trainer = pytest.importorskip("trl.trainer.grpo_trainer")
@@ -102,22 +105,22 @@ def trl_lines():
 
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_against_trl(scale, aggregation):
+@each_seed(0, 40, usual=6)
+def test_against_trl(seed, scale, aggregation):
     code, names = trl_lines()
-    for seed in range(40):
-        rng, G, K = random.Random(seed), 4, 1 + seed % 3
-        rewards = torch.tensor([[rng.choice([0.0, 1.0, rng.uniform(-2, 2)]) for _ in range(K)] for _ in range(3 * G)],
-                               dtype=torch.float64)  # fmt: skip
-        rewards[rng.randrange(3 * G), rng.randrange(K)] = NAN
-        rewards[:G] = 0.5 if seed % 4 == 0 else rewards[:G]
-        weights = torch.tensor([rng.uniform(0.5, 2) for _ in range(K)], dtype=torch.float64)
-        stub = SimpleNamespace(multi_objective_aggregation=aggregation, scale_rewards=scale, reward_weights=weights,
-                               reward_funcs=[None] * K)  # fmt: skip
-        scope = {**names, "self": stub, "rewards_per_func": rewards, "num_generations": G, "device": "cpu"}
-        exec(code, scope)
-        groups = torch.arange(3).repeat_interleave(G)
-        ours = group_advantages(rewards, groups, scale_rewards=scale, weights=weights, aggregation=aggregation)
-        assert_close(f"seed {seed}", ours, scope["advantages"], 1e-7)  # TRL's Bessel correction is a float32 quotient
+    rng, G, K = random.Random(seed), 4, 1 + seed % 3
+    rewards = torch.tensor([[rng.choice([0.0, 1.0, rng.uniform(-2, 2)]) for _ in range(K)] for _ in range(3 * G)],
+                           dtype=torch.float64)  # fmt: skip
+    rewards[rng.randrange(3 * G), rng.randrange(K)] = NAN
+    rewards[:G] = 0.5 if seed % 4 == 0 else rewards[:G]
+    weights = torch.tensor([rng.uniform(0.5, 2) for _ in range(K)], dtype=torch.float64)
+    stub = SimpleNamespace(multi_objective_aggregation=aggregation, scale_rewards=scale, reward_weights=weights,
+                           reward_funcs=[None] * K)  # fmt: skip
+    scope = {**names, "self": stub, "rewards_per_func": rewards, "num_generations": G, "device": "cpu"}
+    exec(code, scope)
+    groups = torch.arange(3).repeat_interleave(G)
+    ours = group_advantages(rewards, groups, scale_rewards=scale, weights=weights, aggregation=aggregation)
+    assert_close("advantages", ours, scope["advantages"], 1e-7)  # TRL's Bessel correction is a float32 quotient
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -9,6 +9,7 @@ from support.tolerance import assert_all_close, assert_close, assert_no_worse_th
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, reference
 
 
+@pytest.mark.cover("backend", "needs")
 @every_backend
 @every_path
 @pytest.mark.parametrize("needs", [HEAD_LEAVES, ("hidden",), ("weight",)], ids=["all", "frozen head", "frozen hidden"])

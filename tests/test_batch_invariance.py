@@ -156,6 +156,7 @@ def test_by_default_bfloat16_has_it_too(backend):
     assert not torch.equal(scored(slice(None), batch_invariant=False), whole)  # or the comparison sees nothing
 
 
+@pytest.mark.cover("backend")
 @needs_product
 @each_dtype
 @each_backend
@@ -168,6 +169,7 @@ def test_a_row_of_the_gradient_is_the_same_beside_others(dtype, backend):
         assert torch.equal(p.trained(rows, workspace, frozen=True)[3], frozen[list(rows)])
 
 
+@pytest.mark.cover("backend")
 @needs_product
 @each_dtype
 @each_backend
@@ -208,7 +210,8 @@ print(hashlib.sha256(b"".join(x.view(torch.uint8).numpy().tobytes() for x in (*p
 
 
 @needs_product
-@pytest.mark.parametrize("dtype", usually(["float32", "bfloat16"], "bfloat16"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_processes_with_other_threads_have_the_same_bits(dtype):
     found = set()
     for threads in (1, 2, 16):
@@ -249,6 +252,7 @@ def test_any_number_of_ranks_has_the_bits_of_one_process(world, tmp_path):
         assert torch.load(tmp_path / str(rank)) == [True] * 32
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(triton.why_unavailable() is not None or not triton.interpreted(), reason="Triton's interpreter is not there")
 @needs_product
 def test_tritons_kernels_keep_the_promise(dtype=torch.float32):

@@ -51,6 +51,7 @@ def test_calls_from_several_threads(path, backend, monkeypatch):
                 assert_all_close(result, truth[i], 1e-10)
 
 
+@pytest.mark.cover("backend")
 @every_backend
 @every_path
 def test_nothing_of_the_call_outlives_it(config, backend):
@@ -83,6 +84,7 @@ def test_inputs_are_not_written(backend):
         assert all(torch.equal(a, b.nan_to_num()) for a, b in zip([x.nan_to_num() for x in before], tensors, strict=True))
 
 
+@pytest.mark.cover("backend", "dtype")
 @every_backend
 @every_path
 @pytest.mark.unpoisoned

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.cases import cover, fast, usually
+from support.cases import chosen, cover, fast, usually
 from support.seeds import each_seed
 
 import grpo_kernels
 from grpo_kernels.losses.config import LOSS_TYPES
 
+pytest_plugins = ["pytester"]
 TESTS = Path(__file__).parent
 CASES = """
 import pytest
@@ -30,6 +31,11 @@ def test_long():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("shape", range(6))
 def test_interpreted(shape, backend):
+    pass
+
+@pytest.mark.parametrize("kernels", ["triton-wide"])
+@each_seed(0, 7, usual=5)
+def test_drawn(seed, kernels):
     pass
 
 @pytest.mark.cover
@@ -65,21 +71,24 @@ def test_a_cover_has_every_value_and_every_combination_that_is_asked_for():
     assert cover(cases[:1]) == {0} and cover([{"a": 0}, {"a": 1, "b": 0}, {"a": 1}]) == {0, 1}
 
 
-def test_marked_cases_run_when_they_are_asked_for(tmp_path):
-    (tmp_path / "test_cases.py").write_text(CASES)
-    (tmp_path / "conftest.py").write_text(f"import sys\nsys.path.insert(0, {str(TESTS)!r})\n" + (TESTS / "conftest.py").read_text())
+def test_marked_cases_run_when_they_are_asked_for(pytester):
+    items = pytester.getitems(CASES)
 
-    def collected(*arguments):
-        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", *arguments]
-        out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-        return [line.split("::")[1] for line in out.splitlines() if "::" in line]
+    def names(*more):
+        ran = chosen(items, *more)
+        return [item.name for item in items if item in ran]
 
     seeds, interpreted = ([f"test_seeds[{seed}]" for seed in range(40, 44)], [f"test_interpreted[{i}-{name}]" for i in range(6) for name in ("torch", "triton")])
     some = [name for name in interpreted if "torch" in name or "[0" in name or "[5" in name]
+    drawn = [f"test_drawn[{seed}-triton-wide]" for seed in (0, 5)]
     covered = [f"test_covered[{b}-{a}]" for b in "xyz" for a in "xy"]
-    assert collected() == [*seeds[:2], *some, "test_covered[x-x]", "test_covered[y-y]", "test_covered[z-x]"]
-    assert collected("--exhaustive") == [*seeds, "test_long", *interpreted, *covered]
-    assert collected("test_cases.py::test_long", "test_cases.py::test_covered[x-y]") == ["test_long", "test_covered[x-y]"]
+    assert names([]) == [*seeds[:2], *some, drawn[0], "test_covered[x-x]", "test_covered[y-y]", "test_covered[z-x]"]
+    assert names([], "exhaustive") == [*seeds, "test_long", *interpreted, *drawn, *covered]
+    assert names([], "all") == [item.name for item in items] and names([], "usual", True) == []
+    file = items[0].nodeid.split("::")[0]
+    given = {"test_long", "test_covered[x-y]", "test_drawn[6-triton-wide]"}
+    for only_fast in (False, True):
+        assert set(names([f"{file}::{name}" for name in given], "usual", only_fast)) - set(names([], "usual", only_fast)) == given
 
 
 def test_what_is_usual_is_one_of_the_values():

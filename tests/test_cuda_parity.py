@@ -7,6 +7,7 @@ import torch
 from support import cuda_host
 from support.loss_calls import PATHS, random_needs
 from support.problems import DEVICE, draw_problem, make_problem, run
+from support.seeds import each_seed
 from support.tolerance import assert_all_close, assert_no_worse_than_torch
 
 from grpo_kernels import backends, fused_linear_grpo_loss, grpo_loss_from_logits, reference
@@ -23,15 +24,14 @@ def on_the_host(monkeypatch):
     monkeypatch.setattr(backends, "resolve", lambda name, *more: name if name == "cuda" else resolve(name, *more))
 
 
-@pytest.mark.parametrize("block", range(10))
-def test_float64_equals_the_reference(block):
-    for seed in range(12 * block, 12 * block + 12):
-        rng = random.Random(seed)
-        p = draw_problem(seed)
-        needs, workspace = random_needs(rng, p), rng.choice((1, 700, 20_000, None))
-        ours = run(fused_linear_grpo_loss, p, needs=needs, backend="cuda", workspace_bytes=workspace)
-        truth = run(reference.grpo_loss, p, needs=needs)
-        assert_all_close(ours.flat(), truth.flat(), 1e-10, hint=f"seed {seed} {needs} {workspace}")
+@each_seed(0, 120, usual=24)
+def test_float64_equals_the_reference(seed):
+    rng = random.Random(seed)
+    p = draw_problem(seed)
+    needs, workspace = random_needs(rng, p), rng.choice((1, 700, 20_000, None))
+    ours = run(fused_linear_grpo_loss, p, needs=needs, backend="cuda", workspace_bytes=workspace)
+    truth = run(reference.grpo_loss, p, needs=needs)
+    assert_all_close(ours.flat(), truth.flat(), 1e-10, hint=f"{needs} {workspace}")
 
 
 @pytest.mark.parametrize("config", PATHS.values(), ids=PATHS)

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from support import divergence_backends, gpu_loops
-from support.divergence_backends import BACKENDS, on_the_cpu, slow
+from support.divergence_backends import BACKENDS, each_seed_and_backend, on_the_cpu, slow
 from support.operations import operations
 from support.problems import DEVICE, with_float32_chunks
+from support.seeds import each_seed
 from support.tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
 from grpo_kernels import fused_linear_distillation_loss, linear_divergence, reference
@@ -249,25 +250,20 @@ def random_needs(rng, c):
     return tuple(n for n in found if n in c.leaves)
 
 
-def seeds(first, count, backend):
-    return range(first, first + (max(1, count // 5) if slow(backend) else count))
-
-
 # Random calls
 
 
 @each_form
-@pytest.mark.parametrize("block", range(4))
-def test_float64_equals_autograd_of_full_logits(block, form, backend):
-    for seed in seeds(40 * block, 40, backend):
-        rng, c = random.Random(seed), draw(seed)
-        needs, workspace = random_needs(rng, c), rng.choice(WORKSPACES)
-        ours, truth = fused(c, form, needs, backend=backend, workspace_bytes=workspace), plain(c, form, needs, torch.float64)
-        for name, value in truth.items():
-            if value is None and not any(ours[n].any() for n in [name] if ours[n] is not None):
-                continue  # no gradient reached it: autograd of nothing kept
-            assert ours[name].dtype == torch.float64
-            assert_close(f"seed {seed} {needs} {workspace} {name}", ours[name], value, 1e-10)
+@each_seed_and_backend(0, 160, usual=24)
+def test_float64_equals_autograd_of_full_logits(seed, form, backend):
+    rng, c = random.Random(seed), draw(seed)
+    needs, workspace = random_needs(rng, c), rng.choice(WORKSPACES)
+    ours, truth = fused(c, form, needs, backend=backend, workspace_bytes=workspace), plain(c, form, needs, torch.float64)
+    for name, value in truth.items():
+        if value is None and not any(ours[n].any() for n in [name] if ours[n] is not None):
+            continue  # no gradient reached it: autograd of nothing kept
+        assert ours[name].dtype == torch.float64
+        assert_close(f"{needs} {workspace} {name}", ours[name], value, 1e-10)
 
 
 def test_the_draws_reach_every_option():
@@ -289,29 +285,29 @@ def test_the_draws_reach_every_option():
 
 @each_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
-def test_each_dtype_is_no_worse_than_pytorch(dtype, form, backend):
+@each_seed_and_backend(1000, 25, usual=6)
+def test_each_dtype_is_no_worse_than_pytorch(seed, dtype, form, backend):
     if backend == "cpu" and dtype == torch.float16:
         pytest.skip("it has no float16")
-    for seed in seeds(1000, 25, backend):
-        rng = random.Random(seed)
-        c = draw(seed, dtype, tokens=rng.choice([(3, 9), (17,)]), V=rng.choice([17, 65, 150]), D=16)
-        workspace = rng.choice(WORKSPACES)
-        ours, theirs, truth = (
-            fused(c, form, backend=backend, workspace_bytes=workspace),
-            plain(c, form),
-            plain(c, form, dtype=torch.float64),
+    rng = random.Random(seed)
+    c = draw(seed, dtype, tokens=rng.choice([(3, 9), (17,)]), V=rng.choice([17, 65, 150]), D=16)
+    workspace = rng.choice(WORKSPACES)
+    ours, theirs, truth = (
+        fused(c, form, backend=backend, workspace_bytes=workspace),
+        plain(c, form),
+        plain(c, form, dtype=torch.float64),
+    )
+    for name, exact in truth.items():
+        if exact is None:
+            continue
+        assert (
+            ours[name].dtype
+            == theirs[name].dtype
+            == (c.dtype if name.startswith("d") and name != "divergence" else torch.float32)
         )
-        for name, exact in truth.items():
-            if exact is None:
-                continue
-            assert (
-                ours[name].dtype
-                == theirs[name].dtype
-                == (c.dtype if name.startswith("d") and name != "divergence" else torch.float32)
-            )
-            # a short sum may be rounded exactly by chance
-            floor = 1e-5 if dtype == torch.float32 else 4e-3
-            assert_no_worse_than_torch(f"seed {seed} {workspace} {c.options} {name}", ours[name], theirs[name], exact, floor=floor)
+        # a short sum may be rounded exactly by chance
+        floor = 1e-5 if dtype == torch.float32 else 4e-3
+        assert_no_worse_than_torch(f"{workspace} {c.options} {name}", ours[name], theirs[name], exact, floor=floor)
 
 
 # Every way through the loops
@@ -998,14 +994,14 @@ def test_an_end_of_jsd_is_a_kl(backend):
             assert all(torch.equal(x, other[n]) for n, x in one.items())
 
 
-def test_the_reference_of_logits_agrees():
+@each_seed(0, 30, usual=10)
+def test_the_reference_of_logits_agrees(seed):
     """Inside of (0, 1): what the ends of jsd mean is a matter of the functions."""
-    for seed in range(30):
-        c = draw(seed, **PLAIN, **UNTOUCHED)
-        given = (c.hidden, c.weight, c.bias), (c.teacher_hidden, c.teacher_weight, c.teacher_bias)
-        z, y = (h @ w.T + (0.0 if bias is None else bias) for h, w, bias in given)
-        found = reference.divergence_from_logits(z, y, c.options["kind"], 0.3)
-        assert_close(f"seed {seed}", found, plain(c, "token", (), torch.float64)["divergence"].cpu(), 1e-10)
+    c = draw(seed, **PLAIN, **UNTOUCHED)
+    given = (c.hidden, c.weight, c.bias), (c.teacher_hidden, c.teacher_weight, c.teacher_bias)
+    z, y = (h @ w.T + (0.0 if bias is None else bias) for h, w, bias in given)
+    found = reference.divergence_from_logits(z, y, c.options["kind"], 0.3)
+    assert_close("divergence", found, plain(c, "token", (), torch.float64)["divergence"].cpu(), 1e-10)
 
 
 # What runs: products, memory, the plan's steps
@@ -1035,6 +1031,7 @@ def of(student, teacher):
     return W * (student * P + teacher * Q)
 
 
+@pytest.mark.cover("backend")
 @on_the_cpu
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("kind, dtype", [("reverse_kl", torch.bfloat16), ("jsd", torch.float32)])

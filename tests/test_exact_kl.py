@@ -7,10 +7,11 @@ import random
 import pytest
 import torch
 from support import divergence_backends
-from support.divergence_backends import on_the_cpu, slow
+from support.divergence_backends import each_seed_and_backend, on_the_cpu, slow
 from support.loss_calls import random_needs
 from support.operations import operations
 from support.problems import DEVICE, draw_problem, make_problem, run
+from support.seeds import each_seed
 from support.token_supports import over_support
 from support.tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
@@ -91,28 +92,29 @@ def weights_by_hand(p, loss_type):
     return m / items
 
 
+@pytest.mark.cover("loss_type", "level")
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
-def test_the_reference_is_the_sentence(loss_type, level):
-    for seed in range(6):
-        config = GRPOLossConfig(loss_type=loss_type, importance_sampling_level=level, beta=-0.4 if seed == 3 else 0.3,
-                                max_completion_length=9,
-                                entropy_coef=0.1 * (seed % 2), top_entropy_quantile=0.57 if seed == 4 else 1.0, logit_scale=1.3,
-                                softcap=5.0 if seed == 5 else None, temperature=0.8)  # fmt: skip
-        ratio, items = ((None, None), ("token", 7.5), ("sequence", torch.tensor(11)))[seed % 3]
-        p = make_problem(seed, config=config, on_policy=seed % 3 == 0, bias=True, banned=2 * (seed != 5), lora=seed % 2 == 0,
-                         temperature=seed == 2, ratio=ratio, sampling=True, num_items=items)  # fmt: skip
-        ref = beside(p, seed)
-        found = run(reference.grpo_loss, exact(p), **ref)
-        positional, keywords, leaves = dataclasses.replace(p.with_config(beta=0.0), ref_logps=None).arguments()
-        without = reference.grpo_loss(*positional, **keywords)
-        kl = kl_by_hand(p, ref, leaves, keywords)
-        loss = without.loss + config.beta * (weights_by_hand(p, loss_type) * kl).sum()
-        loss.backward()
-        truth = {"loss": loss.detach(), **{n: x.grad for n, x in leaves.items()}}
-        assert_all_close({"loss": found.loss, **found.gradients}, truth, 1e-10, hint=f"seed {seed}")
-        assert_close("kl", found.metrics["kl"], kl.sum() / p.mask.sum(), 1e-10)
-        assert kl.max() > 0.1 and torch.equal(found.logps.detach(), without.logps.detach())
+@each_seed(0, 6, usual=6)
+def test_the_reference_is_the_sentence(seed, loss_type, level):
+    config = GRPOLossConfig(loss_type=loss_type, importance_sampling_level=level, beta=-0.4 if seed == 3 else 0.3,
+                            max_completion_length=9,
+                            entropy_coef=0.1 * (seed % 2), top_entropy_quantile=0.57 if seed == 4 else 1.0, logit_scale=1.3,
+                            softcap=5.0 if seed == 5 else None, temperature=0.8)  # fmt: skip
+    ratio, items = ((None, None), ("token", 7.5), ("sequence", torch.tensor(11)))[seed % 3]
+    p = make_problem(seed, config=config, on_policy=seed % 3 == 0, bias=True, banned=2 * (seed != 5), lora=seed % 2 == 0,
+                     temperature=seed == 2, ratio=ratio, sampling=True, num_items=items)  # fmt: skip
+    ref = beside(p, seed)
+    found = run(reference.grpo_loss, exact(p), **ref)
+    positional, keywords, leaves = dataclasses.replace(p.with_config(beta=0.0), ref_logps=None).arguments()
+    without = reference.grpo_loss(*positional, **keywords)
+    kl = kl_by_hand(p, ref, leaves, keywords)
+    loss = without.loss + config.beta * (weights_by_hand(p, loss_type) * kl).sum()
+    loss.backward()
+    truth = {"loss": loss.detach(), **{n: x.grad for n, x in leaves.items()}}
+    assert_all_close({"loss": found.loss, **found.gradients}, truth, 1e-10)
+    assert_close("kl", found.metrics["kl"], kl.sum() / p.mask.sum(), 1e-10)
+    assert kl.max() > 0.1 and torch.equal(found.logps.detach(), without.logps.detach())
 
 
 # The fused loss against the reference
@@ -137,21 +139,20 @@ def both(p, needs, scale, differentiable=False, reduction="loss_type", **more):
     return results
 
 
-@pytest.mark.parametrize("block", range(6))
-def test_float64_equals_the_reference(block, backend):
+@each_seed_and_backend(0, 180, usual=30)
+def test_float64_equals_the_reference(seed, backend):
     """Random options, layouts, reductions and needs."""
-    for seed in range(30 * block, 30 * block + (5 if slow(backend) else 30)):
-        rng = random.Random(seed * 31 + 7)
-        p = exact(draw_problem(seed), beta=rng.choice([0.04, 0.5, -0.3]), use_bias_correction_kl=rng.random() < 0.5)
-        more = beside(p, seed)
-        if rng.random() < 0.25:
-            more["kept_rows"] = p.kept_rows()
-        needs = random_needs(rng, p)
-        more |= dict(backend=backend, workspace_bytes=rng.choice(WORKSPACES), differentiable=rng.random() < 0.2,
-                     reduction=rng.choice(["loss_type", "loss_type", "none"]))  # fmt: skip
-        ours, truth = both(p, needs, rng.choice([1.0, 0.25, -3.0]), **more)
-        assert "kl" in truth
-        assert_all_close(ours, truth, 1e-10, hint=f"seed {seed} {needs} {[*more]} {p.config}")
+    rng = random.Random(seed * 31 + 7)
+    p = exact(draw_problem(seed), beta=rng.choice([0.04, 0.5, -0.3]), use_bias_correction_kl=rng.random() < 0.5)
+    more = beside(p, seed)
+    if rng.random() < 0.25:
+        more["kept_rows"] = p.kept_rows()
+    needs = random_needs(rng, p)
+    more |= dict(backend=backend, workspace_bytes=rng.choice(WORKSPACES), differentiable=rng.random() < 0.2,
+                 reduction=rng.choice(["loss_type", "loss_type", "none"]))  # fmt: skip
+    ours, truth = both(p, needs, rng.choice([1.0, 0.25, -3.0]), **more)
+    assert "kl" in truth
+    assert_all_close(ours, truth, 1e-10, hint=f"{needs} {[*more]} {p.config}")
 
 
 @pytest.mark.cover("loss_type", "level")
@@ -168,22 +169,21 @@ def test_every_loss_and_level(loss_type, level, on_policy, backend):
             assert_all_close(ours, truth, 1e-10, hint=f"{changes} {workspace}")
 
 
-@pytest.mark.parametrize("block", range(3))
-def test_over_supports(block, backend):
+@each_seed_and_backend(4000, 36, usual=10)
+def test_over_supports(seed, backend):
     """The KL of both restricted to the support, beside rows over the whole vocabulary; a single token has none."""
-    for seed in range(4000 + 12 * block, 4000 + 12 * block + (3 if slow(backend) else 12)):
-        rng = random.Random(seed)
-        p = draw_problem(seed)
-        empty = rng.choice([0.0, 0.15, 0.5, 1.0])
-        p, support = over_support(p, seed, empty=empty, single=rng.choice([0.0, 0.4]) * (1 - empty))
-        p = exact(p)
-        more = dict(beside(p, seed), support=support, backend=backend, workspace_bytes=rng.choice(WORKSPACES),
-                    reduction=rng.choice(["loss_type", "none"]), differentiable=rng.random() < 0.3)  # fmt: skip
-        if rng.random() < 0.3:
-            more["kept_rows"] = p.kept_rows()
-        needs = random_needs(rng, p)
-        ours, truth = both(p, needs, -0.5, **more)
-        assert_all_close(ours, truth, 1e-10, hint=f"seed {seed} {needs} {p.config}")
+    rng = random.Random(seed)
+    p = draw_problem(seed)
+    empty = rng.choice([0.0, 0.15, 0.5, 1.0])
+    p, support = over_support(p, seed, empty=empty, single=rng.choice([0.0, 0.4]) * (1 - empty))
+    p = exact(p)
+    more = dict(beside(p, seed), support=support, backend=backend, workspace_bytes=rng.choice(WORKSPACES),
+                reduction=rng.choice(["loss_type", "none"]), differentiable=rng.random() < 0.3)  # fmt: skip
+    if rng.random() < 0.3:
+        more["kept_rows"] = p.kept_rows()
+    needs = random_needs(rng, p)
+    ours, truth = both(p, needs, -0.5, **more)
+    assert_all_close(ours, truth, 1e-10, hint=f"{needs} {p.config}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -12,6 +12,7 @@ import torch
 from support.gpu_loops import GPU, Recorder
 from support.loss_calls import PATHS, random_needs
 from support.problems import DEVICE, draw_problem, make_problem, run, with_float32_chunks
+from support.seeds import each_seed
 from support.tolerance import assert_all_close, assert_no_worse_than_torch
 
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs, reference
@@ -41,18 +42,17 @@ def workspaces(vocab, depth):
     return (1, 3 * row, 9 * row, None)
 
 
-@pytest.mark.parametrize("block", range(8))
-def test_float64_equals_the_reference(block):
-    for seed in range(12 * block, 12 * block + 12):
-        rng = random.Random(seed)
-        p = draw_problem(seed)
-        needs = random_needs(rng, p)
-        more = dict(backend="torch", workspace_bytes=rng.choice(workspaces(*p.weight.shape)))
-        if rng.random() < 0.3:
-            more["kept_rows"] = p.kept_rows()
-        ours = run(fused_linear_grpo_loss, p, needs=needs, scale=-0.5, **more)
-        truth = run(reference.grpo_loss, p, needs=needs, scale=-0.5)
-        assert_all_close(ours.flat(), truth.flat(), 1e-10, hint=f"seed {seed} {needs} {more}")
+@each_seed(0, 96, usual=24)
+def test_float64_equals_the_reference(seed):
+    rng = random.Random(seed)
+    p = draw_problem(seed)
+    needs = random_needs(rng, p)
+    more = dict(backend="torch", workspace_bytes=rng.choice(workspaces(*p.weight.shape)))
+    if rng.random() < 0.3:
+        more["kept_rows"] = p.kept_rows()
+    ours = run(fused_linear_grpo_loss, p, needs=needs, scale=-0.5, **more)
+    truth = run(reference.grpo_loss, p, needs=needs, scale=-0.5)
+    assert_all_close(ours.flat(), truth.flat(), 1e-10, hint=f"{needs} {more}")
 
 
 @every_path
@@ -137,6 +137,7 @@ CASES = {
 }
 
 
+@pytest.mark.cover("case")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("workspace", [1, 200_000, 400_000, 1_500_000, None])
 def test_the_steps_of_a_plan_are_what_runs(case, workspace, as_on_a_gpu, monkeypatch):

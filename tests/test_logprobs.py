@@ -49,6 +49,7 @@ def test_linear_logprobs_under_any_loss(seed, backend):
     assert_all_close(*results, 1e-10, hint=f"{workspace} {which}")
 
 
+@pytest.mark.cover("backend")
 @on_the_cpu
 @every_backend
 @pytest.mark.parametrize("workspace", [1, 2000, None])

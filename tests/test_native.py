@@ -101,6 +101,7 @@ def test_same_bits_whatever_the_threads_and_the_place(isa, dtype):
         assert all(map(torch.equal, first, everything(in_place)))
 
 
+@pytest.mark.cover
 @each_isa
 @each_dtype
 @pytest.mark.parametrize("kind", DIVERGENCES)

@@ -12,6 +12,7 @@ from support.tolerance import assert_close, assert_no_worse_than_torch
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, reference
 
 
+@pytest.mark.cover("backend")
 @on_the_cpu
 @every_backend
 @pytest.mark.parametrize(
@@ -86,6 +87,7 @@ def test_a_vocabulary_of_one_and_a_banned_rest(config, backend):
                     assert not gradient.any(), f"{name} {gradient}"
 
 
+@pytest.mark.cover("backend", "poisoned")
 @every_backend
 @pytest.mark.parametrize("poisoned", ["hidden", "weight", "old_logps", "ref_logps"])
 @every_path

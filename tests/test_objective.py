@@ -1,5 +1,6 @@
 """The objective against TRL's own `_compute_loss`, against the specification where they part, and what one pass knows beforehand."""
 
+import dataclasses
 import math
 import random
 from collections import defaultdict
@@ -22,6 +23,7 @@ from support.objective_calls import (
     rows,
 )
 from support.problems import draw_config
+from support.seeds import each_seed
 from support.tolerance import assert_all_close, assert_close
 
 from grpo_kernels import GRPOLossConfig, objective
@@ -86,21 +88,20 @@ def call_trl(logps, entropy, inputs, config):
     return {"loss": loss.detach(), "dlogps": gradients[0], "dentropy": gradients[1], **metrics}
 
 
-@pytest.mark.parametrize("block", range(20))
-def test_loss_gradients_and_metrics_equal_trl(block):
-    """400 draws of every option. TRL rounds its per-sign constants and counts to float32, so the draws avoid both."""
-    for seed in range(20 * block, 20 * block + 20):
-        rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
-        float32_numbers = dict(sapo_temperature_neg=1.25, sapo_temperature_pos=rng.choice([1.0, 0.75]),
-                               vespo_k_pos=1.5, vespo_k_neg=0.5, vespo_lambda_pos=rng.choice([3.0, 2**-13]),
-                               vespo_lambda_neg=0.875)  # fmt: skip
-        config = draw_config(rng, **float32_numbers, loss_type=TRL_LOSS_TYPES[seed % len(TRL_LOSS_TYPES)])
-        logps, entropy, inputs = draw_tokens(rng, g, config)
-        ours, theirs = call_objective(logps, entropy, inputs, config), call_trl(logps, entropy, inputs, config)
-        counts = {n for n in theirs if n.startswith(("clip_ratio", "cispo"))}  # TRL adds these in float32
-        exact = [{n: x for n, x in r.items() if n not in counts} for r in (ours, theirs)]
-        assert_all_close(*exact, 1e-10, hint=f"seed {seed} {config}")
-        assert_all_close(*({n: r[n] for n in counts} for r in (ours, theirs)), 1e-6, hint=f"seed {seed} {config}")
+@each_seed(0, 400, usual=64)
+def test_loss_gradients_and_metrics_equal_trl(seed):
+    """Draws of every option. TRL rounds its per-sign constants and counts to float32, so the draws avoid both."""
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    float32_numbers = dict(sapo_temperature_neg=1.25, sapo_temperature_pos=rng.choice([1.0, 0.75]),
+                           vespo_k_pos=1.5, vespo_k_neg=0.5, vespo_lambda_pos=rng.choice([3.0, 2**-13]),
+                           vespo_lambda_neg=0.875)  # fmt: skip
+    config = draw_config(rng, **float32_numbers, loss_type=TRL_LOSS_TYPES[seed % len(TRL_LOSS_TYPES)])
+    logps, entropy, inputs = draw_tokens(rng, g, config)
+    ours, theirs = call_objective(logps, entropy, inputs, config), call_trl(logps, entropy, inputs, config)
+    counts = {n for n in theirs if n.startswith(("clip_ratio", "cispo"))}  # TRL adds these in float32
+    exact = [{n: x for n, x in r.items() if n not in counts} for r in (ours, theirs)]
+    assert_all_close(*exact, 1e-10, hint=str(config))
+    assert_all_close(*({n: r[n] for n in counts} for r in (ours, theirs)), 1e-6, hint=str(config))
 
 
 # Where the specification differs from TRL on purpose
@@ -277,41 +278,39 @@ def test_coefficient_is_the_derivative_of_the_objective(row, options, loss_type)
     assert_coefficient_is_the_derivative(row, config)
 
 
-@pytest.mark.parametrize("block", range(10))
-def test_one_pass_coefficients_over_whole_batches(block):
+@each_seed(0, 300, usual=60)
+def test_one_pass_coefficients_over_whole_batches(seed):
     """Every case that math.md calls one-pass: token level but vespo off-policy; on-policy without a corrected KL."""
-    for seed in range(30 * block, 30 * block + 30):
-        rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
-        config = draw_config(rng, top_entropy_quantile=1.0, off_policy_mask_threshold=None)
-        logps, entropy, inputs = draw_tokens(rng, g, config)
-        if config.sequence_level or config.loss_type == "vespo":
-            inputs.pop("old_logps", None)
-        if config.sequence_level and config.beta != 0 and config.use_bias_correction_kl:
-            continue
-        truth = call_objective(logps, entropy, inputs, config)["dlogps"]
-        closed, t = of_rows(logps, inputs, config)
-        assert_close(f"seed {seed} {config}", closed * t.mask, truth, 1e-10, floor=1e-12)
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    config = draw_config(rng, top_entropy_quantile=1.0, off_policy_mask_threshold=None)
+    logps, entropy, inputs = draw_tokens(rng, g, config)
+    if config.sequence_level or config.loss_type == "vespo":
+        inputs.pop("old_logps", None)
+    if config.sequence_level and config.beta != 0:
+        config = dataclasses.replace(config, use_bias_correction_kl=False)
+    truth = call_objective(logps, entropy, inputs, config)["dlogps"]
+    closed, t = of_rows(logps, inputs, config)
+    assert_close(str(config), closed * t.mask, truth, 1e-10, floor=1e-12)
 
 
-@pytest.mark.parametrize("block", range(10))
-def test_known_zero_rows_have_no_gradient(block):
+@each_seed(0, 300, usual=60)
+def test_known_zero_rows_have_no_gradient(seed):
     """Never a wrong zero, and every zero that the specification knows beforehand."""
-    for seed in range(30 * block, 30 * block + 30):
-        rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
-        config = draw_config(rng)
-        logps, entropy, inputs = draw_tokens(rng, g, config)
-        t = prepared(inputs, config)
-        zero = known_zero(t, config)
-        out = call_objective(logps, entropy, inputs, config)
-        assert not out["dlogps"][zero].any(), f"seed {seed} {config}"
-        assert not out["dentropy"][zero].any()
-        if config.beta == 0 and config.entropy_coef == 0:
-            nothing = (t.advantages == 0).expand_as(t.mask) | (t.mask == 0)
-            if t.rho is not None and config.loss_type != "vespo":
-                nothing = nothing | (t.rho == 0)
-            if config.sequence_level and config.loss_type not in ("cispo", "vespo"):
-                nothing = nothing.all(1, keepdim=True).expand_as(nothing)
-            assert zero[nothing].all(), f"seed {seed} {config}"
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    config = draw_config(rng)
+    logps, entropy, inputs = draw_tokens(rng, g, config)
+    t = prepared(inputs, config)
+    zero = known_zero(t, config)
+    out = call_objective(logps, entropy, inputs, config)
+    assert not out["dlogps"][zero].any(), str(config)
+    assert not out["dentropy"][zero].any()
+    if config.beta == 0 and config.entropy_coef == 0:
+        nothing = (t.advantages == 0).expand_as(t.mask) | (t.mask == 0)
+        if t.rho is not None and config.loss_type != "vespo":
+            nothing = nothing | (t.rho == 0)
+        if config.sequence_level and config.loss_type not in ("cispo", "vespo"):
+            nothing = nothing.all(1, keepdim=True).expand_as(nothing)
+        assert zero[nothing].all(), str(config)
 
 
 def test_a_nan_is_never_called_zero():

@@ -76,6 +76,7 @@ def test_bfloat16_is_no_worse_than_pytorch_in_bfloat16(seed, backend):
         assert_no_worse_than_torch(f"{needs} {workspace} {name}", ours[name], theirs[name], truth, floor=4e-3)
 
 
+@pytest.mark.cover("backend", "dtype")
 @every_backend
 @every_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -95,6 +96,7 @@ def test_many_tokens(config, dtype, backend):
                 assert_no_worse_than_torch(f"{workspace} {name}", ours[name], theirs[name], truth, floor=floor)
 
 
+@pytest.mark.cover("backend", "config")
 @every_backend
 @every_path
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4), (3, 0), (0, 0)])
@@ -120,6 +122,7 @@ def test_nothing_kept_is_a_differentiable_zero(config, shape, rows_given, backen
     assert out.loss == 0 and out.logps.shape == (0,) and not out.gradients["weight"].any()
 
 
+@pytest.mark.cover("backend", "tokens")
 @every_backend
 @pytest.mark.parametrize("vocab", [1, 2, 3, 63, 64, 65, 129])
 @pytest.mark.parametrize("tokens", [1, 2, 7])

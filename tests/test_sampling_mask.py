@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.documents import table
 from support.peaked_model import CUTS, EOS, peaked_model
+from support.seeds import each_seed
 from support.tiny_trainer import DATA, config, model_inputs, next_micro_batches, trainer, weights
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import TopKLogitsWarper
@@ -94,16 +95,14 @@ def test_a_processor_of_the_call_and_a_second_call():
     assert torch.equal(found, scores.isfinite()[mask]) and found.sum(1).max() <= 3 and found.sum(1).min() < 3
 
 
-def test_places_whose_candidates_were_rejected_are_recorded_anew():
+@each_seed(0, 4, usual=2)
+def test_places_whose_candidates_were_rejected_are_recorded_anew(seed):
     model = peaked_model()
-    rejected = 0
-    for seed in range(4):
-        recorder, sequences, mask, _ = sampled(model, dict(top_p=0.7), B=1, P=12, T=30, seed=seed, prompt_lookup_num_tokens=3)
-        T = mask.shape[1]
-        wanted = left_by(own_logits(model, sequences, T), top_p=0.7)
-        assert torch.equal(recorder.support(mask).to_mask(32).view(1, T, 32)[mask], wanted[mask])
-        rejected += len(recorder._steps) > T
-    assert rejected
+    recorder, sequences, mask, _ = sampled(model, dict(top_p=0.7), B=1, P=12, T=30, seed=seed, prompt_lookup_num_tokens=3)
+    T = mask.shape[1]
+    wanted = left_by(own_logits(model, sequences, T), top_p=0.7)
+    assert torch.equal(recorder.support(mask).to_mask(32).view(1, T, 32)[mask], wanted[mask])
+    assert len(recorder._steps) > T, "no candidate was rejected"
 
 
 def test_rows_that_have_ended_take_no_memory():

@@ -73,7 +73,7 @@ def compared(out):
     return {name: x for name, x in out.flat().items() if name in SHARED or name.startswith("gradient")}
 
 
-@pytest.mark.cover("built_in", "backend")
+@pytest.mark.cover("built_in")
 @each_backend
 @pytest.mark.parametrize("built_in", PAIRS)
 @pytest.mark.parametrize("workspace", [1, 20_000, None])

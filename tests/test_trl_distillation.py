@@ -13,6 +13,7 @@ divergence_module = pytest.importorskip("trl.kernels.chunked_divergence")
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from support.cases import usually  # noqa: E402
+from support.seeds import each_seed  # noqa: E402
 from support.tiny_trainer import DATA, tiny_model, weights  # noqa: E402
 from support.tolerance import assert_close, assert_no_worse_than_torch  # noqa: E402
 from support.trl_runs import MODELS, assert_same, finish, saved  # noqa: E402
@@ -121,13 +122,13 @@ def test_values_and_gradients(beta, dtype):
 @pytest.mark.cover("beta")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_autocast(beta, dtype):
-    for seed in range(8):
-        draw = Draw(seed, beta, dtype)
-        stock, mine = (draw.run(f.apply, autocast=True) for f in (STOCK, FusedDivergenceFunction))
-        for i, (a, b) in enumerate(zip(stock, mine, strict=True)):
-            assert a.dtype == b.dtype
-            assert_close(f"seed {seed} result {i}", b, a, 2e-2, floor=1e-4)
+@each_seed(0, 8, usual=2)
+def test_autocast(seed, beta, dtype):
+    draw = Draw(seed, beta, dtype)
+    stock, mine = (draw.run(f.apply, autocast=True) for f in (STOCK, FusedDivergenceFunction))
+    for i, (a, b) in enumerate(zip(stock, mine, strict=True)):
+        assert a.dtype == b.dtype
+        assert_close(f"result {i}", b, a, 2e-2, floor=1e-4)
 
 
 @pytest.mark.cover("dtypes")

@@ -141,6 +141,7 @@ def test_frozen_hidden_states_are_4(workspace, backend):
     assert units(problem(bias=True), p.kept, needs=("bias",), workspace_bytes=workspace, backend=backend) == 2
 
 
+@pytest.mark.cover
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_phases_are_6_within_the_stash_and_8_beyond(dtype, backend):
@@ -153,7 +154,7 @@ def test_two_phases_are_6_within_the_stash_and_8_beyond(dtype, backend):
         assert units(p, trained, backend=backend) == 6
         assert units(p, trained, workspace_bytes=1, backend=backend) == 8
         rows = p.kept * V * dtype.itemsize
-        counts = [units(p, trained, workspace_bytes=int(factor * rows), backend=backend) for factor in (x / 8 for x in range(1, 33))]
+        counts = [units(p, trained, workspace_bytes=int(factor * rows), backend=backend) for factor in (x / 4 for x in range(1, 17))]
         assert counts == sorted(counts, reverse=True) and any(6 < count < 8 for count in counts)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TESTS = [f"tests/test_{name}.py" for name in (
-    "gpu", "row_kernels", "pair_kernels", "triton", "parity", "kept_rows", "autograd", "calls", "numerics", "logprobs")]  # fmt: skip
+    "gpu", "row_kernels", "pair_kernels", "triton", "parity", "kept_rows", "autograd", "calls", "numerics", "logprobs",
+)]  # fmt: skip
 SMALL = "same_bits"  # of test_gpu.py: every path of the loss, with both backends, in one tile and in several
 KERNELS = ("statistics_kernel", "gradient_kernel", "policy_kernel")  # in the names of ours, Triton's and CUDA C++'s
 

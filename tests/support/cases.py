@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-SAMPLED = 5  # of a test's cases in Triton's interpreter one in so many runs always
+SAMPLED = 5  # of a test's cases in Triton's interpreter one in so many runs always; of its seeds there also with --exhaustive
 FAST = Path(__file__).parents[1] / "fast.txt"
 
 
@@ -14,19 +14,20 @@ def fast():
     return [line for line in FAST.read_text().splitlines() if line and not line.startswith("#")]
 
 
-def chosen(items, arguments, only_fast=False, exhaustive=False):
+def chosen(items, arguments, which="usual", only_fast=False):
     """Those of ``items`` that run, as a set. A test that ``arguments`` name, FILE::TEST, does in any case.
 
-    By default neither cases marked exhaustive run, nor what a cover leaves of a test's combinations, nor four in five of the
-    other tests' cases in Triton's interpreter.
+    usual: neither cases marked exhaustive run, nor what a cover leaves of a test's combinations, nor four in five of the other
+    tests' cases in Triton's interpreter. exhaustive: of those in the interpreter four in five seeds do not. all: on a GPU.
     """
     named = tuple(argument for argument in arguments if "::" in argument)
     always = {item for item in items if item.nodeid.startswith(named)} if named else set()
     lines = set(fast())
     _refuse_unknown(items, lines, named)
-    found = set(items) if exhaustive else usual_cases([item for item in items if item not in always])
+    others = [item for item in items if item not in always]
+    found = {"usual": usual_cases, "exhaustive": exhaustive_cases, "all": set}[which](others)
     if only_fast:
-        found = {item for item in items if item.nodeid in lines or (item in found and not lines.isdisjoint(_above(item.nodeid)))}
+        found = {item for item in others if item.nodeid in lines or (item in found and not lines.isdisjoint(_above(item.nodeid)))}
     return found | always
 
 
@@ -43,26 +44,44 @@ def _refuse_unknown(items, lines, named):
         raise pytest.UsageError(f"tests/fast.txt names what is not there: {', '.join(sorted(missing))}")
 
 
-def usual_cases(items):
-    covered, interpreted, found = {}, {}, set()
+def _parameters(item):
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _in_the_interpreter(item):
+    return any(str(value).startswith("triton") for value in _parameters(item).values())
+
+
+def _sampled(items):
+    """One in SAMPLED of a test's cases, where it has as many."""
+    tests = {}
     for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        tests.setdefault(item.function, []).append(item)
+    return {item for cases in tests.values() for item in (cases if len(cases) < SAMPLED else cases[::SAMPLED])}
+
+
+def exhaustive_cases(items):
+    seeds = [item for item in items if "seed" in _parameters(item) and _in_the_interpreter(item)]
+    return set(items).difference(seeds) | _sampled(seeds)
+
+
+def usual_cases(items):
+    covered, interpreted, found = {}, [], set()
+    for item in items:
         if item.get_closest_marker("exhaustive"):
             continue
-        if parameters and item.get_closest_marker("cover"):
+        if _parameters(item) and item.get_closest_marker("cover"):
             covered.setdefault(item.function, []).append(item)
-        elif any(str(value).startswith("triton") for value in parameters.values()):
-            interpreted.setdefault(item.function, []).append(item)
+        elif _in_the_interpreter(item):
+            interpreted.append(item)
         else:
             found.add(item)
-    for group in covered.values():
-        together = group[0].get_closest_marker("cover").args
+    for cases in covered.values():
+        together = cases[0].get_closest_marker("cover").args
         # a value that comes up in several cases is one object
-        places = cover([{name: id(value) for name, value in case.callspec.params.items()} for case in group], together)
-        found.update(group[place] for place in places)
-    for group in interpreted.values():
-        found.update(group if len(group) < SAMPLED else group[::SAMPLED])
-    return found
+        places = cover([{name: id(value) for name, value in case.callspec.params.items()} for case in cases], together)
+        found.update(cases[place] for place in places)
+    return found | _sampled(interpreted)
 
 
 def cover(cases, together=()):

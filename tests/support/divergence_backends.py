@@ -39,5 +39,14 @@ def backend(request, monkeypatch):
 on_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="its tensors are on the CPU")
 
 
+def each_seed_and_backend(first, count, usual):
+    """Parametrizes ``seed`` and the fixture: each of ``count`` seeds on each backend, every fifth on the slow ones; ``usual`` always."""
+    cases = [
+        pytest.param(first + i, name, marks=() if i < usual else pytest.mark.exhaustive)
+        for name in BACKENDS for i in range(0, count, 5 if slow(name) else 1)
+    ]  # fmt: skip
+    return pytest.mark.parametrize("seed, backend", cases, indirect=["backend"])
+
+
 def slow(backend):
     return DEVICE == "cpu" and backend in ("triton", "cuda")
