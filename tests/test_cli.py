@@ -94,6 +94,11 @@ def test_demo_defaults_yaml_and_flags_in_this_order(tmp_path):
     assert not run.is_demo and run.reward == ["a:b", "c:d"] and args.num_iterations == 1 and args.seed == 7
 
 
+def test_a_reward_whose_module_registers_the_loss_needs_a_model_and_data():
+    with pytest.raises(ValueError, match="--reward, --eval_data and --use_peft need --model and --data"):
+        parse(["--reward", "my_rewards:score", "--loss_type", "mine"], DEFAULTS)
+
+
 def test_a_run_from_one_yaml_file(folder, capsys):
     (folder / "run.yaml").write_text(
         "model: model\ndata: data.jsonl\neval_data: data.jsonl\nreward: house_rewards:short\noutput_dir: out\nreport_to: none\n"

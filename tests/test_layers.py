@@ -1,4 +1,4 @@
-"""Imports point one way: a room imports from the floors below its own, and from nowhere else; a test file from no other one."""
+"""Imports point one way: a part imports from the layers below its own, and from nowhere else; a test file from no other one."""
 
 import ast
 import json
@@ -12,8 +12,8 @@ import pytest
 import grpo_kernels
 
 ROOT = Path(grpo_kernels.__file__).parent
-# from the top floor down; a module that is not listed has no place in the house yet
-FLOORS = (
+# from the top layer down; a module that is not listed fails
+LAYERS = (
     ("__main__",),
     ("cli",),
     ("doctor", "bench"),
@@ -27,7 +27,7 @@ FLOORS = (
     ("backends", "distributed"),
     ("losses", "build_cuda", "devices", "extras", "tracing"),
 )
-HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+HEIGHT = {part: len(LAYERS) - layer for layer, parts in enumerate(LAYERS) for part in parts}
 OPTIONAL = {"peft", "trl", "liger_kernel", "verl", "datasets", "triton", "yaml", "matplotlib", "tqdm", "cut_cross_entropy", "pyarrow", "quack"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
@@ -35,7 +35,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.p
 TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 
 
-def room_of(path):
+def part_of(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
@@ -61,18 +61,18 @@ def imports(tree, package):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_room_imports_only_from_floors_below(path):
-    room = room_of(path)
-    assert room in HEIGHT, f"{room} is on no floor"
+def test_a_part_imports_only_from_layers_below(path):
+    part = part_of(path)
+    assert part in HEIGHT, f"{part} is on no layer"
     package = list(path.relative_to(ROOT).parent.parts)
     for node, name in imports(ast.parse(path.read_text()), package):
         if not name.startswith("grpo_kernels:"):
             continue
         target = name.removeprefix("grpo_kernels:").split(".")[0]
         if target not in HEIGHT:  # a name of the package's own __init__, or the compiled extension
-            assert target.startswith("_") or HEIGHT[room] == len(FLOORS), f"line {node.lineno}: {name}"
-        elif target != room:
-            assert HEIGHT[target] < HEIGHT[room], f"{path.name}, line {node.lineno}: {room} imports {target}"
+            assert target.startswith("_") or HEIGHT[part] == len(LAYERS), f"line {node.lineno}: {name}"
+        elif target != part:
+            assert HEIGHT[target] < HEIGHT[part], f"{path.name}, line {node.lineno}: {part} imports {target}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -82,23 +82,23 @@ def test_only_optional_dependencies_are_imported_inside_functions(path):
     functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
     for function in functions:
         for node, name in imports(function, package):
-            # the command line imports a command's rooms when it is called, so that --version answers without transformers
+            # the command line imports a command's parts when it is called, so that --version answers without transformers
             own = path.name == "cli.py" and name.startswith("grpo_kernels:")
             assert own or name.split(".")[0] in OPTIONAL, f"line {node.lineno}: {name}"
 
 
 def test_modules_inside_a_room_form_no_circle():
-    for room in ("bench", "trainer", "integrations", "engine", "backends", "losses"):
+    for part in ("bench", "trainer", "integrations", "engine", "backends", "losses"):
         graph = {}
         for path in FILES:
-            if room_of(path) == room:
+            if part_of(path) == part:
                 package = list(path.relative_to(ROOT).parent.parts)
                 names = [n for _, n in imports(ast.parse(path.read_text()), package)]
-                inside = {n.split(".")[1] for n in names if n.startswith(f"grpo_kernels:{room}.")}
-                graph[path.stem] = inside & {p.stem for p in (ROOT / room).glob("*.py")}
+                inside = {n.split(".")[1] for n in names if n.startswith(f"grpo_kernels:{part}.")}
+                graph[path.stem] = inside & {p.stem for p in (ROOT / part).glob("*.py")}
         while graph:
             leaves = [name for name, below in graph.items() if not below & graph.keys()]
-            assert leaves, f"a circle in {room}: {graph}"
+            assert leaves, f"a circle in {part}: {graph}"
             for name in leaves:
                 del graph[name]
 

@@ -41,12 +41,12 @@ from grpo_kernels.losses.correction import sampler_correction
 from grpo_kernels.losses.covariance import call_sums, lowest, marked_tokens, marking_order
 from grpo_kernels.losses.objective import depends_on_its_row_alone, known_zero
 
-VERL = tuple(name for name in LOSS_TYPES if name not in TRL_LOSS_TYPES)
+NOT_TRL = tuple(name for name in LOSS_TYPES if name not in TRL_LOSS_TYPES)
 OPTIONS = dict(dro_beta=0.7, clip_cov_ratio=0.2, clip_cov_lb=-0.5, clip_cov_ub=2.0, kl_cov_ratio=0.3, ppo_kl_coef=0.6)
 TWO_PHASES = ("gspo", "geo_mean", "clip_cov", "kl_cov")
 BACKENDS = [name for name in loss_calls.BACKENDS if not interpreted(name)]
 pytestmark = pytest.mark.usefixtures("one_thread")
-each_loss = pytest.mark.parametrize("loss_type", VERL)
+each_loss = pytest.mark.parametrize("loss_type", NOT_TRL)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -182,7 +182,7 @@ def test_far_apart_log_probs_give_finite_results(loss_type, shift):
             assert value.isfinite().all(), f"{name} {value}"
 
 
-@pytest.mark.parametrize("loss_type", [name for name in VERL if name not in TWO_PHASES])
+@pytest.mark.parametrize("loss_type", [name for name in NOT_TRL if name not in TWO_PHASES])
 @settings(max_examples=100, deadline=None)
 @given(row=rows, epsilon=st.sampled_from([0.05, 0.2, 1.5]), delta=st.sampled_from([None, 0.5, 1.25, 2.5]))
 def test_coefficient_is_the_derivative_of_the_objective(loss_type, row, epsilon, delta):
@@ -215,7 +215,7 @@ def test_the_metric_counts_the_tokens_without_a_gradient(loss_type):
     assert_close("share", out["clip_ratio/region_mean"], cut.sum() / mask.sum(), 1e-6)
 
 
-@pytest.mark.parametrize("loss_type", [name for name in VERL if name not in ("gspo", "dppo_tv", "dppo_kl", "vanilla")])
+@pytest.mark.parametrize("loss_type", [name for name in NOT_TRL if name not in ("gspo", "dppo_tv", "dppo_kl", "vanilla")])
 def test_gradcheck(loss_type):
     """Where no stop-gradient stands in between, and no bound is crossed."""
     logps, entropy, inputs = objective_tokens()
@@ -225,7 +225,7 @@ def test_gradcheck(loss_type):
 
 
 def test_one_loss_a_token_adds_up_to_the_loss():
-    for loss_type in VERL:
+    for loss_type in NOT_TRL:
         p = make_problem(B=4, T=5, V=33, config=config_of(loss_type))
         whole, each = (run(fused_linear_grpo_loss, p).loss, fused_linear_grpo_loss(*p.arguments()[0], **p.arguments()[1], reduction="none").loss)
         m = p.mask.double()
@@ -273,7 +273,7 @@ def policy_minus(p, distance):
 
 
 def test_a_ratio_per_sequence_is_for_the_losses_that_have_one():
-    for loss_type in VERL:
+    for loss_type in NOT_TRL:
         assert not config_of(loss_type, importance_sampling_level="sequence").sequence_level
     assert all(GRPOLossConfig(loss_type=name, importance_sampling_level="sequence", max_completion_length=1).sequence_level for name in TRL_LOSS_TYPES)
 
@@ -467,7 +467,7 @@ def test_icepop_masks_a_token_whose_ratio_is_outside():
 @pytest.mark.cover("loss_type", "backend")
 @each_backend
 @pytest.mark.parametrize("mode", IMPORTANCE_SAMPLING_MODES)
-@pytest.mark.parametrize("loss_type", [*TRL_LOSS_TYPES, *VERL])
+@pytest.mark.parametrize("loss_type", [*TRL_LOSS_TYPES, *NOT_TRL])
 def test_the_correction_of_every_loss(loss_type, mode, backend):
     """In one pass as in two; without old log-probs it is by those of the call, in two."""
     for on_policy, layout in ((False, "padded"), (False, "packed"), (True, "padded")):

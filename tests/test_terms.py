@@ -208,6 +208,18 @@ def test_a_constant_term_and_one_that_writes_its_inputs():
             assert_all_close({leaf: gradient}, {leaf: exact}, 1e-10)
 
 
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["logps", "old_logps"])
+def test_a_log_prob_that_is_not_finite_is_a_nan_loss_under_a_term_that_clamps_it(name, value):
+    register_policy_term("bounded", lambda logps, old_logps, A, config: -A * (logps - old_logps).nan_to_num().clamp(-1, 1))
+    given = {"logps": -torch.rand(2, 3), "old_logps": -torch.rand(2, 3)}
+    mask, advantages, config = torch.ones(2, 3), torch.tensor([1.0, -1.0]), GRPOLossConfig(loss_type="bounded")
+    finite, _ = objective(given["logps"], torch.ones(2, 3), advantages, mask, old_logps=given["old_logps"], config=config)
+    given[name][1, 1] = value
+    loss, _ = objective(given["logps"], torch.ones(2, 3), advantages, mask, old_logps=given["old_logps"], config=config)
+    assert finite.isfinite() and loss.isnan()
+
+
 def test_a_term_of_another_shape_and_an_unknown_loss_are_errors():
     with pytest.raises(ValueError, match="loss_type must be one of grpo.*got 'mine'"):
         GRPOLossConfig(loss_type="mine")

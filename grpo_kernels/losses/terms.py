@@ -134,7 +134,7 @@ def register_policy_term(name: str, term: Callable, *, aggregation: str = "dapo"
         term: ``term(logps, old_logps, advantages, config) -> [R]``, the per-token loss, of three [R] tensors in the compute dtype;
             elementwise, without state, differentiable in logps by autograd. old_logps is ``logps.detach()`` on-policy. At sequence
             level logps is ``old_logps`` plus the sequence's mean log-ratio. Gradients of anything
-            else in it are lost.
+            else in it are lost. The importance ratio is the term's to compute, and to bound: ``(logps - old_logps).exp()``.
         aggregation: the loss_type whose normaliser it uses; one of ``AGGREGATIONS``.
         overwrite: replace an earlier term of that name and aggregation.
 
@@ -167,7 +167,7 @@ def register_policy_term(name: str, term: Callable, *, aggregation: str = "dapo"
             found = f"{list(s.shape)} {s.dtype}" if isinstance(s, torch.Tensor) else type(s).__name__
             wanted = f"one loss a token, [{shape.numel()}] {logps.dtype}"
             raise ValueError(f"the term of loss_type={name!r} must return {wanted}, got {found}")
-        return s.reshape(shape)
+        return s.reshape(shape) + 0 * w  # what is not finite shows, also where the term clamps it
 
     TERMS[name] = PolicyTerm(function, aggregation, registered=True, has_levels=True, trains_at_zero=True)
 

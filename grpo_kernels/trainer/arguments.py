@@ -100,6 +100,9 @@ class _Parser(HfArgumentParser):
             raise ValueError(f"--{action.dest} has no choice {value!r}{_suggested(str(value), names) or known}")
 
 
+_DEMO_ONLY = "--reward, --eval_data and --use_peft need --model and --data; the demo brings its own"
+
+
 def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
     """Defaults < those of the demo, if it is one < the YAML file < flags.
 
@@ -113,6 +116,8 @@ def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
         settings["reward"] = [settings["reward"]]
     run = {**given, **settings, **{name: value for name, value in given.items() if value is not None}}
     if run["model"] is None and run["data"] is None and not {"-h", "--help"} & set(argv):
+        if run["reward"]:  # whose module may register the loss_type: before that is judged
+            raise ValueError(_DEMO_ONLY)
         parser.set_defaults(**demo_defaults)
     elif _loss_type(argv, settings) not in LOSS_TYPES:
         for spec in run["reward"] or ():
@@ -127,8 +132,8 @@ def parse(argv, demo_defaults) -> tuple[RunArguments, GRPOConfig]:
             raise ValueError(f"--{name} is missing: a run needs --model, --data and --reward; the demo none of them")
     if run.model and "/" not in run.model and not os.path.isdir(run.model):  # a typo, more often than gpt2
         raise ValueError(f"--model {run.model!r}: no such folder, and no owner/name of a model on the hub")
-    if run.is_demo and (run.reward or run.eval_data or run.use_peft):
-        raise ValueError("--reward, --eval_data and --use_peft need --model and --data; the demo brings its own")
+    if run.is_demo and (run.eval_data or run.use_peft):
+        raise ValueError(_DEMO_ONLY)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if (quantized := run.quantization_config(dtype)) is not None:
         if "quantization_config" in (args.model_init_kwargs or {}):
