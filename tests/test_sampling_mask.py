@@ -9,7 +9,6 @@ import pytest
 import torch
 from support.documents import table
 from support.peaked_model import CUTS, EOS, peaked_model
-from support.seeds import each_seed
 from support.tiny_trainer import DATA, config, model_inputs, next_micro_batches, trainer, weights
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import TopKLogitsWarper
@@ -95,7 +94,7 @@ def test_a_processor_of_the_call_and_a_second_call():
     assert torch.equal(found, scores.isfinite()[mask]) and found.sum(1).max() <= 3 and found.sum(1).min() < 3
 
 
-@each_seed(0, 4, usual=2)
+@pytest.mark.parametrize("seed", [0, 2, 3, 7])
 def test_places_whose_candidates_were_rejected_are_recorded_anew(seed):
     model = peaked_model()
     recorder, sequences, mask, _ = sampled(model, dict(top_p=0.7), B=1, P=12, T=30, seed=seed, prompt_lookup_num_tokens=3)
