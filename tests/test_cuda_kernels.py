@@ -132,7 +132,7 @@ def test_the_same_bits_whatever_order_the_threads_run_in(kernel, variant, cluste
         # the first seeds yield at every access: threads run as far apart as the barriers let them
         written = call(kernel, p, tile, out, variant=variant, cluster=cluster, threads=64, seed=seed, yield_one_in=1 if seed < 4 else 50)
         expected = expected or (out, written)
-        assert torch.equal(out, expected[0]) and torch.equal(written, expected[1])
+        assert torch.equal(out, expected[0]) and torch.equal(written, expected[1]), f"the order of seed {seed}"
     exact = expected_of(kernel, p, torch.float64)
     assert_no_worse_than_torch(kernel, expected[0], expected_of(kernel, p, narrow), exact, 2.0, 1e-12 if dtype == torch.float64 else 4e-6)
     assert (expected[0][1] == 0).all()
