@@ -233,6 +233,12 @@ def sweep(axis, key, form, unit):
     return lines([f"{'seconds' if key == 'median' else 'peak, MiB'} at", *(f"{n:,}" for n in sizes), grows], rows)
 
 
+def head_share(times, without):
+    """The part of a step that the head takes, at the lowest and the highest of both times; a lowest below 0 is noise."""
+    low, high = 1 - max(without) / min(times), 1 - min(without) / max(times)
+    return f"{low:.0%} to {high:.0%}" if low > 0 else f"up to {max(high, 0):.0%}"
+
+
 def step():
     rows = [r for r in record("cpu-step") if r["status"] == "ok"]
     cells = []
@@ -241,7 +247,7 @@ def step():
         for p in TRAINERS:
             r = of[p]
             low, high = min(r["times"]), max(r["times"])
-            share = "-" if r["head_share"] is None else f"{r['head_share']:.0%}"
+            share = "-" if r["head_share"] is None else head_share(r["times"], of["model"]["times"])
             cells.append(
                 [
                     f"{tokens:,}",

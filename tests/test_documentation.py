@@ -331,6 +331,9 @@ def test_the_errors_of_log_probs_on_a_cpu_are_those_of_the_records():
         ours, theirs = ([float(x) for x in re.findall(r"\d\.\de-\d", words)] for words in rows[name])
         assert ours == [float(f"{x:.1e}") for x in wanted], name
         assert theirs == [float(f"{found['full_logits']['logps_mean']:.1e}")][: len(theirs)], name
+    (trl,) = (row["errors"] for row in dense if (row["path"], row["provider"]) == ("logprobs", "trl"))
+    shown = [float(x) for x in re.findall(r"\d\.\de-\d", rows["CPU, bfloat16, TRL 1.16"][0])]
+    assert shown == [float(f"{trl[name]:.1e}") for name in ("logps_mean", "logps_max")]
 
 
 # ---- distillation ----

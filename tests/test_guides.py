@@ -140,18 +140,43 @@ def tiny(folder):
     tokenizer.save_pretrained(folder)
 
 
+def with_model(source, folder):
+    tiny(folder / "model")
+    (line,) = re.findall(r"^MODEL = .*$", source, re.M)
+    return source.replace(line, f"MODEL = {str(folder / 'model')!r}")
+
+
+def sees_the_loss(script, hook, trl, folder, monkeypatch):
+    """The hook prints what it says under the fused trainer, and a shape of sampling under TRL's."""
+    from grpo_kernels.integrations.transformers import is_fused
+
+    monkeypatch.chdir(folder)
+    script = with_model(script, folder).replace("trainer.train()\n", "")
+    (answer,) = re.findall(r"^print\(.*\)\s+# (.*)$", hook, re.M)
+    for trainer, wanted in (("FusedGRPOTrainer", answer), ("GRPOTrainer", r"(8, 1, V)")):
+        space, out = {"GRPOTrainer": trl.GRPOTrainer}, io.StringIO()
+        exec(script.replace("trainer = FusedGRPOTrainer", f"trainer = {trainer}"), space)
+        with contextlib.redirect_stdout(out):
+            exec(hook, space)
+        wanted = wanted.replace("V", str(space["trainer"].model.config.vocab_size))
+        assert wanted in out.getvalue().splitlines(), out.getvalue()
+        assert is_fused(space["trainer"].model) == (trainer == "FusedGRPOTrainer")
+
+
 @pytest.mark.parametrize("name", [name for name, _ in snippets("integrations.md")])
 def test_the_snippets_of_integrations_run(name, tmp_path, monkeypatch):
-    source = dict(snippets("integrations.md"))[name]
+    by_name = dict(snippets("integrations.md"))
+    source = by_name[name]
     if not name.startswith("TRL"):
         runs_as_it_says(source, {})
         return
     trl = pytest.importorskip("trl")
+    if name == "TRL: GRPO 2":
+        sees_the_loss(by_name["TRL: GRPO 1"], source, trl, tmp_path, monkeypatch)
+        return
     monkeypatch.chdir(tmp_path)
-    tiny(tmp_path / "model")
-    (line,) = re.findall(r"^MODEL = .*$", source, re.M)
     space = {}
-    exec(source.replace(line, f"MODEL = {str(tmp_path / 'model')!r}"), space)
+    exec(with_model(source, tmp_path), space)
     trainer = space["trainer"]
     assert isinstance(trainer, trl.GRPOTrainer) and trainer.state.global_step == 2
     names = section("integrations.md", "TRL: GRPO").split("The log has TRL's names. ")[1].split("and the rewards")[0]
