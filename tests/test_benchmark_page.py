@@ -74,6 +74,11 @@ def test_what_is_faster_or_smaller_than_ours_is_bold():
     assert tables.times_ours(None, ours) == tables.beside({"peak_bytes": None}, ours) == "-"
 
 
+def test_a_share_of_the_head_within_the_noise_is_no_result():
+    assert tables.head_share([8.0, 10.0], [4.0, 6.0]) == "25% to 60%"
+    assert tables.head_share([5.0, 10.0], [4.0, 6.0]) == "up to 60%" and tables.head_share([3.0], [4.0]) == "up to 0%"
+
+
 def test_the_prose_has_no_figure_but_those_of_the_code():
     known = {f"{DEFAULT_WORKSPACE_BYTES >> 20} MiB", f"{scaling._LONGEST:.0f} s", "5 x"}  # the last explains a column
     assert set(re.findall(r"\b\d[\d.,]* ?(?:s|ms|x|%|[KMG]iB)(?!\w)", prose())) == known

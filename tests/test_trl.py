@@ -772,6 +772,26 @@ def test_a_subclass_with_another_loss_is_told_so(kind, difference, name, folder)
     assert "install" not in words and trl.__version__ not in words
 
 
+class OwnLoss:
+    def _compute_loss(self, model, inputs):
+        ids, mask = (torch.cat([inputs[f"{part}_{name}"] for part in ("prompt", "completion")], 1) for name in ("ids", "mask"))
+        kept, advantages = inputs["completion_mask"], inputs["advantages"].view(-1, 1)
+        logps = self._get_per_token_logps_and_entropies(model, ids, mask, kept.shape[1])[0]
+        return -(advantages * logps * kept).sum() / kept.sum()
+
+
+class Doubled:
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, inputs) * 2
+
+
+@pytest.mark.parametrize("mixin", [OwnLoss, Doubled])
+def test_what_a_subclass_makes_of_the_loss_is_trained_as_on_stock(mixin, folder):
+    """It is not checked: docs/integrations.md says so."""
+    runs = [grpo(trainer, folder, saved(folder), mixin=mixin) for trainer in (trl.GRPOTrainer, FusedGRPOTrainer)]
+    assert_same(*runs)
+
+
 class Logs(FusedGRPOTrainer):
     """Overrides what makes no loss."""
 
