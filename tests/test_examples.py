@@ -32,6 +32,7 @@ def distilled(*options):
     return ([float(x) for x in re.findall(pattern, out)] for pattern in (r"reverse KL ([\d.]+)", r"(?:accuracy|->|is) ([\d.]+)"))
 
 
+@pytest.mark.exhaustive
 def test_a_student_learns_from_its_teacher_in_under_a_hundred_lines():
     assert len((EXAMPLES / "distill.py").read_text().splitlines()) < 100
     kl, (before, after, teacher) = distilled()
