@@ -54,6 +54,7 @@ def test_the_distillation_example_takes_models_from_folders(tmp_path):
     assert kl[-1] < 0.5 * kl[0] and len(list(accuracies)) == 3
 
 
+@pytest.mark.exhaustive
 def test_trl_learns_the_same_stock_and_fused():
     pytest.importorskip("trl")
     lines = [run(EXAMPLES / "trl_grpo.py", "--trainer", name).splitlines()[-1] for name in ("fused", "stock")]
