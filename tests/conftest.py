@@ -37,6 +37,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     which = "all" if DEVICE != "cpu" else "exhaustive" if config.getoption("--exhaustive") else "usual"

@@ -532,7 +532,7 @@ print(status("VmHWM") - before)
 
 
 @linux
-@pytest.mark.parametrize("provider", ["grpo_kernels", "full_logits"])
+@pytest.mark.parametrize("provider", ["grpo_kernels", pytest.param("full_logits", marks=pytest.mark.exhaustive)])
 def test_the_memory_column_agrees_with_an_independent_measurement(provider, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     shape = Shape(length=64, depth=256, vocab=65_536)
