@@ -51,6 +51,12 @@ def cases_of(decorator):
     return [(parameters.values, not parameters.marks) for parameters in decorator.args[1]]
 
 
+def test_every_line_of_the_fast_list_names_a_test():
+    for line in fast():
+        file, name = line.split("[")[0].split("::") if "::" in line else (line, "")
+        assert f"\ndef {name}" in (TESTS.parent / file).read_text(), line
+
+
 def test_each_seed_is_a_case_and_the_first_run_always():
     assert cases_of(each_seed(5, 3, usual=1)) == [((5,), True), ((6,), False), ((7,), False)]
     assert all(always for _, always in cases_of(each_seed(0, 2, usual=2)))
