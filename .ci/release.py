@@ -103,7 +103,7 @@ def repaired(wheel, folder):
 
 
 def check_contents(sdist, wheel, root=ROOT):
-    """The sdist is what git tracks. The wheel has every module, every source of the kernels and the compiled extension, but no tests."""
+    """The sdist is what git tracks. The wheel has every module, the kernels' sources and the compiled extension, and no tests."""
     with zipfile.ZipFile(wheel) as archive:
         in_wheel = set(archive.namelist())
     with tarfile.open(sdist) as archive:
