@@ -27,7 +27,7 @@ torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", 2)), torch.get_n
 
 
 def pytest_addoption(parser):
-    parser.addoption("--exhaustive", action="store_true", help="also run the cases that are marked exhaustive, and those in Triton's interpreter")
+    parser.addoption("--exhaustive", action="store_true", help="also run the cases that are marked exhaustive, and more of those in Triton's interpreter")
     parser.addoption("--fast", action="store_true", help="run the cases of tests/fast.txt alone")
 
 
@@ -44,7 +44,7 @@ def pytest_unconfigure():
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     which = "all" if DEVICE != "cpu" else "exhaustive" if config.getoption("--exhaustive") else "usual"
-    chosen = cases.chosen(items, config.args, which, config.getoption("--fast"))
+    chosen = cases.chosen(items, config.args, which, config.getoption("--fast"), config.invocation_params.dir)
     if len(chosen) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in items if item in chosen]

@@ -15,14 +15,15 @@ def fast():
     return [line for line in FAST.read_text().splitlines() if line and not line.startswith("#")]
 
 
-def chosen(items, arguments, which="usual", only_fast=False):
-    """Those of ``items`` that run, as a set. A test that ``arguments`` name, FILE::TEST, does in any case.
+def chosen(items, arguments, which="usual", only_fast=False, where="."):
+    """Those of ``items`` that run, as a set. A test that ``arguments`` name, FILE::TEST from the folder ``where``, does in any case.
 
     usual: neither cases marked exhaustive run, nor what a cover leaves of a test's combinations, nor four in five of the other
     tests' cases in Triton's interpreter. exhaustive: of those in the interpreter four in five seeds do not. all: on a GPU.
     """
-    named = tuple(argument for argument in arguments if "::" in argument)
-    always = {item for item in items if item.nodeid.startswith(named)} if named else set()
+    named = [argument.partition("::") for argument in arguments if "::" in argument]
+    named = {(Path(where, file).resolve(), test) for file, _, test in named}
+    always = {item for item in items if any(item.path == file and _tail(item).startswith(test) for file, test in named)}
     lines = set(fast())
     _refuse_unknown(items, lines, named)
     others = [item for item in items if item not in always]
@@ -30,6 +31,10 @@ def chosen(items, arguments, which="usual", only_fast=False):
     if only_fast:
         found = {item for item in others if item.nodeid in lines or (item in found and not lines.isdisjoint(_above(item.nodeid)))}
     return found | always
+
+
+def _tail(item):
+    return item.nodeid.partition("::")[2]
 
 
 def _above(nodeid):
