@@ -100,7 +100,7 @@ docs: $(VENV)/docs/.installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --strict
 	@echo build/docs/index.html
 
-$(VENV)/docs/.installed: Makefile
+$(VENV)/docs/.installed: Makefile | $(VENV)/.gitignore
 	$(PYTHON) -m venv $(VENV)/docs
 	$(VENV)/docs/bin/python -m pip install -q $(DOCS)
 	touch $@
@@ -117,7 +117,7 @@ $(VENV)/.linters: $(STAMP)
 
 # Made again when the build files or csrc/ change, so that the extension is never older than its sources. compat: a path that type
 # checkers and editors read; setuptools' import hook is one that they do not.
-$(STAMP): $(SOURCES)
+$(STAMP): $(SOURCES) | $(VENV)/.gitignore
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
 	GRPO_KERNELS_BUILD_CUDA=$(BUILD_CUDA) $(BIN)/python -m pip install -q --config-settings editable_mode=compat -e ".[test]"
@@ -125,10 +125,15 @@ $(STAMP): $(SOURCES)
 	touch $@
 
 # The wheel under its manylinux tag and the sdist in dist/, each used in an empty environment. For the Python of $(PYTHON); nothing is published.
-release:
+release: | $(VENV)/.gitignore
 	$(PYTHON) -m venv --clear $(VENV)/release
 	$(VENV)/release/bin/python -m pip install -q $(RELEASERS)
 	$(VENV)/release/bin/python .ci/release.py --torch "$(TORCH)"
+
+# An environment under a name that .gitignore does not know would make the tree dirty, and `make release` would refuse it.
+$(VENV)/.gitignore:
+	mkdir -p $(@D)
+	echo '*' > $@
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache tests/.mypy_cache .hypothesis .benchmarks

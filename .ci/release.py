@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # The extension uses PyTorch's OpenMP runtime, loaded before it. A copy in the wheel is a second one, with its own pool of threads.
 SHARED = "libgomp.so.1"
+MADE = ("PKG-INFO", "setup.cfg")  # by setuptools, into every sdist
 COMPILED = re.compile(r"grpo_kernels/_native\.[\w-]+\.so")
 
 
@@ -60,6 +61,8 @@ def checked(root=ROOT, today=None):
             raise ReleaseError(f"CHANGELOG.md: {date} is no date: {error}") from None
         if future:
             raise ReleaseError(f"CHANGELOG.md: {date} is in the future")
+    if not (root / ".git").exists():
+        raise ReleaseError(f"{root} is no git checkout: a release is made of a commit")
     if dirt := git(root, "status", "--porcelain"):
         raise ReleaseError(f"the tree is not clean; commit or remove\n{dirt}")
     tag = git(root, "tag", "--list", f"v{own}")
@@ -100,20 +103,21 @@ def repaired(wheel, folder):
 
 
 def check_contents(sdist, wheel, root=ROOT):
-    """Both hold every module and every source of the kernels. Only the wheel's extension is compiled; the wheel holds no tests."""
+    """The sdist is what git tracks. The wheel has every module, the kernels' sources and the compiled extension, and no tests."""
     with zipfile.ZipFile(wheel) as archive:
         in_wheel = set(archive.namelist())
     with tarfile.open(sdist) as archive:
-        in_sdist = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    tracked = git(root, "ls-files", "grpo_kernels", "csrc").splitlines()
-    shipped = {f"grpo_kernels/{name}" if name.startswith("csrc/") else name for name in tracked}
-    compiled = [{x for x in names if x.endswith((".so", ".o", ".pyc")) or ".libs/" in x} for names in (in_sdist, in_wheel)]
+        in_sdist = {member.name.split("/", 1)[1] for member in archive if member.isfile()}
+    tracked = set(git(root, "ls-files").splitlines())
+    package = {name for name in tracked if name.startswith(("grpo_kernels/", "csrc/"))}
+    shipped = {f"grpo_kernels/{name}" if name.startswith("csrc/") else name for name in package}
+    compiled = {x for x in in_wheel if x.endswith((".so", ".o", ".pyc")) or ".libs/" in x}
     wrong = {
-        "the sdist lacks": set(tracked) - in_sdist,
-        "the sdist has": compiled[0],
+        "the sdist lacks": tracked - in_sdist,
+        "the sdist has": {x for x in in_sdist - tracked if x not in MADE and ".egg-info/" not in x},
         "the wheel lacks": shipped - in_wheel,
         "the wheel has": {x for x in in_wheel if x.startswith(("tests/", "benchmarks/"))}
-        | {x for x in compiled[1] if not COMPILED.fullmatch(x)},
+        | {x for x in compiled if not COMPILED.fullmatch(x)},
     }
     for said, names in wrong.items():
         if names:

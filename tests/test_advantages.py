@@ -20,7 +20,7 @@ NAN = math.nan
 
 
 def by_hand(rewards, groups, scale="group", weights=None, aggregation="sum_then_normalize"):
-    """math.md with lists, dictionaries and the statistics module; rewards [B][K]."""
+    """Advantages with lists, dictionaries and the statistics module; rewards [B][K]."""
     weights = weights or [1.0] * len(rewards[0])
 
     def weighted_sum(row):

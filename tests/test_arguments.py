@@ -1,4 +1,4 @@
-"""Bad input: an error that names the argument, what was wanted and what came; the same at every public door."""
+"""Bad input: an error that names the argument, what was wanted and what came; the same at every public function."""
 
 import dataclasses
 import inspect

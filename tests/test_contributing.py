@@ -2,6 +2,7 @@
 
 import datetime
 import fnmatch
+import functools
 import importlib.util
 import re
 import subprocess
@@ -68,12 +69,41 @@ def test_every_test_file_guards_something():
     assert there - named == set(), "these test files are in no row of CONTRIBUTING.md"
 
 
-def test_every_other_file_that_it_names_exists():
-    prose = re.sub(r"^\|.*$", "", TEXT, flags=re.M)
-    names = set(re.findall(r"`([\w./]+\.(?:py|md|yml))`", prose)) | set(re.findall(r"\]\(([^)#]+)\)", prose))
-    names -= {name for name in names if "NAME" in name} | {"utils.py"}  # to be chosen; never to be made
-    folders = (ROOT, ROOT / "grpo_kernels", ROOT / "tests", ROOT / "tests" / "support")
-    assert not [name for name in sorted(names) if not any((folder / name).exists() for folder in folders)]
+FOLDERS = ("grpo_kernels", "csrc", "tests", "benchmarks", "docs", "examples", ".ci", ".github")
+# a file by its ending, or whatever is in one of our folders
+FILE = re.compile(r"[\w./*-]+\.(?:py|md|json|ya?ml|ipynb|svg|png|css|toml|txt|h|cuh?|cpp)|(?:{})/[\w./*-]*".format("|".join(map(re.escape, FOLDERS))))
+NOT_OURS = {
+    "run.yaml", "train.py", "my_rewards.py", "my_plugin.py", "here.json",  # the reader's
+    "complete.json", "openapi.json", "benchmarks/results/latest.json",  # written by a run, a server, a benchmark
+    "utils.py",  # never to be made
+}  # fmt: skip
+
+
+@functools.cache
+def tree_names():
+    """Names without their folders."""
+    return {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*")} | {path.name for path in ROOT.iterdir()}
+
+
+def is_there(name, page):
+    """A path from the top, the package, the tests or the page; a name without folder is that of some file."""
+    folders = (ROOT, ROOT / "grpo_kernels", ROOT / "tests", page.parent)
+    return name in tree_names() or any(next(folder.glob(name), None) if "*" in name else (folder / name).exists() for folder in folders)
+
+
+@pytest.mark.parametrize("page", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_every_file_that_a_page_names_exists(page):
+    prose = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)
+    words = [word.strip("\"',()") for code in re.findall(r"`([^`\n]+)`", prose) for word in code.split()]
+    files = {name for name, _, _ in (word.partition("::") for word in words) if FILE.fullmatch(name) and "NAME" not in name} - NOT_OURS
+    gone = [name for name in sorted(files) if not is_there(name, page)]
+    modules = set(re.findall(r"`python -m ((?:grpo_kernels|benchmarks)[\w.]*)", prose))
+    gone += [name for name in sorted(modules) if not any((ROOT / (name.replace(".", "/") + end)).exists() for end in (".py", "/__main__.py"))]
+    targets = set(re.findall(r"\]\((?![a-z]+:)([^)#\s]+)", prose))
+    gone += [name for name in sorted(targets) if not (page.parent / name).exists()]
+    tests = [(ROOT / file, test) for file, colons, test in (word.partition("::") for word in words) if colons and FILE.fullmatch(file)]
+    gone += [f"{file.name}::{test}" for file, test in tests if not file.exists() or f"def {test}(" not in file.read_text()]
+    assert not gone, f"{page.name} names what is not in the tree: {', '.join(gone)}"
 
 
 def makefile():
@@ -163,6 +193,24 @@ def test_neither_a_changed_tree_nor_a_tagged_version_is_released(tree):
         release.checked(tree(), TODAY)
 
 
+def test_only_a_checkout_is_released(tree):
+    release, root = released(), tree()
+    (root / ".git").rename(root / "not-git")
+    with pytest.raises(release.ReleaseError, match="is no git checkout"):
+        release.checked(root, TODAY)
+
+
+def test_an_environment_in_the_tree_does_not_change_it(tree):
+    """`make release VENV=env`: what .gitignore does not know."""
+    release, root = released(), tree()
+    done = subprocess.run(["make", "-f", ROOT / "Makefile", "VENV=env", "env/.gitignore"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (root / "env" / "pyvenv.cfg").write_text("")
+    assert release.checked(root, TODAY)
+    for target in ("release", r"\$\(STAMP\)", r"\$\(VENV\)/docs/\.installed"):
+        assert re.search(rf"^{target}:[^|\n]*\| \$\(VENV\)/\.gitignore$", (ROOT / "Makefile").read_text(), re.M), target
+
+
 def archives(folder, sdist, wheel):
     """An sdist and a wheel of files of these names."""
     with tarfile.open(folder / "a.tar.gz", "w:gz") as archive:
@@ -179,11 +227,13 @@ def test_what_the_artefacts_must_hold(tree, tmp_path):
     (root / "csrc").mkdir()
     (root / "csrc" / "a.h").write_text("")
     tree.git("add", "csrc")
-    sources = {"grpo_kernels/__init__.py", "csrc/a.h"}
+    sources = {"CHANGELOG.md", "grpo_kernels/__init__.py", "csrc/a.h", "PKG-INFO", "setup.cfg", "a.egg-info/SOURCES.txt"}
     whole = {"grpo_kernels/__init__.py", "grpo_kernels/csrc/a.h", "grpo_kernels/_native.cpython-311-x86_64-linux-gnu.so", "a.dist-info/RECORD"}
     release.check_contents(*archives(tmp_path, sources, whole), root)
     for sdist, wheel, said in (
         (sources - {"csrc/a.h"}, whole, "the sdist lacks csrc/a.h"),
+        (sources - {"CHANGELOG.md"}, whole, "the sdist lacks CHANGELOG.md"),
+        (sources | {"notes.txt"}, whole, "the sdist has notes.txt"),
         (sources | {"grpo_kernels/_native.so"}, whole, "the sdist has grpo_kernels/_native.so"),
         (sources, whole - {"grpo_kernels/csrc/a.h"}, "the wheel lacks grpo_kernels/csrc/a.h"),
         (sources, {name for name in whole if "_native" not in name}, "the wheel lacks the compiled extension"),

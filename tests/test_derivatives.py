@@ -26,7 +26,7 @@ TWO_PHASES = GRPOLossConfig(importance_sampling_level="sequence")
 
 
 def losses(p):
-    """(name, scalar, hidden or logits) of every door."""
+    """(name, scalar, hidden or logits) of every public function."""
     positional, keywords, leaves = p.arguments()
     hidden, weight, ids, _, mask = positional
     yield "one pass", fused_linear_grpo_loss(*positional, **keywords).loss, hidden
@@ -221,8 +221,8 @@ CONSTANTS = ("advantages", "old_logps", "ref_logps", "importance_sampling_ratio"
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
-@pytest.mark.parametrize("door", ["fused", "reference", "logits"])
-def test_a_gradient_that_would_be_lost_is_refused_by_name(name, door):
+@pytest.mark.parametrize("public", ["fused", "reference", "logits"])
+def test_a_gradient_that_would_be_lost_is_refused_by_name(name, public):
     p = make_problem(B=3, T=4, V=11, ratio="token", sampling=True, mask_dtype=torch.float64, num_items=torch.tensor(7.0),
                      config=GRPOLossConfig(beta=0.1, off_policy_mask_threshold=0.5))  # fmt: skip
 
@@ -230,10 +230,10 @@ def test_a_gradient_that_would_be_lost_is_refused_by_name(name, door):
         (hidden, weight, ids, advantages, mask), keywords, _ = p.arguments()
         named = keywords | {"advantages": advantages, "mask": mask, "config": config}
         named[name] = named[name].detach().requires_grad_() if given is None else given(named[name])
-        function = {"fused": fused_linear_grpo_loss, "reference": reference.grpo_loss, "logits": grpo_loss_from_logits}[door]
-        if door == "logits":
+        function = {"fused": fused_linear_grpo_loss, "reference": reference.grpo_loss, "logits": grpo_loss_from_logits}[public]
+        if public == "logits":
             named.pop("bias"), named.pop("lora")
-        head = (hidden @ weight.T,) if door == "logits" else (hidden, weight)
+        head = (hidden @ weight.T,) if public == "logits" else (hidden, weight)
         return function(*head, ids, **named)
 
     with pytest.raises(ValueError, match=rf"{name} must not require a gradient.*pass {name}\.detach\(\)"):
@@ -304,13 +304,13 @@ COMBINED = {
 }
 
 
-def lse_call(p, door, dtype, combine, **more):
+def lse_call(p, whose, dtype, combine, **more):
     """Results and gradients of log-probs with lse, ours or plain autograd over full logits."""
     (hidden, weight, ids, _, mask), keywords, leaves = p.arguments(dtype)
     c, t, lora = p.config, keywords["temperature"], keywords["lora"]
     if t is not None:
         leaves["temperature"] = t = t.clone().requires_grad_()
-    if door == "ours":
+    if whose == "ours":
         out = linear_logprobs(hidden, weight, ids, mask=mask, bias=keywords["bias"], lora=lora, temperature=c.temperature if t is None else t,
                               logit_scale=c.logit_scale, softcap=c.softcap, return_lse=True, **more)  # fmt: skip
         logps, entropy, lse = out
@@ -354,8 +354,8 @@ def test_lse_is_as_exact_as_pytorch(name, dtype, softcap, backend, monkeypatch):
     if backend == "float32 chunks":
         with_float32_chunks(monkeypatch)
         backend = "torch"
-    ours, torchs, exact = (lse_call(p, door, d, COMBINED[name], **more)
-                           for door, d, more in (("ours", dtype, {"backend": backend}), ("plain", dtype, {}), ("plain", torch.float64, {})))  # fmt: skip
+    ours, torchs, exact = (lse_call(p, whose, d, COMBINED[name], **more)
+                           for whose, d, more in (("ours", dtype, {"backend": backend}), ("plain", dtype, {}), ("plain", torch.float64, {})))  # fmt: skip
     for quantity, truth in exact.items():
         assert_no_worse_than_torch(quantity, ours[quantity], torchs[quantity], truth, floor=1e-6 if dtype == torch.float32 else 1e-3)
     flat = [x["hidden"][1] for x in (ours, torchs, exact)]
@@ -389,15 +389,15 @@ PER_TOKEN += [GRPOLossConfig(entropy_coef=0.3, top_entropy_quantile=0.6), GRPOLo
 @pytest.mark.parametrize("config", PER_TOKEN, ids=lambda c: f"{c.loss_type}-{c.importance_sampling_level}-{c.entropy_coef}")
 @pytest.mark.parametrize("packed_rows", [False, True])
 def test_one_loss_a_token(config, packed_rows):
-    """Weighed as the loss_type does they are its loss; gradients by any weights are those of the reference, at three doors."""
+    """Weighed as the loss_type does they are its loss; gradients by any weights are those of the reference, by three functions."""
     p = make_problem(B=4, T=5, D=8, V=60, config=config, ratio="token", sampling=True)
     whole = reference.grpo_loss(*(a := p.arguments())[0], **a[1])
     p = packed(p) if packed_rows else p
     g = torch.randn(p.mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = []
-    for door in (reference.grpo_loss, fused_linear_grpo_loss):
+    for function in (reference.grpo_loss, fused_linear_grpo_loss):
         positional, keywords, leaves = p.arguments()
-        out = door(*positional, **keywords, reduction="none")
+        out = function(*positional, **keywords, reduction="none")
         assert out.loss.shape == p.mask.shape and not out.loss[~p.mask].any()
         (out.loss * g).sum().backward()
         found.append({"loss": out.loss, "policy_loss": out.metrics["policy_loss"], **{n: x.grad for n, x in leaves.items()}})
@@ -416,19 +416,19 @@ def test_one_loss_a_token(config, packed_rows):
         assert_close("weighed", (u * (out.loss - bonus)).sum() + bonus.sum() / active.sum(), whole.loss, 1e-10)
 
 
-@pytest.mark.parametrize("door", [fused_linear_grpo_loss, reference.grpo_loss])
-def test_another_reduction_is_refused(door):
+@pytest.mark.parametrize("function", [fused_linear_grpo_loss, reference.grpo_loss])
+def test_another_reduction_is_refused(function):
     positional, keywords, _ = make_problem(B=2, T=3, V=11).arguments()
     with pytest.raises(ValueError, match="reduction must be 'loss_type' or 'none', got 'mean'"):
-        door(*positional, **keywords, reduction="mean")
+        function(*positional, **keywords, reduction="mean")
 
 
 # Transforms of torch.func
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
-@pytest.mark.parametrize("door", ["loss", "log-probs", "logits"])
-def test_transforms_of_torch_func_are_refused_in_a_sentence(transform, door):
+@pytest.mark.parametrize("public", ["loss", "log-probs", "logits"])
+def test_transforms_of_torch_func_are_refused_in_a_sentence(transform, public):
     """The reference takes them."""
     p = make_problem(B=2, T=3, V=11)
     (hidden, weight, ids, advantages, mask), keywords, _ = p.arguments(needs=())
@@ -445,7 +445,7 @@ def test_transforms_of_torch_func_are_refused_in_a_sentence(transform, door):
         return torch.func.grad(functions[name])(x) if transform == "grad" else torch.func.jvp(functions[name], (x,), (x,))[1]
 
     with pytest.raises(TypeError, match=r"(hidden|logits) must be a plain tensor, got one inside of a torch\.func transform"):
-        transformed(door, hidden @ weight.T if door == "logits" else hidden)
+        transformed(public, hidden @ weight.T if public == "logits" else hidden)
     assert transformed("reference", hidden).isfinite().all()
 
 

@@ -78,7 +78,7 @@ def test_linear_logprobs_gradcheck(frozen, workspace, backend):
 
 @on_the_cpu
 @every_backend
-def test_linear_logprobs_shapes_and_doors(backend):
+def test_linear_logprobs_shapes_and_gradients(backend):
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(9, 4, generator=g)
     for shape in ((), (5,), (2, 3), (2, 3, 2), (0,), (2, 0)):

@@ -495,13 +495,13 @@ def test_a_correction_costs_no_pass():
 def test_what_a_correction_needs_is_said():
     p = make_problem(B=2, T=3, V=9, config=GRPOLossConfig(importance_sampling_mode="token_mask"), sampling=True)
     positional, keywords, _ = p.arguments()
-    for door in (fused_linear_grpo_loss, reference.grpo_loss):
+    for function in (fused_linear_grpo_loss, reference.grpo_loss):
         with pytest.raises(ValueError, match="sampling_logps must be given with importance_sampling_mode='token_mask', got None"):
-            door(*positional, **{**keywords, "sampling_logps": None})
+            function(*positional, **{**keywords, "sampling_logps": None})
         with pytest.raises(ValueError, match="importance_sampling_ratio must be None with importance_sampling_mode='token_mask'"):
-            door(*positional, **{**keywords, "importance_sampling_ratio": torch.ones(2, 3)})
+            function(*positional, **{**keywords, "importance_sampling_ratio": torch.ones(2, 3)})
         with pytest.raises(ValueError, match="sampling_logps must not require a gradient"):
-            door(*positional, **{**keywords, "sampling_logps": keywords["sampling_logps"].clone().requires_grad_()})
+            function(*positional, **{**keywords, "sampling_logps": keywords["sampling_logps"].clone().requires_grad_()})
     with pytest.raises(ValueError, match="sampling_logps must be given"):
         objective(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1), config=p.config)
     with pytest.raises(ValueError, match="importance_sampling_clip_min must be below importance_sampling_clip_max, 3.0, got 3.5"):

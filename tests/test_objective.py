@@ -280,7 +280,7 @@ def test_coefficient_is_the_derivative_of_the_objective(row, options, loss_type)
 
 @each_seed(0, 300, usual=60)
 def test_one_pass_coefficients_over_whole_batches(seed):
-    """Every case that math.md calls one-pass: token level but vespo off-policy; on-policy without a corrected KL."""
+    """Every case of one pass: token level but vespo off-policy; on-policy without a corrected KL."""
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     config = draw_config(rng, top_entropy_quantile=1.0, off_policy_mask_threshold=None)
     logps, entropy, inputs = draw_tokens(rng, g, config)

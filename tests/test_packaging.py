@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -320,20 +321,39 @@ print(all(getattr(grpo_kernels, name) is sys.modules["grpo_kernels." + name] for
     assert run("-c", code).stdout == "True grpo_kernels.losses.config\n"
 
 
-def test_source_distribution_holds_the_sources(tmp_path):
-    made = setup("egg_info", f"--egg-base={tmp_path}", "sdist", f"--dist-dir={tmp_path}", "--formats=tar")
+@pytest.fixture(scope="module")
+def source_distribution(tmp_path_factory):
+    """Its files."""
+    folder = tmp_path_factory.mktemp("sdist")
+    made = setup("egg_info", f"--egg-base={folder}", "sdist", f"--dist-dir={folder}", "--formats=tar")
     assert made.returncode == 0, made.stderr
-    (archive,) = tmp_path.glob("*.tar")
-    names = subprocess.run(["tar", "tf", archive], capture_output=True, text=True, check=True).stdout.split()
-    held = {name.split("/", 1)[1] for name in names if "/" in name}
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").iterdir()} | {
-        "setup.py",
-        "LICENSE",
-        "grpo_kernels/py.typed",
-        "examples/tour.ipynb",
-    }
-    assert sources <= held
-    assert not [name for name in held if name.endswith(".so") or name.endswith("_build_info.json")]
+    (archive,) = folder.glob("*.tar")
+    with tarfile.open(archive) as opened:
+        return {member.name.split("/", 1)[1] for member in opened if member.isfile()}
+
+
+def test_source_distribution_holds_the_sources(source_distribution):
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").iterdir()}
+    assert sources | {"setup.py", "LICENSE", "grpo_kernels/py.typed", "examples/tour.ipynb"} <= source_distribution
+    assert not [name for name in source_distribution if name.endswith((".so", ".pyc", "_build_info.json"))]
+
+
+def test_source_distribution_is_what_git_tracks(source_distribution):
+    """Tests, documents and targets then work in it as they do in a checkout."""
+    tracked = in_git("--cached")
+    if not tracked:
+        pytest.skip("not a git checkout")
+    there = {name for name in tracked if (ROOT / name).exists()}
+    assert there <= source_distribution, f"MANIFEST.in leaves out {sorted(there - source_distribution)}"
+    more = source_distribution - tracked - in_git("--others", "--exclude-standard")
+    assert {name for name in more if ".egg-info/" not in name} == {"PKG-INFO", "setup.cfg"}, "MANIFEST.in takes what git ignores"
+
+
+def in_git(*which):
+    """Files of the repository whose top is this tree; none where git or the repository is missing."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return set()
+    return set(subprocess.run(["git", "ls-files", "-z", *which], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")) - {""}
 
 
 def test_doctor_names_every_backend_and_how_the_extension_was_built():

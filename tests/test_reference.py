@@ -14,7 +14,7 @@ from grpo_kernels.losses.config import TRL_LOSS_TYPES
 
 
 def plain_log_probs(p):
-    """(lp, entropy) of math.md with one softmax over the full logits, differentiable; 0 where masked."""
+    """(lp, entropy) with one softmax over the full logits, differentiable; 0 where masked."""
     _, keywords, leaves = p.arguments(torch.float64)
     kept = p.mask.bool()
     h = leaves["hidden"].where(kept.unsqueeze(-1), 0.0)

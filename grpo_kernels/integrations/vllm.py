@@ -10,7 +10,7 @@ This replaces the sampler's log-probs and not the model's products: vLLM makes h
 rounds logits to the model's dtype. A softcap or a logit scale vLLM applies itself before the sampler sees a logit: log-probs of
 such heads are equal up to rounding.
 
-Written against the interface of vLLM 0.10.0 to 0.2x (V1 engine): `Sampler.gather_logprobs(logprobs, num_logprobs, token_ids)`. It
+Written for the sampler of the V1 engine, vLLM 0.10.0 and newer: `Sampler.gather_logprobs(logprobs, num_logprobs, token_ids)`. It
 has never run inside of vLLM; the tests run it in a stand-in of `Sampler` with the same methods. The sampler of vLLM's newer model
 runner (`vllm.v1.worker.gpu.sample`) has no such method and is refused.
 """
