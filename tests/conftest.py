@@ -58,6 +58,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cover(*together): of all combinations some run always, in which each value of each parameter comes up "
                                        "and all combinations of the parameters named here; the others are exhaustive")  # fmt: skip
     config.addinivalue_line("markers", "exhaustive: one case of many; `make test-all` runs it, `make test` does not")
+    config.addinivalue_line("markers", "exhaustive_in_the_interpreter: its cases in Triton's interpreter are exhaustive")
     config.addinivalue_line("markers", "inductor: compiles for seconds; `make gpu` runs it last")
 
 

@@ -67,7 +67,7 @@ def draw_rewards(rng, K):
 
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-@each_seed(0, 60, usual=10)
+@each_seed(0, 150, usual=10)
 def test_against_a_transcription(seed, scale, aggregation):
     rng = random.Random(seed)
     K = rng.choice([1, 1, 2, 3])

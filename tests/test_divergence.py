@@ -318,6 +318,7 @@ def cut(rows, kind="reverse_kl", dtype=torch.float64, **more):
                                          temperature="token", lora=True, has_bias=True) | more)  # fmt: skip
 
 
+@pytest.mark.exhaustive_in_the_interpreter
 @pytest.mark.cover("backend")
 @each_kind
 def test_every_way_through_the_loops(kind, backend, monkeypatch):
@@ -411,6 +412,7 @@ def test_near_agreement_keeps_its_digits_in_float32(size, digits, kind, backend)
         assert (ours["dweight"].cpu() - truth["dweight"].cpu()).norm() <= 10 * digits * truth["dweight"].cpu().norm()
 
 
+@pytest.mark.cover("backend")
 @each_kind
 def test_near_agreement_but_for_the_likeliest_token(kind, backend):
     """Relative to the rows' maxima all other logits are apart by as much: the sums must not be those of cancelling terms."""
@@ -721,6 +723,7 @@ def test_a_weight_changed_before_backward_is_an_error_or_does_not_matter(form, b
                 assert_close(name, leaves[name].grad, truth[f"d{name}"], 1e-10)
 
 
+@pytest.mark.exhaustive_in_the_interpreter
 @pytest.mark.cover("backend", "needs")
 @each_form
 @pytest.mark.parametrize("needs", [LEAVES, ("hidden",)], ids=["all", "frozen head"])
@@ -752,6 +755,7 @@ def test_inputs_are_not_written(form, backend):
         assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
+@pytest.mark.exhaustive_in_the_interpreter
 def test_calls_that_overlap_share_no_memory(backend, monkeypatch):
     """A tile's memory is kept for the next call, never for one that comes while it is still in use."""
     monkeypatch.setattr(products, "_HUGE_PAGE_BYTES", 1)
@@ -1033,6 +1037,7 @@ def of(student, teacher):
     return W * (student * P + teacher * Q)
 
 
+@pytest.mark.exhaustive_in_the_interpreter
 @pytest.mark.cover("backend")
 @on_the_cpu
 @pytest.mark.unpoisoned
@@ -1055,6 +1060,7 @@ def test_products(dtype, kind, backend):
         assert found == c.rows * of(2, 2)
 
 
+@pytest.mark.exhaustive_in_the_interpreter
 @pytest.mark.unpoisoned
 @on_the_cpu
 def test_products_of_a_part_of_the_stash(backend):
@@ -1069,6 +1075,7 @@ def test_products_of_a_part_of_the_stash(backend):
     assert any(0 < x < c.rows for x in shares)
 
 
+@pytest.mark.exhaustive_in_the_interpreter
 @pytest.mark.unpoisoned
 @on_the_cpu
 @each_kind

@@ -241,6 +241,7 @@ def test_a_reference_of_another_dtype(backend):
 # What it leaves alone
 
 
+@pytest.mark.exhaustive_in_the_interpreter
 def test_the_bias_correction_of_k3_changes_nothing(backend):
     for level in LEVELS:
         p = exact(make_problem(config=GRPOLossConfig(importance_sampling_level=level)))
@@ -271,6 +272,7 @@ def test_what_the_loss_does_not_read_is_ignored(function):
     assert torch.equal(out.loss, plain.loss) and torch.equal(leaves["weight"].grad, plain.gradients["weight"])
 
 
+@pytest.mark.exhaustive_in_the_interpreter
 def test_the_reference_model_gets_no_gradient_and_a_clean_row_no_nan(backend):
     for level in LEVELS:
         p = exact(make_problem(config=GRPOLossConfig(importance_sampling_level=level)))
@@ -414,6 +416,7 @@ def test_what_is_wrong_is_named(changes, error, said, function):
 P, Q, V = 13, 17, 211
 
 
+@pytest.mark.exhaustive_in_the_interpreter
 @on_the_cpu
 def test_one_pass_stays_one_pass(backend):
     """6NVD + 2NVD', and a frozen head 4NVD + 2NVD'; what needs two phases is recomputed: 8NVD + 4NVD'."""

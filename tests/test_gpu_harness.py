@@ -229,6 +229,7 @@ def as_on_a_gpu(stage, monkeypatch):
     return stage
 
 
+@pytest.mark.exhaustive
 def test_decide_and_plan_as_on_a_gpu(as_on_a_gpu, tmp_path):
     stage = as_on_a_gpu
     decide.run(stage)
@@ -274,6 +275,7 @@ def test_heights_are_plans_that_the_engine_can_follow(as_on_a_gpu, monkeypatch):
         assert r["predicted"] == pytest.approx(sum(s.count * cost.seconds(problem, s) for s in steps))
 
 
+@pytest.mark.exhaustive
 def test_tests_on_a_gpu_leave_inductor_to_the_end(stage, monkeypatch):
     asked = []
     monkeypatch.setattr(programs, "pytest", lambda stage, name, share, *arguments: asked.append((share, arguments)))
@@ -383,6 +385,7 @@ def test_a_wrong_kernel_is_not_timed(stage, monkeypatch, spoil):
     assert stage.end("ok") == 1
 
 
+@pytest.mark.exhaustive
 def test_pytest_is_summed_up(stage, tmp_path):
     file = tmp_path / "test_some.py"
     file.write_text("import time\ndef test_good(): pass\ndef test_bad(): assert 0\ndef test_slow(): time.sleep(60)\n")

@@ -5,7 +5,6 @@ accelerate gives a CPU neither FSDP nor DeepSpeed, so the started script names t
 """
 
 import pytest
-from support.cases import usually
 from support.engines import EXAMPLES, LONG, RANKS, assert_same, assert_started_again, options, prepare, run
 
 SCRIPT = """
@@ -53,7 +52,8 @@ def one(folder):
     start(folder, "one", **PLAIN)
 
 
-@pytest.mark.parametrize("name", usually(KINDS, "fsdp2"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", KINDS)
 def test_accelerate_launch_is_one_process(name, folder, one):
     if name == "deepspeed_zero3":
         pytest.importorskip("deepspeed")

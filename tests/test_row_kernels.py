@@ -293,6 +293,25 @@ def test_a_gradient_of_the_entropy_alone(kernels, dtype):
         assert (ours[1] == 0).all() and (ours[0] != 0).any()
 
 
+@pytest.mark.cover("kernels", "dtype")
+@each_kernels
+@each_dtype
+def test_a_gradient_of_the_entropy_at_a_confident_token(kernels, dtype):
+    """log p is -2e-6, which z - lse loses: in float32 64 - lse is 0. The token's gradient, p (log p + entropy), is then off by 7%."""
+    values = make_tile(2, 211, dtype, spread=1.0)
+    values[0, 7] = values[1, 200] = 64.0
+    values[:, 50:53] = 50.0
+    tile = Tile(values, torch.tensor([7, 200]), Transform())
+    zero, g_entropy = torch.zeros(2, dtype=acc(dtype)), torch.tensor([1.0, -0.5], dtype=acc(dtype))
+    exact = gradient_of(values, torch.float64, lambda raw: (g_entropy.double() * log_probs(raw, tile.target)[1]).sum())
+    found = {"gradient": kernels.gradient(tile, exactly_scored(tile), zero, g_entropy)}
+    if hasattr(kernels.module, "policy"):
+        found["policy"], _ = kernels.policy(tile, PolicyRows(zero, zero, w_entropy=g_entropy), Terms())
+    for name, ours in found.items():
+        at_token = (x.gather(1, tile.target.unsqueeze(1)) for x in (ours.double(), exact))
+        torch.testing.assert_close(*at_token, rtol=0.015, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
 # ---- policy
 
 

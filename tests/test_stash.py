@@ -62,6 +62,7 @@ def compare(hint, ours, by_torch, exact):
         assert_no_worse_than_torch(f"{hint}, gradient of {name}", *three, floor=4e-6)
 
 
+@pytest.mark.exhaustive_in_the_interpreter
 @pytest.mark.cover("backend", "dtype")
 @each_dtype
 @pytest.mark.parametrize("with_logps", [False, True])

@@ -94,6 +94,7 @@ def test_every_loss(loss_type, level, layout, backend):
     assert torch.equal(module(*positional, **keywords, support=support, backend=backend).loss, ours.loss)
 
 
+@pytest.mark.exhaustive_in_the_interpreter
 @every_backend
 def test_bits_repeat_and_a_retained_graph_gives_them_again(backend):
     p, support = over_support(make_problem(B=6, T=11, V=131, D=40, dtype=torch.float32, bias=True, lora=True), 5)
@@ -226,6 +227,7 @@ def test_heads_of_any_layout(layout, backend):
         assert_close(name, x, truth.gradients[name], 1e-10)
 
 
+@pytest.mark.exhaustive_in_the_interpreter
 @every_backend
 def test_an_adapter_of_no_rank_and_many_rows(backend):
     """An empty adapter adds nothing; more rows than are summed at a time."""

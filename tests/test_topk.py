@@ -268,7 +268,9 @@ def test_teachers_of_any_dtype_and_shape():
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         torch.testing.assert_close(topk_divergence(hidden, weight, ids, logps.to(dtype)), wide, rtol=0.05, atol=0.02)
     with torch.no_grad():
-        assert torch.equal(topk_divergence(hidden[0], weight, ids[0].int(), logps[0]), wide.detach()[0])
+        # a product of fewer rows has other bits on some CPUs
+        fewer = topk_divergence(hidden[0], weight, ids[0].int(), logps[0])
+        torch.testing.assert_close(fewer, wide.detach()[0], rtol=1e-5, atol=1e-6)
         one = topk_divergence(hidden[0, 0], weight, ids[0, 0], logps[0, 0])
     assert one.shape == () and not one.requires_grad and wide.requires_grad
     with pytest.raises(RuntimeError, match="create_graph must be False"):

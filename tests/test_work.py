@@ -141,6 +141,7 @@ def test_frozen_hidden_states_are_4(workspace, backend):
     assert units(problem(bias=True), p.kept, needs=("bias",), workspace_bytes=workspace, backend=backend) == 2
 
 
+@pytest.mark.exhaustive_in_the_interpreter
 @pytest.mark.cover
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,8 +18,8 @@ def fast():
 def chosen(items, arguments, which="usual", only_fast=False, where="."):
     """Those of ``items`` that run, as a set. A test that ``arguments`` name, FILE::TEST from the folder ``where``, does in any case.
 
-    usual: neither cases marked exhaustive run, nor what a cover leaves of a test's combinations, nor four in five of the other
-    tests' cases in Triton's interpreter. exhaustive: of those in the interpreter four in five seeds do not. all: on a GPU.
+    usual: neither cases marked exhaustive run, nor what a cover leaves of a test's combinations, of which one runs in Triton's
+    interpreter, nor four in five of the other tests' cases there. exhaustive: of those in the interpreter four in five seeds do not. all: on a GPU.
     """
     named = [argument.partition("::") for argument in arguments if "::" in argument]
     named = {(Path(where, file).resolve(), test) for file, _, test in named}
@@ -76,19 +76,22 @@ def exhaustive_cases(items):
 def usual_cases(items):
     covered, interpreted, found = {}, [], set()
     for item in items:
-        if item.get_closest_marker("exhaustive"):
+        alone = _in_the_interpreter(item)
+        if item.get_closest_marker("exhaustive") or (alone and item.get_closest_marker("exhaustive_in_the_interpreter")):
             continue
         if _parameters(item) and item.get_closest_marker("cover"):
-            covered.setdefault(item.function, []).append(item)
-        elif _in_the_interpreter(item):
+            covered.setdefault(item.function, ([], []))[alone].append(item)
+        elif alone:
             interpreted.append(item)
         else:
             found.add(item)
-    for cases in covered.values():
+    for compiled, in_the_interpreter in covered.values():
+        cases = compiled or in_the_interpreter
         together = cases[0].get_closest_marker("cover").args
         # a value that comes up in several cases is one object
         places = cover([{name: id(value) for name, value in case.callspec.params.items()} for case in cases], together)
         found.update(cases[place] for place in places)
+        found.update(in_the_interpreter[-1:] if compiled else ())
     return found | _sampled(interpreted)
 
 
