@@ -173,7 +173,7 @@ GRPO_HD S clamp_exponent(S x) {  // nan stays nan
   return x > S(80) ? S(80) : x < S(-80) ? S(-80) : x;
 }
 
-// d s / d logps of math.md's table at ratio w = exp(logps - old). The derivative of w is w itself, its clamp passing.
+// d / d logps of the policy term of losses/terms.py at ratio w = exp(logps - old). The derivative of w is w itself, its clamp passing.
 template <class S>
 GRPO_HD S policy_slope(const PolicyTerms& t, S w, S advantage) {
   if (w != w || advantage != advantage) return w + advantage;
