@@ -63,7 +63,7 @@ def rows_of(stage, kind):
     return [r for r in read(stage.file) if r.get("kind") == kind]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="half a minute: runs make gpu from its first stage to its last")
 def test_every_stage_runs_on_the_cpu(run):
     status, found, printed = run()
     verdicts = {r["path"]: (r["status"], r["note"]) for rows in found.values() for r in rows if r.get("kind") == "stage"}
