@@ -44,6 +44,7 @@ def pytest_unconfigure():
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     which = "all" if DEVICE != "cpu" else "exhaustive" if config.getoption("--exhaustive") else "usual"
+    config.stash[cases.NOT_USUAL] = cases.without_a_usual_case(items, config.args)
     chosen = cases.chosen(items, config.args, which, config.getoption("--fast"), config.invocation_params.dir)
     if len(chosen) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
@@ -57,7 +58,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "unpoisoned: run with torch.empty as in production")
     config.addinivalue_line("markers", "cover(*together): of all combinations some run always, in which each value of each parameter comes up "
                                        "and all combinations of the parameters named here; the others are exhaustive")  # fmt: skip
-    config.addinivalue_line("markers", "exhaustive: one case of many; `make test-all` runs it, `make test` does not")
+    config.addinivalue_line("markers", "exhaustive(reason): `make test-all` runs it, `make test` does not: one case of many, or a whole test for this reason")
     config.addinivalue_line("markers", "exhaustive_in_the_interpreter: its cases in Triton's interpreter are exhaustive")
     config.addinivalue_line("markers", "inductor: compiles for seconds; `make gpu` runs it last")
 

@@ -4,12 +4,13 @@ import ast
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.cases import chosen, cover, fast, usually
+from support.cases import NOT_USUAL, chosen, cover, fast, usually, without_a_usual_case
 from support.seeds import each_seed
 
 import grpo_kernels
@@ -17,6 +18,7 @@ from grpo_kernels.losses.config import LOSS_TYPES
 
 pytest_plugins = ["pytester"]
 TESTS = Path(__file__).parent
+MARKER, REASON = re.compile(r"pytest\.mark\.exhaustive\b"), re.compile(r"reason='[^']+'")
 CASES = """
 import pytest
 from support.seeds import each_seed
@@ -25,7 +27,7 @@ from support.seeds import each_seed
 def test_seeds(seed):
     pass
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="a minute")
 def test_long():
     pass
 
@@ -50,6 +52,31 @@ def test_covered(a, b):
 def cases_of(decorator):
     """[(values, whether it runs always)]"""
     return [(parameters.values, not parameters.marks) for parameters in decorator.args[1]]
+
+
+def exhaustive_tests():
+    """{node id: the reason that its marker or that of its file gives}"""
+    found = {}
+    for path in sorted(TESTS.glob("test_*.py")):
+        tree = ast.parse(path.read_text())
+        of_file = [node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"]
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                for marker in [*node.decorator_list, *of_file]:
+                    marks = marker.elts if isinstance(marker, ast.List) else [marker]
+                    found |= {f"tests/{path.name}::{node.name}": REASON.search(ast.unparse(mark)) for mark in marks if MARKER.match(ast.unparse(mark))}
+    return found
+
+
+def test_every_test_has_a_usual_case_or_its_marker_says_why_not(request):
+    """Of the files that were collected with this one: by `make test` all."""
+    found = exhaustive_tests()
+    assert request.config.stash[NOT_USUAL] <= found.keys()
+    assert all(found.values()), [test for test, reason in found.items() if not reason]
+    elsewhere = ("tests/test_sanitizers.py", "tests/test_peers.py")
+    count = len([test for test in found if not test.startswith(elsewhere)])
+    for text in ("CONTRIBUTING.md", "Makefile"):
+        assert f"every test by at least one case, except {count} long ones" in (TESTS.parent / text).read_text().lower(), count
 
 
 def test_each_seed_is_a_case_and_the_first_run_always():
@@ -87,6 +114,7 @@ def test_marked_cases_run_when_they_are_asked_for(pytester):
     assert names([], "exhaustive") == [*seeds, "test_long", *interpreted, *drawn, *covered]
     assert names([], "all") == [item.name for item in items] and names([], "usual", True) == []
     file = items[0].nodeid.split("::")[0]
+    assert without_a_usual_case(items, []) == {f"{file}::test_long"} and not without_a_usual_case(items, [f"{file}::test_long"])
     given = {"test_long", "test_covered[x-y]", "test_drawn[6-triton-wide]"}
     for only_fast in (False, True):
         for spelled, where in ((file, "."), (f"./{file}", "."), (str(items[0].path), "/"), (f"../{items[0].path.parent.name}/{file}", items[0].path.parent)):

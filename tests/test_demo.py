@@ -83,7 +83,7 @@ def test_a_figure_leaves_out_what_is_no_number(tmp_path):
     assert page.count("<polyline") == 2 and page.count("was not logged") == 3 and not re.search(r'points="[^"]*(nan|inf)', page)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="ten seconds: measures in two processes of its own")
 def test_measured_costs_are_real():
     shape = loss_cost.Shape(B=32, T=4, V=8192, D=32)
     costs = loss_cost.compare(shape, rounds=1)

@@ -31,7 +31,7 @@ def distilled(*options):
     return ([float(x) for x in re.findall(pattern, out)] for pattern in (r"reverse KL ([\d.]+)", r"(?:accuracy|->|is) ([\d.]+)"))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="a minute: trains a teacher and a student")
 def test_a_student_learns_from_its_teacher_in_under_a_hundred_lines():
     assert len((EXAMPLES / "distill.py").read_text().splitlines()) < 100
     kl, (before, after, teacher) = distilled()
@@ -53,7 +53,7 @@ def test_the_distillation_example_takes_models_from_folders(tmp_path):
     assert kl[-1] < 0.5 * kl[0] and len(list(accuracies)) == 3
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="two minutes: trains twice")
 def test_trl_learns_the_same_stock_and_fused():
     pytest.importorskip("trl")
     lines = [run(EXAMPLES / "trl_grpo.py", "--trainer", name).splitlines()[-1] for name in ("fused", "stock")]

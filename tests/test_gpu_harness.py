@@ -63,7 +63,7 @@ def rows_of(stage, kind):
     return [r for r in read(stage.file) if r.get("kind") == kind]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="half a minute: runs make gpu from its first stage to its last")
 def test_every_stage_runs_on_the_cpu(run):
     status, found, printed = run()
     verdicts = {r["path"]: (r["status"], r["note"]) for rows in found.values() for r in rows if r.get("kind") == "stage"}
@@ -229,7 +229,7 @@ def as_on_a_gpu(stage, monkeypatch):
     return stage
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="a quarter of a minute")
 def test_decide_and_plan_as_on_a_gpu(as_on_a_gpu, tmp_path):
     stage = as_on_a_gpu
     decide.run(stage)
@@ -275,7 +275,7 @@ def test_heights_are_plans_that_the_engine_can_follow(as_on_a_gpu, monkeypatch):
         assert r["predicted"] == pytest.approx(sum(s.count * cost.seconds(problem, s) for s in steps))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="it runs pytest, ten seconds")
 def test_tests_on_a_gpu_leave_inductor_to_the_end(stage, monkeypatch):
     asked = []
     monkeypatch.setattr(programs, "pytest", lambda stage, name, share, *arguments: asked.append((share, arguments)))
@@ -385,7 +385,7 @@ def test_a_wrong_kernel_is_not_timed(stage, monkeypatch, spoil):
     assert stage.end("ok") == 1
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="it runs pytest, ten seconds")
 def test_pytest_is_summed_up(stage, tmp_path):
     file = tmp_path / "test_some.py"
     file.write_text("import time\ndef test_good(): pass\ndef test_bad(): assert 0\ndef test_slow(): time.sleep(60)\n")

@@ -52,7 +52,7 @@ def one(folder):
     start(folder, "one", **PLAIN)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="a quarter of a minute for each engine")
 @pytest.mark.parametrize("name", KINDS)
 def test_accelerate_launch_is_one_process(name, folder, one):
     if name == "deepspeed_zero3":
@@ -62,7 +62,7 @@ def test_accelerate_launch_is_one_process(name, folder, one):
     assert_same(folder, name, "one")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="half a minute: launches three runs, two of them on two processes")
 def test_a_killed_run_under_fsdp2_ends_as_one_process(folder):
     """One of two processes is killed in the fifth of six steps; started again, the run ends in log and weights of one that ran through."""
     start(folder, "whole", **LONG)

@@ -30,7 +30,7 @@ from grpo_kernels.integrations.transformers import OUTPUTS, fuse_lm_head
 from grpo_kernels.integrations.verl import linear_cross_entropy
 
 utils = pytest.importorskip("trl.trainer.utils")
-pytestmark = [pytest.mark.exhaustive, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.exhaustive(reason="make test-peers runs them"), pytest.mark.usefixtures("one_thread")]
 
 # ---- TRL: architectures
 

@@ -322,7 +322,7 @@ torch.save([t._rollout, t.state.log_history[0], weights(t.accelerator.unwrap_mod
 """
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="three runs, ten seconds")
 def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(tmp_path):
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 2000), "WORLD_SIZE": "2"}
     environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 SECONDS = {"fuzz": 60, "fuzz under sanitizers": 10}
 FLAGS = "-g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 pytestmark = [
-    pytest.mark.exhaustive,
+    pytest.mark.exhaustive(reason="make sanitize runs them"),
     pytest.mark.unpoisoned,
     pytest.mark.skipif(native.why_unavailable() is not None, reason="there is no compiled extension"),
 ]

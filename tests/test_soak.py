@@ -16,7 +16,7 @@ OPTIONS = SimpleNamespace(seed=0, seconds=1)
 pytestmark = pytest.mark.unpoisoned
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="ten seconds: measures a run in a process of its own")
 def test_growth_counts_bytes_and_tensors(monkeypatch):
     found = growth.run(OPTIONS, steps=6, settled=2)
     assert [step for step, *_ in found["points"]] == [1, 2, 3, 4, 5, 6] and "steps 2 to 6" in found["says"]
@@ -35,7 +35,7 @@ def test_planner_measures_calls_beside_their_formula(monkeypatch):
     assert not planner.run(OPTIONS, count=2)["holds"]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="a minute: trains in three processes, one after the other")
 def test_a_run_that_is_killed_ends_as_an_unbroken_one(monkeypatch):
     found = kill.run(SimpleNamespace(seed=1), kills=1, steps=16)  # killed after 0.13 of its training
     assert found["holds"] and found["kills"] == len(found["moments"]) == 1 and "bit by bit" in found["says"]

@@ -289,7 +289,7 @@ def test_the_command_line_under_torchrun(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(reason="a quarter of a minute")
 def test_the_demo_under_torchrun_speaks_once(tmp_path):
     (tmp_path / "short.py").write_text(SHORT_DEMO)
     done = torchrun(tmp_path, "short.py", "train", "--max_steps", "2", "--per_device_train_batch_size", "16", "--output_dir", "out")

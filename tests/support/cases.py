@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 SAMPLED = 5  # of a test's cases in Triton's interpreter one in so many runs always; of its seeds there also with --exhaustive
+NOT_USUAL = pytest.StashKey()  # what without_a_usual_case found
 FAST = Path(__file__).parents[1] / "fast.txt"
 
 
@@ -35,6 +36,14 @@ def chosen(items, arguments, which="usual", only_fast=False, where="."):
 
 def _tail(item):
     return item.nodeid.partition("::")[2]
+
+
+def without_a_usual_case(items, arguments):
+    """Node ids of the tests none of whose cases `make test` runs, of those that are not named in ``arguments``."""
+    named = tuple(argument for argument in arguments if "::" in argument)
+    others = [item for item in items if not named or not item.nodeid.startswith(named)]
+    # of cases without the marker a cover and a sample both keep one
+    return {_above(item.nodeid)[1] for item in others} - {_above(item.nodeid)[1] for item in others if not item.get_closest_marker("exhaustive")}
 
 
 def _above(nodeid):
