@@ -128,17 +128,17 @@ def test_the_draws_train_every_loss_in_every_dtype(seeds, with_logits):
     assert all(trained["triton", dtype] >= 3 for dtype in DTYPES)
 
 
-def five_percent_off(g):
+def five_percent_off(g, exact):
     return g * 1.05
 
 
-def all_zeros(g):
+def all_zeros(g, exact):
     return g * 0
 
 
-def a_value_where_the_truth_is_zero(g):
-    """The first element that is 0 becomes a thousandth of the largest, or a thousandth."""
-    g, at = g.clone(), (g == 0).flatten().nonzero()
+def a_value_where_the_truth_is_zero(g, exact):
+    """The first such element becomes a thousandth of the largest, or a thousandth."""
+    g, at = g.clone(), (exact == 0).flatten().nonzero()
     if len(at):
         g.view(-1)[at[0]] = max(1e-3 * g.abs().max().item(), 1e-3)
     return g
@@ -156,7 +156,7 @@ def test_wrong_gradients_are_refused(results_of):
         p, ours, truth = results_of(seed, "auto")
         for name in [name for name in ours if name.startswith("gradient")]:
             for wrong in WRONG:
-                other = wrong(ours[name].contiguous())
+                other = wrong(ours[name].contiguous(), truth.results[name])
                 if torch.equal(other, ours[name]):
                     continue
                 losses.add((p.config.loss_type, p.dtype))
@@ -170,7 +170,7 @@ def test_wrong_gradients_are_refused(results_of):
     assert len(losses) == len(LOSS_TYPES) * len(DTYPES)
     for (dtype, wrong), found in refused.items():
         least = 0.9 if (dtype, wrong) == (torch.bfloat16, five_percent_off) else 1.0
-        assert len(found) >= 10 and sum(found) >= least * len(found), f"{wrong.__name__} in {dtype}: {sum(found)} of {len(found)}"
+        assert len(found) >= 9 and sum(found) >= least * len(found), f"{wrong.__name__} in {dtype}: {sum(found)} of {len(found)}"
 
 
 @each_seed(0, SEEDS, usual=USUAL)
