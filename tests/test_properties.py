@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import loss_calls, rounding_bounds
-from support.cases import SAMPLED, usually
+from support.cases import SAMPLED
 from support.drawn_calls import (
     DEGENERATE,
     DTYPES,
@@ -21,7 +21,6 @@ from support.drawn_calls import (
     Memory,
     drawn,
     exact_loss,
-    kind_of,
     logps_and_truth,
     loss_and_truth,
     named,
@@ -42,7 +41,7 @@ from grpo_kernels import (
 from grpo_kernels.losses.config import LOSS_TYPES
 
 BACKENDS = [*loss_calls.BACKENDS, "auto"] if DEVICE == "cpu" else ["torch", "auto"]  # the tensors are on the CPU
-SEEDS = 5 * USUAL  # of which a fifth run in Triton's interpreter, every loss among them
+SEEDS = 4 * USUAL  # of which a fifth run in Triton's interpreter, every loss among them
 WORKSPACES = (None, 1, 3000, 50_000)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,24 +107,22 @@ def test_the_log_probs(seed, backend):
 
 
 @pytest.mark.parametrize("with_logits", [False, True])
-@pytest.mark.parametrize("seeds", usually([USUAL, SEEDS], USUAL))
-def test_the_draws_train_every_loss_in_every_dtype(seeds, with_logits):
-    """Where a gradient of the truth is not 0 the tests above can see a wrong one."""
-    trained, kinds = Counter(), Counter(kind_of(seed)[0] for seed in range(seeds))
+@pytest.mark.parametrize("seeds, least", [(USUAL, 1), pytest.param(SEEDS, 3, marks=pytest.mark.exhaustive)])
+def test_the_draws_train_every_loss_in_every_dtype(seeds, least, with_logits):
+    """Where no gradient of the truth is 0 the tests above can see a wrong one. Every backend gets these draws, Triton's one in five."""
+    trained, in_the_interpreter, kinds = Counter(), Counter(), Counter()
     for seed in range(seeds):
         p = drawn(seed, with_logits)
+        kinds[p.kind] += 1
         gradients = [x for name, x in exact_loss(p).items() if name.startswith("gradient")]
-        assert p.kind == "regular" or p.kind in DEGENERATE
         if p.kind == "regular" and gradients and all(x.any() for x in gradients):
             trained[p.config.loss_type, p.dtype] += 1
-            if seed % SAMPLED == 0:  # in Triton's interpreter too
-                trained["triton", p.config.loss_type] += 1
-                trained["triton", p.dtype] += 1
-    assert {kind: kinds[kind] for kind in DEGENERATE} == {kind: seeds // 8 // 7 + (i < seeds // 8 % 7) for i, kind in enumerate(DEGENERATE)}
-    for loss_type in LOSS_TYPES:
-        assert all(trained[loss_type, dtype] >= seeds // USUAL - 1 + (seeds == USUAL) for dtype in DTYPES), loss_type
-        assert trained["triton", loss_type] >= seeds // SEEDS, loss_type
-    assert all(trained["triton", dtype] >= 3 for dtype in DTYPES)
+            in_the_interpreter.update([p.config.loss_type, p.dtype] if seed % SAMPLED == 0 else [])
+    assert kinds["regular"] == seeds - seeds // 8 and all(kinds[kind] >= least for kind in DEGENERATE)
+    assert all(trained[loss_type, dtype] >= least for loss_type in LOSS_TYPES for dtype in DTYPES), trained
+    assert all(in_the_interpreter[dtype] >= 3 for dtype in DTYPES), in_the_interpreter
+    found = sum(in_the_interpreter[loss_type] > 0 for loss_type in LOSS_TYPES)
+    assert found == len(LOSS_TYPES) if seeds == SEEDS else found >= 7, in_the_interpreter
 
 
 def five_percent_off(g, exact):
@@ -170,7 +167,7 @@ def test_wrong_gradients_are_refused(results_of):
     assert len(losses) == len(LOSS_TYPES) * len(DTYPES)
     for (dtype, wrong), found in refused.items():
         least = 0.9 if (dtype, wrong) == (torch.bfloat16, five_percent_off) else 1.0
-        assert len(found) >= 9 and sum(found) >= least * len(found), f"{wrong.__name__} in {dtype}: {sum(found)} of {len(found)}"
+        assert len(found) >= 8 and sum(found) >= least * len(found), f"{wrong.__name__} in {dtype}: {sum(found)} of {len(found)}"
 
 
 @each_seed(0, SEEDS, usual=USUAL)

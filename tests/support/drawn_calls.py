@@ -161,7 +161,8 @@ def _steady(p, g):
 
 
 def laid_out(x, how):
-    """The same values in other memory."""
+    """The same values in other memory, never in x's own: a backward in place would write over it."""
+    x = x.clone(memory_format=torch.contiguous_format)
     if how == "sliced":
         room = torch.full([2 * s + 1 for s in x.shape], 77).to(x.dtype)
         view = room[tuple(slice(1, None, 2) for _ in x.shape)]
@@ -173,10 +174,10 @@ def laid_out(x, how):
     if how == "huge stride" and x.dim() > 1:
         room = torch.empty(x.shape[0], 4096, dtype=x.dtype)
         wide = x.numel() // max(1, x.shape[0])
-        return room[:, :wide].copy_(x.reshape(x.shape[0], wide)).view(x.shape) if 0 < wide <= 4096 else x.contiguous()
+        return room[:, :wide].copy_(x.reshape(x.shape[0], wide)).view(x.shape) if 0 < wide <= 4096 else x
     if how == "expanded" and x.dim() > 1 and x.shape[0] > 1 and bool((x == x[:1]).all()):
         return x[:1].expand_as(x)
-    return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 class Memory:
