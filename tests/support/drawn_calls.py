@@ -1,7 +1,7 @@
 """Calls drawn from a seed, with their truth: every loss in every dtype in turn, most with a gradient, one in eight degenerate.
 
-Of eight seeds in a row the first seven are regular: seed r of those has loss r % 17 and dtype r % 3, so 51 of them reach every loss in
-every dtype. Tokens are kept, advantages differ from 0, and one token at least is inside of the clip range. The eighth is degenerate.
+Of eight seeds in a row the first seven are regular: tokens are kept, advantages differ from 0, and one token at least is inside of
+the clip range. The losses take turns over the regular seeds, and a loss has another dtype each time. The eighth seed is degenerate.
 """
 
 import functools
@@ -20,7 +20,8 @@ from support.objective_calls import prepared
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 DEGENERATE = ("no sequences", "no tokens", "nothing kept", "one row", "one column", "no advantage", "no gradient wanted")
-USUAL = 58  # seeds from 0 on, of which 51 are regular: each loss in each dtype once
+REGULAR = len(LOSS_TYPES) * len(DTYPES)
+USUAL = REGULAR + (REGULAR - 1) // 7  # seeds from 0 on: each loss in each dtype once, and the degenerate ones between them
 MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8, torch.float32, torch.bfloat16)
 LAYOUTS = ("contiguous", "sliced", "transposed", "misaligned", "huge stride", "expanded")
 
@@ -66,9 +67,10 @@ def kind_of(seed):
 def drawn(seed, with_logits=False):
     """The first draw of this seed whose rounding does not decide which tokens a loss cuts."""
     kind, place = kind_of(seed)
+    turn, loss = divmod(place, len(LOSS_TYPES))
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     while True:
-        p = _draw(rng, g, LOSS_TYPES[place % len(LOSS_TYPES)], DTYPES[place % len(DTYPES)], kind, with_logits)
+        p = _draw(rng, g, LOSS_TYPES[loss], DTYPES[(loss + turn) % len(DTYPES)], kind, with_logits)
         if kind != "regular" or _steady(p, g):
             return p
 
