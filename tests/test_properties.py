@@ -167,7 +167,7 @@ def test_wrong_gradients_are_refused(results_of):
     assert len(losses) == len(LOSS_TYPES) * len(DTYPES)
     for (dtype, wrong), found in refused.items():
         least = 0.9 if (dtype, wrong) == (torch.bfloat16, five_percent_off) else 1.0
-        assert len(found) >= 8 and sum(found) >= least * len(found), f"{wrong.__name__} in {dtype}: {sum(found)} of {len(found)}"
+        assert len(found) >= 5 and sum(found) >= least * len(found), f"{wrong.__name__} in {dtype}: {sum(found)} of {len(found)}"
 
 
 @each_seed(0, SEEDS, usual=USUAL)

@@ -70,7 +70,7 @@ def drawn(seed, with_logits=False):
     turn, loss = divmod(place, len(LOSS_TYPES))
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     while True:
-        p = _draw(rng, g, LOSS_TYPES[loss], DTYPES[(loss + turn) % len(DTYPES)], kind, with_logits)
+        p = _draw(rng, g, LOSS_TYPES[loss], DTYPES[(loss // 2 + turn) % len(DTYPES)], kind, with_logits)
         if kind != "regular" or _steady(p, g):
             return p
 
