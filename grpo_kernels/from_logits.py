@@ -178,7 +178,9 @@ def logits_to_gradient(
 def _rows(tile):
     """The tile itself if a row's elements are adjacent and rows do not overlap, as the kernels need it; else a copy."""
     adjacent = tile.stride(1) == 1 or tile.shape[1] == 1
-    return tile if adjacent and (tile.shape[0] <= 1 or tile.stride(0) >= tile.shape[1]) else tile.contiguous()
+    if adjacent and (tile.shape[0] <= 1 or tile.stride(0) >= tile.shape[1]):
+        return tile
+    return tile.clone(memory_format=torch.contiguous_format)  # contiguous() would keep the strides of a tile without rows
 
 
 def _sequences(logits):

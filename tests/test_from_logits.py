@@ -70,6 +70,18 @@ def test_loss_from_logits_of_a_shifted_slice(dtype, backend):
 
 @on_the_cpu
 @every_backend
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_slice_without_tokens_is_zero(inplace, backend):
+    """Its columns are apart, and contiguous() leaves them so: a tensor without elements counts as contiguous."""
+    logits = torch.ones(3, 1, 22, requires_grad=True)
+    nothing = torch.ones(3, 0)
+    out = grpo_loss_from_logits(logits[:, :0, ::2], nothing.long(), torch.ones(3), nothing, backend=backend, inplace_backward=inplace)
+    out.loss.backward()
+    assert out.loss == 0 and not logits.grad.any()
+
+
+@on_the_cpu
+@every_backend
 def test_loss_from_logits_errors_and_empty_batches(backend):
     p = make_problem(B=3, T=4, V=11, dtype=torch.float32)
     z, positional, keywords = logits_problem(p)
