@@ -12,7 +12,7 @@ import torch
 
 from grpo_kernels import objective, reference
 
-RUNS = 4
+RUNS = 8
 SLACK = 2.0
 
 
