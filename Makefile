@@ -50,7 +50,7 @@ test-fast: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal $(TEST_ARGS)
 
-# Every seed and every combination, in Triton's interpreter one seed in five.
+# Every seed and every combination, in Triton's interpreter one in five. A test that is named, FILE::TEST, runs whole.
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal --exhaustive --ignore tests/test_sanitizers.py --ignore tests/test_peers.py $(TEST_ARGS)
 

@@ -111,7 +111,7 @@ def test_marked_cases_run_when_they_are_asked_for(pytester):
     drawn = [f"test_drawn[{seed}-triton-wide]" for seed in (0, 5)]
     covered = [f"test_covered[{b}-{a}]" for b in "xyz" for a in "xy"]
     assert names([]) == [*seeds[:2], *some, drawn[0], "test_covered[x-x]", "test_covered[y-y]", "test_covered[z-x]"]
-    assert names([], "exhaustive") == [*seeds, "test_long", *interpreted, *drawn, *covered]
+    assert names([], "exhaustive") == [*seeds, "test_long", *some, *drawn, *covered]
     assert names([], "all") == [item.name for item in items] and names([], "usual", True) == []
     file = items[0].nodeid.split("::")[0]
     assert without_a_usual_case(items, []) == {f"{file}::test_long"} and not without_a_usual_case(items, [f"{file}::test_long"])

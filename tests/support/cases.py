@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SAMPLED = 5  # of a test's cases in Triton's interpreter one in so many runs always; of its seeds there also with --exhaustive
+SAMPLED = 5  # of a test's cases in Triton's interpreter one in so many runs, with --exhaustive too
 NOT_USUAL = pytest.StashKey()  # what without_a_usual_case found
 FAST = Path(__file__).parents[1] / "fast.txt"
 
@@ -20,7 +20,8 @@ def chosen(items, arguments, which="usual", only_fast=False, where="."):
     """Those of ``items`` that run, as a set. A test that ``arguments`` name, FILE::TEST from the folder ``where``, does in any case.
 
     usual: neither cases marked exhaustive run, nor what a cover leaves of a test's combinations, of which one runs in Triton's
-    interpreter, nor four in five of the other tests' cases there. exhaustive: of those in the interpreter four in five seeds do not. all: on a GPU.
+    interpreter, nor four in five of the other tests' cases there. exhaustive: all of these, and in the
+    interpreter one in five of each test's cases. all: on a GPU.
     """
     named = [argument.partition("::") for argument in arguments if "::" in argument]
     named = {(Path(where, file).resolve(), test) for file, _, test in named}
@@ -78,8 +79,8 @@ def _sampled(items):
 
 
 def exhaustive_cases(items):
-    seeds = [item for item in items if "seed" in _parameters(item) and _in_the_interpreter(item)]
-    return set(items).difference(seeds) | _sampled(seeds)
+    interpreted = [item for item in items if _in_the_interpreter(item)]
+    return set(items).difference(interpreted) | _sampled(interpreted) | usual_cases(items)
 
 
 def usual_cases(items):
