@@ -86,7 +86,7 @@ def test_the_product_under_sanitizers(sanitized):
     some = "33-47-65 or nan or nothing or stride"
     out = run(*sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--exhaustive", "tests/test_products_cpu.py", "-k", some)
     assert " passed" in out and "failed" not in out
-    assert int(out.rsplit(" passed", 1)[0].split()[-1]) > 40, out[-500:]
+    assert int(out.rsplit(" passed", 1)[0].split()[-1]) > 30, out[-500:]  # 37 on a CPU without AMX
 
 
 @one_build
