@@ -235,7 +235,7 @@ def _policy_term(logps, old, log_w, w, marked, t, config):
     if config.loss_type == "geo_mean":
         w, A = clamped_exp(mean_per_sequence(clipped_log_ratio(log_w, A, config), t.mask)), mean_per_sequence(A, t.mask)
     moved = old + log_w if config.sequence_level and term.registered else logps
-    s = term.function(w, moved, old, A, config)
+    s = term.of(w, moved, old, A, config)
     if config.loss_type == "clip_cov":
         return s * ~marked
     return s + config.ppo_kl_coef * log_w.abs() * marked if config.loss_type == "kl_cov" else s

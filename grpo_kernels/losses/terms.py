@@ -31,6 +31,10 @@ class PolicyTerm:
     has_levels: bool = False  # whether it reads importance_sampling_level
     trains_at_zero: bool = False  # whether a token whose advantage is 0 may have a gradient
 
+    def of(self, w, logps, old_logps, A, config):
+        """s; NaN where w is, also of a function that drops or clamps w: a log-prob that is not finite shows."""
+        return self.function(w, logps, old_logps, A, config) + 0 * w
+
 
 def clamped_exp(*arguments):
     """exp of the sum of the arguments, each clamped to +-80, so that finite log-probs give finite ratios; the gradient passes.
@@ -94,7 +98,7 @@ def beyond_trust_region(logps, old_logps, A, config):
 
 def _dro(w, logps, old_logps, A, config):
     d = logps - old_logps
-    return -A * logps + 0.5 * config.dro_beta * d.square() + 0 * d  # the square of an infinite distance is no NaN
+    return -A * logps + 0.5 * config.dro_beta * d.square()
 
 
 def choose(positive, first, second, like):
@@ -115,7 +119,7 @@ TERMS |= {
     "geo_mean": PolicyTerm(lambda w, logps, old_logps, A, config: -A * w, "grpo", scope="sequence"),
     "dppo_tv": PolicyTerm(_dppo, "dapo"),
     "dppo_kl": PolicyTerm(_dppo, "dapo"),
-    "gpg": PolicyTerm(lambda w, logps, old_logps, A, config: -A * logps + 0 * w, "dapo"),  # what is not finite shows
+    "gpg": PolicyTerm(lambda w, logps, old_logps, A, config: -A * logps, "dapo"),
     "dro": PolicyTerm(_dro, "dapo", trains_at_zero=True),
     "clip_cov": PolicyTerm(_clipped, "dapo", scope="call"),
     "kl_cov": PolicyTerm(lambda w, logps, old_logps, A, config: -A * w, "dapo", scope="call", trains_at_zero=True),
@@ -167,7 +171,7 @@ def register_policy_term(name: str, term: Callable, *, aggregation: str = "dapo"
             found = f"{list(s.shape)} {s.dtype}" if isinstance(s, torch.Tensor) else type(s).__name__
             wanted = f"one loss a token, [{shape.numel()}] {logps.dtype}"
             raise ValueError(f"the term of loss_type={name!r} must return {wanted}, got {found}")
-        return s.reshape(shape) + 0 * w  # what is not finite shows, also where the term clamps it
+        return s.reshape(shape)
 
     TERMS[name] = PolicyTerm(function, aggregation, registered=True, has_levels=True, trains_at_zero=True)
 
@@ -233,9 +237,8 @@ def row_coefficient(logps, rows: PolicyRows, config, linear):
         old = logps.detach() if rows.old is None else rows.old
         log_w = own - old
         w = clamped_exp(log_w)
-        term = own if linear else TERMS[config.loss_type].function(w, own, old, rows.advantages, config)
+        term = own if linear else TERMS[config.loss_type].of(w, own, old, rows.advantages, config)
         loss = rows.w_policy * term
         if rows.ref is not None:
             loss = loss + rows.w_kl * k3(log_w, w, rows.ref - own, config)
-        # a term may be constant
-        return torch.autograd.grad((loss + 0 * own).sum(), own)[0]
+        return torch.autograd.grad(loss.sum(), own)[0]
