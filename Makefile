@@ -56,7 +56,7 @@ test-all: $(STAMP)
 
 # The compiled CPU kernels under ASan and UBSan, and a minute of fuzzing.
 sanitize: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto --dist loadgroup --exhaustive tests/test_sanitizers.py
+	$(BIN)/python -m pytest -q -n auto --exhaustive tests/test_sanitizers.py
 
 # What other projects' own tests go over, on our adapters. verl's packages stay beside the environment, which they would disturb.
 test-peers: $(STAMP) $(VENV)/peers/verl

@@ -4,6 +4,8 @@ stands in pyproject.toml.
 GRPO_KERNELS_BUILD_CUDA=1 builds the CUDA C++ kernels for every architecture, which takes minutes; =native for the GPUs of this
 machine. Without it, or with auto or 0, they are not built: `grpo-kernels doctor --build-cuda` builds them later.
 
+GRPO_KERNELS_CXXFLAGS="-O1 -g" overrides the flags that _native is compiled with, and also links it: for a debugger or a sanitizer.
+
 An install never fails for want of a compiler, unless the CUDA C++ kernels were asked for: what was built, or why nothing was, goes
 into grpo_kernels/_build_info.json, which `grpo-kernels doctor` reads.
 """
@@ -12,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -22,6 +25,7 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+EXTRA = shlex.split(os.environ.get("GRPO_KERNELS_CXXFLAGS", ""))
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -29,8 +33,9 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-g0",
-    "-Wno-maybe-uninitialized",
-]  # GCC 12 warns about its own intrinsics header
+    "-Wno-maybe-uninitialized",  # GCC 12 warns about its own intrinsics header
+    *EXTRA,
+]
 X86_64 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -121,7 +126,7 @@ class BuildNative(build_ext):
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            extra_postargs=openmp,
+            extra_postargs=openmp + EXTRA,
             target_lang="c++",
             build_temp=self.build_temp,
         )

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from support.cuda_host import sanitizer_libraries
 
 from grpo_kernels.backends import native
@@ -19,7 +20,6 @@ pytestmark = [
     pytest.mark.unpoisoned,
     pytest.mark.skipif(native.why_unavailable() is not None, reason="there is no compiled extension"),
 ]
-one_build = pytest.mark.xdist_group("sanitized")  # by one worker, beside which another one fuzzes
 
 
 def outer():
@@ -28,25 +28,33 @@ def outer():
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
-    """A copy of the package, its extension built with sanitizers, and the environment to run it in."""
+    """A copy of the package, its extension built with sanitizers once for all workers, and the environment to run it in."""
     libraries = sanitizer_libraries()
     if libraries is None:
         pytest.skip("g++ has no sanitizer libraries")
-    folder = tmp_path_factory.mktemp("sanitized")
-    for name in ("grpo_kernels", "csrc", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"))
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, folder)
-    flags = {"CFLAGS": FLAGS, "CXXFLAGS": FLAGS, "LDFLAGS": "-fsanitize=address,undefined", "GRPO_KERNELS_BUILD_CUDA": "0"}
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(build, cwd=folder, env={**outer(), **flags}, capture_output=True, text=True)
-    (library,) = (folder / "grpo_kernels").glob("_native*.so")
-    assert b"__asan" in library.read_bytes() and b"__ubsan" in library.read_bytes(), done.stdout + done.stderr
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder = shared / "sanitized"
+    with FileLock(shared / "sanitized.lock"):
+        if not folder.exists():
+            _build(folder)
     environment = {**outer(), "LD_PRELOAD": " ".join(libraries), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     # torch and Python leak at exit by design; a fault is to end the process with its own status
     environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_odr_violation=0:exitcode=99:malloc_context_size=2:quarantine_size_mb=16"
     environment["UBSAN_OPTIONS"] = "print_stacktrace=1:exitcode=99"
     return folder, environment
+
+
+def _build(folder):
+    for name in ("grpo_kernels", "csrc", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    flags = {"GRPO_KERNELS_CXXFLAGS": FLAGS, "GRPO_KERNELS_BUILD_CUDA": "0"}
+    done = subprocess.run(build, cwd=folder, env={**outer(), **flags}, capture_output=True, text=True)
+    (library,) = (folder / "grpo_kernels").glob("_native*.so")
+    assert b"__asan" in library.read_bytes() and b"__ubsan" in library.read_bytes(), done.stdout + done.stderr
 
 
 def run(folder, environment, *command):
@@ -56,7 +64,6 @@ def run(folder, environment, *command):
     return done.stdout
 
 
-@one_build
 def test_the_sanitizers_see_a_wild_write(sanitized):
     folder, environment = sanitized
     code = ("import torch; from grpo_kernels.backends import native as n; t = torch.zeros(1, 64); "
@@ -65,7 +72,6 @@ def test_the_sanitizers_see_a_wild_write(sanitized):
     assert done.returncode == 99 and "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]
 
 
-@one_build
 def test_the_kernels_own_tests_under_sanitizers(sanitized):
     files = ("tests/test_native.py", "tests/test_row_kernels.py", "tests/test_pair_kernels.py")
     out = run(*sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--exhaustive", *files, "-k", "test_native or cpu")
@@ -73,7 +79,6 @@ def test_the_kernels_own_tests_under_sanitizers(sanitized):
     assert int(out.rsplit(" passed", 1)[0].split()[-1]) > 2000, out[-500:]
 
 
-@one_build
 def test_the_kernels_over_two_tiles_under_sanitizers(sanitized):
     some = "cpu and (whole or ranges or banned or large or (gradient and entropy))"
     out = run(*sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--exhaustive", "tests/test_divergence_kernels.py", "-k", some)
@@ -81,7 +86,6 @@ def test_the_kernels_over_two_tiles_under_sanitizers(sanitized):
     assert int(out.rsplit(" passed", 1)[0].split()[-1]) > 500, out[-500:]
 
 
-@one_build
 def test_the_product_under_sanitizers(sanitized):
     some = "33-47-65 or nan or nothing or stride"
     out = run(*sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--exhaustive", "tests/test_products_cpu.py", "-k", some)
@@ -89,7 +93,6 @@ def test_the_product_under_sanitizers(sanitized):
     assert int(out.rsplit(" passed", 1)[0].split()[-1]) > 30, out[-500:]  # 37 on a CPU without AMX
 
 
-@one_build
 def test_random_calls_under_sanitizers(sanitized):
     folder, environment = sanitized
     code = "import sys; sys.modules['atheris'] = None; sys.path.insert(0, 'tests'); from support import fuzz; fuzz.main(float(sys.argv[1]), [])"
