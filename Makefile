@@ -32,6 +32,7 @@ BENCH_ARGS ?=
 SOAK_ARGS ?=
 # Also judges the Triton kernels: what PyTorch 2.11 comes with
 OTHER_TRITON ?= 3.6.0
+ARCH ?=
 # make gpu STAGE=decide,test=300 GPU_ARGS="--minutes 20"; its stages are listed in benchmarks/gpu/__main__.py
 STAGE ?=
 GPU_ARGS ?=
@@ -81,10 +82,11 @@ bench: $(STAMP)
 	$(BIN)/grpo-kernels bench --json benchmarks/results/latest.json $(BENCH_ARGS)
 
 # The kernels compiled for every architecture without a GPU, by two Tritons and, where it is, nvcc; their machine code is judged.
+# ARCH="80 90" takes these architectures alone.
 kernels: $(STAMP) $(VENV)/triton-$(OTHER_TRITON)/triton
-	$(BIN)/python -m benchmarks.compiled_triton
-	PYTHONPATH=$(VENV)/triton-$(OTHER_TRITON) $(BIN)/python -m benchmarks.compiled_triton $(OTHER_TRITON)
-	$(BIN)/python -m benchmarks.compiled_cuda
+	$(BIN)/python -m benchmarks.compiled_triton $(ARCH)
+	PYTHONPATH=$(VENV)/triton-$(OTHER_TRITON) $(BIN)/python -m benchmarks.compiled_triton --triton $(OTHER_TRITON) $(ARCH)
+	$(BIN)/python -m benchmarks.compiled_cuda $(ARCH)
 
 # Beside the installed one: compiling needs neither the interpreter nor a torch of the same age.
 $(VENV)/triton-$(OTHER_TRITON)/triton: | $(STAMP)

@@ -1,10 +1,11 @@
 """What Triton makes of its kernels, for three architectures and without a GPU, judged by the machine code.
 
 ``python -m benchmarks.compiled_triton`` (part of ``make kernels``) prints a row for each kernel and architecture, and fails on the
-faults of `occupancy.py`; with a version, also where another Triton compiles. The backend's own functions launch: Triton specialises
-and compiles as it would for a user, and stops before the launch.
+faults of `occupancy.py`; with ``--triton VERSION``, also where another Triton compiles. The backend's own functions launch: Triton
+specialises and compiles as it would for a user, and stops before the launch.
 """
 
+import argparse
 import itertools
 import os
 import re
@@ -190,14 +191,19 @@ def product_row(options: str, architecture: int) -> dict:
 
 
 def main() -> int:
-    if sys.argv[1:] not in ([], [triton.__version__]):
-        print(f"make kernels: Triton {sys.argv[1]} was asked for, but {triton.__file__} is {triton.__version__}", file=sys.stderr)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_triton")
+    parser.add_argument("--triton", default=triton.__version__, metavar="VERSION", help="the version that must compile")
+    parser.add_argument("architectures", nargs="*", type=int, help=f"without: {ARCHITECTURES}")
+    options = parser.parse_args()
+    architectures = options.architectures or ARCHITECTURES
+    if options.triton != triton.__version__:
+        print(f"make kernels: Triton {options.triton} was asked for, {triton.__file__} is {triton.__version__}", file=sys.stderr)
         return 1
     names = [", ".join(filter(None, (kernel, options))) for kernel, several in CASES.items() for options in several]
-    jobs = [(name, architecture) for name in names for architecture in ARCHITECTURES]
+    jobs = [(name, architecture) for name in names for architecture in architectures]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(row, *zip(*jobs, strict=True)))
-        products = list(pool.map(product_row, *zip(*itertools.product(PRODUCTS, ARCHITECTURES), strict=True)))
+        products = list(pool.map(product_row, *zip(*itertools.product(PRODUCTS, architectures), strict=True)))
     what = f"triton {triton.__version__}"
     return occupancy.report(rows, f"{what}, V {WIDE}") | occupancy.report(products, what)
 

@@ -28,6 +28,7 @@ torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", 2)), torch.get_n
 
 def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true", help="also run the cases that are marked exhaustive, and more of those in Triton's interpreter")
+    parser.addoption("--every-case", action="store_true", help="run every case: in Triton's interpreter they take two cores forty minutes")
     parser.addoption("--fast", action="store_true", help="run the cases of tests/fast.txt alone")
 
 
@@ -43,9 +44,11 @@ def pytest_unconfigure():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    which = "all" if DEVICE != "cpu" else "exhaustive" if config.getoption("--exhaustive") else "usual"
-    config.stash[cases.NOT_USUAL] = cases.without_a_usual_case(items, config.args)
-    chosen = cases.chosen(items, config.args, which, config.getoption("--fast"), config.invocation_params.dir)
+    which = "exhaustive" if config.getoption("--exhaustive") else "usual"
+    which = "all" if DEVICE != "cpu" or config.getoption("--every-case") else which
+    where = config.invocation_params.dir
+    config.stash[cases.NOT_USUAL] = cases.without_a_usual_case(set(items) - cases.named(items, config.args, where))
+    chosen = cases.chosen(items, config.args, which, config.getoption("--fast"), where)
     if len(chosen) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in items if item in chosen]

@@ -99,8 +99,3 @@ def test_the_commands_are_understood():
         options = command.parser().parse_args(shlex.split(text)[1:])
         assert set((options.workloads or "dense").split(",")) <= WORKLOADS.keys()
         assert set((options.providers or "trl").split(",")) <= set(PROVIDERS)
-
-
-def test_links_lead_somewhere():
-    for link in re.findall(r"\]\(([^)#]+)", PAGE.read_text()):
-        assert not link.startswith("http") and (PAGE.parent / link).exists(), link

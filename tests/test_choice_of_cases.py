@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.cases import NOT_USUAL, chosen, cover, fast, usually, without_a_usual_case
+from support.cases import NOT_USUAL, chosen, cover, fast, named, usually, without_a_usual_case
 from support.seeds import each_seed
 
 import grpo_kernels
@@ -114,12 +114,13 @@ def test_marked_cases_run_when_they_are_asked_for(pytester):
     assert names([], "exhaustive") == [*seeds, "test_long", *some, *drawn, *covered]
     assert names([], "all") == [item.name for item in items] and names([], "usual", True) == []
     file = items[0].nodeid.split("::")[0]
-    assert without_a_usual_case(items, []) == {f"{file}::test_long"} and not without_a_usual_case(items, [f"{file}::test_long"])
+    assert without_a_usual_case(items) == {f"{file}::test_long"}
     given = {"test_long", "test_covered[x-y]", "test_drawn[6-triton-wide]"}
     for only_fast in (False, True):
         for spelled, where in ((file, "."), (f"./{file}", "."), (str(items[0].path), "/"), (f"../{items[0].path.parent.name}/{file}", items[0].path.parent)):
             found = names([f"{spelled}::{name}" for name in given], "usual", only_fast, where)
             assert set(found) - set(names([], "usual", only_fast)) == given
+            assert {item.name for item in named(items, [f"{spelled}::test_long", str(items[0].path)], where)} == {"test_long"}
 
 
 def test_what_is_usual_is_one_of_the_values():

@@ -266,5 +266,5 @@ def test_neither_lengths_nor_starts_compile_a_pair_kernel_again():
 
 
 def test_another_triton_than_was_asked_for_is_refused():
-    done = outside("-m", "benchmarks.compiled_triton", "0.0.0")
+    done = outside("-m", "benchmarks.compiled_triton", "--triton", "0.0.0")
     assert done.returncode == 1 and "Triton 0.0.0 was asked for" in done.stderr and not done.stdout

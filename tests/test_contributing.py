@@ -8,30 +8,24 @@ import re
 import subprocess
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
+from support.documents import ROOT, section, tables
 
 from grpo_kernels.backends import native
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 pytestmark = pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="runs in a source tree")
 ELSEWHERE = ("csrc/", "benchmarks/", "docs/", "examples/", "tests/", ".ci/", ".github/", "README.md", "CONTRIBUTING.md")
 
 
-def section(heading):
-    return TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-
-
-def rows(text):
-    """The code words of each cell, row after row, without the head of the table."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [[re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+def words(text):
+    """The code words of each cell of its first table, row after row."""
+    return [[re.findall(r"`([^`]+)`", cell) for cell in row] for row in tables(text)[0][1:]]
 
 
 MODULES = [([name if name.startswith(ELSEWHERE) else f"grpo_kernels/{name}" for name in names], tests)
-           for names, tests in rows(section("Which test guards which module"))]  # fmt: skip
+           for names, tests in words(section("../CONTRIBUTING.md", "Which test guards which module"))]  # fmt: skip
 
 
 def sources():
@@ -91,6 +85,11 @@ def is_there(name, page):
     return name in tree_names() or any(next(folder.glob(name), None) if "*" in name else (folder / name).exists() for folder in folders)
 
 
+def titles(page):
+    """The anchors of a page's headings."""
+    return {re.sub(r"[^a-z0-9_ -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", page.read_text(), re.M)}
+
+
 @pytest.mark.parametrize("page", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
 def test_every_file_that_a_page_names_exists(page):
     prose = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)
@@ -101,6 +100,8 @@ def test_every_file_that_a_page_names_exists(page):
     gone += [name for name in sorted(modules) if not any((ROOT / (name.replace(".", "/") + end)).exists() for end in (".py", "/__main__.py"))]
     targets = set(re.findall(r"\]\((?![a-z]+:)([^)#\s]+)", prose))
     gone += [name for name in sorted(targets) if not (page.parent / name).exists()]
+    anchors = {link for link in re.findall(r"\]\((?![a-z]+:)([^)\s]*#[^)\s]+)", prose)}
+    gone += [link for link in sorted(anchors) if link.partition("#")[2] not in titles(page.parent / (link.partition("#")[0] or page.name))]
     tests = [(ROOT / file, test) for file, colons, test in (word.partition("::") for word in words) if colons and FILE.fullmatch(file)]
     gone += [f"{file.name}::{test}" for file, test in tests if not file.exists() or f"def {test}(" not in file.read_text()]
     assert not gone, f"{page.name} names what is not in the tree: {', '.join(gone)}"
@@ -119,7 +120,7 @@ def test_every_target_exists():
     ci = set(re.findall(r"run: make ([a-z-]+)$", workflow(), re.M))
     ci |= set(re.search(r"target: \[(.*)\]", workflow())[1].split(", "))
     run = set(re.findall(r"^make ([a-z-]+)", (ROOT / ".ci" / "run").read_text(), re.M))
-    shown = {name.removeprefix("make ") for (name,), *_ in rows(TEXT.split("\n## ")[0])}
+    shown = {name.removeprefix("make ") for (name,), *_ in words(TEXT.split("\n## ")[0])}
     said = set(re.findall(r"`make ([a-z-]+)`", TEXT)) | shown
     for where, names in (("ci.yml", ci), (".ci/run", run), ("CONTRIBUTING.md", said)):
         assert len(names) > 3 and names - makefile() == set(), f"{where} names targets that the Makefile does not have"

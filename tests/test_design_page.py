@@ -3,23 +3,21 @@
 import ast
 import inspect
 import re
-from pathlib import Path
 
 import pytest
+from support.documents import ROOT, section, tables
 
 from docs import design_pictures as drawing
 from grpo_kernels import backends
 from grpo_kernels.backends import pytorch
 from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEFAULT_WORKSPACE_BYTES, peak_bytes, plan
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "design.md").read_text()
 
 
 def rows(heading):
-    """Of the table below a heading, as lists of cells."""
-    section = TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")][2:]
+    """Of the table below a heading."""
+    return tables(section("design.md", heading))[0][1:]
 
 
 def test_the_pictures_are_drawn_by_the_script_as_it_is():
@@ -96,8 +94,3 @@ def test_the_contract_names_the_functions_of_the_backends():
             assert given[1].split(", ") == list(inspect.signature(function).parameters), name
     in_docstring = set(re.findall(r"^    (\w+)\(", ast.get_docstring(ast.parse(inspect.getsource(pytorch)), clean=False), re.M))
     assert in_docstring <= set(named) and "why_unavailable" in named
-
-
-def test_links_lead_somewhere():
-    for link in re.findall(r"\]\(([^)#]+)", TEXT):
-        assert (ROOT / "docs" / link).exists(), link

@@ -1,17 +1,15 @@
 """docs/metrics.md, training.md, losses.md, sampling-mask.md, bits.md and distillation.md: what their tables and examples say, against what the code does."""
 
 import collections
-import contextlib
 import dataclasses
 import functools
-import io
 import json
 import re
 
 import pytest
 import torch
 from support.cases import usually
-from support.documents import DOCS, table
+from support.documents import DOCS, runs_as_it_says, section, snippets, table
 from support.problems import make_problem, run
 from support.recorded_products import recorded
 from support.tiny_trainer import DATA, tiny_model, trainer
@@ -171,7 +169,7 @@ def test_the_configuration_file_and_the_flags_of_the_documentation_are_options(t
 
 
 def test_the_trainer_of_the_documentation_trains(tmp_path, monkeypatch):
-    (source,) = (found for found in snippets((DOCS / "training.md").read_text()) if "GRPOTrainer" in found)
+    (source,) = (found for found in snippets("training.md").values() if "GRPOTrainer" in found)
     monkeypatch.chdir(tmp_path)
     for part in (tiny_model(max_position_embeddings=128), make_tokenizer()):
         part.save_pretrained("path/to/model")
@@ -185,29 +183,16 @@ def test_the_trainer_of_the_documentation_trains(tmp_path, monkeypatch):
 # ---- the sampling mask ----
 
 
-def snippets(text):
-    return re.findall(r"```python\n(.*?)```", text, re.S)
-
-
-def printed_as_it_says(source, space):
-    """Runs it; every `print(...)  # answer` must print the answer."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(source, space)
-    answers = re.findall(r"^print\(.*\)\s+# (.*)$", source, re.M)
-    assert out.getvalue().splitlines() == answers
-    return space
-
-
 def test_the_snippets_of_the_sampling_mask_do_what_they_say():
-    train, *sources = snippets((DOCS / "sampling-mask.md").read_text())
-    names = printed_as_it_says(train, {})
+    train, *sources = snippets("sampling-mask.md").values()
+    names = runs_as_it_says(train, {})
     arguments = [names[name] for name in ("hidden", "weight", "ids", "advantages", "mask")]
     exact = reference.grpo_loss(*[x.detach().double() if x.is_floating_point() else x for x in arguments],
                                 old_logps=names["old"].double(), support=names["support"])  # fmt: skip
     torch.testing.assert_close(names["out"].loss.double(), exact.loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(names["old"].double(), exact.logps, rtol=1e-5, atol=1e-5)
     assert names["hidden"].grad.abs().sum() > 0 and (names["support"].lengths() == 8).all()
-    spaces = [printed_as_it_says(source, {}) for source in sources]
+    spaces = [runs_as_it_says(source, {}) for source in sources]
     assert len(spaces) == 3 and spaces[2]["support"].positions == 12
     padded = spaces[1]
     assert torch.equal(padded["same"].to_mask(10), padded["support"].to_mask(10))
@@ -215,11 +200,11 @@ def test_the_snippets_of_the_sampling_mask_do_what_they_say():
 
 
 def test_the_snippets_of_losses_run():
-    correction, own = snippets((DOCS / "losses.md").read_text())
-    space = printed_as_it_says(correction, {})
+    correction, own = snippets("losses.md").values()
+    space = runs_as_it_says(correction, {})
     assert space["out"].loss.isfinite() and space["config"].importance_sampling_range == (0.5, 5.0)
     try:
-        space = printed_as_it_says(own, {})
+        space = runs_as_it_says(own, {})
     finally:
         TERMS.pop("squared", None)
     assert space["out"].loss.isfinite() and space["hidden"].grad.abs().sum() > 0 and space["out"].metrics["kl"] != 0
@@ -227,9 +212,8 @@ def test_the_snippets_of_losses_run():
 
 def options_of_losses():
     """{loss_type: the options that its section of losses.md says it reads}."""
-    section = (DOCS / "losses.md").read_text().split("\n## Policy terms\n")[1].split("\n## ")[0]
     found = {}
-    for part in section.split("\n### ")[1:]:
+    for part in section("losses.md", "Policy terms").split("\n### ")[1:]:
         head, (words,) = part.splitlines()[0], re.findall(r"^Reads: (.*)$", part, re.M)
         names = re.findall(r"`(\w+)`", head)
         for clause in words.split("; "):  # of all losses of the section, or of one that it begins with
@@ -307,8 +291,8 @@ def test_what_supports_were_measured_to_cost_is_what_the_record_says():
 
 
 def test_the_snippet_of_the_bits_does_what_it_says():
-    (source,) = snippets((DOCS / "bits.md").read_text())
-    names = printed_as_it_says(source, {})
+    (source,) = snippets("bits.md").values()
+    names = runs_as_it_says(source, {})
     assert names["old"].shape == (4, 6) and (names["old"] < 0).all()
 
 
@@ -354,8 +338,8 @@ def test_what_a_divergence_was_measured_to_cost_is_what_the_record_says():
 
 
 def test_the_snippets_of_distillation_do_what_they_say():
-    own, top, exact = snippets((DOCS / "distillation.md").read_text())
-    names = printed_as_it_says(own, {})
+    own, top, exact = snippets("distillation.md").values()
+    names = runs_as_it_says(own, {})
     mask, double = names["mask"], lambda x: x.detach().double()
     hidden, weight = (double(names[name]).requires_grad_() for name in ("hidden", "weight"))
     logits = hidden @ weight.T, double(names["teacher"][0]) @ double(names["teacher"][1]).T
@@ -365,12 +349,12 @@ def test_the_snippets_of_distillation_do_what_they_say():
     torch.testing.assert_close(names["out"].loss.double(), reverse.sum() / mask.sum(), rtol=1e-4, atol=1e-6)
     ((reverse + jsd).sum() / mask.sum()).backward()
     torch.testing.assert_close(names["hidden"].grad.double(), hidden.grad, rtol=1e-3, atol=1e-4)
-    names = printed_as_it_says(exact, {})
+    names = runs_as_it_says(exact, {})
     policy, ref = (double(names[f"{of}hidden"]) @ double(names[f"{of}weight"]).T for of in ("", "ref_"))
     kl = reference.divergence_from_logits(policy, ref, "reverse_kl").mean()
     torch.testing.assert_close(names["out"].metrics["kl"].double(), kl, rtol=1e-4, atol=1e-6)
     pytest.importorskip("grpo_kernels.topk")
-    names = printed_as_it_says(top, {})
+    names = runs_as_it_says(top, {})
     assert names["divergence"].shape == (4, 6) and (names["divergence"] >= 0).all() and names["hidden"].grad.isfinite().all()
 
 

@@ -7,32 +7,23 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.documents import ROOT, section, tables
 
 from benchmarks import occupancy
 from benchmarks.gpu import __main__ as harness
 from grpo_kernels import backends, build_cuda, cli
 from grpo_kernels.engine.plan import DEFAULT_GPU_WORKSPACE_BYTES, DEVICES, Problem, predict
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "gpu.md").read_text()
 WORDS = " ".join(TEXT.split())  # whatever the lines are broken at
 (JUDGE,) = (path for path in (ROOT / "benchmarks").glob("compiled*.py") if "\nCASES = " in path.read_text())
 
 
-def tables(heading):
+def below(heading):
     """Each table below a heading: {first cell: other cells}."""
-    section = TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    found, last = [], -2
-    for i, line in enumerate(section.splitlines()):
-        if line.startswith("|"):
-            if i != last + 1:
-                found.append([])
-            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
-            last = i
-    return [{row[0]: row[1:] for row in rows[2:]} for rows in found]
+    return [{row[0]: row[1:] for row in rows[1:]} for rows in tables(section("gpu.md", heading))]
 
 
 def asked(device="h200", depth=4096, **more):
@@ -43,8 +34,7 @@ def asked(device="h200", depth=4096, **more):
 
 def test_what_has_run_is_what_the_tests_are():
     assert TEXT.index("No GPU has run this version") < 100
-    section = TEXT.split("\n## What has run where\n")[1].split("\n## ")[0]
-    files = re.findall(r"`(?:tests/)?(test_\w+\.py)`", section)
+    files = re.findall(r"`(?:tests/)?(test_\w+\.py)`", section("gpu.md", "What has run where"))
     assert len(files) >= 10 and all((ROOT / "tests" / name).exists() for name in files)
     assert 'skipif(not torch.cuda.is_available(), reason="needs a GPU")' in (ROOT / "tests/test_gpu.py").read_text()
 
@@ -66,7 +56,7 @@ def test_no_record_is_of_a_gpu():
     ("A100", asked("a100")), ("H100", asked("h100")), ("B200", asked("b200")), ("H200, D 2048", asked(depth=2048)), ("H200, D 896", asked(depth=896)),
 ])  # fmt: skip
 def test_the_predicted_times_are_the_planners(call, problem):
-    (cells,) = (table[call] for table in tables("Predicted times") if call in table)
+    (cells,) = (table[call] for table in below("Predicted times") if call in table)
     found = predict(problem)
     wanted = [found.floor_ms, found.predicted_ms, found.ratio, found.peak_bytes / 2**30]
     for cell, value, unit in zip(cells, wanted, (" ms", " ms", "", " GiB"), strict=True):
@@ -78,7 +68,7 @@ def test_the_predicted_times_are_the_planners(call, problem):
 def test_the_command_predicts_the_same(capsys, monkeypatch):
     """With the flags in a row's first cell."""
     monkeypatch.delenv("GRPO_KERNELS_WORKSPACE_MB", raising=False)
-    first, second = tables("Predicted times")
+    first, second = below("Predicted times")
     assert len(first) == 6 and len(second) == 5
     (command,) = re.findall(r"^grpo-kernels (plan .*)$", TEXT, re.M)
     for call, cells in first.items():
@@ -99,7 +89,7 @@ def test_the_constants_are_shares_of_data_sheets():
 
 
 def test_the_stages_are_those_of_the_harness():
-    (table,) = (found for found in tables("`make gpu`") if "`decide`" in found)
+    (table,) = (found for found in below("`make gpu`") if "`decide`" in found)
     limits = {name.split(":")[0]: seconds for name, (seconds, _) in harness.STAGES.items() if name != "peers:full_logits-compiled"}
     assert [name.strip("`") for name in table] == list(limits)
     for name, seconds in limits.items():
@@ -146,14 +136,6 @@ def test_the_kernel_that_computes_longer_than_it_reads():
 
 
 def test_the_backends_are_those_of_the_package():
-    (table,) = tables("Backends")
+    (table,) = below("Backends")
     assert {name.strip("`") for name in table} == {*backends.available_backends(), "auto"} - {"cpu"}
     assert "GRPO_KERNELS_BACKEND" in WORDS and "--build-cuda" in cli.USAGE
-
-
-def test_links_lead_somewhere():
-    for link in re.findall(r"\]\(([^)]+)\)", TEXT):
-        file, _, heading = link.partition("#")
-        text = (ROOT / "docs" / file).read_text() if file else TEXT
-        titles = [re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)]
-        assert not heading or heading in titles, link

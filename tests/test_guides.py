@@ -4,50 +4,18 @@ import ast
 import contextlib
 import io
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from support.documents import DOCS, ROOT, runs_as_it_says, section, snippets, table, tables
 
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig, fused_linear_grpo_loss, linear_logprobs
 from grpo_kernels.backends import native
 from grpo_kernels.losses import terms
 
-ROOT = Path(__file__).parent.parent
-DOCS, PACKAGE = ROOT / "docs", ROOT / "grpo_kernels"
+PACKAGE = ROOT / "grpo_kernels"
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def snippets(file):
-    """[(name, source)] of its Python, named after the headings."""
-    found, heading = [], ""
-    for block in re.split(r"(?m)^(?=## |```python\n)", (DOCS / file).read_text()):
-        if block.startswith("```python\n"):
-            found.append((heading, block.removeprefix("```python\n").split("```")[0]))
-        elif block.startswith("## "):
-            heading = block.split("\n")[0][3:]
-    return [(f"{heading} {sum(h == heading for h, _ in found[: i + 1])}", source) for i, (heading, source) in enumerate(found)]
-
-
-def runs_as_it_says(source, space):
-    """Every `print(...)  # answer` prints the answer."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(source, space)
-    assert [line for line in out.getvalue().splitlines() if line] == re.findall(r"^print\(.*\)\s+# (.*)$", source, re.M)
-    return space
-
-
-def tables(text):
-    """Rows of its tables without their heads, as lists of cells."""
-    lines = text.splitlines()
-    heads = {i - 1 for i, line in enumerate(lines) if re.fullmatch(r"\|[ |-]+\|", line)}
-    heads |= {i + 1 for i in heads}
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for i, line in enumerate(lines) if line.startswith("|") and i not in heads]
-
-
-def section(file, heading):
-    return (DOCS / file).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
 # ---- usage
@@ -57,17 +25,17 @@ def section(file, heading):
 def prepared():
     """The names of the page's first snippet; a loss that a snippet registers is gone behind the test."""
     space, before = {}, dict(terms.TERMS)
-    exec(snippets("usage.md")[0][1], space)
+    exec(next(iter(snippets("usage.md").values())), space)
     yield space
     terms.TERMS.clear()
     terms.TERMS.update(before)
 
 
-@pytest.mark.parametrize("name", [name for name, _ in snippets("usage.md")[1:]])
+@pytest.mark.parametrize("name", list(snippets("usage.md"))[1:])
 def test_the_snippets_of_usage_run(name, prepared):
     if "Same bits" in name and native.why_unavailable() is not None:
         pytest.skip("needs the compiled CPU kernels")
-    source = dict(snippets("usage.md"))[name]
+    source = snippets("usage.md")[name]
     space = runs_as_it_says(source, prepared)
     if "out" in space and ".backward()" in source and "torch.randn(V, D)" not in source:
         grad = space["body"].weight.grad
@@ -78,7 +46,7 @@ def test_the_snippets_of_usage_run(name, prepared):
 
 def test_the_snippets_of_usage_compute_what_they_say(prepared):
     """Log-probs over supports, at several tokens, and a divergence, against full logits."""
-    by_name, kept = dict(snippets("usage.md")), prepared["mask"]
+    by_name, kept = snippets("usage.md"), prepared["mask"]
     exec(by_name["Truncated sampling 1"], prepared)
     prepared["hidden"] = prepared["hidden"].detach()
     logits = prepared["hidden"] @ prepared["head"].weight.T
@@ -103,7 +71,7 @@ def test_the_errors_of_usage_are_those_of_the_code(prepared):
         loss(old_logps=linear_logprobs(hidden, weight, tokens).logps), loss(config=GRPOLossConfig(beta=0.04)), loss(weight=weight.bfloat16()),
         loss(temperature=0.9), loss(backend="cuda"),
     ]  # fmt: skip
-    written = [cells[0].strip("`") for cells in tables(section("usage.md", "Errors"))]
+    written = [cells[0] for cells in table("usage.md", "Errors")[1:]]
     assert len(written) == len(calls) + 1  # the last one is no message
     for message, call in zip(written, calls, strict=False):
         with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
@@ -163,9 +131,9 @@ def sees_the_loss(script, hook, trl, folder, monkeypatch):
         assert is_fused(space["trainer"].model) == (trainer == "FusedGRPOTrainer")
 
 
-@pytest.mark.parametrize("name", [name for name, _ in snippets("integrations.md")])
+@pytest.mark.parametrize("name", list(snippets("integrations.md")))
 def test_the_snippets_of_integrations_run(name, tmp_path, monkeypatch):
-    by_name = dict(snippets("integrations.md"))
+    by_name = snippets("integrations.md")
     source = by_name[name]
     if not name.startswith("TRL"):
         runs_as_it_says(source, {})
@@ -208,7 +176,7 @@ def said(folder):
 
 def test_the_refusals_of_integrations_are_those_of_the_code():
     messages, checked = said(PACKAGE), 0
-    for cells in tables((DOCS / "integrations.md").read_text()):
+    for cells in [row for table in tables((DOCS / "integrations.md").read_text()) for row in table[1:]]:
         error = cells[1] if cells[0] in ("construction", "training") else cells[0]
         if len(cells) < 2 or "`" not in error or error.startswith(("`None", "`False", "`True")) or len(cells) > 3:
             continue

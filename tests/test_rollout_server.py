@@ -23,7 +23,7 @@ import peft
 import pytest
 import torch
 from support.cases import usually
-from support.documents import table
+from support.documents import section, table
 from support.ranks import join, launch, leave
 from support.rehearsed_trainer import use_fsdp
 from support.rollout_server_stub import Server
@@ -700,6 +700,5 @@ def test_two_processes_share_a_server_that_fails(tmp_path, server, sharded, fail
 
 
 def test_the_documentation_names_every_option():
-    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    section = text.split("\n## Use a rollout server\n")[1].split("\n## ")[0]
-    assert {f.name for f in fields(ServerOptions)} <= set(re.findall(r"rollout_server\w*", section))
+    named = re.findall(r"rollout_server\w*", section("training.md", "Use a rollout server"))
+    assert {f.name for f in fields(ServerOptions)} <= set(named)

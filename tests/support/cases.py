@@ -20,14 +20,12 @@ def chosen(items, arguments, which="usual", only_fast=False, where="."):
     """Those of ``items`` that run, as a set. A test that ``arguments`` name, FILE::TEST from the folder ``where``, does in any case.
 
     usual: neither cases marked exhaustive run, nor what a cover leaves of a test's combinations, of which one runs in Triton's
-    interpreter, nor four in five of the other tests' cases there. exhaustive: all of these, and in the
-    interpreter one in five of each test's cases. all: on a GPU.
+    interpreter, nor four in five of the other tests' cases there. exhaustive: all of these, and in the interpreter one in five of
+    each test's cases. all: also those, as on a GPU.
     """
-    named = [argument.partition("::") for argument in arguments if "::" in argument]
-    named = {(Path(where, file).resolve(), test) for file, _, test in named}
-    always = {item for item in items if any(item.path == file and _tail(item).startswith(test) for file, test in named)}
+    always = named(items, arguments, where)
     lines = set(fast())
-    _refuse_unknown(items, lines, named)
+    _refuse_unknown(items, lines, always)
     others = [item for item in items if item not in always]
     found = {"usual": usual_cases, "exhaustive": exhaustive_cases, "all": set}[which](others)
     if only_fast:
@@ -35,16 +33,16 @@ def chosen(items, arguments, which="usual", only_fast=False, where="."):
     return found | always
 
 
-def _tail(item):
-    return item.nodeid.partition("::")[2]
+def named(items, arguments, where="."):
+    """Those of ``items`` that FILE::TEST of ``arguments`` names from the folder ``where``, as a set."""
+    tests = {(Path(where, file).resolve(), test) for file, found, test in (argument.partition("::") for argument in arguments) if found}
+    return {item for item in items if any(item.path == file and item.nodeid.partition("::")[2].startswith(test) for file, test in tests)}
 
 
-def without_a_usual_case(items, arguments):
-    """Node ids of the tests none of whose cases `make test` runs, of those that are not named in ``arguments``."""
-    named = tuple(argument for argument in arguments if "::" in argument)
-    others = [item for item in items if not named or not item.nodeid.startswith(named)]
+def without_a_usual_case(items):
+    """Node ids of the tests none of whose cases `make test` runs."""
     # of cases without the marker a cover and a sample both keep one
-    return {_above(item.nodeid)[1] for item in others} - {_above(item.nodeid)[1] for item in others if not item.get_closest_marker("exhaustive")}
+    return {_above(item.nodeid)[1] for item in items} - {_above(item.nodeid)[1] for item in items if not item.get_closest_marker("exhaustive")}
 
 
 def _above(nodeid):
@@ -52,13 +50,13 @@ def _above(nodeid):
     return nodeid.split("::")[0], nodeid.split("[")[0]
 
 
-def _refuse_unknown(items, lines, named):
+def _refuse_unknown(items, lines, by_name):
     """A line of fast.txt must be found in its file, where that has been read whole. A worker of xdist has nobody to tell."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     there = {item.nodeid for item in items} | {name for item in items for name in _above(item.nodeid)}
     missing = [line for line in lines if line.split("::")[0] in there and line not in there]
-    if missing and not named:
+    if missing and not by_name:
         raise pytest.UsageError(f"tests/fast.txt names what is not there: {', '.join(sorted(missing))}")
 
 
