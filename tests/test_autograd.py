@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.loss_calls import PATHS, every_backend, every_path, on_the_cpu
+from support.loss_calls import PATHS, every_backend, every_path, interpreted, on_the_cpu
 from support.problems import HEAD_LEAVES, make_problem, run
 from support.tolerance import assert_all_close, assert_close, assert_no_worse_than_torch
 
@@ -82,7 +82,7 @@ def test_lora_without_a_gradient_of_the_rest(backend):
         q = p.with_config(**{**vars(PATHS[path]), "beta": 0.0})
         truth = run(reference.grpo_loss, q).gradients
         for needs in (("lora_a",), ("lora_b",), ("bias",), ("weight", "lora_a"), ("hidden", "lora_b")):
-            for workspace in (1, None):
+            for workspace in (1,) if interpreted(backend) else (1, None):
                 ours = run(fused_linear_grpo_loss, q, needs=needs, backend=backend, workspace_bytes=workspace).gradients
                 for name in needs:
                     assert_close(f"{path} {needs} {name}", ours[name], truth[name], 1e-10)

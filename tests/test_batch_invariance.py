@@ -244,8 +244,9 @@ def of_a_rank(world, rank, folder, port):
     leave()
 
 
+@pytest.mark.exhaustive(reason="twenty seconds: up to four processes")
 @needs_product
-@pytest.mark.parametrize("world", usually([2, 3, 4], 3))
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_any_number_of_ranks_has_the_bits_of_one_process(world, tmp_path):
     launch(functools.partial(of_a_rank, world), str(tmp_path), world, 240)
     for rank in range(world):

@@ -37,6 +37,7 @@ def python(*arguments, **environment):
     return done.stdout
 
 
+@pytest.mark.exhaustive(reason="twenty seconds: measures two workloads in processes of their own")
 @linux
 def test_the_command_from_end_to_end(tmp_path, capsys):
     file, pictures = tmp_path / "rows.json", tmp_path / "pictures"
@@ -419,6 +420,7 @@ def test_a_teacher_leaves_the_student_as_it_is_and_agrees_with_it_in_part():
     assert 0.1 < kl.mean() < 0.5 and 0.001 < kl.median() < 0.1 and (kl > 1).double().mean() > 0.02
 
 
+@pytest.mark.exhaustive(reason="five seconds")
 def test_who_compares_two_heads_is_right_and_the_others_say_why_not():
     pytest.importorskip("trl")
     pytest.importorskip("liger_kernel")
@@ -531,8 +533,9 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.exhaustive(reason="ten seconds: measures in processes of its own")
 @linux
-@pytest.mark.parametrize("provider", ["grpo_kernels", pytest.param("full_logits", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("provider", ["grpo_kernels", "full_logits"])
 def test_the_memory_column_agrees_with_an_independent_measurement(provider, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     shape = Shape(length=64, depth=256, vocab=65_536)
@@ -542,12 +545,14 @@ def test_the_memory_column_agrees_with_an_independent_measurement(provider, monk
     assert column == pytest.approx(independent, rel=0.10), (column / 2**20, independent / 2**20)
 
 
+@pytest.mark.exhaustive(reason="six seconds of processes")
 @linux
 def test_a_point_that_fails_says_why():
     with pytest.raises(memory.PointError, match="cut_cross_entropy"):
         memory.in_fresh_process("cce", "dense", TINY, 60)
 
 
+@pytest.mark.exhaustive(reason="five seconds: runs pytest")
 def test_the_quick_set_under_pytest_benchmark():
     pytest.importorskip("pytest_benchmark")
     options = ("--benchmark-only", "-k", "(dense or logprobs) and not trl and not liger")

@@ -90,7 +90,8 @@ def test_inputs_are_not_written(backend):
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_call_twice_gives_the_same_bits(config, dtype, backend):
-    p = make_problem(B=6, T=17, D=48, V=517, dtype=dtype, config=config, bias=True, lora=True, sampling=True, garbage=True)
+    size = dict(B=4, T=7, V=131) if interpreted(backend) else dict(B=6, T=17, V=517)
+    p = make_problem(**size, D=48, dtype=dtype, config=config, bias=True, lora=True, sampling=True, garbage=True)
     for workspace in (30_000,) if interpreted(backend) else (1, 30_000, None):
         first = run(fused_linear_grpo_loss, p, backend=backend, workspace_bytes=workspace).flat()
         for _ in range(2):

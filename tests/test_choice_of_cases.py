@@ -140,6 +140,7 @@ def fast_cases():
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
+@pytest.mark.exhaustive(reason="fifteen seconds: collects the tests once more")
 def test_the_fast_cases_reach_every_loss_and_backend(fast_cases):
     parameters = {part for case in fast_cases if "[" in case for part in case.split("[")[1].rstrip("]").split("-")}
     assert set(LOSS_TYPES) <= parameters

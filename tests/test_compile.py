@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._dynamo.testing
+from support.cases import usually
 from support.problems import make_problem
 from support.tolerance import assert_all_close
 
@@ -104,7 +105,7 @@ def test_bad_ids_are_a_nan_loss_under_compile():
     assert call(compiled, p)["loss"].isnan()
 
 
-@pytest.mark.parametrize("name", ["one pass", "sequence"])
+@pytest.mark.parametrize("name", usually(["one pass", "sequence"], "sequence"))
 def test_lengths_do_not_recompile(name):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fused_linear_grpo_loss, fullgraph=True, backend=counter, dynamic=True)
@@ -153,7 +154,7 @@ def test_linear_logprobs_compiles_without_a_graph_break(frozen):
     assert_all_close(*results, 1e-10)
 
 
-@pytest.mark.parametrize("shape", ["per token", "0-dim"])
+@pytest.mark.parametrize("shape", usually(["per token", "0-dim"], "per token"))
 def test_a_temperatures_gradient_compiles_without_a_graph_break(shape):
     p = problem(CONFIGS["sequence"], temperature=True)
 

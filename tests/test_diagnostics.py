@@ -205,6 +205,7 @@ def sharded(world, rank, folder, port):
     leave()
 
 
+@pytest.mark.exhaustive(reason="five seconds: four processes")
 @pytest.mark.skipif(native.why_unavailable() is not None, reason="there are no compiled products")
 @pytest.mark.parametrize("world", usually([2, 4], 4))
 def test_a_sharded_vocabulary_has_those_of_one_process(world, tmp_path):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from support.cases import usually
 from support.vocab_shards import SHARDS, V, spawn
 
 from grpo_kernels import GRPOLossConfig, fused_linear_distillation_loss, fused_linear_grpo_loss, linear_divergence
@@ -109,7 +110,7 @@ def compared(rank, world):
     return wrong
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", usually([2, 3], 2))
 def test_everything_equals_one_process(world, tmp_path):
     """Of three ranks the last has no row of the vocabulary."""
     assert spawn(tmp_path, world, compared) == [[]] * world
@@ -185,7 +186,7 @@ def exact_kl(rank, world):
     return wrong
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", usually([2, 3], 2))
 def test_the_exact_kl_of_a_grpo_loss(world, tmp_path):
     assert spawn(tmp_path, world, exact_kl) == [[]] * world
 

@@ -39,6 +39,7 @@ def test_a_student_learns_from_its_teacher_in_under_a_hundred_lines():
     assert before < 0.1 and 0.4 < after <= teacher + 0.1 and teacher > 0.9
 
 
+@pytest.mark.exhaustive(reason="ten seconds: a run of the example in a process of its own")
 def test_the_distillation_example_takes_models_from_folders(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -119,6 +119,7 @@ BROKEN = """
 """
 
 
+@pytest.mark.exhaustive(reason="twenty seconds: six processes, one after the other")
 def test_a_stage_that_fails_stops_no_other_and_leaves_its_rows(run, monkeypatch):
     for name in ("raises", "hangs", "dies", "wrong", "good"):
         monkeypatch.setitem(command.STAGES, name, (30, f"own_stages:{name}"))
@@ -139,6 +140,7 @@ def test_a_stage_that_fails_stops_no_other_and_leaves_its_rows(run, monkeypatch)
     assert "hangs: its time was over" in printed and "dies: exit status -6" in printed and "good: exit status 0" in printed
 
 
+@pytest.mark.exhaustive(reason="ten seconds: two stages that sleep")
 def test_limits_share_the_minutes(run, monkeypatch):
     for name in ("first", "second"):
         monkeypatch.setitem(command.STAGES, name, (30, "own_stages:sleep"))
@@ -173,6 +175,7 @@ def test_what_cannot_be_started_leaves_sigterm_as_it_was(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.exhaustive(reason="five seconds: a stage in a process of its own")
 def test_one_library_alone(run, monkeypatch):
     for name in command.STAGES:
         monkeypatch.setitem(command.STAGES, name, (30, "own_stages:nothing"))

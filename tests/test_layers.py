@@ -183,6 +183,7 @@ def test_the_public_names_are_those_that_type_checkers_read():
         grpo_kernels.grpo_los  # noqa: B018
 
 
+@pytest.mark.exhaustive(reason="seven seconds: imports the trainer in a process of its own")
 def test_bitsandbytes_is_loaded_where_it_is_used():
     """peft imports it otherwise, whoever imports transformers' Trainer: a second, and a warning about 4-bit kernels on a CPU."""
     for name in ("peft", "transformers", "bitsandbytes"):

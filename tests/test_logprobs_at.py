@@ -182,6 +182,7 @@ def shards_agree(rank, world):
     return wrong
 
 
+@pytest.mark.exhaustive(reason="ten seconds: three processes")
 @on_the_cpu
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_a_sharded_vocabulary_equals_one_process(tmp_path):

@@ -678,6 +678,7 @@ def _two_ranks(rank, folder, port):
 
 
 # 503 is for one process alone, and the other must ask again with it
+@pytest.mark.exhaustive(reason="ten seconds: two processes that train, twice")
 @pytest.mark.parametrize("sharded, failure", [(False, 503), (True, "die")])
 def test_two_processes_share_a_server_that_fails(tmp_path, server, sharded, failure):
     found = []

@@ -26,6 +26,7 @@ def test_growth_counts_bytes_and_tensors(monkeypatch):
         assert growth.run(OPTIONS, settled=2)["holds"] == holds
 
 
+@pytest.mark.exhaustive(reason="six seconds")
 def test_planner_measures_calls_beside_their_formula(monkeypatch):
     chosen = sorted(planner.cases(0, 60), key=lambda case: math.prod(case[0][:3]))[:2]  # the fastest
     monkeypatch.setattr(planner, "cases", lambda seed, count: chosen)
@@ -51,6 +52,7 @@ def test_weights_of_another_run_break_the_promise(monkeypatch, tmp_path):
     assert not found["holds"] and (found["kills"], found["passed_over"]) == (2, 3) and "others than" in found["says"]
 
 
+@pytest.mark.exhaustive(reason="five seconds")
 def test_both_ways_are_trained_and_drawn(monkeypatch, tmp_path):
     monkeypatch.setattr(drift, "PICTURE", tmp_path / "drift.png")
     monkeypatch.setattr(drift, "WINDOW", 1)
@@ -82,6 +84,7 @@ def test_parts_are_kept_beside_each_other_and_a_broken_one_is_the_exit_status(mo
         soak.main(["kil"])
 
 
+@pytest.mark.exhaustive(reason="six seconds")
 def test_fuzzing_starts_and_counts():
     found = soak.fuzz(OPTIONS)
     assert found["holds"] and found["says"].startswith("Done ") and int(found["says"].split()[1]) > 0

@@ -232,6 +232,7 @@ def test_a_term_of_another_shape_and_an_unknown_loss_are_errors():
         GRPOLossConfig(loss_type="constant_divisor")
 
 
+@pytest.mark.exhaustive(reason="seven seconds: imports the trainer in a process of its own")
 def test_the_command_line_knows_the_terms_of_a_reward_module(tmp_path):
     """A module named by --reward is imported before the options are read."""
     Path(tmp_path, "my_reward.py").write_text(

@@ -437,6 +437,7 @@ t.save_model({folder!r})
 """
 
 
+@pytest.mark.exhaustive(reason="twenty seconds: trains in three processes")
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     def start(folder, pause=0.0, resume=False):
         code = RUN.format(tests=os.path.dirname(__file__), folder=str(tmp_path / folder), pause=pause, resume=resume)
@@ -485,6 +486,7 @@ torch.save({{"weights": weights(model), "batch": batches[0], "log": t.state.log_
 """
 
 
+@pytest.mark.exhaustive(reason="ten seconds: test_trainer_ranks has two processes, too")
 def test_two_processes_train_as_one(tmp_path):
     code = DDP.format(tests=os.path.dirname(__file__), folder=str(tmp_path), loss="dapo")
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 2000), "WORLD_SIZE": "2"}

@@ -273,6 +273,7 @@ def torchrun(folder, *command):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
 
 
+@pytest.mark.exhaustive(reason="a quarter of a minute")
 def test_the_command_line_under_torchrun(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")

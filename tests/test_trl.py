@@ -139,8 +139,10 @@ OPTIONS = {
     "compiled": {**OFF_POLICY, "torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2},
 }  # fmt: skip
 
+USUAL = ("off-policy with KL", "gspo", "accumulation", "entropy quantile", "importance ratios", "lora", "checkpointing", "autocast", "evaluation", "all masked")
 
-@pytest.mark.parametrize("name", usually(OPTIONS, *OPTIONS.keys() - {"compiled"}))
+
+@pytest.mark.parametrize("name", usually(OPTIONS, *USUAL))
 def test_stock_patched_and_fused_runs_are_the_same(name, folder, request):
     if name == "compiled" and not hasattr(utils, "_use_triton"):
         pytest.skip("TRL 1.15 runs its Triton kernel on the CPU too, in the interpreter, which cannot be traced")
