@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from support.cases import usually
-from support.documents import DOCS, runs_as_it_says, section, snippets, table
+from support.documents import DOCS, runs_as_it_says, section, snippets, table, tables
 from support.problems import make_problem, run
 from support.recorded_products import recorded
 from support.tiny_trainer import DATA, tiny_model, trainer
@@ -276,11 +276,11 @@ def test_what_supports_are_predicted_to_cost_is_what_the_plan_says():
 
 
 def test_what_supports_were_measured_to_cost_is_what_the_record_says():
-    _, *rows = table("sampling-mask.md", "What it costs")
+    *_, measured = tables(section("sampling-mask.md", "What it costs"))
     record = json.loads((DOCS.parent / "benchmarks/results/cpu-support.json").read_text())
     found = {(row["path"], row["provider"]): row["median"] * 1e3 for row in record if row.get("median") is not None}
     wanted = (("dense", "support"), ("frozen", "support-frozen"), ("logprobs", "support-logprobs"))
-    for (_, *cells), (dense, support) in zip(rows[-3:], wanted, strict=True):
+    for (_, *cells), (dense, support) in zip(measured[1:], wanted, strict=True):
         names = (dense, "grpo_kernels"), (support, "grpo_kernels"), (support, "full_logits"), (support, "trl")
         for cell, name in zip(cells, names, strict=True):
             shown = float(cell.removesuffix(" ms"))
@@ -436,10 +436,9 @@ def test_the_operations_of_a_divergence_are_those_of_the_table():
 
 
 def test_what_a_divergence_is_predicted_to_cost_is_what_the_plan_says():
-    rows = table("distillation.md", "What it costs")
-    first = rows.index(["", "bare products", "predicted", "peak"]) + 2  # behind the dashes
+    (predicted,) = (rows for rows in tables(section("distillation.md", "What it costs")) if rows[0] == ["", "bare products", "predicted", "peak"])
     wanted = ((True, True, False), (True, False, False), (True, True, True), (False, False, False))
-    for (_, *cells), (gradient, trained, two_phases) in zip(rows[first : first + 4], wanted, strict=True):
+    for (_, *cells), (gradient, trained, two_phases) in zip(predicted[1:], wanted, strict=True):
         found = predict(Problem(8192 * gradient, 8192 * (not gradient), 151_936, 4096, 2, 4, gradient, trained, DEFAULT_GPU_WORKSPACE_BYTES, two_phases,
                                 device=DEVICES["h200"], teacher_depth=8192, teacher_size=2))  # fmt: skip
         assert cells == [f"{found.floor_ms:.1f} ms", f"{found.predicted_ms:.1f} ms", f"{found.peak_bytes / 2**20:.0f} MiB"]

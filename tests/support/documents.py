@@ -21,7 +21,7 @@ def tables(text):
         if line.startswith("|"):
             if i != last + 1:
                 found.append([])
-            found[-1].append([cell.strip() for cell in line.strip("|").split(" | ")])
+            found[-1].append([cell.strip() for cell in re.split(r"(?<=\s)\|(?=\s)", line.strip("|"))])
             last = i
     return [rows[:1] + rows[2:] for rows in found]
 
