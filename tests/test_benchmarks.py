@@ -242,6 +242,7 @@ def test_the_floor_computes_what_it_says():
         torch.testing.assert_close(found.dw, logits.T @ found.rows, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.exhaustive(reason="ten seconds: trains stock and fused")
 def test_the_step_benchmark_runs(monkeypatch, capsys):
     """One variant in a process of its own, as all are; the others here, where the libraries are loaded already."""
     pytest.importorskip("trl")

@@ -116,6 +116,7 @@ def test_lengths_do_not_recompile(name):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.exhaustive(reason="five seconds: a process of its own")
 def test_the_backend_is_known_before_a_gpu_is_traced():
     """Which backends are usable is asked of the file system and the driver; a traced function may do neither. In a process of its
     own, which is told of a GPU that is not there."""

@@ -19,6 +19,7 @@ def run(*command, **environment):
     return done.stdout
 
 
+@pytest.mark.exhaustive(reason="seven seconds: trains in a process of its own")
 def test_the_custom_loop_learns_in_under_a_hundred_lines():
     assert len((EXAMPLES / "custom_loop.py").read_text().splitlines()) < 100
     rewards = [float(x) for x in re.findall(r"reward ([\d.]+)", run(EXAMPLES / "custom_loop.py", "--steps", 25))]

@@ -391,6 +391,7 @@ def work(rank, folder, port):
     leave()
 
 
+@pytest.mark.exhaustive(reason="eight seconds: two processes")
 def test_tokens_are_marked_among_those_of_all_ranks(tmp_path):
     launch(work, tmp_path, RANKS, SECONDS)
     for loss_type in ("clip_cov", "kl_cov"):

@@ -384,7 +384,7 @@ def test_ratios_reach_every_branch():
     assert (RATIOS.lt(0.8).sum(), RATIOS.gt(1.28).sum()) == (2, 4)
 
 
-@pytest.mark.cover("kernels", "terms")
+@pytest.mark.cover("terms", "dtype")
 @each_policy
 @each_dtype
 @pytest.mark.parametrize("terms", POLICIES, ids=str)

@@ -63,7 +63,7 @@ def compare(hint, ours, by_torch, exact):
 
 
 @pytest.mark.exhaustive_in_the_interpreter
-@pytest.mark.cover("backend", "dtype")
+@pytest.mark.cover
 @each_dtype
 @pytest.mark.parametrize("with_logps", [False, True])
 def test_of_log_probs_and_entropies(backend, dtype, with_logps):

@@ -245,7 +245,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", usually(OPTIONS, *list(OPTIONS)[::3]))
 def test_stock_and_patched_runs_are_the_same(name, folder, request):
     options = dict(OPTIONS[name])
     tolerance = options.pop("tolerance", 2e-4)
