@@ -253,8 +253,8 @@ def test_any_number_of_ranks_has_the_bits_of_one_process(world, tmp_path):
         assert torch.load(tmp_path / str(rank)) == [True] * 32
 
 
-@pytest.mark.exhaustive(reason="eight seconds in Triton's interpreter")
-@pytest.mark.parametrize("rows, workspace", [([3], None), pytest.param([69, 0, 7], 1 << 16, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive(reason="eight seconds in the interpreter")
+@pytest.mark.parametrize("rows, workspace", [([3], None), ([69, 0, 7], 1 << 16)])
 @pytest.mark.skipif(triton.why_unavailable() is not None or not triton.interpreted(), reason="Triton's interpreter is not there")
 @needs_product
 def test_tritons_kernels_keep_the_promise(rows, workspace):
