@@ -297,7 +297,6 @@ def blocks():
         "time": [*about("cpu"), "", *time("cpu")],
         "peak": peak("cpu"),
         "errors": errors("cpu"),
-        "amd": [*about("cpu-amd"), "", *time("cpu-amd")],
         "runs": [*about("cpu-two-phases"), "", *runs("cpu-two-phases")],
         "quick": [*about("cpu-quick"), "", *time("cpu-quick")],
         "heads": [*about("cpu-heads"), "", *time("cpu-heads", other_shapes=True), "", *peak("cpu-heads", other_shapes=True)],
