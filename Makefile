@@ -46,7 +46,7 @@ demo: $(STAMP)
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal --fast $(TEST_ARGS)
 
-# Every test by at least one case, except 41 long ones (their markers say why) and those of the targets sanitize, test-peers and test-ray.
+# Every test by at least one case, except 50 long ones (their markers say why) and those of the targets sanitize, test-peers and test-ray.
 # pytest without options runs the same. TEST_ARGS="tests/test_plan.py -k height" takes a part.
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal $(TEST_ARGS)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from support.cases import usually
 from support.operations import operations as counted_operations
 from support.problems import make_problem, run
 from support.vocab_shards import SHARDS, V, sharded, spawn
@@ -71,8 +70,9 @@ def communicated(rank, world):
     return results, across
 
 
+@pytest.mark.exhaustive(reason="ten seconds: two and four processes")
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-@pytest.mark.parametrize("world", usually([2, 4], 2))
+@pytest.mark.parametrize("world", [2, 4])
 def test_bytes_are_those_that_went_through(world, tmp_path):
     for rank, (results, across) in enumerate(spawn(tmp_path, world, communicated)):
         assert all(bytes == expected for bytes, expected in across), across

@@ -35,6 +35,7 @@ def test_share_counts_answers():
     assert demo.share(["4", "4", "9"], rows, "answer", "miscount") == pytest.approx(2 / 3)
 
 
+@pytest.mark.exhaustive(reason="a quarter of a minute: trains twice")
 def test_a_short_demo_tells_its_story_and_repeats_itself(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "PADDED_VOCABULARY", 64)
     real = demo.warm_up

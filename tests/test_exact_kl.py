@@ -339,9 +339,8 @@ def test_it_compiles_without_a_graph_break(level, rows_given):
 @pytest.mark.unpoisoned
 def test_the_same_call_twice_gives_the_same_bits(backend):
     for level in LEVELS:
-        p = exact(
-            make_problem(B=4, T=17, D=48, V=517, dtype=torch.bfloat16, config=GRPOLossConfig(importance_sampling_level=level))
-        )
+        size = dict(B=3, T=7, V=131) if slow(backend) else dict(B=4, T=17, V=517)
+        p = exact(make_problem(**size, D=48, dtype=torch.bfloat16, config=GRPOLossConfig(importance_sampling_level=level)))
         ref = beside(p, depth=16)
         for workspace in (30_000,) if slow(backend) else (1, 30_000, None):
             one, other = (

@@ -212,6 +212,7 @@ def test_a_record_is_left_alone_where_the_device_does_not_answer(tmp_path, monke
     assert (tmp_path / "cpu-decide.json").read_text() == before
 
 
+@pytest.mark.exhaustive(reason="four seconds: a process of its own")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_a_stage_says_so(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OUT", str(tmp_path))

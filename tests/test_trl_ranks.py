@@ -17,7 +17,7 @@ trl = pytest.importorskip("trl")
 
 from accelerate import state  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from support.cases import usually, values_that_run  # noqa: E402
+from support.cases import values_that_run  # noqa: E402
 from support.ranks import join, launch, leave  # noqa: E402
 from support.tiny_trainer import DATA, digit_sum, tiny_model, weights  # noqa: E402
 from support.trl_runs import OFF_POLICY, STOCK, assert_same, grpo, rollouts, saved  # noqa: E402
@@ -162,7 +162,8 @@ def folder(tmp_path_factory, request):
     return path
 
 
-@pytest.mark.parametrize("name", usually([*RUNS, *SHARDED], *COMPARED))
+@pytest.mark.exhaustive(reason="twenty seconds and more: every run on two processes")
+@pytest.mark.parametrize("name", [*RUNS, *SHARDED])
 def test_stock_patched_and_fused_runs_are_the_same_on_every_rank(name, folder):
     ranks = [torch.load(folder / f"{name}-{rank}") for rank in range(RANKS)]
     for kind in ("fused", "patched"):
@@ -173,6 +174,7 @@ def test_stock_patched_and_fused_runs_are_the_same_on_every_rank(name, folder):
         assert torch.equal(ranks[0][kind][1], ranks[1][kind][1]), "the ranks drift apart"
 
 
+@pytest.mark.exhaustive(reason="twenty seconds: needs the runs on two processes")
 def test_log_probs_are_not_rounded_where_fsdp_casts_outputs(folder):
     """FSDP2 returns bfloat16 from a wrapped forward under bf16; stock TRL's entropies are some 1e-2 off there."""
     logs = [torch.load(folder / f"{name}-0") for name in COMPARED]
@@ -180,6 +182,7 @@ def test_log_probs_are_not_rounded_where_fsdp_casts_outputs(folder):
     assert abs(fused["entropy"][0] - exact["entropy"][0]) < 1e-4 < abs(stock["entropy"][0] - exact["entropy"][0])
 
 
+@pytest.mark.exhaustive(reason="twenty seconds: needs the runs on two processes")
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_are_those_of_one_process_with_the_joined_batch(loss, kept, folder):

@@ -155,7 +155,7 @@ def test_two_phases_are_6_within_the_stash_and_8_beyond(dtype, backend):
         assert units(p, trained, backend=backend) == 6
         assert units(p, trained, workspace_bytes=1, backend=backend) == 8
         rows = p.kept * V * dtype.itemsize
-        counts = [units(p, trained, workspace_bytes=int(factor * rows), backend=backend) for factor in (x / 2 for x in range(1, 9, 2))]
+        counts = [units(p, trained, workspace_bytes=int(factor * rows), backend=backend) for factor in (0.5, 1.5, 3.5)]
         assert counts == sorted(counts, reverse=True) and any(6 < count < 8 for count in counts)
 
 
