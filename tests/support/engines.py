@@ -84,7 +84,8 @@ def run(folder, *command, environment=(), survives=True):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
-    assert (done.returncode == 0) == survives, (done.stdout[-3000:], done.stderr[-6000:])
+    if (done.returncode == 0) != survives:  # whole: pytest shortens the message of an assert
+        pytest.fail(f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}", pytrace=False)
     return done.stdout
 
 
