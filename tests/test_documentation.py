@@ -87,7 +87,8 @@ def used(loss_type):
     """{option or tensor: "yes", or "KL" where it counts only with beta} of a loss, by the section's tables."""
     everywhere, *losses = table("metrics.md", "Options of each loss")[1:]
     assert everywhere[0] == "every loss"
-    (own,) = (row for row in losses if loss_type in row[0].split(", "))
+    own = next((row for row in losses if loss_type in row[0].split(", ")), None)
+    assert own, f'docs/metrics.md, "Options of each loss", has no row for {loss_type}'
     return {name: kind for row in (everywhere, own) for kind, cell in zip(("yes", "KL"), row[1:], strict=True) for name in cell.split(", ") if name}
 
 

@@ -279,6 +279,23 @@ def test_a_copy_runs_its_own_weights_and_keeps_the_signature(stage, own, bf16):
     assert not model(ids).logits.any(), "nor does the original run the copy"
 
 
+def test_trls_forward_over_ours_gives_way_and_any_other_is_refused():
+    """Fused, then stock TRL, then fused again on one model: each forward would call the other for ever."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    model = fuse_lm_head(build())
+    ids = torch.randint(model.config.vocab_size, (2, 6))
+    logits = model(input_ids=ids).logits
+    utils.add_fused_lm_head(model)
+    assert not is_fused(model)
+    fuse_lm_head(model)
+    assert is_fused(model) and torch.equal(model(input_ids=ids).logits, logits)
+    assert model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.shape == (2, 5)
+    ours = model.forward
+    model.forward = lambda *args, **more: ours(*args, **more)
+    with pytest.raises(ValueError, match="model.forward was replaced after fuse_lm_head, in .*test_transformers"):
+        fuse_lm_head(model)
+
+
 def test_a_hook_around_a_fused_forward_stays():
     """accelerate's hooks copy the attributes of the forward that they wrap onto their own."""
     hooks, calls = pytest.importorskip("accelerate.hooks"), []

@@ -111,14 +111,19 @@ def fuse_lm_head(model, verify=True, *, temperature=1.0, outputs=("log_probs", "
     Raises:
         NotImplementedError: the logits of this architecture are not what its head and configuration say; it is left as it was.
         TypeError: not a causal LM, an encoder-decoder model, or one that is wrapped otherwise.
-        ValueError: an option is not legal.
+        ValueError: an option is not legal, or another forward was put over that of a fused model.
     """
     given, model = model, causal_lm(model)
     _check_options(temperature, outputs, workspace_bytes, backend)
     options = {"temperature": temperature, "diagnostics": outputs, "workspace_bytes": workspace_bytes, "backend": backend}
     before = {name: vars(model)[name] for name in ("forward", "_fused_lm_head") if name in vars(model)}
     forward, fused = before.get("forward"), is_fused(model)
-    unfused = before["_fused_lm_head"].unfused if fused else forward
+    earlier = before.get("_fused_lm_head") if forward is not None else None
+    over = getattr(getattr(forward, "__func__", forward), "__globals__", {}).get("__name__")
+    if earlier is not None and not fused and over != "trl.trainer.utils":
+        raise ValueError(f"model.forward was replaced after fuse_lm_head, in {over}: take a model from from_pretrained")
+    # TRL's forward over ours calls ours, so ours must not call it
+    unfused = earlier.unfused if earlier is not None else forward
     model._fused_lm_head = _Fused(model, options, head_in_float32, unfused)
     if not fused or isinstance(getattr(forward, "__func__", None), _FusedForward):
         model.forward = _Bound(_FusedForward(type(model)), model)
