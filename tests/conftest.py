@@ -28,7 +28,7 @@ torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", 2)), torch.get_n
 
 def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true", help="also run the cases that are marked exhaustive, and more of those in Triton's interpreter")
-    parser.addoption("--every-case", action="store_true", help="run every case: in Triton's interpreter they take two cores forty minutes")
+    parser.addoption("--every-case", action="store_true", help="run every case, all of those in Triton's interpreter, too")
     parser.addoption("--fast", action="store_true", help="run the cases of tests/fast.txt alone")
 
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter as the tests need it: rounding like a GPU, products whose bits have no place, and three times as fast."""
+"""Triton's interpreter as the tests need it: rounding like a GPU, products whose bits have no place, and faster."""
 
 import functools
 import inspect
